@@ -1,0 +1,43 @@
+"""What every test starts from: torchvision, a fixed seed, a fair share of the cores."""
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import settings
+
+# On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
+import _torchvision  # noqa: F401
+
+# Times on a shared machine say nothing about an example, so no deadline. In CI the examples are the
+# same at every run: a red run is then the fault of the change under test.
+settings.register_profile("local", deadline=None)
+settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
+settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # As many workers as cores, with as many threads each, would be slower than one worker alone.
+    torch.set_num_threads(1)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
+    if any(shutil.which(compiler) for compiler in compilers):
+        return
+    no_compiler = pytest.mark.skip(reason="inductor needs a C++ compiler; none is on the PATH")
+    for item in items:
+        if item.get_closest_marker("inductor"):
+            item.add_marker(no_compiler)
+
+
+@pytest.fixture(autouse=True)
+def _same_start_for_every_test() -> Iterator[None]:
+    """Give each test the same random numbers, and no compiled code of the test before it."""
+    torch.manual_seed(0)
+    yield
+    # Dynamo counts recompilations per code object: without this, the order of tests would matter.
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
