@@ -1,0 +1,152 @@
+"""Every task of the project, each with all of its own set-up.
+
+``nox -l`` lists them, ``nox -s NAME`` runs one, and ``nox -r -s NAME`` keeps the environment of the
+last run. All of them install the versions of ``constraints.txt``, which were tested together.
+"""
+
+import re
+import sys
+import tempfile
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.10.9"
+nox.options.default_venv_backend = "venv"
+nox.options.sessions = ["lint", "types", "tests"]
+nox.options.error_on_missing_interpreters = True
+
+ROOT = Path(__file__).parent
+CONSTRAINTS = ROOT / "constraints.txt"
+README = ROOT / "README.md"
+
+# What the built wheel is tried with, in an environment that holds nothing but the wheel and torch.
+WHEEL_TRIAL = """
+from importlib.metadata import version
+from importlib.resources import files
+from pathlib import Path
+import sys
+
+import torch
+import freegrad_fx as fg
+
+wheel = sys.argv[1]
+assert Path(sys.prefix) in Path(fg.__file__).parents, f"not the wheel: {fg.__file__}"
+assert fg.__version__ == version("freegrad_fx") == wheel.split("-")[1], (fg.__version__, wheel)
+assert files("freegrad_fx").joinpath("py.typed").is_file(), "py.typed is not in the wheel"
+
+model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 1))
+gm = fg.transform(model, {"relu": "d(Linear)"})
+x = torch.randn(16, 4, requires_grad=True)
+y = gm(x)
+assert torch.equal(y, model(x)), "the forward changed"
+(grad,) = torch.autograd.grad(y.sum(), x)
+expected = (model[2].weight @ model[0].weight).expand(16, 4)
+torch.testing.assert_close(grad, expected)
+print(fg.report(gm))
+print(f"{wheel} works with torch {torch.__version__}")
+"""
+
+
+def install(session: nox.Session, *what: str) -> None:
+    """Install packages, in the versions that were tested together."""
+    session.install("-c", str(CONSTRAINTS), *what)
+
+
+def install_project(session: nox.Session, extra: str) -> None:
+    """Install the package itself, editable, with one of its extras."""
+    install(session, "-e", f"{ROOT}[{extra}]")
+
+
+@nox.session
+def demo(session: nox.Session) -> None:
+    """Transform resnet18 and a hand-written network, train, compare; under two minutes."""
+    install_project(session, "examples")
+    session.run("python", "examples/demo.py", *session.posargs)
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """Run the tests; what follows ``--`` goes to pytest."""
+    install_project(session, "test")
+    session.run("pytest", *parallel(), *session.posargs)
+
+
+@nox.session
+def coverage(session: nox.Session) -> None:
+    """Run the tests and measure what they reach: a table, coverage.xml and htmlcov/."""
+    install_project(session, "test")
+    reports = ["--cov-report=term", "--cov-report=xml", "--cov-report=html"]
+    session.run("pytest", *parallel(), "--cov", *reports, *session.posargs)
+
+
+def parallel() -> list[str]:
+    """Give the options that share tests out; every worker holds a torch of its own, so few."""
+    return ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
+
+
+@nox.session
+def lint(session: nox.Session) -> None:
+    """Check style and layout; ``nox -s lint -- --fix`` mends what can be mended."""
+    # Not the package's extra: no torch is needed to read code.
+    install(session, "ruff")
+    fix = "--fix" in session.posargs
+    session.run("ruff", "check", *(["--fix"] if fix else []), ".")
+    session.run("ruff", "format", *([] if fix else ["--check"]), ".")
+
+
+@nox.session
+def types(session: nox.Session) -> None:
+    """Check the types of the package, strictly."""
+    install_project(session, "types")
+    session.run("mypy", *session.posargs)
+
+
+@nox.session
+def docs(session: nox.Session) -> None:
+    """Build the documentation into docs/_build/html; a warning is an error."""
+    install_project(session, "docs")
+    options = ["-W", "--keep-going", "--nitpicky", "--fresh-env", "--builder=html"]
+    session.run("sphinx-build", *options, "docs", "docs/_build/html", *session.posargs)
+
+
+@nox.session
+def bench(session: nox.Session) -> None:
+    """Run the benchmarks, one after the other, and write out/benchmarks.json."""
+    install_project(session, "bench")
+    results = ROOT / "out" / "benchmarks.json"
+    results.parent.mkdir(exist_ok=True)
+    session.run("pytest", "benchmarks", f"--benchmark-json={results}", *session.posargs)
+
+
+@nox.session
+def examples(session: nox.Session) -> None:
+    """Run every script of examples/, in its short form, and the tour in the README."""
+    install_project(session, "examples")
+    tour = Path(session.create_tmp()).resolve() / "readme_tour.py"
+    blocks = re.findall(
+        r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
+    )
+    tour.write_text("\n".join(blocks), "utf-8")
+    session.run("python", str(tour))
+    for script in sorted(Path("examples").glob("[!_]*.py")):
+        session.run("python", str(script), "--quick", *session.posargs)
+
+
+@nox.session
+def build(session: nox.Session) -> None:
+    """Build the sdist, from it the wheel, and try the wheel in a clean environment."""
+    install(session, "build")
+    dist = ROOT / "dist"
+    for old in dist.glob("freegrad_fx-*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
+    (wheel,) = dist.glob("freegrad_fx-*.whl")
+
+    clean = Path(session.create_tmp()).resolve() / "clean"
+    session.run("python", "-m", "venv", "--clear", str(clean))
+    python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
+    session.run(python, "-m", "pip", "install", "-c", str(CONSTRAINTS), str(wheel), external=True)
+    with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
+        # -I: neither the current folder nor PYTHONPATH can lend it the checkout.
+        session.run(python, "-I", "-c", WHEEL_TRIAL, wheel.name, external=True)
