@@ -1,0 +1,172 @@
+"""Sphinx directives for what the package holds: its rules and its activations.
+
+A page names a directive, and what it shows is read from the package while the page is built: it
+cannot differ from the code. Nothing here knows a rule or an activation by name.
+"""
+
+import importlib
+import inspect
+import re
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util.docutils import SphinxDirective
+from sphinx.util.typing import ExtensionMetadata
+
+from freegrad_fx import activations, rules
+
+# What a rule's reference can cite, and where that is to be read.
+_CITATION = re.compile(r"(doi:10\.[^\s,;)]+|arXiv:\d{4}\.\d{4,5})")
+_SITES = {"doi": "https://doi.org/", "arXiv": "https://arxiv.org/abs/"}
+
+# How torch's modules are called in everyone's code.
+_SHORT = {"torch.nn.functional": "F", "torch._C._nn": "F", "torch._C._special": "torch.special"}
+
+
+def code(*names: str) -> nodes.paragraph:
+    """A cell with names in it, as code."""
+    cell = nodes.paragraph()
+    for number, name in enumerate(names):
+        cell += [nodes.Text(", ")] * (number > 0) + [nodes.literal(name, name)]
+    return cell
+
+
+def linked(text: str) -> nodes.paragraph:
+    """A cell with text in it; a DOI or an arXiv number becomes a link."""
+    cell = nodes.paragraph()
+    for part in _CITATION.split(text):
+        kind, _, number = part.partition(":")
+        if _CITATION.fullmatch(part):
+            cell += nodes.reference(part, part, refuri=_SITES[kind] + number)
+        else:
+            cell += nodes.Text(part)
+    return cell
+
+
+def table(
+    heads: Sequence[str], rows: Iterable[Sequence[nodes.Node]], title: str = ""
+) -> nodes.table:
+    """A table with a head, and a title if there is one."""
+    head, body = nodes.thead(), nodes.tbody()
+    group = nodes.tgroup(cols=len(heads))
+    group += [nodes.colspec(colwidth=1) for _ in heads] + [head, body]
+    for target, cells in [
+        (head, [nodes.paragraph(text=h) for h in heads]),
+        *((body, r) for r in rows),
+    ]:
+        row = nodes.row()
+        row += [nodes.entry("", cell) for cell in cells]
+        target += row
+    result = nodes.table(classes=["package-table"])
+    result += ([nodes.title(text=title)] if title else []) + [group]
+    return result
+
+
+def families() -> dict[str, list[rules.Rule]]:
+    """The registered rules by the module that declares them, in the order of declaration."""
+    found: dict[str, list[rules.Rule]] = {}
+    for name in rules.available():
+        rule = rules.get(name)
+        found.setdefault(rule.function.__module__, []).append(rule)
+    return found
+
+
+def first_line(module: str) -> str:
+    """What a module says it is for, without the full stop."""
+    return (
+        (inspect.getdoc(importlib.import_module(module)) or module).partition("\n")[0].rstrip(".")
+    )
+
+
+class RulesTable(SphinxDirective):
+    """All rules, a table for each family: the call with its defaults, the formula, the source."""
+
+    def run(self) -> list[nodes.Node]:
+        heads = ["Rule and defaults", "Gradient for x", "Saves", "Reference"]
+        return [
+            table(heads, [self.row(rule) for rule in family], first_line(module))
+            for module, family in families().items()
+        ]
+
+    def row(self, rule: rules.Rule) -> list[nodes.Node]:
+        defaults = ", ".join(f"{name}={value!r}" for name, value in rule.defaults.items())
+        call = f"{rule.name}({defaults})" if defaults else rule.name
+        return [code(call), code(rule.formula), code(*rule.inputs), linked(rule.reference)]
+
+
+class RulesReference(SphinxDirective):
+    """All rules, as entries of the API reference that other pages can link to.
+
+    Docstrings are reStructuredText: in a MyST page this directive stands in an ``eval-rst`` block.
+    """
+
+    def run(self) -> list[nodes.Node]:
+        lines: list[str] = []
+        for module, family in families().items():
+            lines += [f".. rubric:: {first_line(module)}", ""]
+            for rule in family:
+                lines += [*self.entry(rule), ""]
+        return self.parse_text_to_nodes("\n".join(lines))
+
+    def entry(self, rule: rules.Rule) -> list[str]:
+        values = [
+            p
+            for p in inspect.signature(rule.function).parameters.values()
+            if p.kind is p.KEYWORD_ONLY
+        ]
+        signature = inspect.Signature(values)
+        formula, _, rest = (inspect.getdoc(rule.function) or "").partition("\n")
+        details = GoogleDocstring(rest, self.config, what="function").lines()
+        source = [f"Reference: {escaped(rule.reference)}."] if rule.reference else []
+        body = [f"``{formula}``", "", f"Registered as ``{rule.name!r}``.", *source, "", *details]
+        head = f".. py:function:: {rule.function.__name__}{signature}"
+        return [head, "   :module: freegrad_fx.rules", "", *(f"   {line}" for line in body)]
+
+
+def escaped(text: str) -> str:
+    """Text as reStructuredText that says the same: ``clip_grad_`` is no link."""
+    return re.sub(r"([\\*_`|])", r"\\\1", text)
+
+
+class ActivationsTable(SphinxDirective):
+    """The whole vocabulary: every activation, its groups, and how a model may spell it."""
+
+    def run(self) -> list[nodes.Node]:
+        heads = ["Name", "Groups", "Elementwise", "Modules", "Functions", "Methods"]
+        return [table(heads, [self.row(name, op) for name, op in activations.OPS.items()])]
+
+    def row(self, name: str, op: activations.Op) -> list[nodes.Node]:
+        return [
+            code(name),
+            code(*sorted(op.groups)),
+            nodes.paragraph(text="yes" if op.elementwise else "no"),
+            code(*(module.__name__ for module in op.modules)),
+            code(*sorted({spelling(function) for function in op.functions})),
+            code(*op.methods),
+        ]
+
+
+def spelling(function: Callable[..., Any]) -> str:
+    """How a function is called in everyone's code: ``F.relu``, ``torch.relu``."""
+    module = getattr(function, "__module__", None) or "torch"
+    return f"{_SHORT.get(module, module)}.{function.__name__}"
+
+
+def read_whole_property(
+    app: Sphinx, what: str, name: str, obj: Any, options: object, lines: list[str]
+) -> None:
+    """Undo napoleon's reading of a property's docstring as ``type: description``."""
+    if what == "property" and obj.__doc__:
+        lines[:] = GoogleDocstring(inspect.cleandoc(obj.__doc__), app.config, what="method").lines()
+
+
+def setup(app: Sphinx) -> ExtensionMetadata:
+    """Register the directives."""
+    app.add_directive("rules-table", RulesTable)
+    app.add_directive("rules-reference", RulesReference)
+    app.add_directive("activations-table", ActivationsTable)
+    app.connect("autodoc-process-docstring", read_whole_property, priority=600)  # after napoleon's
+    return {"parallel_read_safe": True}

@@ -1,0 +1,44 @@
+"""The documentation's settings. The version is the package's; nothing is fetched while building."""
+
+import sys
+from pathlib import Path
+
+import freegrad_fx
+
+sys.path.insert(0, str(Path(__file__).parent / "_ext"))
+
+project = "freegrad_fx"
+author = "the freegrad_fx authors"
+copyright = f"2026, {author}"
+version = release = freegrad_fx.__version__
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "package_tables"]
+exclude_patterns = ["_build", "_ext"]
+
+myst_enable_extensions = ["colon_fence"]
+myst_heading_anchors = 3
+
+# A name in single backticks is code, whether or not it names an object that has a page here.
+default_role = "code"
+
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+napoleon_numpy_docstring = False
+napoleon_use_rtype = False
+napoleon_use_ivar = True
+python_use_unqualified_type_names = True
+python_maximum_signature_line_length = 88
+
+# The build is nitpicky about our own names. Those of torch and Python have no pages here, and the
+# inventories of other sites are not fetched: the documentation builds without a network.
+nitpick_ignore_regex = [
+    ("py:.*", r"(torch|Tensor|Module|GraphModule|nn|fx)(\..*)?"),
+    ("py:.*", r"(collections|typing|types|os|pathlib)\..*"),
+    ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
+]
+
+html_theme = "furo"
+html_title = f"freegrad_fx {release}"
+html_static_path = ["_static"]
+html_css_files = ["tables.css"]
