@@ -1,0 +1,40 @@
+"""Decoupled backward rules for unmodified PyTorch models, as a compiler pass over FX graphs.
+
+>>> import freegrad_fx as fg
+>>> gm = fg.transform(model, rules)      # doctest: +SKIP
+"""
+
+from . import activations, ops, rules
+from .captured import CapturedModule
+from .errors import CaptureError, FreegradWarning, PlanError, RuleError
+from .plan import Decision, Plan
+from .report import report
+from .rules import Composition, Rule, compose, get, register
+from .sites import Site
+from .table import RuleTable
+from .transform import explain, transform
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CaptureError",
+    "CapturedModule",
+    "Composition",
+    "Decision",
+    "FreegradWarning",
+    "Plan",
+    "PlanError",
+    "Rule",
+    "RuleError",
+    "RuleTable",
+    "Site",
+    "activations",
+    "compose",
+    "explain",
+    "get",
+    "ops",
+    "register",
+    "report",
+    "rules",
+    "transform",
+]

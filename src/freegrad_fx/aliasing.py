@@ -1,0 +1,193 @@
+"""Which nodes of a graph may share memory, and which of them write into it.
+
+In doubt the answer is "may share": a wrong *no* would be a wrong gradient, a wrong *yes* costs one copy. Knows nothing
+of rules.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections import defaultdict
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .activations import recognise
+
+__all__ = ["Aliasing"]
+
+# What returns memory of its own, whatever its arguments are.
+_FRESH_MODULES: tuple[type[nn.Module], ...] = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,
+    nn.modules.pooling._MaxPoolNd,
+    nn.modules.pooling._AvgPoolNd,
+    nn.modules.pooling._LPPoolNd,
+    nn.Linear,
+    nn.Bilinear,
+    nn.LayerNorm,
+    nn.GroupNorm,
+    nn.RMSNorm,
+    nn.Embedding,
+    nn.EmbeddingBag,
+    nn.MultiheadAttention,
+    nn.RNNBase,
+    nn.RNNCellBase,
+)
+_FRESH_FUNCTIONS = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        operator.pow,
+        operator.neg,
+        operator.matmul,
+        torch.add,
+        torch.sub,
+        torch.mul,
+        torch.div,
+        torch.matmul,
+        torch.bmm,
+        torch.addmm,
+        torch.baddbmm,
+        torch.einsum,
+        torch.cat,
+        torch.concat,
+        torch.stack,
+        torch.clone,
+        torch.exp,
+        torch.sqrt,
+        torch.rsqrt,
+        torch.mean,
+        F.linear,
+        F.conv1d,
+        F.conv2d,
+        F.conv3d,
+        F.conv_transpose1d,
+        F.conv_transpose2d,
+        F.conv_transpose3d,
+        F.batch_norm,
+        F.layer_norm,
+        F.group_norm,
+        F.instance_norm,
+        F.max_pool1d,
+        F.max_pool2d,
+        F.max_pool3d,
+        F.avg_pool1d,
+        F.avg_pool2d,
+        F.avg_pool3d,
+        F.embedding,
+        F.scaled_dot_product_attention,
+    }
+)
+_FRESH_METHODS = frozenset(
+    {"add", "sub", "mul", "div", "matmul", "bmm", "clone", "mean", "exp", "pow", "sqrt"}
+)
+_INPLACE_OPERATORS = frozenset(
+    getattr(operator, f"i{name}")
+    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift concat".split()
+) | {operator.setitem}
+
+
+class Aliasing:
+    """Groups the nodes of one graph by the memory that they may share.
+
+    Args:
+        graph: The graph, before it is rewritten.
+        root: The module whose submodules the graph calls.
+    """
+
+    def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self._parent: dict[fx.Node, fx.Node] = {node: node for node in graph.nodes}
+        self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        written: list[tuple[fx.Node, fx.Node]] = []
+        for node in graph.nodes:
+            if node.op in ("placeholder", "get_attr", "output"):
+                continue
+            target = written_argument(node, root)
+            if target is not None:
+                written.append((target, node))
+                self._join(node, target)
+            elif not _is_fresh(node, root):
+                for argument in node.all_input_nodes:
+                    self._join(node, argument)
+        self._members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        for node in graph.nodes:
+            self._members[self._find(node)].append(node)
+        for target, writer in written:
+            self._writes[self._find(target)].append(writer)
+
+    def read_elsewhere_after(self, x: fx.Node, node: fx.Node) -> bool:
+        """Whether memory that `x` may share is read after `node` under another name than `x` or `node`."""
+        return any(
+            user > node
+            for other in self._members[self._find(x)]
+            if other is not x and other < node
+            for user in other.users
+            if user is not node
+        ) or any(
+            other.op in ("placeholder", "get_attr") for other in self._members[self._find(x)]
+        )
+
+    def written_after(self, x: fx.Node, node: fx.Node) -> bool:
+        """Whether something writes into memory that `x` may share, after `node`."""
+        return any(writer > node for writer in self._writes[self._find(x)])
+
+    def _find(self, node: fx.Node) -> fx.Node:
+        while (parent := self._parent[node]) is not node:
+            self._parent[node] = node = self._parent[parent]
+        return node
+
+    def _join(self, a: fx.Node, b: fx.Node) -> None:
+        self._parent[self._find(a)] = self._find(b)
+
+
+def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
+    """The argument that a node writes into, where the node's name or its `inplace` says that it does."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if (spelling := recognise(node, module)) is not None:
+        return activated(node, spelling.key) if spelling.inplace else None
+    if node.op == "call_method":
+        name = str(node.target)
+        writes = name.endswith("_") and not name.endswith("__")
+    elif node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        writes = node.target in _INPLACE_OPERATORS or (
+            name.endswith("_") and not name.endswith("__")
+        )
+    else:
+        writes = bool(getattr(module, "inplace", False))
+    writes = writes or bool(node.kwargs.get("inplace", False)) or _positional_inplace(node)
+    if isinstance(out := node.kwargs.get("out"), fx.Node):
+        return out
+    inputs = [*node.args, *node.kwargs.values()]
+    return next((a for a in inputs if isinstance(a, fx.Node)), None) if writes else None
+
+
+def _positional_inplace(node: fx.Node) -> bool:
+    """`F.dropout(x, 0.5, True, True)`: the dropouts take `inplace` as their fourth argument."""
+    name = getattr(node.target, "__name__", "")
+    return "dropout" in name and len(node.args) > 3 and bool(node.args[3])
+
+
+def activated(node: fx.Node, key: int | str) -> Any:
+    """The argument of `node` at a position or under a keyword."""
+    return node.args[key] if isinstance(key, int) else node.kwargs[key]
+
+
+def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
+    if node.op == "call_method":
+        if node.target in _FRESH_METHODS:
+            return True
+    elif node.op == "call_function":
+        if node.target in _FRESH_FUNCTIONS:
+            return True
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    if module is not None and isinstance(module, _FRESH_MODULES):
+        return True
+    # An activation out of place makes a new tensor, the identity aside.
+    spelling = recognise(node, module)
+    return spelling is not None and spelling.op.elementwise and spelling.op.name != "identity"

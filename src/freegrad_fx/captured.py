@@ -1,0 +1,275 @@
+"""The result of a capture: a GraphModule that keeps everything the model had, and one graph for each of its modes.
+
+A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict and loses
+what no node refers to when it is copied. This one holds the whole module tree. This file knows nothing of rules.
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.graph_module import _forward_from_src
+from torch.fx.node import _get_qualified_name
+
+from .errors import CaptureError
+from .provenance import META
+
+__all__ = ["CapturedModule", "Variant"]
+
+# What belongs to the machinery of a GraphModule, not to the model in it.
+_MACHINERY = frozenset(
+    {
+        "_graph",
+        "_variants",
+        "_code",
+        "_codes",
+        "_lineno_map",
+        "_prologue_start",
+        "_in_spec",
+        "_out_spec",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A graph, and the values of the modules' `training` flags for which it is right.
+
+    Attributes:
+        flags: The dotted paths of modules whose flag the model branches on, with the value taken; empty for a
+            graph that is right in every mode.
+        graph: The graph.
+    """
+
+    flags: Mapping[str, bool]
+    graph: fx.Graph
+
+    @property
+    def label(self) -> str:
+        """The flags as text: ``training`` / ``eval`` where they are all the same."""
+        if not self.flags:
+            return ""
+        if len(set(self.flags.values())) == 1:
+            return "train" if next(iter(self.flags.values())) else "eval"
+        return ", ".join(
+            f"{path or 'root'}={'train' if on else 'eval'}" for path, on in self.flags.items()
+        )
+
+
+class CapturedModule(fx.GraphModule):
+    """A GraphModule with the module tree, the state and the hooks of the model it was captured from.
+
+    Where the model branches on a module's `training` flag there are several graphs, and each call runs the one that
+    fits the flags: `train()`, `eval()`, and `eval()` on a part alone, mean what they mean on the model.
+
+    Args:
+        root: A structural copy of the model; it is taken over.
+        variants: The graphs.
+        class_name: The name of the model's class.
+    """
+
+    def __init__(self, root: nn.Module, variants: Sequence[Variant], class_name: str) -> None:
+        super().__init__(nn.Module(), fx.Graph(), class_name)
+        own = {key: self.__dict__[key] for key in self.__dict__ if not hasattr(nn.Module(), key)}
+        self.__dict__.update(
+            {key: value for key, value in root.__dict__.items() if key not in own}
+        )
+        self._variants = tuple(variants)
+        self.recompile()
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        """The graphs, each with the `training` flags for which it is right."""
+        return self._variants
+
+    @property
+    def graph(self) -> fx.Graph:
+        """The graph that a call would run now."""
+        if "_variants" not in self.__dict__:
+            return self._graph
+        return self._variants[self._active()].graph
+
+    @graph.setter
+    def graph(self, graph: fx.Graph) -> None:
+        if "_variants" in self.__dict__:
+            active = self._active()
+            self._variants = tuple(
+                Variant(variant.flags, graph) if index == active else variant
+                for index, variant in enumerate(self._variants)
+            )
+        self._graph = graph
+        self.recompile()
+
+    @property
+    def code(self) -> str:
+        """The Python code of the graph that a call would run now."""
+        return self._codes[self._active()]
+
+    def recompile(self) -> Any:
+        """Generate `forward` anew from the graphs."""
+        if "_variants" not in self.__dict__:
+            return super().recompile()
+        forwards, codes = [], []
+        result = None
+        for variant in self._variants:
+            self._graph = variant.graph
+            variant.graph.owning_module = self
+            result = super().recompile()
+            forwards.append(type(self).forward)
+            codes.append(self._code)
+        self._codes = tuple(codes)
+        if len(forwards) > 1:
+            assert result is not None
+            type(self)._forwards = tuple(forwards)
+            type(self).forward = _dispatcher(result.src, result.globals)
+        return result
+
+    def _active(self) -> int:
+        if len(self._variants) == 1:
+            return 0
+        for index, variant in enumerate(self._variants):
+            if all(
+                bool((self.get_submodule(path) if path else self).training) == on
+                for path, on in variant.flags.items()
+            ):
+                return index
+        known = "; ".join(variant.label for variant in self._variants)
+        raise CaptureError(
+            f"{type(self).__name__} was captured for these training flags: {known}; and is called with others. "
+            f"Put the whole model in one mode, or transform it again."
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        new = type(self).__new__(type(self))
+        memo[id(self)] = new
+        variants = tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
+        _restore(new, type(self).__name__, copy.deepcopy(self._state(), memo), variants)
+        return new
+
+    def __copy__(self) -> CapturedModule:
+        new = type(self).__new__(type(self))
+        variants = tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
+        state = {k: (dict(v) if type(v) is dict else v) for k, v in self._state().items()}
+        _restore(new, type(self).__name__, state, variants)
+        return new
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        variants = [(dict(v.flags), _dump(v.graph)) for v in self._variants]
+        return _load_module, (type(self).__name__, self._state(), variants)
+
+    def _state(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in _MACHINERY}
+
+
+def _restore(
+    new: CapturedModule, class_name: str, state: dict[str, Any], variants: tuple[Variant, ...]
+) -> None:
+    new.__dict__.update(state)
+    type(new).__name__ = class_name
+    new._variants = variants
+    new._graph = variants[0].graph
+    new.recompile()
+
+
+def _load_module(
+    class_name: str, state: dict[str, Any], variants: list[tuple[dict[str, bool], _Dump]]
+) -> CapturedModule:
+    new = CapturedModule.__new__(CapturedModule)
+    loaded = tuple(Variant(flags, _load(dump)) for flags, dump in variants)
+    _restore(new, class_name, state, loaded)
+    return new
+
+
+def _dispatcher(src: str, names: dict[str, Any]) -> Any:
+    """A `forward` with the signature of the generated ones, that runs the one that fits the training flags."""
+    signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
+    arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
+    arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
+    arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
+    arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
+    body = (
+        f"def forward({ast.unparse(signature)}):\n"
+        f"    return type(self)._forwards[self._active()]({', '.join(arguments)})\n"
+    )
+    return _forward_from_src(body, names, {})
+
+
+def _copy_graph(graph: fx.Graph) -> fx.Graph:
+    new = copy.deepcopy(graph)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        new_node.meta = dict(old_node.meta)
+    return new
+
+
+# -- pickling: FX would trace the generated code again, and its nodes form a list too deep for pickle -----------------
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A function, by the name it can be imported under."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class _Dump:
+    nodes: list[tuple[Any, ...]]
+    codegen: Any
+
+
+def _dump(graph: fx.Graph) -> _Dump:
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        target = _name(node.target) if node.op == "call_function" else node.target
+        nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
+    return _Dump(nodes, graph._codegen)
+
+
+def _load(dump: _Dump) -> fx.Graph:
+    graph = fx.Graph()
+    graph.set_codegen(dump.codegen)
+    nodes: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
+        )
+        target = _resolve(target.name) if isinstance(target, _Named) else target
+        node = graph.create_node(op, target, args, kwargs, name, type_expr)
+        if meta is not None:
+            node.meta[META] = meta
+        nodes[name] = node
+    return graph
+
+
+def _name(target: Any) -> Any:
+    """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
+    try:
+        name = _get_qualified_name(target)
+        return _Named(name) if _resolve(name) is target else target
+    except (RuntimeError, AttributeError, ImportError):
+        return target
+
+
+def _resolve(name: str) -> Any:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+            return reduce(getattr, parts[cut:], module)
+        except (ImportError, AttributeError):
+            continue
+    return reduce(getattr, parts[1:], torch)

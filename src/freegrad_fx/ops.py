@@ -1,0 +1,173 @@
+"""What a captured and rewritten graph calls: `stop_gradient` in front of an operation, `decoupled` behind it.
+
+    stop = stop_gradient(x)
+    y    = relu(stop)                                      # the user's own operation, unchanged
+    out  = decoupled(y, x, rule="rectangular", a=-1.0, b=1.0)
+
+A third, `apply_function`, stands for a call of a `torch.autograd.Function` of the user's own. All are plain functions
+that dispatch through ``__torch_function__``: a symbolic tracer keeps each as one node, which is why a rewritten graph
+survives pickling, a second trace and `torch.compile`. Behind `decoupled` stands the one `torch.autograd.Function` of
+this package. This file knows no rule by name and nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import importlib
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+    has_torch_function_variadic,
+)
+
+from .errors import RuleError
+from .rules.rule import Rule, get
+
+__all__ = ["apply_function", "decoupled", "function_key", "stop_gradient"]
+
+
+def stop_gradient(x: Tensor) -> Tensor:
+    """Return the values of `x`, cut from its autograd graph; the memory is shared.
+
+    Formula: forward x, backward 0.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(stop_gradient, (x,), x)  # type: ignore[no-any-return]
+    return x.detach()
+
+
+def decoupled(y: Tensor, x: Tensor, *, rule: str | Rule, site: str = "", **parameters: Any) -> Tensor:
+    """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
+
+    Formula: forward y; backward ∂x = rule(∂out, x, y), ∂y = ∂out.
+
+    `y` keeps its own gradient, so that the weight of a PReLU between `stop_gradient(x)` and `y` learns natively.
+
+    Args:
+        y: The output of the operation, computed from ``stop_gradient(x)``. Any shape.
+        x: The input of the operation, of the shape that the rule's result has.
+        rule: The name of a registered rule, or a `Rule`.
+        site: The name of the place in the model, for error messages.
+        **parameters: The rule's parameters, all of them; what is missing is taken from the rule.
+
+    Raises:
+        RuleError: The rule is unknown, or, in the backward, returned what is no gradient for `x`.
+    """
+    if has_torch_function_variadic(y, x):
+        return handle_torch_function(  # type: ignore[no-any-return]
+            decoupled, (y, x), y, x, rule=rule, site=site, **parameters
+        )
+    # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
+    if not torch.is_grad_enabled():
+        return y
+    found = get(rule)
+    if parameters:
+        parameters = {**found.bound, **parameters}
+    else:
+        parameters = dict(found.bound)
+    return _Decoupled.apply(y, x, found, site, tuple(parameters), *parameters.values())  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Decoupled(torch.autograd.Function):
+    """The identity on `y` in the forward, a rule on `x` in the backward."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(
+        y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], *values: Any
+    ) -> Tensor:
+        # `y` itself or a view of it would make autograd refuse in-place operations on the result
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, x, rule, site, names, *values = inputs
+        ctx.rule = rule
+        ctx.site = site
+        ctx.parameters = dict(zip(names, values, strict=True))
+        ctx.x_shape = x.shape
+        ctx.x_dtype = x.dtype
+        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
+        ctx.save_for_backward(
+            x if "x" in rule.inputs else None, output if "y" in rule.inputs else None
+        )
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        x, y = ctx.saved_tensors
+        saved = {name: value for name, value in (("x", x), ("y", y)) if name in ctx.rule.inputs}
+        result = ctx.rule.function(grad, **saved, **ctx.parameters)
+        result = _checked(result, grad, ctx)
+        return (grad, result, None, None, None, *(None for _ in ctx.parameters))
+
+
+def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
+    """Return a rule's result in the dtype of `x`, or raise `RuleError` where it is no gradient for `x`."""
+    where = f" at site {ctx.site!r}" if ctx.site else ""
+    if not isinstance(result, Tensor):
+        raise RuleError(
+            f"rule {ctx.rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
+            f"A rule returns the gradient for x; for no gradient, torch.zeros_like(grad)."
+        )
+    if result.shape != ctx.x_shape:
+        raise RuleError(
+            f"rule {ctx.rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
+            f"for an input of shape {tuple(ctx.x_shape)}; grad has shape {tuple(grad.shape)}."
+        )
+    if result.dtype == ctx.x_dtype:
+        return result
+    # Under autocast an operation's output may have another dtype than its input: its rule may compute in either.
+    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, ctx.x_dtype)):
+        raise RuleError(
+            f"rule {ctx.rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
+            f"{ctx.x_dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
+        )
+    return result.to(ctx.x_dtype)
+
+
+_functions: dict[str, type[torch.autograd.Function]] = {}
+
+
+def function_key(function: type[torch.autograd.Function]) -> str:
+    """The text by which a graph names a user's `torch.autograd.Function`: ``module:qualified name``.
+
+    A class that cannot be imported (one made inside a function) is known in this process alone; a second one of the
+    same name gets a number.
+    """
+    base = f"{function.__module__}:{function.__qualname__}"
+    key, number = base, 1
+    while _functions.setdefault(key, function) is not function:
+        number += 1
+        key = f"{base}#{number}"
+    return key
+
+
+def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
+    """Call ``apply`` of the `torch.autograd.Function` that `function` names (see `function_key`).
+
+    Raises:
+        RuntimeError: The class is not known in this process and cannot be imported.
+    """
+    if has_torch_function(args):
+        return handle_torch_function(apply_function, args, function, *args, **kwargs)
+    if function not in _functions:
+        _functions[function] = _import_function(function)
+    return _functions[function].apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def _import_function(key: str) -> type[torch.autograd.Function]:
+    module, _, qualname = key.partition(":")
+    try:
+        return reduce(getattr, qualname.split("."), importlib.import_module(module))  # type: ignore[arg-type, return-value]
+    except (ImportError, AttributeError) as error:
+        raise RuntimeError(
+            f"the model calls the autograd.Function {key!r}, which cannot be imported here ({error}). "
+            f"Define it at the top level of a module, so that a saved model finds it."
+        ) from error

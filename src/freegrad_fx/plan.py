@@ -1,0 +1,169 @@
+"""Sites × RuleTable → Plan: what is to happen at every site, and why. Nothing is rewritten here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .activations import OPS
+from .capture import Capture, Opaque
+from .errors import PlanError, unknown
+from .rules.rule import Rule
+from .sites import Located, Site, find_opaque, find_sites
+from .table import Entry, RuleTable
+
+__all__ = ["Decision", "Plan", "make_plan"]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What happens at one site.
+
+    Attributes:
+        site: The site.
+        action: ``"rewrite"``; ``"native"`` where the table leaves it; ``"skip"`` where the table wants a rule and
+            none can be given.
+        rules: The rules it gets, the first for the gradient that comes in.
+        forward: The canonical name of the operation that replaces its forward, or None.
+        entry: The index of the table's entry that decided, or None.
+        reason: Why.
+        modes: In which of the model's modes the site exists; ``""`` for all.
+    """
+
+    site: Site
+    action: str
+    rules: tuple[Rule, ...] = ()
+    forward: str | None = None
+    entry: int | None = None
+    reason: str = ""
+    modes: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for every site of a model, and what no decision could reach.
+
+    Attributes:
+        model: The name of the model's class.
+        decisions: In execution order.
+        table: The table.
+        opaque: Code that was kept whole, in which activations may be computed.
+        lost: What the graph cannot do that the model did.
+    """
+
+    model: str
+    decisions: tuple[Decision, ...]
+    table: RuleTable
+    opaque: tuple[Opaque, ...] = ()
+    lost: tuple[Opaque, ...] = ()
+
+    @property
+    def hits(self) -> tuple[int, ...]:
+        """For every entry of the table the number of sites it decided."""
+        decided = [decision.entry for decision in self.decisions]
+        return tuple(decided.count(index) for index in range(len(self.table.entries)))
+
+    @property
+    def unmatched(self) -> tuple[Entry, ...]:
+        """The entries that decided no site."""
+        return tuple(e for e, hits in zip(self.table.entries, self.hits, strict=True) if not hits)
+
+    def with_action(self, action: str) -> tuple[Decision, ...]:
+        """The decisions of one action."""
+        return tuple(decision for decision in self.decisions if decision.action == action)
+
+    def __str__(self) -> str:
+        from .report import as_text
+
+        return as_text(self)
+
+    def _repr_html_(self) -> str:
+        from .report import as_html
+
+        return as_html(self)
+
+    def to_dict(self) -> dict[str, object]:
+        """The plan as plain data."""
+        from .report import as_dict
+
+        return as_dict(self)
+
+
+def make_plan(capture: Capture, table: RuleTable) -> tuple[Plan, list[list[Located]]]:
+    """Decide every site of a capture.
+
+    Returns:
+        The plan, and for every graph of the capture its sites.
+
+    Raises:
+        PlanError: An entry gives a rule to a site that the rule cannot serve.
+    """
+    located = [find_sites(v.graph, capture.root, table.types) for v in capture.variants]
+    modes: dict[tuple[str, str, str, int], list[str]] = {}
+    decisions: dict[tuple[str, str, str, int], Decision] = {}
+    for variant, sites in zip(capture.variants, located, strict=True):
+        for place in sites:
+            modes.setdefault(place.site.key, []).append(variant.label)
+            decisions.setdefault(place.site.key, _decide(place, table))
+    everywhere = len(capture.variants)
+    opaque = [*capture.opaque]
+    for variant in capture.variants:
+        opaque += [o for o in find_opaque(variant.graph, capture.root) if o not in opaque]
+    plan = Plan(
+        model=capture.class_name,
+        decisions=tuple(
+            _in_modes(decision, [] if len(modes[key]) == everywhere else modes[key])
+            for key, decision in decisions.items()
+        ),
+        table=table,
+        opaque=tuple(opaque),
+        lost=capture.lost,
+    )
+    return plan, located
+
+
+def _in_modes(decision: Decision, modes: Sequence[str]) -> Decision:
+    return replace(decision, modes="; ".join(modes))
+
+
+def _decide(place: Located, table: RuleTable) -> Decision:
+    site = place.site
+    index = table.decide(place)
+    if index is None:
+        return Decision(site, "native", reason="no entry matches")
+    entry = table.entries[index]
+    if entry.rules is None:
+        return Decision(site, "native", entry=index, reason=f"{entry.selector} = None")
+    if place.obstacle:
+        return Decision(site, "skip", entry=index, reason=place.obstacle)
+    _check_fit(place, entry)
+    return Decision(site, "rewrite", entry.rules, entry.forward, index, f"matches {entry.selector}")
+
+
+def _check_fit(place: Located, entry: Entry) -> None:
+    """Raise `PlanError` if the rules of an entry cannot serve a site."""
+    assert entry.rules is not None
+    where = f"site {place.site.name} ({place.site.spelling})"
+    if place.op is not None and not place.op.keeps_shape:
+        for rule in entry.rules:
+            if rule.keeps_shape:
+                raise PlanError(
+                    f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
+                    f"the shape, at {where}. Leave it native ({{{place.op.name!r}: None}}), or give it a rule "
+                    f"registered with keeps_shape=False."
+                )
+    for rule in entry.rules[1:]:
+        if "y" in rule.inputs:
+            raise PlanError(
+                f"rule {rule.name!r} needs the output y of the operation, so it must come first in a composition; "
+                f"at {where}."
+            )
+    if entry.forward is None:
+        return
+    replaceable = [op.name for op in OPS.values() if op.function is not None and op.keeps_shape]
+    if entry.forward not in replaceable:
+        raise PlanError(unknown("forward", entry.forward, replaceable, f"Asked for at {where}."))
+    if place.op is not None and not place.op.keeps_shape:
+        raise PlanError(
+            f"forward={entry.forward!r} keeps the shape, but {place.op.name} changes it, at {where}."
+        )

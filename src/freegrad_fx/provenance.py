@@ -1,0 +1,64 @@
+"""Where a node of a graph comes from: the module that owns it and the line of the user's code.
+
+Written while a graph is captured, read when sites are named. Plain text only, so that it survives pickling.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from dataclasses import dataclass
+from types import CodeType, FrameType, TracebackType
+
+import torch
+from torch import fx
+
+__all__ = ["META", "Origin", "caller", "innermost", "origin"]
+
+META = "freegrad_fx"
+"""The key of this package's entry in ``node.meta``."""
+
+_OURS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a node comes from.
+
+    Attributes:
+        owner: The dotted path of the innermost module that made it; ``""`` for the root.
+        source: ``file:line`` of the user's code; ``""`` where it is not known.
+    """
+
+    owner: str = ""
+    source: str = ""
+
+
+def origin(node: fx.Node) -> Origin:
+    """The origin written on a node; an empty one where there is none."""
+    found = node.meta.get(META)
+    return found if isinstance(found, Origin) else Origin()
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_users(code: CodeType) -> bool:
+    return not code.co_filename.startswith(_OURS)
+
+
+def caller() -> str:
+    """``file:line`` of the innermost frame that is neither PyTorch's nor ours."""
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and not _is_users(frame.f_code):
+        frame = frame.f_back
+    return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
+
+
+def innermost(traceback: TracebackType | None) -> str:
+    """``file:line`` of the innermost frame of a traceback that is neither PyTorch's nor ours."""
+    found = ""
+    while traceback is not None:
+        if _is_users(traceback.tb_frame.f_code):
+            found = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
+        traceback = traceback.tb_next
+    return found

@@ -1,0 +1,84 @@
+"""Rules that reshape the gradient itself, or the derivative of a simple operation.
+
+FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules keep.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import register
+
+__all__ = [
+    "centralize",
+    "clip_norm",
+    "clip_value",
+    "d_linear",
+    "d_relu",
+    "noise",
+    "rectangular",
+    "reverse",
+    "scale",
+    "triangular",
+]
+
+
+@register("d(ReLU)", reference="FreeGrad; the derivative of max(0, x)")
+def d_relu(grad: Tensor, x: Tensor) -> Tensor:
+    """grad·1[x > 0]"""
+    return grad * (x > 0)
+
+
+@register("d(Linear)", reference="FreeGrad; the derivative of the identity")
+def d_linear(grad: Tensor) -> Tensor:
+    """grad"""
+    return grad
+
+
+@register("rectangular", reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178")
+def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
+    """grad·1[a ≤ x ≤ b], both ends inclusive"""
+    return grad * ((x >= a) & (x <= b))
+
+
+@register("triangular", reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574")
+def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
+    """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
+    return grad * (1 - x.abs() / max(width, 1e-6)).clamp(min=0)
+
+
+@register("scale", reference="FreeGrad; optax.scale")
+def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
+    """s·grad"""
+    return s * grad
+
+
+@register("reverse", reference="Ganin & Lempitsky 2015, arXiv:1409.7495 (gradient reversal, DANN)")
+def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
+    """−alpha·grad"""
+    return -alpha * grad
+
+
+@register("clip_value", reference="optax.clip; torch.nn.utils.clip_grad_value_")
+def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
+    """min(max(grad, −max_value), max_value)"""
+    return grad.clamp(-max_value, max_value)
+
+
+@register("clip_norm", reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063")
+def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
+    """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
+    return grad * (max_norm / grad.norm().clamp_min(eps)).clamp(max=1)
+
+
+@register("noise", reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807")
+def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
+    """grad + N(0, sigma²)"""
+    return grad + sigma * torch.randn_like(grad)
+
+
+@register("centralize", reference="FreeGrad; Yong et al. 2020, arXiv:2004.01461 (there for weights, over dims 1…)")
+def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
+    """grad − mean(grad, dim)"""
+    return grad - grad.mean(dim=dim, keepdim=True)

@@ -1,0 +1,33 @@
+"""Gradient jamming: the gradient of a unit is multiplied with uniform noise.
+
+FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules keep.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .rule import register
+
+__all__ = ["full_jam", "positive_jam", "rectangular_jam"]
+
+_PAPER = "FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
+
+
+@register("full_jam", reference=_PAPER)
+def full_jam(grad: Tensor) -> Tensor:
+    """grad·U(0, 1)"""
+    return grad * torch.rand_like(grad)
+
+
+@register("positive_jam", reference=_PAPER)
+def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
+    """grad·U(0, 1)·1[x ≥ 0]"""
+    return grad * torch.rand_like(grad) * (x >= 0)
+
+
+@register("rectangular_jam", reference=_PAPER)
+def rectangular_jam(grad: Tensor, x: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
+    """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""
+    return grad * torch.rand_like(grad) * ((x >= a) & (x <= b))

@@ -1,0 +1,340 @@
+"""What a backward rule is: its declaration by signature, its parameters, composition, the registry.
+
+This file knows no rule by name and nothing of graphs. The built-in rules stand in the files beside it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import numbers
+import types
+import typing
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeAlias
+
+from torch import Tensor
+
+from ..errors import RuleError, unknown
+
+__all__ = ["Composition", "Rule", "RuleLike", "available", "compose", "get", "register"]
+
+INPUTS = ("x", "y")
+RESERVED = ("grad", *INPUTS, "rule", "site", "forward")
+
+_VOCABULARY = (
+    "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input) and `y` (its output), "
+    "then, after `*`, its parameters with their defaults: def rule(grad, x, *, slope: float = 25.0)."
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One keyword-only parameter of a rule: its annotation and its default."""
+
+    name: str
+    annotation: Any
+    default: Any = inspect.Parameter.empty
+
+    @property
+    def required(self) -> bool:
+        """Whether the rule has no value for it until the caller gives one."""
+        return self.default is inspect.Parameter.empty
+
+    def check(self, rule: str, value: Any) -> Any:
+        """Return `value` as the annotation wants it (an int becomes a float), or raise `TypeError`."""
+        accepted = _accepted_types(self.annotation)
+        if accepted is None or type(value) in accepted:
+            return value
+        # numpy's scalars and ints where a float is wanted: what is stored is a plain Python number
+        if not isinstance(value, bool):
+            if int in accepted and isinstance(value, numbers.Integral):
+                return int(value)
+            if float in accepted and isinstance(value, numbers.Real):
+                return float(value)
+        wanted = " or ".join(t.__name__ for t in accepted)
+        raise TypeError(
+            f"parameter {self.name!r} of rule {rule!r} must be {wanted}, got {value!r} of type {type(value).__name__}"
+        )
+
+
+def _accepted_types(annotation: Any) -> tuple[type, ...] | None:
+    """The types an annotation names; None where it is not made of plain types, and anything is taken."""
+    parts = (
+        typing.get_args(annotation)
+        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
+        else (annotation,)
+    )
+    parts = tuple(typing.get_origin(part) or part for part in parts)
+    return parts if all(isinstance(part, type) for part in parts) else None
+
+
+@dataclass(frozen=True, eq=False)
+class Rule:
+    """A named backward with its parameters bound. Immutable; calling it with keywords rebinds.
+
+    Attributes:
+        name: The name in the registry.
+        function: The formula, called as ``function(grad, [x], [y], **parameters)``.
+        inputs: Which of ``"x"`` and ``"y"`` the formula reads. Nothing else is saved for the backward.
+        parameters: The declared parameters.
+        bound: The parameters' values.
+        forward: The canonical name of an operation that replaces the site's forward, or None.
+        keeps_shape: Whether the result has the shape of ``grad``.
+        reference: The paper or the peer the formula comes from.
+
+    Example:
+        >>> import freegrad_fx as fg
+        >>> fg.rules.rectangular(a=-1.0, b=1.0)
+        rectangular(a=-1.0, b=1.0)
+    """
+
+    name: str
+    function: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
+    bound: Mapping[str, Any] = field(default_factory=dict)
+    forward: str | None = None
+    keeps_shape: bool = True
+    reference: str = ""
+
+    @property
+    def formula(self) -> str:
+        """The first line of the docstring of the rule: its mathematics."""
+        return (inspect.getdoc(self.function) or "").partition("\n")[0]
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The parameters that have a default, with it."""
+        return {p.name: p.default for p in self.parameters.values() if not p.required}
+
+    @property
+    def parts(self) -> tuple[Rule, ...]:
+        """The rule alone: a rule is a composition of one."""
+        return (self,)
+
+    def __call__(self, *args: Any, forward: str | None = None, **values: Any) -> Rule:
+        """Return the rule with other values for some of its parameters.
+
+        Args:
+            *args: Refused: parameters are bound by keyword.
+            forward: The canonical name of an operation that is to replace the forward of the sites this rule
+                is given to, for instance ``"heaviside"`` for a surrogate gradient. This changes the forward.
+            **values: Parameters of the rule.
+
+        Raises:
+            RuleError: The rule has no parameter of that name.
+            TypeError: A value has the wrong type, or is positional.
+        """
+        if args:
+            raise TypeError(
+                f"rule {self.name!r} takes its parameters by keyword: {self.name}({', '.join(self.parameters)}). "
+                f"To compute its gradient call rule.backward(grad, x=..., y=...)."
+            )
+        bound = dict(self.bound)
+        for name, value in values.items():
+            if name not in self.parameters:
+                raise RuleError(unknown(f"parameter of rule {self.name!r}:", name, self.parameters))
+            bound[name] = self.parameters[name].check(self.name, value)
+        return replace(self, bound=bound, forward=self.forward if forward is None else forward)
+
+    def backward(self, grad: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+        """Compute the gradient that the rule hands on: the formula, and nothing else."""
+        given = {"x": x, "y": y}
+        for name in self.inputs:
+            if given[name] is None:
+                raise RuleError(f"rule {self.name!r} needs {name!r}")
+        self.require_bound()
+        return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
+
+    def require_bound(self) -> None:
+        """Raise `RuleError` if a parameter has neither a default nor a value."""
+        missing = [name for name in self.parameters if name not in self.bound]
+        if missing:
+            values = ", ".join(f"{name}=..." for name in missing)
+            raise RuleError(
+                f"rule {self.name!r} has no value for {', '.join(missing)}. Bind it: {self.name}({values})."
+            )
+
+    def _key(self) -> tuple[Any, ...]:
+        return (self.name, self.function, tuple(sorted(self.bound.items())), self.forward)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Rule) and self._key() == other._key()
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.function, tuple(sorted(self.bound)), self.forward))
+
+    def __repr__(self) -> str:
+        values = [f"{name}={value!r}" for name, value in self.bound.items()]
+        if self.forward is not None:
+            values.append(f"forward={self.forward!r}")
+        head = self.name if self.name.isidentifier() else f"get({self.name!r})"
+        return f"{head}({', '.join(values)})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _rebind, (self.name, dict(self.bound), self.forward)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
+        return self
+
+
+def _rebind(name: str, bound: dict[str, Any], forward: str | None) -> Rule:
+    return get(name)(forward=forward, **bound)
+
+
+@dataclass(frozen=True)
+class Composition:
+    """Rules applied to the gradient one after the other, the first to the incoming one. Made by `compose`."""
+
+    parts: tuple[Rule, ...]
+
+    @property
+    def forward(self) -> str | None:
+        """The replacement forward that one of the parts names, or None."""
+        return next((rule.forward for rule in self.parts if rule.forward is not None), None)
+
+    def __call__(self, *args: Any, **values: Any) -> Composition:
+        raise TypeError(
+            "a composition has no parameters of its own. Bind its parts: "
+            "compose(get('clip_norm')(max_norm=1.0), get('noise')(sigma=0.01))."
+        )
+
+    def __repr__(self) -> str:
+        return f"compose({', '.join(map(repr, self.parts))})"
+
+
+RuleLike: TypeAlias = str | Rule | Composition
+
+_registry: dict[str, Rule] = {}
+
+
+def register(
+    name: str, *, reference: str = "", keeps_shape: bool = True, overwrite: bool = False
+) -> Callable[[Callable[..., Tensor]], Rule]:
+    """Declare a backward rule. The decorated function becomes a `Rule`.
+
+    The signature is the declaration. ``grad`` is the gradient that comes in, ``x`` the operation's input, ``y`` its
+    output; only what the signature names is saved for the backward. Everything after ``*`` is a parameter. A rule is
+    a pure function of tensors: no in-place change of its arguments, no ``.item()``, no Python branch on data. It
+    returns the gradient for ``x``, of the shape and dtype of ``x``.
+
+    Args:
+        name: The name by which tables refer to the rule.
+        reference: The paper or library that the formula comes from.
+        keeps_shape: False for a rule that turns a gradient of the output's shape into one of another shape.
+        overwrite: Replace a rule of that name instead of refusing.
+
+    Raises:
+        RuleError: The name is taken, or the signature is not in the vocabulary.
+
+    Example:
+        >>> import freegrad_fx as fg
+        >>> @fg.register("halve_negative", overwrite=True)
+        ... def halve_negative(grad, x, *, factor: float = 0.5):
+        ...     \"\"\"grad where x ≥ 0, factor·grad elsewhere\"\"\"
+        ...     return grad * (1 - (1 - factor) * (x < 0).to(grad.dtype))
+        >>> halve_negative(factor=0.1)
+        halve_negative(factor=0.1)
+    """
+    if not isinstance(name, str) or not name:
+        raise RuleError(f"a rule is registered under a name, got {name!r}: @register('my_rule')")
+
+    def declare(function: Callable[..., Tensor]) -> Rule:
+        if name in _registry and not overwrite:
+            raise RuleError(
+                f"a rule {name!r} is already registered. Choose another name, or say overwrite=True."
+            )
+        inputs, parameters = _read_signature(name, function)
+        rule = Rule(
+            name=name,
+            function=function,
+            inputs=inputs,
+            parameters=types.MappingProxyType(parameters),
+            bound={p.name: p.default for p in parameters.values() if not p.required},
+            keeps_shape=keeps_shape,
+            reference=reference,
+        )
+        _registry[name] = rule
+        return rule
+
+    return declare
+
+
+def _read_signature(
+    name: str, function: Callable[..., Tensor]
+) -> tuple[tuple[str, ...], dict[str, Parameter]]:
+    """Read what a rule needs from its signature; anything outside the vocabulary is refused."""
+    if not callable(function):
+        raise RuleError(f"rule {name!r} must be a function, got {function!r}. {_VOCABULARY}")
+    signature = inspect.signature(function)
+    try:
+        hints = typing.get_type_hints(function)
+    except (NameError, TypeError):  # names that only the author's scope knows: the defaults tell the types
+        hints = {}
+    inputs: list[str] = []
+    parameters: dict[str, Parameter] = {}
+    for position, (argument, spec) in enumerate(signature.parameters.items()):
+        if spec.kind is spec.KEYWORD_ONLY:
+            if argument in RESERVED:
+                raise RuleError(
+                    f"rule {name!r} calls a parameter {argument!r}, which is reserved. {_VOCABULARY}"
+                )
+            given = () if spec.default is spec.empty else (type(spec.default),)
+            annotation = hints.get(argument, given[0] if given else Any)
+            parameters[argument] = Parameter(argument, annotation, spec.default)
+        elif spec.kind is spec.POSITIONAL_OR_KEYWORD and spec.default is spec.empty:
+            if position == 0 and argument != "grad":
+                raise RuleError(f"the first argument of rule {name!r} is {argument!r}. {_VOCABULARY}")
+            if position > 0 and argument not in INPUTS:
+                raise RuleError(f"rule {name!r} asks for {argument!r}. {_VOCABULARY}")
+            if position > 0:
+                inputs.append(argument)
+        else:
+            raise RuleError(f"rule {name!r} has the argument `{spec}`. {_VOCABULARY}")
+    if not signature.parameters:
+        raise RuleError(f"rule {name!r} takes no argument. {_VOCABULARY}")
+    return tuple(inputs), parameters
+
+
+def get(rule: RuleLike) -> Rule:
+    """Return the rule of a name; a `Rule` is returned as it is.
+
+    Raises:
+        RuleError: No rule of that name is registered.
+    """
+    if isinstance(rule, Rule):
+        return rule
+    try:
+        return _registry[rule]  # type: ignore[index]
+    except (KeyError, TypeError):
+        remedy = "A rule of your own is known once the module that registers it has been imported."
+        raise RuleError(unknown("rule", rule, _registry, remedy)) from None
+
+
+def available() -> list[str]:
+    """The names of all registered rules."""
+    return list(_registry)
+
+
+def compose(*rules: RuleLike) -> Composition:
+    """Chain rules: ``compose(r1, r2)`` hands the gradient to ``r1`` first, and what it returns to ``r2``.
+
+    Every part keeps its own parameters. Compositions nest.
+
+    Raises:
+        RuleError: No rule is given, one is unknown, or two parts name different forwards.
+    """
+    parts = tuple(part for rule in rules for part in _parts(rule))
+    if not parts:
+        raise RuleError("compose() needs at least one rule")
+    if len({rule.forward for rule in parts} - {None}) > 1:
+        raise RuleError(f"the parts of a composition name different forwards: {list(parts)}")
+    return Composition(parts)
+
+
+def _parts(rule: RuleLike) -> Iterator[Rule]:
+    if isinstance(rule, Composition):
+        yield from rule.parts
+    else:
+        yield get(rule)

@@ -1,0 +1,24 @@
+"""Straight-through estimators: a rounding or a sign in the forward, (nearly) nothing in the backward."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from .rule import register
+
+__all__ = ["clipped_straight_through", "straight_through"]
+
+
+@register("straight_through", reference="Bengio et al. 2013, arXiv:1308.3432; Brevitas *_ste")
+def straight_through(grad: Tensor) -> Tensor:
+    """grad"""
+    return grad
+
+
+@register(
+    "clipped_straight_through",
+    reference="Hubara et al. 2016, arXiv:1602.02830; larq SteSign (XNOR-Net's bound is strict)",
+)
+def clipped_straight_through(grad: Tensor, x: Tensor, *, bound: float = 1.0) -> Tensor:
+    """grad·1[|x| ≤ bound], the bound inclusive"""
+    return grad * (x.abs() <= bound)

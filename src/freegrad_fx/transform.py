@@ -1,0 +1,97 @@
+"""`transform` and `explain`: the one-call conversion. Puts the stages in order and adds nothing of its own."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from .capture import capture
+from .captured import CapturedModule
+from .errors import FreegradWarning, PlanError
+from .plan import Plan, make_plan
+from .provenance import META
+from .rewrite import rewrite
+from .table import RulesLike, RuleTable
+
+__all__ = ["explain", "transform"]
+
+
+def transform(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> CapturedModule:
+    """Give the activations of a model a decoupled backward, and leave its forward as it is.
+
+    Formula: for every site y = f(x) that the rules select, ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
+
+    Args:
+        model: Any `nn.Module` whose forward can be traced. It is not changed.
+        rules: A rule name, a `Rule` or a composition: for every activation. Or a dict: its keys are op names
+            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``) and module classes, its values
+            rules, or None to keep the native backward. A class goes before an op, an op before a group.
+        strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
+            site that cannot be given its rule, code that was kept whole, and what the graph loses.
+
+    Returns:
+        A `torch.fx.GraphModule` with the parameters and buffers of `model` (the same tensors), its own modules, and
+        the same state_dict keys. `report` tells what was done.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`, is compiled or scripted already, or a rule's parameter has a wrong type.
+        RuleError: A rule is unknown or not fully bound.
+        PlanError: A key names no op or group; a rule cannot serve a site; under `strict`, see above.
+        CaptureError: The model cannot be traced; the message says where and why.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> gm = fg.transform(model, {"relu": fg.rules.rectangular(a=-1.0, b=1.0)})
+        >>> print(fg.report(gm).decisions[0].site.name)
+        1:relu[0]
+    """
+    table = RuleTable.of(rules)
+    captured = capture(model, table.types)
+    plan, sites = make_plan(captured, table)
+    _complain(plan, strict)
+    for variant, places in zip(captured.variants, sites, strict=True):
+        rewrite(plan, variant.graph, captured.root, places)
+        variant.graph.lint()
+    result = CapturedModule(captured.root, captured.variants, captured.class_name)
+    result.meta[META] = plan
+    return result
+
+
+def explain(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Plan:
+    """What `transform` would do, without doing it.
+
+    Args:
+        model: As for `transform`.
+        rules: As for `transform`.
+        strict: As for `transform`.
+
+    Returns:
+        The plan: for every site the decision and the reason. ``print`` it.
+
+    Raises:
+        TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
+    """
+    table = RuleTable.of(rules)
+    plan, _ = make_plan(capture(model, table.types), table)
+    _complain(plan, strict)
+    return plan
+
+
+def _complain(plan: Plan, strict: bool) -> None:
+    """Say what the caller asked for and does not get."""
+    ops = sorted({decision.site.op for decision in plan.decisions})
+    problems = [
+        f"the entry {entry.selector!r} matches nothing in {plan.model}; the ops it has are: "
+        f"{', '.join(ops) or 'none'}"
+        for entry in plan.unmatched
+    ]
+    problems += [f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")]
+    problems += [f"lost: {lost}" for lost in plan.lost]
+    if strict:
+        problems += [f"not looked into: {opaque}" for opaque in plan.opaque]
+        if problems:
+            raise PlanError("strict: " + "; ".join(problems))
+    for problem in problems:
+        warnings.warn(problem, FreegradWarning, stacklevel=3)
