@@ -136,6 +136,7 @@ def _tensor_overloads(packet: Any) -> Iterator[OpOverload[..., Any]]:
 
 _A, _S, _Q = "activations", "softmax", "quantizers"
 
+# Names that begin with an underscore are those that ATen's decompositions write.
 _TABLE = (
     _op("relu", nn.ReLU, group=_A),
     _op("relu6", nn.ReLU6, group=_A),

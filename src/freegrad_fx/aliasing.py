@@ -88,7 +88,22 @@ _FRESH_METHODS = frozenset(
 )
 _INPLACE_OPERATORS = frozenset(
     getattr(operator, f"i{name}")
-    for name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift concat".split()
+    for name in [
+        "add",
+        "sub",
+        "mul",
+        "truediv",
+        "floordiv",
+        "mod",
+        "pow",
+        "matmul",
+        "and",
+        "or",
+        "xor",
+        "lshift",
+        "rshift",
+        "concat",
+    ]
 ) | {operator.setitem}
 
 
@@ -128,9 +143,7 @@ class Aliasing:
             if other is not x and other < node
             for user in other.users
             if user is not node
-        ) or any(
-            other.op in ("placeholder", "get_attr") for other in self._members[self._find(x)]
-        )
+        ) or any(other.op in ("placeholder", "get_attr") for other in self._members[self._find(x)])
 
     def written_after(self, x: fx.Node, node: fx.Node) -> bool:
         """Whether something writes into memory that `x` may share, after `node`."""
@@ -179,12 +192,9 @@ def activated(node: fx.Node, key: int | str) -> Any:
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
-    if node.op == "call_method":
-        if node.target in _FRESH_METHODS:
-            return True
-    elif node.op == "call_function":
-        if node.target in _FRESH_FUNCTIONS:
-            return True
+    names = {"call_method": _FRESH_METHODS, "call_function": _FRESH_FUNCTIONS}
+    if node.target in names.get(node.op, frozenset()):
+        return True
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if module is not None and isinstance(module, _FRESH_MODULES):
         return True

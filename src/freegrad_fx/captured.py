@@ -9,10 +9,10 @@ from __future__ import annotations
 import ast
 import copy
 import importlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
@@ -76,12 +76,13 @@ class CapturedModule(fx.GraphModule):
         class_name: The name of the model's class.
     """
 
+    # For each graph its generated `forward`; of the one class that every instance has to itself.
+    _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
+
     def __init__(self, root: nn.Module, variants: Sequence[Variant], class_name: str) -> None:
         super().__init__(nn.Module(), fx.Graph(), class_name)
         own = {key: self.__dict__[key] for key in self.__dict__ if not hasattr(nn.Module(), key)}
-        self.__dict__.update(
-            {key: value for key, value in root.__dict__.items() if key not in own}
-        )
+        self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in own})
         self._variants = tuple(variants)
         self.recompile()
 
@@ -111,7 +112,8 @@ class CapturedModule(fx.GraphModule):
     @property
     def code(self) -> str:
         """The Python code of the graph that a call would run now."""
-        return self._codes[self._active()]
+        code: str = self._codes[self._active()]
+        return code
 
     def recompile(self) -> Any:
         """Generate `forward` anew from the graphs."""
@@ -217,6 +219,10 @@ class _Ref:
     name: str
 
 
+def _ref(node: fx.Node) -> Any:
+    return _Ref(node.name)
+
+
 @dataclass(frozen=True)
 class _Named:
     """A function, by the name it can be imported under."""
@@ -233,7 +239,7 @@ class _Dump:
 def _dump(graph: fx.Graph) -> _Dump:
     nodes = []
     for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), lambda n: _Ref(n.name))
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
         target = _name(node.target) if node.op == "call_function" else node.target
         nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
     return _Dump(nodes, graph._codegen)

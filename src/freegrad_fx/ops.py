@@ -37,11 +37,13 @@ def stop_gradient(x: Tensor) -> Tensor:
     Formula: forward x, backward 0.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(stop_gradient, (x,), x)  # type: ignore[no-any-return]
+        return handle_torch_function(stop_gradient, (x,), x)
     return x.detach()
 
 
-def decoupled(y: Tensor, x: Tensor, *, rule: str | Rule, site: str = "", **parameters: Any) -> Tensor:
+def decoupled(
+    y: Tensor, x: Tensor, *, rule: str | Rule, site: str = "", **parameters: Any
+) -> Tensor:
     """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
 
     Formula: forward y; backward ∂x = rule(∂out, x, y), ∂y = ∂out.
@@ -59,17 +61,12 @@ def decoupled(y: Tensor, x: Tensor, *, rule: str | Rule, site: str = "", **param
         RuleError: The rule is unknown, or, in the backward, returned what is no gradient for `x`.
     """
     if has_torch_function_variadic(y, x):
-        return handle_torch_function(  # type: ignore[no-any-return]
-            decoupled, (y, x), y, x, rule=rule, site=site, **parameters
-        )
+        return handle_torch_function(decoupled, (y, x), y, x, rule=rule, site=site, **parameters)
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
     if not torch.is_grad_enabled():
         return y
     found = get(rule)
-    if parameters:
-        parameters = {**found.bound, **parameters}
-    else:
-        parameters = dict(found.bound)
+    parameters = {**found.bound, **parameters}
     return _Decoupled.apply(y, x, found, site, tuple(parameters), *parameters.values())  # type: ignore[no-any-return, no-untyped-call]
 
 
@@ -165,7 +162,7 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
 def _import_function(key: str) -> type[torch.autograd.Function]:
     module, _, qualname = key.partition(":")
     try:
-        return reduce(getattr, qualname.split("."), importlib.import_module(module))  # type: ignore[arg-type, return-value]
+        return reduce(getattr, qualname.split("."), importlib.import_module(module))  # type: ignore[return-value]
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
             f"the model calls the autograd.Function {key!r}, which cannot be imported here ({error}). "

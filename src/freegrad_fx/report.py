@@ -87,9 +87,13 @@ def as_text(plan: Plan) -> str:
     """The plan as an aligned table."""
     rows = [_COLUMNS, *map(_row, plan.decisions)]
     widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = [
+        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join([_totals(plan), "", *(lines if plan.decisions else []), "", *_remarks(plan)]).rstrip()
+    return "\n".join(
+        [_totals(plan), "", *(lines if plan.decisions else []), "", *_remarks(plan)]
+    ).rstrip()
 
 
 def as_html(plan: Plan) -> str:

@@ -116,7 +116,9 @@ class _Surgery:
         kwargs = {"rule": rule.name, "site": self.place.site.name, **rule.bound}
         return self._node("call_function", decoupled, (y, x), kwargs)
 
-    def _node(self, op: str, target: object, args: tuple[fx.Node, ...], kwargs: object = None) -> fx.Node:
+    def _node(
+        self, op: str, target: object, args: tuple[fx.Node, ...], kwargs: object = None
+    ) -> fx.Node:
         node = self.graph.create_node(op, target, args, kwargs or {})  # type: ignore[arg-type]
         site = self.place.node
         for key in ("nn_module_stack", META):

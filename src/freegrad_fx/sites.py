@@ -195,5 +195,3 @@ def find_opaque(graph: fx.Graph, root: nn.Module) -> list[Opaque]:
                 what, reason = f"function {name}, kept whole", "it is wrapped for torch.fx"
                 found[Opaque(where.owner, what, reason, where.source)] = None
     return list(found)
-
-

@@ -87,7 +87,9 @@ def _complain(plan: Plan, strict: bool) -> None:
         f"{', '.join(ops) or 'none'}"
         for entry in plan.unmatched
     ]
-    problems += [f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")]
+    problems += [
+        f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
+    ]
     problems += [f"lost: {lost}" for lost in plan.lost]
     if strict:
         problems += [f"not looked into: {opaque}" for opaque in plan.opaque]

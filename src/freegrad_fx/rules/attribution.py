@@ -9,7 +9,10 @@ from .rule import register
 __all__ = ["guided"]
 
 
-@register("guided", reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop")
+@register(
+    "guided",
+    reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop",
+)
 def guided(grad: Tensor, x: Tensor) -> Tensor:
     """max(grad, 0)·1[x > 0]"""
     return grad.clamp(min=0) * (x > 0)

@@ -36,7 +36,9 @@ def d_linear(grad: Tensor) -> Tensor:
     return grad
 
 
-@register("rectangular", reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178")
+@register(
+    "rectangular", reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
+)
 def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
     return grad * ((x >= a) & (x <= b))
@@ -69,7 +71,8 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
 @register("clip_norm", reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063")
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
-    return grad * (max_norm / grad.norm().clamp_min(eps)).clamp(max=1)
+    factor: Tensor = max_norm / torch.linalg.vector_norm(grad).clamp_min(eps)
+    return grad * factor.clamp(max=1)
 
 
 @register("noise", reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807")
@@ -78,7 +81,10 @@ def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     return grad + sigma * torch.randn_like(grad)
 
 
-@register("centralize", reference="FreeGrad; Yong et al. 2020, arXiv:2004.01461 (there for weights, over dims 1…)")
+@register(
+    "centralize",
+    reference="FreeGrad; Yong et al. 2020, arXiv:2004.01461 (there for weights, over dims 1…)",
+)
 def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
     """grad − mean(grad, dim)"""
     return grad - grad.mean(dim=dim, keepdim=True)

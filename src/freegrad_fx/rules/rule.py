@@ -195,6 +195,7 @@ class Composition:
         return next((rule.forward for rule in self.parts if rule.forward is not None), None)
 
     def __call__(self, *args: Any, **values: Any) -> Composition:
+        """Refused: the parts have parameters, the composition has none."""
         raise TypeError(
             "a composition has no parameters of its own. Bind its parts: "
             "compose(get('clip_norm')(max_norm=1.0), get('noise')(sigma=0.01))."
@@ -270,7 +271,10 @@ def _read_signature(
     signature = inspect.signature(function)
     try:
         hints = typing.get_type_hints(function)
-    except (NameError, TypeError):  # names that only the author's scope knows: the defaults tell the types
+    except (
+        NameError,
+        TypeError,
+    ):  # names that only the author's scope knows: the defaults tell the types
         hints = {}
     inputs: list[str] = []
     parameters: dict[str, Parameter] = {}
@@ -285,7 +289,9 @@ def _read_signature(
             parameters[argument] = Parameter(argument, annotation, spec.default)
         elif spec.kind is spec.POSITIONAL_OR_KEYWORD and spec.default is spec.empty:
             if position == 0 and argument != "grad":
-                raise RuleError(f"the first argument of rule {name!r} is {argument!r}. {_VOCABULARY}")
+                raise RuleError(
+                    f"the first argument of rule {name!r} is {argument!r}. {_VOCABULARY}"
+                )
             if position > 0 and argument not in INPUTS:
                 raise RuleError(f"rule {name!r} asks for {argument!r}. {_VOCABULARY}")
             if position > 0:

@@ -24,7 +24,9 @@ def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     return grad / (1 + slope * x.abs()) ** 2
 
 
-@register("arctan", reference="Fang et al. 2021, arXiv:2007.05785; snnTorch atan, SpikingJelly ATan")
+@register(
+    "arctan", reference="Fang et al. 2021, arXiv:2007.05785; snnTorch atan, SpikingJelly ATan"
+)
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
     return grad * (alpha / 2) / (1 + (math.pi / 2 * alpha * x) ** 2)

@@ -1,8 +1,7 @@
-"""nn.Module → Graph: symbolic capture.
+"""Symbolic capture: the copy of a model is traced.
 
-The model is copied (modules new, tensors shared) and the copy is traced. A module's `training` flag is read by the
-graph at run time; where the model *branches* on one, a graph is made for each branch. What cannot be traced below the
-root is kept whole and listed. This file knows nothing of rules and sites.
+A module's `training` flag is read by the graph at run time; where the model *branches* on one, a graph is made for
+each branch. What cannot be traced below the root is kept whole and listed.
 """
 
 from __future__ import annotations
@@ -15,8 +14,7 @@ import linecache
 import math
 import operator
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,148 +22,24 @@ from torch import Tensor, fx, nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 
-from .captured import CapturedModule, Variant
-from .errors import CaptureError
-from .ops import apply_function, function_key
-from .provenance import META, Origin, caller, innermost
+from ..captured import Variant
+from ..errors import CaptureError
+from ..ops import apply_function, function_key
+from ..provenance import META, Origin, caller, innermost
+from .result import Capture, Opaque
 
-__all__ = ["Capture", "Opaque", "capture", "structural_copy"]
+__all__ = ["capture_variants"]
 
 MAX_VARIANTS = 16
 
 # Tracing patches nn.Module, and so is done by one thread at a time.
 _lock = threading.RLock()
 
-
-@dataclass(frozen=True)
-class Opaque:
-    """Code of the model that the capture kept whole or lost, and that no rule can reach.
-
-    Attributes:
-        path: The dotted path of the module.
-        what: What it is.
-        reason: Why it was not looked into.
-        source: ``file:line`` of the user's code; ``""`` where it is not known.
-    """
-
-    path: str
-    what: str
-    reason: str
-    source: str = ""
-
-    def __str__(self) -> str:
-        at = f" ({self.source})" if self.source else ""
-        return f"{self.path or 'the root'}: {self.what}: {self.reason}{at}"
-
-
-@dataclass(frozen=True)
-class Capture:
-    """A model as graphs.
-
-    Attributes:
-        root: The structural copy of the model that the graphs run on.
-        class_name: The name of the model's class.
-        variants: The graphs.
-        opaque: What was kept whole.
-        lost: What the graphs cannot do that the model did.
-    """
-
-    root: nn.Module
-    class_name: str
-    variants: tuple[Variant, ...]
-    opaque: tuple[Opaque, ...] = ()
-    lost: tuple[Opaque, ...] = ()
-
-
-def capture(model: nn.Module, leaf_types: Sequence[type[nn.Module]] = ()) -> Capture:
-    """Capture a model as graphs that mean what it means, in train and in eval mode.
-
-    Args:
-        model: The model. It is not changed.
-        leaf_types: Module classes to keep whole.
-
-    Raises:
-        TypeError: `model` is no `nn.Module`.
-        CaptureError: The model cannot be copied or traced; the message says where and why.
-    """
-    _check_model(model)
-    root = structural_copy(model)
-    if isinstance(root, CapturedModule):
-        return Capture(root, type(model).__name__, root.variants)
-    with _lock:
-        return _capture_variants(model, root, tuple(leaf_types))
-
-
-def _check_model(model: Any) -> None:
-    if not isinstance(model, nn.Module):
-        what = f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
-        raise TypeError(f"transform() takes an nn.Module instance, got {what}: {model!r:.80}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
-        raise TypeError(
-            "the model is already compiled: rules given to it now would not reach the compiled code. Transform "
-            "first, then compile: torch.compile(freegrad_fx.transform(compiled._orig_mod, rules))."
-        )
-    if isinstance(model, torch.jit.ScriptModule):
-        raise TypeError(
-            "the model is a TorchScript module, whose code cannot be traced. Transform the nn.Module it was made from."
-        )
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, nn.parameter.UninitializedTensorMixin):
-            raise CaptureError(
-                f"{name!r} is not initialised yet (a lazy module). Run the model once on an example input, "
-                f"then transform it."
-            )
-
-
-# -- the copy ---------------------------------------------------------------------------------------------------------
-
-
-def structural_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules, hooks and attributes, and share every tensor.
-
-    Raises:
-        CaptureError: An attribute cannot be copied.
-    """
-    shared: dict[int, Any] = {}
-    for module in model.modules():
-        if isinstance(module, torch.jit.ScriptModule):
-            shared[id(module)] = module
-        _collect_tensors(module.__dict__, shared)
-    try:
-        return copy.deepcopy(model, dict(shared))
-    except Exception as error:
-        # What refuses to be copied (locks, open files, generators) is shared with the original.
-        for module in model.modules():
-            for value in module.__dict__.values():
-                try:
-                    copy.deepcopy(value, dict(shared)) if not isinstance(value, dict) else None
-                except Exception:
-                    shared[id(value)] = value
-        try:
-            return copy.deepcopy(model, dict(shared))
-        except Exception:
-            raise CaptureError(
-                f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. transform() copies the "
-                f"modules (never the tensors), so copy.deepcopy(model) has to work."
-            ) from error
-
-
-def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
-    if isinstance(value, Tensor):
-        found[id(value)] = value
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect_tensors(item, found)
-    elif isinstance(value, list | tuple | set):
-        for item in value:
-            _collect_tensors(item, found)
-
-
 # -- the trace --------------------------------------------------------------------------------------------------------
 
 
 class _Proxy(Proxy):
-    """A proxy that records the in-place operators, which FX would turn into out-of-place ones, and Python's builtins."""
+    """A proxy that records in-place operators (FX makes them out of place) and Python's builtins."""
 
     def __abs__(self) -> Proxy:
         return self.tracer.create_proxy("call_method", "abs", (self,), {})
@@ -187,8 +61,10 @@ def _record_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
     return record
 
 
-for _name in "iadd isub imul itruediv ifloordiv imod ipow imatmul iand ior ixor ilshift irshift".split():
-    setattr(_Proxy, f"__{_name}__", _record_operator(_name))
+_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_INPLACE_BITS = ("and", "or", "xor", "lshift", "rshift")
+for _name in (*_INPLACE, *_INPLACE_BITS):
+    setattr(_Proxy, f"__i{_name}__", _record_operator(f"i{_name}"))
 
 
 class _TensorProxy(_Proxy):
@@ -220,10 +96,23 @@ class _TensorProxy(_Proxy):
 
 
 _FACTORIES = frozenset(
-    getattr(torch, name)
-    for name in (
-        "arange empty eye full linspace logspace normal ones rand randint randn randperm scalar_tensor tensor zeros"
-    ).split()
+    {
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.randperm,
+        torch.scalar_tensor,
+        torch.tensor,
+        torch.zeros,
+    }
 )
 
 
@@ -235,7 +124,11 @@ class _RecordFactories(TorchFunctionMode):
         self.tracer = tracer
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         if func in _FACTORIES:
             return self.tracer.create_proxy("call_function", func, args, kwargs or {})
@@ -306,7 +199,9 @@ class _Tracer(fx.Tracer):
             return super().call_module(m, forward, args, kwargs)
         if _has_hooks(m):
             reason = "its hooks would be run on the trace instead of on each call; register them on a leaf or the root"
-            self._note(self.lost, Opaque(path, f"hooks of the container {type(m).__name__}", reason))
+            self._note(
+                self.lost, Opaque(path, f"hooks of the container {type(m).__name__}", reason)
+            )
             forward = m.forward
         last = next(iter(reversed(self.graph.nodes)))
         stack, calls = copy.copy(self.module_stack), dict(self.num_calls)
@@ -428,12 +323,12 @@ def _patched_apply(tracer: _Tracer) -> Iterator[None]:
             )
         return unwrap(args)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[assignment, method-assign]
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
     torch._functorch.utils.unwrap_dead_wrappers = refuse_proxies
     try:
         yield
     finally:
-        torch.autograd.Function.apply = original
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
         torch._functorch.utils.unwrap_dead_wrappers = unwrap
 
 
@@ -452,10 +347,10 @@ def _any_proxy(*values: Any) -> bool:
 # -- variants ---------------------------------------------------------------------------------------------------------
 
 
-def _capture_variants(
+def capture_variants(
     model: nn.Module, root: nn.Module, leaf_types: tuple[type[nn.Module], ...]
 ) -> Capture:
-    """Trace once for every combination of the flags that the model branches on."""
+    """Trace `root`, the copy of `model`, once for every combination of the flags that the model branches on."""
     specialised = {
         name: parameter.default
         for name, parameter in inspect.signature(type(root).forward).parameters.items()
@@ -497,8 +392,8 @@ def _trace(tracer: _Tracer, root: nn.Module, specialised: dict[str, Any]) -> fx.
         raise CaptureError(
             f"{type(root).__name__} cannot be traced: {_explain(error)}\n"
             f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
-            f"The forward of the model itself depends on the values or shapes of its inputs there. Move that part "
-            f"into a submodule: it is then kept whole, and the rest is rewritten."
+            "The forward of the model itself depends on the values or shapes of its inputs there. Move that part "
+            "into a submodule: it is then kept whole, and the rest is rewritten."
         ) from error
 
 
@@ -512,4 +407,6 @@ def _forget_proxies(model: nn.Module, root: nn.Module) -> Iterator[Opaque]:
                 traced.__dict__[name] = original.__dict__[name]
             else:
                 del traced.__dict__[name]
-            yield Opaque(path, f"attribute {name!r}", "assigned in forward; the graph does not assign it")
+            yield Opaque(
+                path, f"attribute {name!r}", "assigned in forward; the graph does not assign it"
+            )

@@ -1,0 +1,36 @@
+"""nn.Module → Graph.
+
+`symbolic` traces; `copying` makes the copy that is traced; `result` is what comes out. Nothing here knows rules or
+sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from ..captured import CapturedModule
+from . import symbolic
+from .copying import check_model, structural_copy
+from .result import Capture, Opaque
+
+__all__ = ["Capture", "Opaque", "capture", "structural_copy"]
+
+
+def capture(model: nn.Module, leaf_types: Sequence[type[nn.Module]] = ()) -> Capture:
+    """Capture a model as graphs that mean what it means, in train and in eval mode.
+
+    Args:
+        model: The model. It is not changed.
+        leaf_types: Module classes to keep whole.
+
+    Raises:
+        TypeError: `model` is no `nn.Module`.
+        CaptureError: The model cannot be copied or traced; the message says where and why.
+    """
+    check_model(model)
+    root = structural_copy(model)
+    if isinstance(root, CapturedModule):
+        return Capture(root, type(model).__name__, root.variants)
+    return symbolic.capture_variants(model, root, tuple(leaf_types))
