@@ -181,7 +181,7 @@ _TABLE = (
     _op("clamp", also="clip", needs_more=True),
     _op("clamp_min", needs_more=True),
     _op("clamp_max", needs_more=True),
-    _op("abs", also="absolute __abs__", functions=(torch.abs, operator.abs, abs)),
+    _op("abs", also="absolute", functions=(torch.abs, operator.abs)),
     _op("identity", nn.Identity, also="positive"),
 )  # fmt: skip
 
