@@ -24,6 +24,10 @@ default_role = "code"
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+autodoc_type_aliases = {
+    "RuleLike": "freegrad_fx.rules.RuleLike",
+    "RulesLike": "freegrad_fx.table.RulesLike",
+}
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False
 napoleon_use_ivar = True
@@ -34,7 +38,7 @@ python_maximum_signature_line_length = 88
 # inventories of other sites are not fetched: the documentation builds without a network.
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|Tensor|Module|GraphModule|nn|fx)(\..*)?"),
-    ("py:.*", r"(collections|typing|types|os|pathlib)\..*"),
+    ("py:.*", r"(collections|inspect|typing|types|os|pathlib)\..*"),
     ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
 ]
 

@@ -4,26 +4,38 @@ A page names a directive, and what it shows is read from the package while the p
 cannot differ from the code. Nothing here knows a rule or an activation by name.
 """
 
+import builtins
 import importlib
 import inspect
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+import torch
 from docutils import nodes
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.ext.napoleon import GoogleDocstring
+from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
+import freegrad_fx
 from freegrad_fx import activations, rules
+
+_log = logging.getLogger(__name__)
 
 # What a rule's reference can cite, and where that is to be read.
 _CITATION = re.compile(r"(doi:10\.[^\s,;)]+|arXiv:\d{4}\.\d{4,5})")
 _SITES = {"doi": "https://doi.org/", "arXiv": "https://arxiv.org/abs/"}
 
-# How torch's modules are called in everyone's code.
-_SHORT = {"torch.nn.functional": "F", "torch._C._nn": "F", "torch._C._special": "torch.special"}
+# Where everyone's code finds functions, and how it calls these places.
+_PLACES = {
+    "F.": torch.nn.functional,
+    "torch.": torch,
+    "torch.special.": torch.special,
+    "": builtins,
+}
 
 
 def code(*names: str) -> nodes.paragraph:
@@ -144,15 +156,20 @@ class ActivationsTable(SphinxDirective):
             code(*sorted(op.groups)),
             nodes.paragraph(text="yes" if op.elementwise else "no"),
             code(*(module.__name__ for module in op.modules)),
-            code(*sorted({spelling(function) for function in op.functions})),
-            code(*op.methods),
+            code(*public_names((*op.functions, *op.inplace_functions))),
+            code(*(method for method in op.methods if not method.startswith("_"))),
         ]
 
 
-def spelling(function: Callable[..., Any]) -> str:
-    """How a function is called in everyone's code: ``F.relu``, ``torch.relu``."""
-    module = getattr(function, "__module__", None) or "torch"
-    return f"{_SHORT.get(module, module)}.{function.__name__}"
+def public_names(functions: Iterable[Callable[..., Any]]) -> list[str]:
+    """The names under which everyone's code can call these functions: ``F.relu``, ``torch.relu``."""
+    wanted = {id(function) for function in functions}
+    return [
+        prefix + name
+        for prefix, place in _PLACES.items()
+        for name in sorted(vars(place))
+        if id(vars(place)[name]) in wanted and not name.startswith("_")
+    ]
 
 
 def read_whole_property(
@@ -163,10 +180,23 @@ def read_whole_property(
         lines[:] = GoogleDocstring(inspect.cleandoc(obj.__doc__), app.config, what="method").lines()
 
 
+def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
+    """Warn about a public name of the package that no page describes."""
+    described = env.domains["py"].objects
+    for name in freegrad_fx.__all__:
+        if f"freegrad_fx.{name}" not in described and not inspect.ismodule(
+            getattr(freegrad_fx, name)
+        ):
+            _log.warning(
+                "freegrad_fx.%s is public, and no page describes it: add it to api.md", name
+            )
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the directives."""
     app.add_directive("rules-table", RulesTable)
     app.add_directive("rules-reference", RulesReference)
     app.add_directive("activations-table", ActivationsTable)
     app.connect("autodoc-process-docstring", read_whole_property, priority=600)  # after napoleon's
+    app.connect("env-check-consistency", check_public_names)
     return {"parallel_read_safe": True}
