@@ -71,8 +71,10 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
 @register("clip_norm", reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063")
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
-    factor: Tensor = max_norm / torch.linalg.vector_norm(grad).clamp_min(eps)
-    return grad * factor.clamp(max=1)
+    # in float32 at least: float16 cannot hold the norm of a large tensor, and the gradient would become zero
+    norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
+    factor: Tensor = max_norm / norm.clamp_min(eps)
+    return grad * factor.clamp(max=1).to(grad.dtype)
 
 
 @register("noise", reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807")

@@ -46,12 +46,15 @@ class Parameter:
         accepted = _accepted_types(self.annotation)
         if accepted is None or type(value) in accepted:
             return value
-        # numpy's scalars and ints where a float is wanted: what is stored is a plain Python number
+        # Python takes a bool for an int, and would so hide a mistake
         if not isinstance(value, bool):
+            # numpy's scalars and ints where a float is wanted: what is stored is a plain Python number
             if int in accepted and isinstance(value, numbers.Integral):
                 return int(value)
             if float in accepted and isinstance(value, numbers.Real):
                 return float(value)
+            if isinstance(value, accepted):
+                return value
         wanted = " or ".join(t.__name__ for t in accepted)
         raise TypeError(
             f"parameter {self.name!r} of rule {rule!r} must be {wanted}, got {value!r} of type {type(value).__name__}"
@@ -66,7 +69,8 @@ def _accepted_types(annotation: Any) -> tuple[type, ...] | None:
         else (annotation,)
     )
     parts = tuple(typing.get_origin(part) or part for part in parts)
-    return parts if all(isinstance(part, type) for part in parts) else None
+    plain = all(isinstance(part, type) and part not in (Any, object) for part in parts)
+    return parts if plain else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,7 +117,7 @@ class Rule:
         """The rule alone: a rule is a composition of one."""
         return (self,)
 
-    def __call__(self, *args: Any, forward: str | None = None, **values: Any) -> Rule:
+    def __call__(self, /, *args: Any, forward: str | None = None, **values: Any) -> Rule:
         """Return the rule with other values for some of its parameters.
 
         Args:
@@ -136,7 +140,11 @@ class Rule:
             if name not in self.parameters:
                 raise RuleError(unknown(f"parameter of rule {self.name!r}:", name, self.parameters))
             bound[name] = self.parameters[name].check(self.name, value)
-        return replace(self, bound=bound, forward=self.forward if forward is None else forward)
+        return replace(
+            self,
+            bound=types.MappingProxyType(bound),
+            forward=self.forward if forward is None else forward,
+        )
 
     def backward(self, grad: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Compute the gradient that the rule hands on: the formula, and nothing else."""
@@ -252,7 +260,9 @@ def register(
             function=function,
             inputs=inputs,
             parameters=types.MappingProxyType(parameters),
-            bound={p.name: p.default for p in parameters.values() if not p.required},
+            bound=types.MappingProxyType(
+                {p.name: p.default for p in parameters.values() if not p.required}
+            ),
             keeps_shape=keeps_shape,
             reference=reference,
         )
@@ -268,7 +278,12 @@ def _read_signature(
     """Read what a rule needs from its signature; anything outside the vocabulary is refused."""
     if not callable(function):
         raise RuleError(f"rule {name!r} must be a function, got {function!r}. {_VOCABULARY}")
-    signature = inspect.signature(function)
+    try:
+        signature = inspect.signature(function)
+    except ValueError:  # a builtin, whose signature Python cannot read
+        raise RuleError(
+            f"rule {name!r} is {function!r}, which has no signature to read. {_VOCABULARY}"
+        ) from None
     try:
         hints = typing.get_type_hints(function)
     except (
@@ -298,8 +313,8 @@ def _read_signature(
                 inputs.append(argument)
         else:
             raise RuleError(f"rule {name!r} has the argument `{spec}`. {_VOCABULARY}")
-    if not signature.parameters:
-        raise RuleError(f"rule {name!r} takes no argument. {_VOCABULARY}")
+    if "grad" not in signature.parameters:
+        raise RuleError(f"rule {name!r} takes no `grad`. {_VOCABULARY}")
     return tuple(inputs), parameters
 
 

@@ -21,7 +21,8 @@ __all__ = ["arctan", "fast_sigmoid"]
 )
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     """grad / (1 + slope·|x|)²"""
-    return grad / (1 + slope * x.abs()) ** 2
+    root = 1 + slope * x.abs()
+    return grad / root / root  # its square would overflow in float16 for |x| > 10
 
 
 @register(
