@@ -115,6 +115,11 @@ class CapturedModule(fx.GraphModule):
         code: str = self._codes[self._active()]
         return code
 
+    @property
+    def itself(self) -> CapturedModule:
+        """The module: graphs that assign an attribute of the root name it so."""
+        return self
+
     def recompile(self) -> Any:
         """Generate `forward` anew from the graphs."""
         if "_variants" not in self.__dict__:
@@ -128,10 +133,11 @@ class CapturedModule(fx.GraphModule):
             forwards.append(type(self).forward)
             codes.append(self._code)
         self._codes = tuple(codes)
-        if len(forwards) > 1:
+        guard = any(_sets_grad_mode(variant.graph) for variant in self._variants)
+        if len(forwards) > 1 or guard:
             assert result is not None
             type(self)._forwards = tuple(forwards)
-            type(self).forward = _dispatcher(result.src, result.globals)
+            type(self).forward = _dispatcher(result.src, result.globals, guard)
         return result
 
     def _active(self) -> int:
@@ -190,18 +196,28 @@ def _load_module(
     return new
 
 
-def _dispatcher(src: str, names: dict[str, Any]) -> Any:
-    """A `forward` with the signature of the generated ones, that runs the one that fits the training flags."""
+def _sets_grad_mode(graph: fx.Graph) -> bool:
+    return any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+
+
+def _dispatcher(src: str, names: dict[str, Any], guard: bool) -> Any:
+    """A `forward` with the signature of the generated ones, that runs the one that fits the training flags.
+
+    Args:
+        src: The source of one of them.
+        names: What that source refers to.
+        guard: Restore the grad mode even if the graph raises between two changes of it.
+    """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
     arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
     arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
     arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
     arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
-    body = (
-        f"def forward({ast.unparse(signature)}):\n"
-        f"    return type(self)._forwards[self._active()]({', '.join(arguments)})\n"
-    )
-    return _forward_from_src(body, names, {})
+    call = f"return type(self)._forwards[self._active()]({', '.join(arguments)})"
+    if guard:
+        call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
+    body = f"def forward({ast.unparse(signature)}):\n    {call}\n"
+    return _forward_from_src(body, {**names, "torch": torch}, {})
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:

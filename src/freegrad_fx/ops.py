@@ -25,10 +25,10 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from .errors import RuleError
+from .errors import CaptureError, RuleError
 from .rules.rule import Rule, get
 
-__all__ = ["apply_function", "decoupled", "function_key", "stop_gradient"]
+__all__ = ["apply_function", "decoupled", "function_key", "require_specialised", "stop_gradient"]
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -168,3 +168,21 @@ def _import_function(key: str) -> type[torch.autograd.Function]:
             f"the model calls the autograd.Function {key!r}, which cannot be imported here ({error}). "
             f"Define it at the top level of a module, so that a saved model finds it."
         ) from error
+
+
+def require_specialised(value: Any, captured: Any, name: str) -> None:
+    """Raise `CaptureError` unless an argument has the value that the graph was captured for.
+
+    Args:
+        value: The argument of this call.
+        captured: The value at the time of the capture; ``...`` stands for one that no graph can hold.
+        name: The argument's name.
+    """
+    if has_torch_function((value,)):
+        handle_torch_function(require_specialised, (value,), value, captured, name)
+    elif not (value is captured or (type(value) is type(captured) and value == captured)):
+        raise CaptureError(
+            f"the graph was captured for {name}={captured!r} and is called with another value. Transform the model "
+            f"for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); for an argument that "
+            f"is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+        )

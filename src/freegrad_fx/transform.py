@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
@@ -17,7 +19,14 @@ from .table import RulesLike, RuleTable
 __all__ = ["explain", "transform"]
 
 
-def transform(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> CapturedModule:
+def transform(
+    model: nn.Module,
+    rules: RulesLike,
+    *,
+    strict: bool = False,
+    concrete_args: Mapping[str, Any] | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+) -> CapturedModule:
     """Give the activations of a model a decoupled backward, and leave its forward as it is.
 
     Formula: for every site y = f(x) that the rules select, ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
@@ -29,6 +38,9 @@ def transform(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Ca
             rules, or None to keep the native backward. A class goes before an op, an op before a group.
         strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
             site that cannot be given its rule, code that was kept whole, and what the graph loses.
+        concrete_args: Values of arguments of the forward that the graph is made for. An argument with a default is
+            made a constant unless it stands here with the value `torch.fx.PH`; a call with another value raises.
+        leaf_modules: Module classes to keep whole: what is computed in them keeps its backward.
 
     Returns:
         A `torch.fx.GraphModule` with the parameters and buffers of `model` (the same tensors), its own modules, and
@@ -48,7 +60,7 @@ def transform(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Ca
         1:relu[0]
     """
     table = RuleTable.of(rules)
-    captured = capture(model, table.types)
+    captured = capture(model, (*table.types, *leaf_modules), concrete_args)
     plan, sites = make_plan(captured, table)
     _complain(plan, strict)
     for variant, places in zip(captured.variants, sites, strict=True):
@@ -59,13 +71,22 @@ def transform(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Ca
     return result
 
 
-def explain(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Plan:
+def explain(
+    model: nn.Module,
+    rules: RulesLike,
+    *,
+    strict: bool = False,
+    concrete_args: Mapping[str, Any] | None = None,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+) -> Plan:
     """What `transform` would do, without doing it.
 
     Args:
         model: As for `transform`.
         rules: As for `transform`.
-        strict: As for `transform`.
+        strict: As for `transform`; likewise `concrete_args` and `leaf_modules`.
+        concrete_args: See `transform`.
+        leaf_modules: See `transform`.
 
     Returns:
         The plan: for every site the decision and the reason. ``print`` it.
@@ -74,7 +95,8 @@ def explain(model: nn.Module, rules: RulesLike, *, strict: bool = False) -> Plan
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
     table = RuleTable.of(rules)
-    plan, _ = make_plan(capture(model, table.types), table)
+    captured = capture(model, (*table.types, *leaf_modules), concrete_args)
+    plan, _ = make_plan(captured, table)
     _complain(plan, strict)
     return plan
 

@@ -6,24 +6,30 @@ sites.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 
 from ..captured import CapturedModule
-from . import symbolic
 from .copying import check_model, structural_copy
 from .result import Capture, Opaque
+from .symbolic import capture_symbolically
 
 __all__ = ["Capture", "Opaque", "capture", "structural_copy"]
 
 
-def capture(model: nn.Module, leaf_types: Sequence[type[nn.Module]] = ()) -> Capture:
+def capture(
+    model: nn.Module,
+    leaf_types: Sequence[type[nn.Module]] = (),
+    concrete_args: Mapping[str, Any] | None = None,
+) -> Capture:
     """Capture a model as graphs that mean what it means, in train and in eval mode.
 
     Args:
         model: The model. It is not changed.
         leaf_types: Module classes to keep whole.
+        concrete_args: Values for which arguments of the forward are specialised; `torch.fx.PH` keeps one open.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -33,4 +39,4 @@ def capture(model: nn.Module, leaf_types: Sequence[type[nn.Module]] = ()) -> Cap
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
         return Capture(root, type(model).__name__, root.variants)
-    return symbolic.capture_variants(model, root, tuple(leaf_types))
+    return capture_symbolically(model, root, tuple(leaf_types), concrete_args or {})

@@ -6,163 +6,87 @@ each branch. What cannot be traced below the root is kept whole and listed.
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import functools
 import inspect
 import linecache
 import math
-import operator
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx._symbolic_trace import PH
 from torch.fx.proxy import Proxy
-from torch.overrides import TorchFunctionMode
 
+from ..activations import recognise
 from ..captured import Variant
-from ..errors import CaptureError
-from ..ops import apply_function, function_key
+from ..errors import CaptureError, unknown
+from ..ops import require_specialised
 from ..provenance import META, Origin, caller, innermost
+from .patches import RandomState, patched
+from .proxies import RecordingProxy, TensorProxy, any_proxy
 from .result import Capture, Opaque
 
-__all__ = ["capture_variants"]
+__all__ = ["capture_symbolically"]
 
 MAX_VARIANTS = 16
 
 # Tracing patches nn.Module, and so is done by one thread at a time.
 _lock = threading.RLock()
 
-# -- the trace --------------------------------------------------------------------------------------------------------
-
-
-class _Proxy(Proxy):
-    """A proxy that records in-place operators (FX makes them out of place) and Python's builtins."""
-
-    def __abs__(self) -> Proxy:
-        return self.tracer.create_proxy("call_method", "abs", (self,), {})
-
-    def __round__(self, ndigits: int | None = None) -> Proxy:
-        kwargs = {} if ndigits is None else {"decimals": ndigits}
-        return self.tracer.create_proxy("call_method", "round", (self,), kwargs)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-
-def _record_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
-    target = getattr(operator, name)
-
-    def record(self: Proxy, other: Any) -> Proxy:
-        return self.tracer.create_proxy("call_function", target, (self, other), {})
-
-    return record
-
-
-_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
-_INPLACE_BITS = ("and", "or", "xor", "lshift", "rshift")
-for _name in (*_INPLACE, *_INPLACE_BITS):
-    setattr(_Proxy, f"__i{_name}__", _record_operator(f"i{_name}"))
-
-
-class _TensorProxy(_Proxy):
-    """A parameter or buffer: its shape is a fact, not a proxy."""
-
-    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
-        super().__init__(node, tracer)
-        self.tensor = tensor
-
-    @property
-    def shape(self) -> torch.Size:
-        return self.tensor.shape
-
-    @property
-    def ndim(self) -> int:
-        return self.tensor.ndim
-
-    def size(self, dim: int | None = None) -> torch.Size | int:
-        return self.tensor.size() if dim is None else self.tensor.size(dim)
-
-    def dim(self) -> int:
-        return self.tensor.dim()
-
-    def numel(self) -> int:
-        return self.tensor.numel()
-
-    def __len__(self) -> int:
-        return len(self.tensor)
-
-
-_FACTORIES = frozenset(
-    {
-        torch.arange,
-        torch.empty,
-        torch.eye,
-        torch.full,
-        torch.linspace,
-        torch.logspace,
-        torch.normal,
-        torch.ones,
-        torch.rand,
-        torch.randint,
-        torch.randn,
-        torch.randperm,
-        torch.scalar_tensor,
-        torch.tensor,
-        torch.zeros,
-    }
-)
-
-
-class _RecordFactories(TorchFunctionMode):
-    """Records functions that make a tensor from nothing, which tracing would run once and bake as a constant."""
-
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        if func in _FACTORIES:
-            return self.tracer.create_proxy("call_function", func, args, kwargs or {})
-        return func(*args, **(kwargs or {}))
+_ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 class _Tracer(fx.Tracer):
-    """Traces one variant of a model: one set of values for the `training` flags it branches on."""
+    """Traces one variant of a model: one set of values for the `training` flags it branches on.
 
-    def __init__(self, leaf_types: tuple[type[nn.Module], ...], assumed: dict[str, bool]) -> None:
+    Args:
+        leaf_types: Module classes to keep whole.
+        assumed: Values for `training` flags; True for others.
+        specialised: Arguments of the forward that are constants.
+        watch_random: Keep whole what draws random numbers outside of the graph.
+        watched: Attributes that the forward assigns, and must not read before, by module path and name.
+    """
+
+    def __init__(
+        self,
+        leaf_types: tuple[type[nn.Module], ...],
+        assumed: dict[str, bool],
+        specialised: Mapping[str, Any],
+        watch_random: bool = False,
+        watched: frozenset[tuple[str, str]] = frozenset(),
+    ) -> None:
         # `math.floor(x)` and its kin are calls to be recorded, as `math.sqrt` is by default
         super().__init__(autowrap_modules=(math,))
         self.leaf_types = leaf_types
         self.assumed = assumed
+        self.specialised = specialised
+        self.watch_random = watch_random
+        self.watched = watched
         self.flags: dict[str, bool] = {}
+        self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
         self.lost: list[Opaque] = []
         self._attributes: dict[str, Proxy] = {}
         self._tensor_names: dict[int, str] = {}
 
-    # what FX asks
+    # -- what FX asks
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         self._tensor_names = {id(t): name for name, t in root.named_buffers()}
         self._tensor_names.update({id(t): name for name, t in root.named_parameters()})
-        with _patched_training(self), _patched_apply(self), _RecordFactories(self):
+        with patched(self):
             graph = super().trace(root, concrete_args)
         for proxy in self._attributes.values():
-            if not proxy.node._erased and not proxy.node.users:
-                graph.erase_node(proxy.node)
+            node = proxy.node
+            if node.op == "get_attr" and not node._erased and not node.users:
+                graph.erase_node(node)
         return graph
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Proxy(node, self)
+        return RecordingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)) or super().is_leaf_module(
@@ -170,6 +94,8 @@ class _Tracer(fx.Tracer):
         )
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
+        if kind == "output":
+            self._record_assignments()
         node = super().create_node(kind, *args, **kwargs)
         if kind not in ("placeholder", "output"):
             node.meta[META] = Origin(self._owner(), caller())
@@ -179,13 +105,28 @@ class _Tracer(fx.Tracer):
         name = self._tensor_names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
         if name is None:
             return attr_val
-        return self._attribute(name, lambda node: _TensorProxy(node, self, attr_val))
+        return self._attribute(name, lambda node: TensorProxy(node, self, attr_val))
 
     def to_bool(self, obj: Proxy) -> bool:
-        path = self._flag_path(obj.node)
+        path = _flag_path(obj.node)
         if path is None:
             return super().to_bool(obj)
         return self.flags.setdefault(path, self.assumed.get(path, True))
+
+    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
+        plain = name.lstrip("*")
+        if plain not in self.specialised:
+            return super()._proxy_placeholder(name, None, sig, fn)
+        value = self.specialised[plain]
+        default = () if name.startswith("*") else (_as_argument(self, value),)
+        proxy = self.create_proxy("placeholder", name, default, {})
+        expected = default[0] if default else value
+        self.create_proxy("call_function", require_specialised, (proxy, expected, plain), {})
+        return _Constant(value)
+
+    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+        function, values = super().create_args_for_root(*args, **kwargs)
+        return function, [v.value if isinstance(v, _Constant) else v for v in values]
 
     def call_module(
         self,
@@ -198,28 +139,56 @@ class _Tracer(fx.Tracer):
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         if _has_hooks(m):
-            reason = "its hooks would be run on the trace instead of on each call; register them on a leaf or the root"
-            self._note(
-                self.lost, Opaque(path, f"hooks of the container {type(m).__name__}", reason)
-            )
+            reason = "they would be run on the trace instead of on each call; register them on a leaf or on the root"
+            _note(self.lost, Opaque(path, f"the hooks of the container {type(m).__name__}", reason))
             forward = m.forward
-        last = next(iter(reversed(self.graph.nodes)))
-        stack, calls = copy.copy(self.module_stack), dict(self.num_calls)
+        before = _State(self)
+        random = RandomState() if self.watch_random else None
         try:
-            return super().call_module(m, forward, args, kwargs)
+            result = super().call_module(m, forward, args, kwargs)
+            if random is not None and random.drawn_from():
+                random.restore()
+                raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
         except CaptureError:
             raise
         except Exception as error:
-            # Keep this module whole: undo what was traced of it, and call it.
-            self.module_stack, self.num_calls = stack, calls
-            while (node := next(iter(reversed(self.graph.nodes)))) is not last:
-                self.graph.erase_node(node)
+            before.restore()
             where = innermost(error.__traceback__)
-            reason = f"cannot be traced: {_explain(error)}"
-            self._note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", reason, where))
+            reason = self._explain(error)
+            _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", reason, where))
             return self._call_whole(m, path, args, kwargs)
+        if set(self.flags) - before.flags.keys() and not self._has_sites(
+            before, m, forward, args, kwargs
+        ):
+            # A module that branches on its mode, and in which no backward could be replaced (stochastic depth, noise):
+            # called whole, it needs no graph for each of its branches.
+            before.restore()
+            return self._call_whole(m, path, args, kwargs)
+        return result
 
-    # our own
+    # -- what the patches ask
+
+    def training_flag(self, module: nn.Module) -> Any:
+        paths = getattr(self, "submodule_paths", None)
+        if paths is None or module not in paths:
+            return None
+        path = paths[module]
+        return self._attribute(f"{path}.training" if path else "training", self.proxy)
+
+    def assign(self, module: nn.Module, name: str, value: Any) -> bool:
+        paths = getattr(self, "submodule_paths", None)
+        if paths is None or module not in paths:
+            return False
+        path = paths[module]
+        if name in module._parameters or name in module._modules:
+            return False
+        self.assigned[path, name] = value
+        if name not in module._buffers:
+            return False  # carried out on the copy too, so that the rest of the forward reads it
+        self._attributes[f"{path}.{name}" if path else name] = value
+        return True
+
+    # -- our own
 
     def _call_whole(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
         self.module_stack[path] = (path, type(m))
@@ -228,9 +197,41 @@ class _Tracer(fx.Tracer):
         finally:
             self.module_stack.popitem(last=True)
 
-    def _note(self, notes: list[Opaque], note: Opaque) -> None:
-        if note not in notes:
-            notes.append(note)
+    def _has_sites(
+        self, before: _State, m: nn.Module, forward: Any, args: Any, kwargs: Any
+    ) -> bool:
+        """Whether a backward could be replaced in the module just traced, on either side of its branches."""
+        if self._sites_since(before):
+            return True
+        after = _State(self)
+        new = {path: value for path, value in self.flags.items() if path not in before.flags}
+        assumed = self.assumed
+        try:
+            for path in new:
+                self.flags = dict(before.flags)
+                self.assumed = {**assumed, path: not new[path]}
+                super().call_module(m, forward, args, kwargs)
+                if self._sites_since(after):
+                    return True
+        except Exception:
+            return True
+        finally:
+            self.assumed = assumed
+            after.restore()
+            self.flags = {**before.flags, **new}
+        return False
+
+    def _sites_since(self, before: _State) -> bool:
+        for node in before.new_nodes():
+            module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
+            if recognise(node, module) is not None or isinstance(module, self.leaf_types):
+                return True
+        return False
+
+    def _record_assignments(self) -> None:
+        for (path, name), value in self.assigned.items():
+            owner = self.create_proxy("get_attr", path or "itself", (), {})
+            self.create_proxy("call_function", setattr, (owner, name, value), {})
 
     def _owner(self) -> str:
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
@@ -242,19 +243,48 @@ class _Tracer(fx.Tracer):
             self._attributes[name] = proxy
         return proxy
 
-    def training_flag(self, module: nn.Module) -> Any:
-        """The proxy of a module's flag while it is traced; None where the flag is read by something else."""
-        paths = getattr(self, "submodule_paths", None)
-        if paths is None or module not in paths:
-            return None
-        path = paths[module]
-        return self._attribute(f"{path}.training" if path else "training", self.proxy)
+    def _explain(self, error: BaseException) -> str:
+        if isinstance(error, AttributeError) and any(n == error.name for _, n in self.watched):
+            return f"it keeps state in the attribute {error.name!r} from call to call; make that a buffer"
+        first = str(error).strip().partition("\n")[0]
+        return f"{type(error).__name__}: {first[:200]}"
 
-    def _flag_path(self, node: fx.Node) -> str | None:
-        if node.op != "get_attr" or not isinstance(node.target, str):
-            return None
-        path, _, name = node.target.rpartition(".")
-        return path if name == "training" else None
+
+@dataclass(frozen=True)
+class _Constant:
+    """A constant argument on its way through FX, which would take a dict or tuple apart."""
+
+    value: Any
+
+
+class _State:
+    """What a trace has recorded so far; it can be gone back to."""
+
+    def __init__(self, tracer: _Tracer) -> None:
+        self.tracer = tracer
+        self.last = next(iter(reversed(tracer.graph.nodes)), None)
+        self.module_stack = copy.copy(tracer.module_stack)
+        self.num_calls = dict(tracer.num_calls)
+        self.flags = dict(tracer.flags)
+        self.assigned = dict(tracer.assigned)
+        self.notes = (list(tracer.opaque), list(tracer.lost))
+
+    def new_nodes(self) -> Iterator[fx.Node]:
+        """The nodes recorded since, the last first."""
+        for node in reversed(self.tracer.graph.nodes):
+            if node is self.last:
+                return
+            yield node
+
+    def restore(self) -> None:
+        """Forget what was recorded since."""
+        for node in list(self.new_nodes()):
+            self.tracer.graph.erase_node(node)
+        self.tracer.module_stack = copy.copy(self.module_stack)
+        self.tracer.num_calls = dict(self.num_calls)
+        self.tracer.flags = dict(self.flags)
+        self.tracer.assigned = dict(self.assigned)
+        self.tracer.opaque, self.tracer.lost = map(list, self.notes)
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -266,123 +296,121 @@ def _has_hooks(module: nn.Module) -> bool:
     )
 
 
-def _explain(error: BaseException) -> str:
-    first = str(error).strip().partition("\n")[0]
-    return f"{type(error).__name__}: {first[:200]}"
+def _note(notes: list[Opaque], note: Opaque) -> None:
+    if note not in notes:
+        notes.append(note)
 
 
-@contextlib.contextmanager
-def _patched_training(tracer: _Tracer) -> Iterator[None]:
-    """While a model is traced, reading `module.training` gives a proxy of the flag.
+def _flag_path(node: fx.Node) -> str | None:
+    if node.op != "get_attr" or not isinstance(node.target, str):
+        return None
+    path, _, name = node.target.rpartition(".")
+    return path if name == "training" else None
 
-    The flag is an entry of the instance's ``__dict__``; a property on the class goes before it. Other threads, and
-    code that FX runs for itself, read what they always read.
-    """
-    thread = threading.get_ident()
 
-    def read(module: nn.Module) -> Any:
-        if threading.get_ident() == thread and (flag := tracer.training_flag(module)) is not None:
-            return flag
-        try:
-            return module.__dict__["training"]
-        except KeyError:
-            raise AttributeError("training") from None
-
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
+def _as_argument(tracer: fx.Tracer, value: Any) -> Any:
+    """A value as a graph can hold it; ``...`` for one that it cannot."""
     try:
-        yield
-    finally:
-        del nn.Module.training
-
-
-@contextlib.contextmanager
-def _patched_apply(tracer: _Tracer) -> Iterator[None]:
-    """While a model is traced, a user's `autograd.Function` is one node: traced into, it would lose its backward."""
-    thread = threading.get_ident()
-    original = torch.autograd.Function.__dict__["apply"]
-
-    @functools.wraps(original.__func__)
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread and _any_proxy(args, kwargs):
-            return tracer.create_proxy(
-                "call_function", apply_function, (function_key(cls), *args), kwargs
-            )
-        return original.__func__(cls, *args, **kwargs)
-
-    unwrap = torch._functorch.utils.unwrap_dead_wrappers
-
-    def refuse_proxies(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # An `apply` that was fetched before the trace (`spike = MySpike.apply`) comes by here
-        if threading.get_ident() == thread and _any_proxy(args):
-            raise TypeError(
-                "the apply method of an autograd.Function was stored before it was called; "
-                "tracing into it would lose its backward"
-            )
-        return unwrap(args)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    torch._functorch.utils.unwrap_dead_wrappers = refuse_proxies
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-        torch._functorch.utils.unwrap_dead_wrappers = unwrap
-
-
-def _any_proxy(*values: Any) -> bool:
-    found = False
-
-    def look(value: Any) -> Any:
-        nonlocal found
-        found = found or isinstance(value, Proxy)
-        return value
-
-    fx.node.map_aggregate(values, look)
-    return found
+        return tracer.create_arg(value)
+    except NotImplementedError:
+        return ...
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
 
 
-def capture_variants(
-    model: nn.Module, root: nn.Module, leaf_types: tuple[type[nn.Module], ...]
+def capture_symbolically(
+    model: nn.Module,
+    root: nn.Module,
+    leaf_types: tuple[type[nn.Module], ...],
+    concrete_args: Mapping[str, Any],
 ) -> Capture:
     """Trace `root`, the copy of `model`, once for every combination of the flags that the model branches on."""
-    specialised = {
-        name: parameter.default
-        for name, parameter in inspect.signature(type(root).forward).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    specialised = _specialised(root, concrete_args)
     pending: list[dict[str, bool]] = [{}]
     variants: list[Variant] = []
     opaque: dict[Opaque, None] = {}
     lost: dict[Opaque, None] = {}
     while pending:
         assumed = pending.pop(0)
-        tracer = _Tracer(leaf_types, assumed)
-        graph = _trace(tracer, root, specialised)
+        with _lock:
+            tracer, graph, forgotten = _trace(model, root, leaf_types, assumed, specialised)
         variants.append(Variant(tracer.flags, graph))
         opaque.update(dict.fromkeys(tracer.opaque))
-        lost.update(dict.fromkeys((*tracer.lost, *_forget_proxies(model, root))))
+        lost.update(dict.fromkeys((*tracer.lost, *forgotten)))
         taken: dict[str, bool] = {}
         for path, value in tracer.flags.items():
             if path not in assumed:
                 pending.append({**taken, path: not value})
             taken[path] = value
-        if len(variants) > MAX_VARIANTS:
+        if len(variants) + len(pending) > MAX_VARIANTS:
             raise CaptureError(
                 f"{type(model).__name__} branches on the training flags of {len(tracer.flags)} modules "
-                f"({', '.join(path or 'the root' for path in tracer.flags)}), more than can be captured one by one."
+                f"({', '.join(path or 'the root' for path in tracer.flags)}), more than can be captured one by one. "
+                f"Keep their class whole: transform(model, rules, leaf_modules=[...])."
             )
     return Capture(root, type(model).__name__, tuple(variants), tuple(opaque), tuple(lost))
 
 
-def _trace(tracer: _Tracer, root: nn.Module, specialised: dict[str, Any]) -> fx.Graph:
+def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of the forward that are constants: those with a default, keyword collections, and what is asked."""
+    parameters = inspect.signature(type(root).forward).parameters
+    for name in concrete_args:
+        if name not in list(parameters)[1:]:
+            kind = f"argument of {type(root).__name__}.forward in concrete_args:"
+            raise CaptureError(unknown(kind, name, list(parameters)[1:]))
+    chosen = {
+        name: {} if parameter.kind is parameter.VAR_KEYWORD else parameter.default
+        for name, parameter in parameters.items()
+        if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
+    }
+    chosen.update(concrete_args)
+    return {name: value for name, value in chosen.items() if value is not PH}
+
+
+def _trace(
+    model: nn.Module,
+    root: nn.Module,
+    leaf_types: tuple[type[nn.Module], ...],
+    assumed: dict[str, bool],
+    specialised: dict[str, Any],
+) -> tuple[_Tracer, fx.Graph, list[Opaque]]:
+    """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
+    random = RandomState()
+    tracer = _Tracer(leaf_types, assumed, specialised)
+    graph = _traced(tracer, root)
+    forgotten = list(_forget_proxies(model, root, tracer))
+    drawn, watched = random.drawn_from(), _state_kept(root, tracer)
+    if drawn or watched:
+        random.restore()
+        for path, name in watched:
+            del root.get_submodule(path).__dict__[name]
+        tracer = _Tracer(leaf_types, assumed, specialised, drawn, watched)
+        graph = _traced(tracer, root)
+        forgotten = list(_forget_proxies(model, root, tracer))
+        if random.drawn_from():
+            random.restore()
+            raise CaptureError(
+                f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
+                f"functions (random, numpy.random, or a generator): a graph would repeat one draw for ever. Use "
+                f"torch.rand(()), or move that part into a submodule: it is then kept whole."
+            )
+    return tracer, graph, forgotten
+
+
+def _state_kept(root: nn.Module, tracer: _Tracer) -> frozenset[tuple[str, str]]:
+    """The attributes that the forward assigns and that had a value before which a graph would not read anew."""
+    return frozenset(
+        (path, name)
+        for path, name in tracer.assigned
+        if name in (attributes := root.get_submodule(path).__dict__)
+        and not isinstance(attributes[name], Tensor)
+    )
+
+
+def _traced(tracer: _Tracer, root: nn.Module) -> fx.Graph:
     try:
-        return tracer.trace(root, specialised or None)
+        return tracer.trace(root)
     except CaptureError:
         raise
     except Exception as error:
@@ -390,23 +418,28 @@ def _trace(tracer: _Tracer, root: nn.Module, specialised: dict[str, Any]) -> fx.
         file, _, line = where.rpartition(":")
         code = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
         raise CaptureError(
-            f"{type(root).__name__} cannot be traced: {_explain(error)}\n"
+            f"{type(root).__name__} cannot be captured: {tracer._explain(error)}\n"
             f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
-            "The forward of the model itself depends on the values or shapes of its inputs there. Move that part "
-            "into a submodule: it is then kept whole, and the rest is rewritten."
+            "The forward of the model itself does there what a symbolic trace cannot follow, such as a branch on the "
+            "values or shapes of its inputs. Move that part into a submodule: it is then kept whole, and the rest is "
+            "rewritten."
         ) from error
 
 
-def _forget_proxies(model: nn.Module, root: nn.Module) -> Iterator[Opaque]:
-    """Undo what the traced forward assigned to the copy's attributes, and say that the graph will not assign it."""
+def _forget_proxies(model: nn.Module, root: nn.Module, tracer: _Tracer) -> Iterator[Opaque]:
+    """Undo what the traced forward did to the attributes of the copy, and name what the graph will not do."""
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
-        for name, value in list(traced.__dict__.items()):
-            if name.startswith("_") or not _any_proxy(value):
+        for name in set(original.__dict__) | set(traced.__dict__):
+            if name in _ATTRIBUTES_OF_EVERY_MODULE:
+                continue
+            value = traced.__dict__.get(name)
+            assigned = (path, name) in tracer.assigned or (path, name) in tracer.watched
+            if not any_proxy(value) and not assigned:
                 continue
             if name in original.__dict__:
-                traced.__dict__[name] = original.__dict__[name]
+                traced.__dict__[name] = copy.copy(original.__dict__[name])
             else:
-                del traced.__dict__[name]
-            yield Opaque(
-                path, f"attribute {name!r}", "assigned in forward; the graph does not assign it"
-            )
+                traced.__dict__.pop(name, None)
+            if not assigned:
+                reason = "the forward puts tensors into it; the graph does not"
+                yield Opaque(path, f"attribute {name!r}", reason)

@@ -1,0 +1,268 @@
+"""What is patched in PyTorch while a model is traced, so that nothing of the forward is run once and forgotten.
+
+Each patch holds for the thread that traces; other threads find what they always find.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.fx.proxy import Proxy
+from torch.overrides import TorchFunctionMode
+
+from ..ops import apply_function, function_key
+from .proxies import any_proxy
+
+__all__ = ["RandomState", "Recorder", "patched"]
+
+
+class Recorder(Protocol):
+    """What the patches ask of a tracer."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Record a node."""
+
+    def training_flag(self, module: nn.Module) -> Any:
+        """The proxy of a module's flag; None where the module is not traced."""
+
+    def assign(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Record an assignment of a proxy to an attribute; False where it is to be carried out."""
+
+
+@contextlib.contextmanager
+def patched(recorder: Recorder) -> Iterator[None]:
+    """Everything below, for the time of a trace."""
+    with (
+        _training(recorder),
+        _assignments(recorder),
+        _functions(recorder),
+        _autocast(),
+        _factories(recorder),
+        _RecordMode(recorder),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _training(recorder: Recorder) -> Iterator[None]:
+    """Reading `module.training` gives a proxy of the flag.
+
+    The flag is an entry of the instance's ``__dict__``; a property on the class goes before it.
+    """
+    thread = threading.get_ident()
+
+    def read(module: nn.Module) -> Any:
+        if threading.get_ident() == thread and (flag := recorder.training_flag(module)) is not None:
+            return flag
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__["training"] = value
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        del nn.Module.training
+
+
+@contextlib.contextmanager
+def _assignments(recorder: Recorder) -> Iterator[None]:
+    """`self.name = value` with a traced value becomes part of the graph."""
+    thread = threading.get_ident()
+    original = nn.Module.__setattr__
+
+    @functools.wraps(original)
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        traced = threading.get_ident() == thread and any_proxy(value)
+        if not (traced and recorder.assign(module, name, value)):
+            original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
+def _functions(recorder: Recorder) -> Iterator[None]:
+    """A user's `autograd.Function` is one node: traced into, it would lose its backward."""
+    thread = threading.get_ident()
+    original = torch.autograd.Function.__dict__["apply"]
+    unwrap = torch._functorch.utils.unwrap_dead_wrappers
+
+    @functools.wraps(original.__func__)
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and any_proxy(args, kwargs):
+            key = function_key(cls)
+            return recorder.create_proxy("call_function", apply_function, (key, *args), kwargs)
+        return original.__func__(cls, *args, **kwargs)
+
+    def refuse_proxies(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # An `apply` that was fetched before the trace (`spike = MySpike.apply`) comes by here
+        if threading.get_ident() == thread and any_proxy(args):
+            raise TypeError(
+                "the apply method of an autograd.Function was stored before it was called; "
+                "tracing into it would lose its backward"
+            )
+        return unwrap(args)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    torch._functorch.utils.unwrap_dead_wrappers = refuse_proxies
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        torch._functorch.utils.unwrap_dead_wrappers = unwrap
+
+
+@contextlib.contextmanager
+def _autocast() -> Iterator[None]:
+    """`torch.autocast` and `torch.inference_mode` inside a forward would be lost: they refuse to be traced."""
+    thread = threading.get_ident()
+    contexts: tuple[type[Any], ...] = (torch.autocast, torch.inference_mode)
+    originals = [context.__enter__ for context in contexts]
+
+    def refuse(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        @functools.wraps(enter)
+        def refusing(self: Any) -> Any:
+            if threading.get_ident() == thread:
+                raise TypeError(
+                    f"torch.{type(self).__name__} inside a forward cannot be put into a graph"
+                )
+            return enter(self)
+
+        return refusing
+
+    for context, enter in zip(contexts, originals, strict=True):
+        context.__enter__ = refuse(enter)
+    try:
+        yield
+    finally:
+        for context, enter in zip(contexts, originals, strict=True):
+            context.__enter__ = enter
+
+
+_FACTORIES = frozenset(
+    {
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.randperm,
+        torch.scalar_tensor,
+        torch.tensor,
+        torch.zeros,
+    }
+)
+
+
+@contextlib.contextmanager
+def _factories(recorder: Recorder) -> Iterator[None]:
+    """`torch.rand(x.shape[0])` is a node; its C++ would refuse the proxy before anything else could take the call."""
+    thread = threading.get_ident()
+
+    def record(factory: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(factory)
+        def recording(*args: Any, **kwargs: Any) -> Any:
+            if threading.get_ident() == thread:
+                return recorder.create_proxy("call_function", factory, args, kwargs)
+            return factory(*args, **kwargs)
+
+        return recording
+
+    names = {factory.__name__: factory for factory in _FACTORIES}
+    for name, factory in names.items():
+        setattr(torch, name, record(factory))
+    try:
+        yield
+    finally:
+        for name, factory in names.items():
+            setattr(torch, name, factory)
+
+
+class _RecordMode(TorchFunctionMode):
+    """Records what no proxy takes part in: functions that make a tensor from nothing, and changes of the grad mode."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.previous: list[Proxy] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _FACTORIES:  # fetched before the trace: `from torch import rand`
+            return self.recorder.create_proxy("call_function", func, args, kwargs or {})
+        if func is torch._C._set_grad_enabled:
+            self._record_grad_mode(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _record_grad_mode(self, enabled: bool) -> None:
+        """Leaving a `no_grad` block restores the mode that a *call* found, not the one that the trace found."""
+        setter = sys._getframe(2)
+        inside = setter.f_back
+        names = (setter.f_code.co_name, inside.f_code.co_name if inside is not None else "")
+        context = setter.f_locals.get("self")
+        mode: Any = enabled
+        if "__exit__" in names and self.previous:
+            mode = self.previous.pop()
+        elif names[0] != "__enter__" or not isinstance(context, torch.set_grad_enabled):
+            # `set_grad_enabled` sets the mode when it is made and again when it is entered
+            self.previous.append(
+                self.recorder.create_proxy("call_function", torch.is_grad_enabled, (), {})
+            )
+        self.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (mode,), {})
+
+
+class RandomState:
+    """The random number generators that Python code may draw from while it is traced."""
+
+    def __init__(self) -> None:
+        self._python = random.getstate()
+        self._torch = torch.get_rng_state()
+        self._numpy = _numpy_state()
+
+    def drawn_from(self) -> bool:
+        """Whether a number was drawn since."""
+        now = RandomState()
+        return (
+            self._python != now._python
+            or not torch.equal(self._torch, now._torch)
+            or repr(self._numpy) != repr(now._numpy)
+        )
+
+    def restore(self) -> None:
+        """Put the generators back."""
+        random.setstate(self._python)
+        torch.set_rng_state(self._torch)
+        if self._numpy is not None:
+            sys.modules["numpy"].random.set_state(self._numpy)
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    return None if numpy is None else numpy.random.get_state(legacy=False)

@@ -1,0 +1,96 @@
+"""The proxies that stand for values while a model is traced."""
+
+from __future__ import annotations
+
+import dis
+import operator
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.proxy import Proxy
+
+__all__ = ["RecordingProxy", "TensorProxy", "any_proxy"]
+
+
+class RecordingProxy(Proxy):
+    """A proxy that records in-place operators, which FX makes out of place, and assertions."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
+    def __bool__(self) -> bool:
+        frame = sys._getframe(1)
+        if _asserts(frame):
+            message = f"the assertion at {frame.f_code.co_filename}:{frame.f_lineno} fails"
+            self.tracer.create_proxy("call_function", torch._assert, (self, message), {})
+            return True
+        return self.tracer.to_bool(self)
+
+
+def _record_operator(name: str) -> Callable[[Proxy, Any], Proxy]:
+    target = getattr(operator, name)
+
+    def record(self: Proxy, other: Any) -> Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+_INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+_INPLACE_BITS = ("and", "or", "xor", "lshift", "rshift")
+for _name in (*_INPLACE, *_INPLACE_BITS):
+    setattr(RecordingProxy, f"__i{_name}__", _record_operator(f"i{_name}"))
+
+
+def _asserts(frame: FrameType) -> bool:
+    """Whether a frame is deciding an `assert`, where False would raise."""
+    instructions = list(dis.get_instructions(frame.f_code))
+    at = next((i for i, ins in enumerate(instructions) if ins.offset == frame.f_lasti), None)
+    if at is None or "JUMP" not in instructions[at].opname:
+        return False
+    jump = instructions[at]
+    if jump.opname.endswith("IF_TRUE"):
+        raising = at + 1
+    else:
+        raising = next((i for i, ins in enumerate(instructions) if ins.offset == jump.argval), -1)
+    return 0 <= raising < len(instructions) and (
+        instructions[raising].opname == "LOAD_ASSERTION_ERROR"
+    )
+
+
+def _on_tensor(name: str) -> Callable[..., Any]:
+    def call(self: TensorProxy, *args: Any) -> Any:
+        return getattr(self.tensor, name)(*args)
+
+    return call
+
+
+class TensorProxy(RecordingProxy):
+    """A parameter or buffer: its shape is a fact, not a proxy."""
+
+    def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
+        super().__init__(node, tracer)
+        self.tensor = tensor
+
+
+for _name in ("shape", "ndim"):
+    setattr(TensorProxy, _name, property(operator.attrgetter(f"tensor.{_name}")))
+for _name in ("size", "dim", "numel", "__len__"):
+    setattr(TensorProxy, _name, _on_tensor(_name))
+
+
+def any_proxy(*values: Any) -> bool:
+    """Whether a proxy is among some values, or in the containers among them."""
+    found = False
+
+    def look(value: Any) -> Any:
+        nonlocal found
+        found = found or isinstance(value, Proxy)
+        return value
+
+    fx.node.map_aggregate(values, look)
+    return found
