@@ -1,6 +1,7 @@
 """What every test starts from: torchvision, a fixed seed, a fair share of the cores."""
 
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterator
@@ -24,6 +25,21 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _refuse_addresses(items)
+    _skip_without_compiler(items)
+
+
+def _refuse_addresses(items: list[pytest.Item]) -> None:
+    """Stop at a parameter whose id is its address: pytest-xdist's workers would not agree on it."""
+    addressed = [item.nodeid for item in items if re.search(r" at 0x[0-9a-f]+>", item.nodeid)]
+    if addressed:
+        raise pytest.UsageError(
+            f"{len(addressed)} test ids differ from process to process, for instance "
+            f"{addressed[0]!r}. Name the parameters: ids=lambda f: f.__name__, or pytest.param(..., id=...)."
+        )
+
+
+def _skip_without_compiler(items: list[pytest.Item]) -> None:
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
     if any(shutil.which(compiler) for compiler in compilers):
         return
