@@ -1,0 +1,293 @@
+"""The demo: rewrite two unmodified models, then train one of them with four backwards.
+
+    python examples/demo.py [--quick] [--epochs N] [--seeds N] [--out FOLDER]
+
+1. torchvision's resnet18 and a network written by hand are transformed. The report is shown, the
+   generated code, and a check that the forward is bit-identical.
+2. The network learns scikit-learn's digits: natively, with the gradient cut to a window, with
+   noise on top of that, and as a network that fires (its forward a step) with a surrogate gradient.
+   Initial weights, batches and settings are the same for all.
+
+Nothing is downloaded, and every number shown was computed by the run that shows it.
+"""
+
+import argparse
+import difflib
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import Tensor, fx, nn
+
+import freegrad_fx as fg
+from _digits import load_digits
+from _torchvision import torchvision
+from _training import Epoch, train
+
+OUT = Path(__file__).resolve().parent.parent / "out"
+
+console = Console()
+
+
+class SmallCNN(nn.Module):
+    """An ordinary network. It spells its activation in three ways, as real code does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(1, 16, 3, padding=1)
+        self.norm1 = nn.BatchNorm2d(16)
+        self.conv2 = nn.Conv2d(16, 32, 3, padding=1)
+        self.norm2 = nn.BatchNorm2d(32)
+        self.act = nn.ReLU()
+        self.fc1 = nn.Linear(32 * 2 * 2, 64)
+        self.fc2 = nn.Linear(64, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.norm1(F.max_pool2d(self.conv1(x), 2)))
+        x = self.act(self.norm2(F.max_pool2d(self.conv2(x), 2)))
+        x = self.fc1(x.flatten(1)).relu()
+        return self.fc2(x)
+
+
+@dataclass
+class Contestant:
+    """One way to train the network, and what came of it."""
+
+    rule: fg.Rule | None  # None: the model as it is, not transformed
+    colour: str
+    runs: list[list[Epoch]] = field(default_factory=list)  # one for each seed
+
+    @property
+    def forward(self) -> str:
+        return (self.rule and self.rule.forward) or "relu"
+
+    @property
+    def backward(self) -> str:
+        return self.rule.name if self.rule else "native"
+
+    @property
+    def name(self) -> str:
+        return f"{self.forward} + {self.backward}"
+
+    def new_model(self) -> nn.Module:
+        return fg.transform(SmallCNN(), self.rule) if self.rule else SmallCNN()
+
+    def accuracy(self) -> Tensor:
+        """On the held-out set, in percent: [seeds, epochs]."""
+        return 100 * torch.tensor([[epoch.accuracy for epoch in run] for run in self.runs])
+
+    def loss(self) -> Tensor:
+        """On the training set: [seeds, epochs]."""
+        return torch.tensor([[epoch.loss for epoch in run] for run in self.runs])
+
+
+def contestants() -> list[Contestant]:
+    # The colours are Okabe and Ito's: readers who see fewer of them can tell them apart too.
+    return [
+        Contestant(None, "#000000"),
+        Contestant(fg.rules.rectangular(a=-1.0, b=1.0), "#0072B2"),
+        Contestant(fg.rules.rectangular_jam(a=-1.0, b=1.0), "#E69F00"),
+        Contestant(fg.rules.fast_sigmoid(slope=5.0, forward="heaviside"), "#009E73"),
+    ]
+
+
+# ---- Two models are rewritten --------------------------------------------------------------------
+
+
+def show_resnet18() -> None:
+    console.rule("torchvision's resnet18, unmodified")
+    model = torchvision.models.resnet18()
+    show('>>> gm = fg.transform(resnet18(), "rectangular")\n>>> print(fg.report(gm))')
+    started = time.perf_counter()
+    rewritten = fg.transform(model, "rectangular")
+    seconds = time.perf_counter() - started
+    report = str(fg.report(rewritten)).splitlines()
+    show("\n".join(report[:8]))
+    show(f"... and {len(report) - 8} lines more. Rewriting took {seconds:.2f} s.\n")
+    show_comparison(model, rewritten, torch.randn(8, 3, 64, 64))
+
+
+def show_cnn() -> None:
+    console.rule("A network written by hand, unmodified")
+    model = SmallCNN()
+    rewritten = fg.transform(model, "rectangular")
+    show('>>> gm = fg.transform(SmallCNN(), "rectangular")\n>>> print(fg.report(gm))')
+    show(str(fg.report(rewritten)))
+    show("\nThe program that torch.fx captures (-), and the rewritten one, gm.code (+):\n")
+    for line in code_changes(fx.symbolic_trace(model).code, rewritten.code):
+        show(line, {"+": "green", "-": "red"}.get(line[0], ""))
+    show("")
+    show_comparison(model, rewritten, torch.randn(32, 1, 8, 8))
+
+
+def show_comparison(model: nn.Module, rewritten: nn.Module, x: Tensor) -> None:
+    """Say how a rewritten model compares with the original; stop where it should not differ."""
+    for training in (False, True):
+        expected, computed = model.train(training)(x), rewritten.train(training)(x)
+        if not torch.equal(computed, expected):
+            raise RuntimeError("the forward is not the same")
+    pairs = zip(model.parameters(), rewritten.parameters(), strict=True)
+    if not all(one is other for one, other in pairs):
+        raise RuntimeError("the parameters are not the same tensors")
+    cosine = F.cosine_similarity(gradient(model, x), gradient(rewritten, x), dim=0)
+    show(f"Forward      bit-identical, in eval and in train mode ({expected.numel()} values each)")
+    show("Parameters   the same tensors")
+    show(f"Gradient     of conv1.weight: another (cosine with the native one: {cosine:.2f})\n")
+
+
+def gradient(model: nn.Module, x: Tensor) -> Tensor:
+    """What the weight of the first convolution receives in a backward."""
+    (grad,) = torch.autograd.grad(model(x).square().mean(), model.get_parameter("conv1.weight"))
+    return grad.flatten()
+
+
+def code_changes(before: str, after: str) -> Iterator[str]:
+    """Give all lines of two generated programs, marked as a diff marks them."""
+    old, new = statements(before), statements(after)
+    diff = difflib.unified_diff(old, new, n=len(old), lineterm="")
+    return (line for line in diff if not line.startswith(("---", "+++", "@@")))
+
+
+def statements(code: str) -> list[str]:
+    """Leave out the `;  x = None` with which fx frees what is not used any more."""
+    return [line.split(";  ")[0] for line in code.strip().splitlines()]
+
+
+def show(text: str, style: str = "") -> None:
+    """Print text as it is: nothing in it is markup, and long lines stay long."""
+    console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+# ---- One of them is trained ----------------------------------------------------------------------
+
+
+def train_all(everyone: list[Contestant], epochs: int, seeds: int) -> None:
+    """Train everyone's model from the same initial weights, once for each seed."""
+    data = load_digits()
+    columns = (
+        TextColumn("{task.description:24}"),
+        BarColumn(bar_width=18),
+        TextColumn("seed {task.fields[seed]}, held-out {task.fields[accuracy]:6.1%}"),
+        TimeElapsedColumn(),
+    )
+    with Progress(*columns, console=console) as progress:
+        for one in everyone:
+            bar = progress.add_task(one.name, total=epochs * seeds, seed=0, accuracy=0.0)
+            for seed in range(seeds):
+                torch.manual_seed(seed)
+                model = one.new_model()
+                one.runs.append([])
+                for epoch in train(model, data, epochs=epochs, seed=seed):
+                    one.runs[seed].append(epoch)
+                    progress.update(bar, advance=1, seed=seed, accuracy=epoch.accuracy)
+
+
+def results(everyone: list[Contestant]) -> Table:
+    """What everyone reached in the last epoch."""
+    table = Table("forward", "backward")
+    table.add_column("held-out accuracy, %", justify="right")
+    table.add_column("training loss", justify="right")
+    for one in everyone:
+        accuracy, loss = one.accuracy()[:, -1], one.loss()[:, -1]
+        table.add_row(one.forward, one.backward, spread(accuracy, ".1f"), spread(loss, ".3f"))
+    return table
+
+
+def spread(values: Tensor, form: str) -> str:
+    """Mean ± standard deviation; the mean alone where there is one value."""
+    mean = f"{values.mean():{form}}"
+    return f"{mean} ± {values.std():{form}}" if len(values) > 1 else mean
+
+
+# ---- The picture ---------------------------------------------------------------------------------
+
+
+def draw(everyone: list[Contestant], path: Path) -> None:
+    """Draw what the rules are, how everyone learnt, and what it was worth."""
+    figure = Figure(figsize=(13, 4.2), layout="constrained")
+    backward, loss, accuracy = figure.subplots(1, 3)
+    for one in everyone:
+        x = torch.linspace(-2, 2, 401)
+        draw_mean_and_range(backward, one, x, gradient_factor(one.rule, x))
+        epochs = torch.arange(one.loss().shape[1]) + 1
+        draw_mean_and_range(loss, one, epochs, one.loss())
+        draw_mean_and_range(accuracy, one, epochs, one.accuracy())
+    lowest = min(one.accuracy().mean(dim=0).quantile(0.1).item() for one in everyone)
+    backward.set(title="Backward of an activation", xlabel="its input", ylabel="gradient out / in")
+    shown = f"mean and range, seeds: {len(everyone[0].runs)}"
+    loss.set(title=f"Training set ({shown})", ylabel="cross-entropy", yscale="log")
+    accuracy.set(title=f"Held-out set ({shown})", ylabel="accuracy, %", ylim=(lowest, 100))
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+    for axes in (backward, loss, accuracy):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=len(everyone), frameon=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+
+
+def draw_mean_and_range(axes: Axes, one: Contestant, x: Tensor, values: Tensor) -> None:
+    """Draw the mean over the first dimension, seeds or draws, and the range around it."""
+    style = "-" if one.rule else "--"
+    axes.plot(x, values.mean(dim=0), style, color=one.colour, label=one.name, zorder=3)
+    low, high = values.amin(dim=0), values.amax(dim=0)
+    axes.fill_between(x, low, high, color=one.colour, alpha=0.15, linewidth=0)
+
+
+def gradient_factor(rule: fg.Rule | None, x: Tensor) -> Tensor:
+    """What a rule multiplies the gradient with at each input; many draws, since it may be random."""
+    x = x.expand(2000, -1)
+    return (rule or fg.rules.d_relu).backward(torch.ones_like(x), x=x, y=x.relu())
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a few seconds: 3 epochs, 1 seed")
+    parser.add_argument("--epochs", type=count, help="of training (default: 20)")
+    parser.add_argument("--seeds", type=count, help="how often everything is trained (default: 5)")
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder for the picture")
+    chosen = parser.parse_args()
+    chosen.epochs = chosen.epochs or (3 if chosen.quick else 20)
+    chosen.seeds = chosen.seeds or (1 if chosen.quick else 5)
+    return chosen
+
+
+def count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
+    return number
+
+
+def main() -> None:
+    chosen = options()
+    # The network is small: a second thread would help little, and wait long on a busy machine.
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    show_resnet18()
+    show_cnn()
+    console.rule("SmallCNN learns the digits")
+    everyone = contestants()
+    train_all(everyone, chosen.epochs, chosen.seeds)
+    console.print(results(everyone))
+    show(f"The last of {chosen.epochs} epochs; mean ± standard deviation; seeds: {chosen.seeds}")
+    path = chosen.out / "demo.png"
+    draw(everyone, path)
+    show(f"The curves: {path}")
+
+
+if __name__ == "__main__":
+    main()
