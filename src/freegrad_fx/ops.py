@@ -59,15 +59,30 @@ def decoupled(
 
     Raises:
         RuleError: The rule is unknown, or, in the backward, returned what is no gradient for `x`.
+        RuntimeError: It is compiled inside a transform of `torch.func`, where the compiler would drop the rule.
     """
     if has_torch_function_variadic(y, x):
         return handle_torch_function(decoupled, (y, x), y, x, rule=rule, site=site, **parameters)
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
     if not torch.is_grad_enabled():
         return y
+    if torch.compiler.is_compiling() and _in_functorch():
+        raise RuntimeError(
+            "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
+            "Compile without fullgraph=True (this part then runs uncompiled), or do not compile it."
+        )
     found = get(rule)
     parameters = {**found.bound, **parameters}
     return _Decoupled.apply(y, x, found, site, tuple(parameters), *parameters.values())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo calls it while it traces, and takes the answer for a constant. (torch.compiler.assume_constant_result does the
+# same, and imports the whole compiler.)
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Decoupled(torch.autograd.Function):
