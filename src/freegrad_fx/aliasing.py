@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from .activations import recognise
 
@@ -163,6 +164,14 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
     if (spelling := recognise(node, module)) is not None:
         return activated(node, spelling.key) if spelling.inplace else None
+    if isinstance(node.target, OpOverload):
+        written = [
+            a.name for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write
+        ]
+        names = [a.name for a in node.target._schema.arguments]
+        given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+        found = [value for n in written if isinstance(value := given.get(n), fx.Node)]
+        return found[0] if found else None
     if node.op == "call_method":
         name = str(node.target)
         writes = name.endswith("_") and not name.endswith("__")
@@ -191,7 +200,48 @@ def activated(node: fx.Node, key: int | str) -> Any:
     return node.args[key] if isinstance(key, int) else node.kwargs[key]
 
 
+# Composite ATen operators that make a tensor of their own; of the others the schema tells.
+_FRESH_COMPOSITES = frozenset(
+    {
+        "aten::linear",
+        "aten::matmul",
+        "aten::conv1d",
+        "aten::conv2d",
+        "aten::conv3d",
+        "aten::conv_transpose1d",
+        "aten::conv_transpose2d",
+        "aten::conv_transpose3d",
+        "aten::batch_norm",
+        "aten::instance_norm",
+        "aten::layer_norm",
+        "aten::group_norm",
+        "aten::max_pool1d",
+        "aten::max_pool2d",
+        "aten::max_pool3d",
+        "aten::avg_pool1d",
+        "aten::adaptive_avg_pool1d",
+        "aten::adaptive_avg_pool2d",
+        "aten::adaptive_avg_pool3d",
+        "aten::einsum",
+        "aten::scaled_dot_product_attention",
+    }
+)
+
+
+def _is_fresh_aten(target: OpOverload[..., Any]) -> bool:
+    name = target._schema.name
+    if name in _FRESH_COMPOSITES:
+        return True
+    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
+        target.name(),  # type: ignore[no-untyped-call]
+        "CompositeImplicitAutograd",
+    )
+    return not composite and all(r.alias_info is None for r in target._schema.returns)
+
+
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
+    if isinstance(node.target, OpOverload):
+        return _is_fresh_aten(node.target)
     names = {"call_method": _FRESH_METHODS, "call_function": _FRESH_FUNCTIONS}
     if node.target in names.get(node.op, frozenset()):
         return True

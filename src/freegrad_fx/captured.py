@@ -16,8 +16,10 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.graph_module import _forward_from_src
 from torch.fx.node import _get_qualified_name
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .provenance import META
@@ -35,6 +37,7 @@ _MACHINERY = frozenset(
         "_prologue_start",
         "_in_spec",
         "_out_spec",
+        "_specs",
     }
 )
 
@@ -126,15 +129,23 @@ class CapturedModule(fx.GraphModule):
             return super().recompile()
         forwards, codes = [], []
         result = None
-        for variant in self._variants:
+        specs = []
+        for index, variant in enumerate(self._variants):
             self._graph = variant.graph
             variant.graph.owning_module = self
             result = super().recompile()
-            forwards.append(type(self).forward)
+            specs.append((getattr(self, "_in_spec", None), getattr(self, "_out_spec", None)))
+            # Each graph has input and output structures of its own
+            src = self._code.replace("self._in_spec", f"self._specs[{index}][0]")
+            src = src.replace("self._out_spec", f"self._specs[{index}][1]")
+            forwards.append(_forward_from_src(src, result.globals, {}))
             codes.append(self._code)
+        self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(_sets_grad_mode(variant.graph) for variant in self._variants)
-        if len(forwards) > 1 or guard:
+        if len(forwards) == 1 and not guard:
+            type(self).forward = forwards[0]
+        else:
             assert result is not None
             type(self)._forwards = tuple(forwards)
             type(self).forward = _dispatcher(result.src, result.globals, guard)
@@ -221,7 +232,13 @@ def _dispatcher(src: str, names: dict[str, Any], guard: bool) -> Any:
 
 
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    new = copy.deepcopy(graph)
+    codegen = graph._codegen  # it holds the structure of inputs and outputs, which does not change
+    graph._codegen = CodeGen()
+    try:
+        new = copy.deepcopy(graph)
+    finally:
+        graph._codegen = codegen
+    new._codegen = codegen
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         new_node.meta = dict(old_node.meta)
     return new
@@ -258,12 +275,12 @@ def _dump(graph: fx.Graph) -> _Dump:
         args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
         target = _name(node.target) if node.op == "call_function" else node.target
         nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
-    return _Dump(nodes, graph._codegen)
+    return _Dump(nodes, _dump_codegen(graph._codegen))
 
 
 def _load(dump: _Dump) -> fx.Graph:
     graph = fx.Graph()
-    graph.set_codegen(dump.codegen)
+    graph.set_codegen(_load_codegen(dump.codegen))
     nodes: dict[str, fx.Node] = {}
     for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
         args, kwargs = fx.node.map_aggregate(
@@ -275,6 +292,23 @@ def _load(dump: _Dump) -> fx.Graph:
             node.meta[META] = meta
         nodes[name] = node
     return graph
+
+
+def _dump_codegen(codegen: CodeGen) -> Any:
+    """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
+    if not isinstance(codegen, _PyTreeCodeGen):
+        return codegen
+    info = codegen.pytree_info
+    specs = [None if s is None else pytree.treespec_dumps(s) for s in (info.in_spec, info.out_spec)]
+    return (info.orig_args, *specs)
+
+
+def _load_codegen(dump: Any) -> CodeGen:
+    if isinstance(dump, CodeGen):
+        return dump
+    args, *specs = dump
+    in_spec, out_spec = (None if s is None else pytree.treespec_loads(s) for s in specs)
+    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))
 
 
 def _name(target: Any) -> Any:

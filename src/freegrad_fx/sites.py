@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
+from torch._ops import OpOverload
 
 from .activations import Op, Spelling, recognise
 from .aliasing import activated
@@ -149,6 +150,8 @@ def _text(node: fx.Node, module: nn.Module | None, inplace: bool) -> str:
         return f"{prefix}{kind.__name__}({'inplace=True' if inplace else ''})"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
+    if isinstance(node.target, OpOverload):
+        return str(node.target).rpartition(".")[0]
     owner = getattr(node.target, "__module__", None) or "torch"
     owner = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}.get(
         owner, owner

@@ -26,6 +26,8 @@ def transform(
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> CapturedModule:
     """Give the activations of a model a decoupled backward, and leave its forward as it is.
 
@@ -41,6 +43,11 @@ def transform(
         concrete_args: Values of arguments of the forward that the graph is made for. An argument with a default is
             made a constant unless it stands here with the value `torch.fx.PH`; a call with another value raises.
         leaf_modules: Module classes to keep whole: what is computed in them keeps its backward.
+        example_inputs: A tuple of arguments, or a dict of keyword arguments, of the forward. With them the model is
+            captured by `torch.export`, which follows control flow on shapes and Python values and opens every module;
+            a call that breaks what the examples made it assume raises.
+        dynamic_shapes: For `torch.export`. By default the first dimension of every tensor may change, where the
+            model allows it.
 
     Returns:
         A `torch.fx.GraphModule` with the parameters and buffers of `model` (the same tensors), its own modules, and
@@ -60,7 +67,9 @@ def transform(
         1:relu[0]
     """
     table = RuleTable.of(rules)
-    captured = capture(model, (*table.types, *leaf_modules), concrete_args)
+    captured = capture(
+        model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
+    )
     plan, sites = make_plan(captured, table)
     _complain(plan, strict)
     for variant, places in zip(captured.variants, sites, strict=True):
@@ -78,6 +87,8 @@ def explain(
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> Plan:
     """What `transform` would do, without doing it.
 
@@ -87,6 +98,8 @@ def explain(
         strict: As for `transform`; likewise `concrete_args` and `leaf_modules`.
         concrete_args: See `transform`.
         leaf_modules: See `transform`.
+        example_inputs: See `transform`.
+        dynamic_shapes: See `transform`.
 
     Returns:
         The plan: for every site the decision and the reason. ``print`` it.
@@ -95,7 +108,9 @@ def explain(
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
     table = RuleTable.of(rules)
-    captured = capture(model, (*table.types, *leaf_modules), concrete_args)
+    captured = capture(
+        model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
+    )
     plan, _ = make_plan(captured, table)
     _complain(plan, strict)
     return plan

@@ -1,7 +1,7 @@
 """nn.Module → Graph.
 
-`symbolic` traces; `copying` makes the copy that is traced; `result` is what comes out. Nothing here knows rules or
-sites.
+`copying` makes the copy that is captured; `symbolic` traces it; `export` has `torch.export` do it, from example
+inputs; `result` is what comes out. Nothing here knows rules or sites.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import Any
 from torch import nn
 
 from ..captured import CapturedModule
+from ..errors import CaptureError
 from .copying import check_model, structural_copy
+from .export import capture_by_export
 from .result import Capture, Opaque
 from .symbolic import capture_symbolically
 
@@ -23,6 +25,8 @@ def capture(
     model: nn.Module,
     leaf_types: Sequence[type[nn.Module]] = (),
     concrete_args: Mapping[str, Any] | None = None,
+    example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = None,
 ) -> Capture:
     """Capture a model as graphs that mean what it means, in train and in eval mode.
 
@@ -30,6 +34,8 @@ def capture(
         model: The model. It is not changed.
         leaf_types: Module classes to keep whole.
         concrete_args: Values for which arguments of the forward are specialised; `torch.fx.PH` keeps one open.
+        example_inputs: Arguments, or keyword arguments, of the forward: the model is captured by `torch.export`.
+        dynamic_shapes: What `torch.export.export` takes; by default the first dimension of every tensor may change.
 
     Raises:
         TypeError: `model` is no `nn.Module`.
@@ -39,4 +45,21 @@ def capture(
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
         return Capture(root, type(model).__name__, root.variants)
+    if example_inputs is not None:
+        _refuse_with_examples(leaf_types, concrete_args)
+        return capture_by_export(model, root, example_inputs, dynamic_shapes)
     return capture_symbolically(model, root, tuple(leaf_types), concrete_args or {})
+
+
+def _refuse_with_examples(leaf_types: Sequence[type[nn.Module]], concrete_args: Any) -> None:
+    if leaf_types:
+        names = ", ".join(t.__name__ for t in leaf_types)
+        raise CaptureError(
+            f"torch.export opens every module, so none can be kept whole or selected by its class ({names}). Name "
+            f"ops instead, or transform without example_inputs."
+        )
+    if concrete_args:
+        raise CaptureError(
+            "with example_inputs the arguments have the values that the examples have; concrete_args is for symbolic "
+            "tracing alone."
+        )

@@ -18,10 +18,11 @@ from torch import nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 
+from ..errors import CaptureError
 from ..ops import apply_function, function_key
 from .proxies import any_proxy
 
-__all__ = ["RandomState", "Recorder", "patched"]
+__all__ = ["RandomState", "Recorder", "patched", "refused_functions"]
 
 
 class Recorder(Protocol):
@@ -129,6 +130,28 @@ def _functions(recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def refused_functions() -> Iterator[None]:
+    """A user's `autograd.Function` raises: export would drop its backward without a word."""
+    thread = threading.get_ident()
+    original = torch.autograd.Function.__dict__["apply"]
+
+    @functools.wraps(original.__func__)
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
+            raise CaptureError(
+                f"the model calls the autograd.Function {cls.__qualname__}, whose backward torch.export drops. "
+                f"Transform the model without example_inputs: symbolic tracing keeps it."
+            )
+        return original.__func__(cls, *args, **kwargs)
+
+    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+
+
+@contextlib.contextmanager
 def _autocast() -> Iterator[None]:
     """`torch.autocast` and `torch.inference_mode` inside a forward would be lost: they refuse to be traced."""
     thread = threading.get_ident()
@@ -190,7 +213,7 @@ def _factories(recorder: Recorder) -> Iterator[None]:
 
         return recording
 
-    names = {factory.__name__: factory for factory in _FACTORIES}
+    names: dict[str, Any] = {factory.__name__: factory for factory in _FACTORIES}
     for name, factory in names.items():
         setattr(torch, name, record(factory))
     try:
