@@ -222,11 +222,10 @@ def draw(everyone: list[Contestant], path: Path) -> None:
         draw_mean_and_range(accuracy, one, epochs, one.accuracy())
     lowest = min(one.accuracy().mean(dim=0).quantile(0.1).item() for one in everyone)
     backward.set(title="Backward of an activation", xlabel="its input", ylabel="gradient out / in")
-    shown = f"mean and range, seeds: {len(everyone[0].runs)}"
-    loss.set(title=f"Training set ({shown})", ylabel="cross-entropy", yscale="log")
-    accuracy.set(title=f"Held-out set ({shown})", ylabel="accuracy, %", ylim=(lowest, 100))
+    loss.set(title="Training set", ylabel="cross-entropy", yscale="log")
+    accuracy.set(title="Held-out set", ylabel="accuracy, %", ylim=(lowest, 100))
     for axes in (loss, accuracy):
-        axes.set_xlabel("epoch")
+        axes.set_xlabel(f"epoch (seeds: {len(everyone[0].runs)}; mean and range)")
     for axes in (backward, loss, accuracy):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
@@ -283,7 +282,8 @@ def main() -> None:
     everyone = contestants()
     train_all(everyone, chosen.epochs, chosen.seeds)
     console.print(results(everyone))
-    show(f"The last of {chosen.epochs} epochs; mean ± standard deviation; seeds: {chosen.seeds}")
+    spread_shown = ", mean ± standard deviation" if chosen.seeds > 1 else ""
+    show(f"After {chosen.epochs} epochs; seeds: {chosen.seeds}{spread_shown}")
     path = chosen.out / "demo.png"
     draw(everyone, path)
     show(f"The curves: {path}")
