@@ -308,7 +308,7 @@ def _load_codegen(dump: Any) -> CodeGen:
         return dump
     args, *specs = dump
     in_spec, out_spec = (None if s is None else pytree.treespec_loads(s) for s in specs)
-    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))
+    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))  # type: ignore[arg-type]
 
 
 def _name(target: Any) -> Any:

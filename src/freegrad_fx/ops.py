@@ -28,7 +28,14 @@ from torch.overrides import (
 from .errors import CaptureError, RuleError
 from .rules.rule import Rule, get
 
-__all__ = ["apply_function", "decoupled", "function_key", "require_specialised", "stop_gradient"]
+__all__ = [
+    "apply_function",
+    "decoupled",
+    "function_key",
+    "function_of",
+    "require_specialised",
+    "stop_gradient",
+]
 
 
 def stop_gradient(x: Tensor) -> Tensor:
@@ -169,9 +176,18 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     """
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
-    if function not in _functions:
-        _functions[function] = _import_function(function)
-    return _functions[function].apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return function_of(function).apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+
+
+def function_of(key: str) -> type[torch.autograd.Function]:
+    """The `torch.autograd.Function` of a key.
+
+    Raises:
+        RuntimeError: The class is not known in this process and cannot be imported.
+    """
+    if key not in _functions:
+        _functions[key] = _import_function(key)
+    return _functions[key]
 
 
 def _import_function(key: str) -> type[torch.autograd.Function]:

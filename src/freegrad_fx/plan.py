@@ -108,7 +108,8 @@ def make_plan(capture: Capture, table: RuleTable) -> tuple[Plan, list[list[Locat
     everywhere = len(capture.variants)
     opaque = [*capture.opaque]
     for variant in capture.variants:
-        opaque += [o for o in find_opaque(variant.graph, capture.root) if o not in opaque]
+        calls = find_opaque(variant.graph, capture.root, table.types)
+        opaque += [call for call in calls if call not in opaque]
     plan = Plan(
         model=capture.class_name,
         decisions=tuple(

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx, nn
 from torch._ops import OpOverload
@@ -16,7 +17,7 @@ from torch._ops import OpOverload
 from .activations import Op, Spelling, recognise
 from .aliasing import activated
 from .capture import Opaque
-from .ops import apply_function, decoupled, stop_gradient
+from .ops import apply_function, decoupled, function_of, stop_gradient
 from .provenance import origin
 
 __all__ = ["Located", "Site", "find_opaque", "find_sites"]
@@ -61,10 +62,10 @@ class Located:
     Attributes:
         site: The site.
         node: The node of the operation.
-        op: Its line in the vocabulary; None for a module of a class that the table names.
+        op: Its line in the vocabulary; None for a call of a class that the table names.
         key: Where the activated tensor stands in the node's arguments.
         inplace: Whether the operation writes into it.
-        module: The module that is called; None for a function or method.
+        called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
         obstacle: Why no rule can be given to it; ``""`` where one can.
     """
 
@@ -73,7 +74,7 @@ class Located:
     op: Op | None
     key: int | str
     inplace: bool
-    module: nn.Module | None
+    called: type[Any] | None
     obstacle: str = ""
 
     @property
@@ -84,57 +85,65 @@ class Located:
         return node
 
 
-def find_sites(
-    graph: fx.Graph, root: nn.Module, types: Sequence[type[nn.Module]] = ()
-) -> list[Located]:
+def find_sites(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()) -> list[Located]:
     """List the sites of a graph, in execution order.
 
     Args:
         graph: A captured graph.
         root: The module whose submodules it calls.
-        types: Further module classes whose calls are sites.
+        types: Classes of modules and of autograd.Functions whose calls are sites too.
     """
     found: list[Located] = []
     calls: Counter[tuple[str, str]] = Counter()
     for node in graph.nodes:
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-        spelled = _spelling(node, module, tuple(types))
+        called = _called(node, module)
+        spelled: Spelling | _Custom | None
+        if called is not None and issubclass(called, tuple(types)):
+            spelled = _custom_spelling(node, module)
+        else:
+            spelled = recognise(node, module)
         if spelled is None:
             continue
-        op, key, inplace, obstacle = spelled
         where = origin(node)
         path = str(node.target) if module is not None else where.owner
-        name = op.name if op is not None else type(module).__name__
-        site = Site(
-            kind="activation",
-            op=name,
-            path=path,
-            call=calls[path, name],
-            spelling=_text(node, module, inplace),
-            source=where.source,
-        )
+        name = spelled.op.name if isinstance(spelled, Spelling) else _class_name(called)
+        text = _text(node, called, spelled.inplace)
+        site = Site("activation", name, path, calls[path, name], text, where.source)
         calls[path, name] += 1
-        found.append(Located(site, node, op, key, inplace, module, obstacle))
+        op = spelled.op if isinstance(spelled, Spelling) else None
+        obstacle = _obstacle(node, spelled)
+        found.append(Located(site, node, op, spelled.key, spelled.inplace, called, obstacle))
     return found
 
 
-def _spelling(
-    node: fx.Node, module: nn.Module | None, types: tuple[type[nn.Module], ...]
-) -> tuple[Op | None, int | str, bool, str] | None:
-    if module is not None and isinstance(module, types):
-        key = next((i for i, a in enumerate(node.args) if isinstance(a, fx.Node)), None)
-        if key is None:
-            return None
-        spelling = Spelling(None, key, bool(getattr(module, "inplace", False)), False)  # type: ignore[arg-type]
-    else:
-        recognised = recognise(node, module)
-        if recognised is None:
-            return None
-        spelling = recognised
-    return spelling.op, spelling.key, spelling.inplace, _obstacle(node, spelling)
+@dataclass(frozen=True)
+class _Custom:
+    """How a node calls a class that the table names: what `Spelling` is for a line of the vocabulary."""
+
+    key: int | str
+    inplace: bool
+    writes_out: bool = False
 
 
-def _obstacle(node: fx.Node, spelling: Spelling) -> str:
+def _called(node: fx.Node, module: nn.Module | None) -> type[Any] | None:
+    if node.target is apply_function:
+        return function_of(str(node.args[0]))
+    return None if module is None else type(module)
+
+
+def _class_name(called: type[Any] | None) -> str:
+    return called.__name__ if called is not None else ""
+
+
+def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
+    """The first tensor given to it is the activated one; only its `inplace` can tell that it is overwritten."""
+    given: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+    key = next((key for key, value in given if isinstance(value, fx.Node)), None)
+    return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
+
+
+def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
     if activated(node, spelling.key).target is stop_gradient:
         rules = [str(user.kwargs["rule"]) for user in node.users if user.target is decoupled]
         return f"already decoupled, with the rule {', '.join(rules)!r}" if rules else "already cut"
@@ -143,11 +152,12 @@ def _obstacle(node: fx.Node, spelling: Spelling) -> str:
     return ""
 
 
-def _text(node: fx.Node, module: nn.Module | None, inplace: bool) -> str:
-    if module is not None:
-        kind = type(module)
-        prefix = "nn." if kind.__module__.startswith("torch.nn.") else ""
-        return f"{prefix}{kind.__name__}({'inplace=True' if inplace else ''})"
+def _text(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
+    if called is not None and node.op == "call_module":
+        prefix = "nn." if called.__module__.startswith("torch.nn.") else ""
+        return f"{prefix}{called.__name__}({'inplace=True' if inplace else ''})"
+    if called is not None:
+        return f"{called.__name__}.apply"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
     if isinstance(node.target, OpOverload):
@@ -177,18 +187,26 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
 _LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
-def find_opaque(graph: fx.Graph, root: nn.Module) -> list[Opaque]:
-    """List the calls of a graph that were not looked into and in which activations may be computed."""
+def find_opaque(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()) -> list[Opaque]:
+    """List the calls of a graph that were not looked into, that are no sites, and that may compute activations.
+
+    Args:
+        graph: A captured graph.
+        root: The module whose submodules it calls.
+        types: Classes whose calls are sites.
+    """
     found: dict[Opaque, None] = {}
     for node in graph.nodes:
         where = origin(node)
         if node.op == "call_module":
             module = root.get_submodule(str(node.target))
-            if isinstance(module, _COMPOSITES):
+            if isinstance(module, _COMPOSITES) and not isinstance(module, tuple(types)):
                 what = f"nn.{type(module).__name__}, kept whole"
                 reason = "PyTorch computes its activations inside one call"
                 found[Opaque(str(node.target), what, reason, where.source)] = None
-        elif node.op == "call_function" and node.target is apply_function:
+        elif node.target is apply_function:
+            if issubclass(function_of(str(node.args[0])), tuple(types)):
+                continue
             what = f"autograd.Function {node.args[0]}"
             found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
         elif node.op == "call_function":

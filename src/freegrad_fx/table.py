@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
 from .activations import GROUPS, OPS
@@ -18,7 +19,7 @@ from .sites import Located
 
 __all__ = ["Entry", "RuleTable", "RulesLike"]
 
-RulesLike: TypeAlias = "RuleLike | Mapping[str | type[nn.Module], RuleLike | None] | RuleTable"
+RulesLike: TypeAlias = "RuleLike | Mapping[str | type[Any], RuleLike | None] | RuleTable"
 
 _LATER = ("params", "all")
 
@@ -30,13 +31,13 @@ class Entry:
     Attributes:
         selector: What it selects, as the user wrote it.
         ops: Canonical names of the ops selected.
-        types: Module classes selected.
+        types: Classes of modules and of autograd.Functions selected.
         rules: The rules, the first for the gradient that comes in; None keeps the native backward.
     """
 
     selector: str
     ops: frozenset[str]
-    types: tuple[type[nn.Module], ...]
+    types: tuple[type[Any], ...]
     rules: tuple[Rule, ...] | None
 
     @property
@@ -46,7 +47,7 @@ class Entry:
 
     def matches(self, located: Located) -> bool:
         """Whether the entry means this site."""
-        if located.module is not None and isinstance(located.module, self.types):
+        if located.called is not None and issubclass(located.called, self.types):
             return True
         return located.op is not None and located.op.name in self.ops
 
@@ -63,11 +64,11 @@ class RuleTable:
 
         Args:
             rules: A rule name, a `Rule` or a composition (given to the group ``"activations"``), or a dict from op
-                names, module classes and groups to rules. In a dict classes come before ops, and ops before groups;
-                a rule None keeps the native backward.
+                names, classes (of modules or of autograd.Functions) and groups to rules. Classes come before ops,
+                ops before groups; a rule None keeps the native backward.
 
         Raises:
-            PlanError: A key is no op, group or module class.
+            PlanError: A key is no op, group or class.
             RuleError: A rule is unknown, or a parameter of it has no value.
             NotImplementedError: The rules are for parameters, which are not supported yet.
         """
@@ -84,8 +85,8 @@ class RuleTable:
         return cls((_entry("activations", rules),))
 
     @property
-    def types(self) -> tuple[type[nn.Module], ...]:
-        """The module classes that entries name; a capture has to keep them whole."""
+    def types(self) -> tuple[type[Any], ...]:
+        """The classes that entries name; a capture has to keep the modules among them whole."""
         return tuple(dict.fromkeys(t for entry in self.entries for t in entry.types))
 
     def decide(self, located: Located) -> int | None:
@@ -102,7 +103,7 @@ def _specificity(entry: Entry) -> int:
 
 def _entry(key: Any, rule: RuleLike | None) -> Entry:
     rules = None if rule is None else _rules(rule)
-    if isinstance(key, type) and issubclass(key, nn.Module):
+    if isinstance(key, type) and issubclass(key, nn.Module | torch.autograd.Function):
         return Entry(key.__name__, frozenset(), (key,), rules)
     if key in _LATER:
         raise NotImplementedError(
@@ -112,7 +113,7 @@ def _entry(key: Any, rule: RuleLike | None) -> Entry:
         return Entry(key, frozenset({key}), (), rules)
     if key in GROUPS:
         return Entry(key, GROUPS[key], (), rules)
-    remedy = "A key is an op, a group, or a module class."
+    remedy = "A key is an op, a group, or a class of modules or of autograd.Functions."
     raise PlanError(unknown("op or group", key, [*OPS, *GROUPS], remedy))
 
 

@@ -36,8 +36,10 @@ def transform(
     Args:
         model: Any `nn.Module` whose forward can be traced. It is not changed.
         rules: A rule name, a `Rule` or a composition: for every activation. Or a dict: its keys are op names
-            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``) and module classes, its values
-            rules, or None to keep the native backward. A class goes before an op, an op before a group.
+            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``) and classes of modules or of
+            autograd.Functions, its values rules, or None to keep the native backward. A class goes before an op, an
+            op before a group. A module of a class named so is kept whole; it must not write into its input, unless
+            it has a true attribute `inplace`.
         strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
             site that cannot be given its rule, code that was kept whole, and what the graph loses.
         concrete_args: Values of arguments of the forward that the graph is made for. An argument with a default is

@@ -23,7 +23,7 @@ __all__ = ["Capture", "Opaque", "capture", "structural_copy"]
 
 def capture(
     model: nn.Module,
-    leaf_types: Sequence[type[nn.Module]] = (),
+    leaf_types: Sequence[type[Any]] = (),
     concrete_args: Mapping[str, Any] | None = None,
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
@@ -32,7 +32,7 @@ def capture(
 
     Args:
         model: The model. It is not changed.
-        leaf_types: Module classes to keep whole.
+        leaf_types: Module classes to keep whole; other classes among them are passed over.
         concrete_args: Values for which arguments of the forward are specialised; `torch.fx.PH` keeps one open.
         example_inputs: Arguments, or keyword arguments, of the forward: the model is captured by `torch.export`.
         dynamic_shapes: What `torch.export.export` takes; by default the first dimension of every tensor may change.
@@ -48,10 +48,11 @@ def capture(
     if example_inputs is not None:
         _refuse_with_examples(leaf_types, concrete_args)
         return capture_by_export(model, root, example_inputs, dynamic_shapes)
-    return capture_symbolically(model, root, tuple(leaf_types), concrete_args or {})
+    leaves = tuple(t for t in leaf_types if issubclass(t, nn.Module))
+    return capture_symbolically(model, root, leaves, concrete_args or {})
 
 
-def _refuse_with_examples(leaf_types: Sequence[type[nn.Module]], concrete_args: Any) -> None:
+def _refuse_with_examples(leaf_types: Sequence[type[Any]], concrete_args: Any) -> None:
     if leaf_types:
         names = ", ".join(t.__name__ for t in leaf_types)
         raise CaptureError(
