@@ -180,6 +180,12 @@ class CapturedModule(fx.GraphModule):
         _restore(new, type(self).__name__, state, variants)
         return new
 
+    def _replicate_for_data_parallel(self) -> CapturedModule:
+        new = self.__copy__()
+        # as nn.Module does: replicas hold plain tensors, which are assigned under the parameters' names
+        new.__dict__.update(_parameters={}, _is_replica=True)
+        return new
+
     def __reduce__(self) -> tuple[Any, ...]:
         variants = [(dict(v.flags), _dump(v.graph)) for v in self._variants]
         return _load_module, (type(self).__name__, self._state(), variants)

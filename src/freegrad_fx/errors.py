@@ -29,8 +29,10 @@ class FreegradWarning(UserWarning):
 
 def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> str:
     """The sentence for a name that is not in a list: what it is, the valid names (closest first), the remedy."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(str(name), names, n=5, cutoff=0.5)
+    names = sorted(set(valid))
+    folded = {n.casefold(): n for n in names}
+    matches = difflib.get_close_matches(str(name).casefold(), folded, n=5, cutoff=0.5)
+    close = [folded[match] for match in matches]
     ordered = close + [n for n in names if n not in close]
     hint = f" Did you mean {close[0]!r}?" if close else ""
     remedy = f" {remedy}" if remedy else ""

@@ -45,7 +45,8 @@ def stop_gradient(x: Tensor) -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(stop_gradient, (x,), x)
-    return x.detach()
+    # abs() and its like are written for numbers too, and a trace cannot tell
+    return x.detach() if isinstance(x, Tensor) else x
 
 
 def decoupled(
@@ -66,10 +67,17 @@ def decoupled(
 
     Raises:
         RuleError: The rule is unknown, or, in the backward, returned what is no gradient for `x`.
+        TypeError: The operation returned something else than a tensor.
         RuntimeError: It is compiled inside a transform of `torch.func`, where the compiler would drop the rule.
     """
     if has_torch_function_variadic(y, x):
         return handle_torch_function(decoupled, (y, x), y, x, rule=rule, site=site, **parameters)
+    if not isinstance(y, Tensor):
+        if not isinstance(x, Tensor):
+            return y
+        raise TypeError(
+            f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
+        )
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
     if not torch.is_grad_enabled():
         return y

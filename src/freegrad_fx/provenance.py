@@ -20,6 +20,7 @@ META = "freegrad_fx"
 """The key of this package's entry in ``node.meta``."""
 
 _OURS = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<")
+_MODULES = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,13 @@ def caller() -> str:
 
 
 def innermost(traceback: TracebackType | None) -> str:
-    """``file:line`` of the innermost frame of a traceback that is neither PyTorch's nor ours."""
-    found = ""
+    """``file:line`` of the innermost frame of a traceback that is the user's; of PyTorch's modules if none is."""
+    users, modules = "", ""
     while traceback is not None:
-        if _is_users(traceback.tb_frame.f_code):
-            found = f"{traceback.tb_frame.f_code.co_filename}:{traceback.tb_lineno}"
+        code = traceback.tb_frame.f_code
+        if _is_users(code):
+            users = f"{code.co_filename}:{traceback.tb_lineno}"
+        elif code.co_filename.startswith(_MODULES):
+            modules = f"{code.co_filename}:{traceback.tb_lineno}"
         traceback = traceback.tb_next
-    return found
+    return users or modules

@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -15,7 +16,7 @@ from .provenance import META
 
 __all__ = ["as_dict", "as_html", "as_text", "report"]
 
-_COLUMNS = ("site", "call", "op", "as", "backward", "why", "at")
+_COLUMNS = ("path", "call", "op", "spelling", "backward", "line")
 
 
 def report(model: nn.Module) -> Plan:
@@ -38,23 +39,17 @@ def report(model: nn.Module) -> Plan:
 
 def _backward(decision: Decision) -> str:
     if decision.action != "rewrite":
-        return decision.action
-    rules = " → ".join(map(repr, decision.rules))
-    return f"{rules}, FORWARD {decision.forward}" if decision.forward else rules
+        return f"{decision.action}: {decision.reason}"
+    rules = " → ".join(repr(replace(rule, forward=None)) for rule in decision.rules)
+    forward = f", FORWARD {decision.forward}" if decision.forward else ""
+    modes = f" (in {decision.modes} only)" if decision.modes else ""
+    return f"{rules}{forward}{modes}"
 
 
 def _row(decision: Decision) -> tuple[str, ...]:
     site = decision.site
-    reason = f"{decision.reason} (in {decision.modes} only)" if decision.modes else decision.reason
-    return (
-        site.path or "<root>",
-        str(site.call),
-        site.op,
-        site.spelling,
-        _backward(decision),
-        reason,
-        _short(site.source),
-    )
+    backward, source = _backward(decision), _short(site.source)
+    return (site.path or "<root>", str(site.call), site.op, site.spelling, backward, source)
 
 
 def _short(source: str) -> str:
@@ -62,21 +57,24 @@ def _short(source: str) -> str:
     return os.sep.join(source.split(os.sep)[-2:])
 
 
-def _totals(plan: Plan) -> str:
-    counts = [f"{len(plan.with_action(a))} {w}" for a, w in _ACTIONS if plan.with_action(a)]
-    return f"{plan.model}: {len(plan.decisions)} sites: {', '.join(counts) or 'none'}"
-
-
 _ACTIONS = (("rewrite", "rewritten"), ("native", "left native"), ("skip", "SKIPPED"))
 
 
+def _totals(plan: Plan) -> str:
+    counts = [f"{len(plan.with_action(a))} {w}" for a, w in _ACTIONS if plan.with_action(a)]
+    return f"{plan.model}, {_sites(len(plan.decisions))}: {', '.join(counts) or 'nothing to do'}."
+
+
+def _sites(count: int) -> str:
+    return f"{count} site" if count == 1 else f"{count} sites"
+
+
 def _remarks(plan: Plan) -> Iterable[str]:
-    replaced = sorted({d.forward for d in plan.decisions if d.forward})
-    for forward in replaced:
+    for entry, hits in zip(plan.table.entries, plan.hits, strict=True):
+        yield f"Entry {entry.selector!r}: {_sites(hits) if hits else 'MATCHED NOTHING'}."
+    for forward in sorted({d.forward for d in plan.decisions if d.forward}):
         count = sum(d.forward == forward for d in plan.decisions)
-        yield f"THE FORWARD IS CHANGED at {count} sites: they compute {forward}."
-    for entry in plan.unmatched:
-        yield f"Entry {entry.selector!r} matched nothing."
+        yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {forward}."
     for opaque in plan.opaque:
         yield f"Not looked into: {opaque}."
     for lost in plan.lost:
@@ -91,9 +89,8 @@ def as_text(plan: Plan) -> str:
         "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     lines.insert(1, "  ".join("-" * w for w in widths))
-    return "\n".join(
-        [_totals(plan), "", *(lines if plan.decisions else []), "", *_remarks(plan)]
-    ).rstrip()
+    parts = [_totals(plan), "\n".join(lines) if plan.decisions else "", "\n".join(_remarks(plan))]
+    return "\n\n".join(part for part in parts if part)
 
 
 def as_html(plan: Plan) -> str:

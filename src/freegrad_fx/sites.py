@@ -99,10 +99,9 @@ def find_sites(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
         module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
         called = _called(node, module)
         spelled: Spelling | _Custom | None
-        if called is not None and issubclass(called, tuple(types)):
+        spelled = recognise(node, module)
+        if spelled is None and called is not None and issubclass(called, tuple(types)):
             spelled = _custom_spelling(node, module)
-        else:
-            spelled = recognise(node, module)
         if spelled is None:
             continue
         where = origin(node)
@@ -146,7 +145,12 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
 def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
     if activated(node, spelling.key).target is stop_gradient:
         rules = [str(user.kwargs["rule"]) for user in node.users if user.target is decoupled]
-        return f"already decoupled, with the rule {', '.join(rules)!r}" if rules else "already cut"
+        if rules:
+            return (
+                f"already decoupled, with the rule {', '.join(rules)!r}; transform the original model, or compose the "
+                f"rules"
+            )
+        return "its input is cut from the autograd graph already"
     if spelling.writes_out:
         return "writes its result into an out= tensor, which autograd does not support"
     return ""

@@ -59,7 +59,7 @@ class RuleTable:
     entries: tuple[Entry, ...]
 
     @classmethod
-    def of(cls, rules: RulesLike) -> RuleTable:
+    def of(cls, rules: RulesLike | None) -> RuleTable:
         """Read what `transform` accepts as rules.
 
         Args:
@@ -98,7 +98,7 @@ class RuleTable:
 
 
 def _specificity(entry: Entry) -> int:
-    return 0 if entry.types else 1 if len(entry.ops) == 1 and entry.selector in OPS else 2
+    return 0 if entry.types else 2 if entry.selector in GROUPS else 1
 
 
 def _entry(key: Any, rule: RuleLike | None) -> Entry:
@@ -109,19 +109,25 @@ def _entry(key: Any, rule: RuleLike | None) -> Entry:
         raise NotImplementedError(
             f"rules on parameters ({key!r}) are not supported yet. Use 'activations', another group, or op names."
         )
-    if key in OPS:
-        return Entry(key, frozenset({key}), (), rules)
+    # "softmax" is an op and a group: the group, which has the op in it
     if key in GROUPS:
         return Entry(key, GROUPS[key], (), rules)
-    remedy = "A key is an op, a group, or a class of modules or of autograd.Functions."
-    raise PlanError(unknown("op or group", key, [*OPS, *GROUPS], remedy))
+    if key in OPS:
+        return Entry(key, frozenset({key}), (), rules)
+    remedy = (
+        f"The groups among them: {', '.join(GROUPS)}. A key is an op, a group, or a class of modules or of "
+        f"autograd.Functions; not a function and not the path of a module."
+    )
+    name = f"{key.__name__}()" if callable(key) else key
+    raise PlanError(unknown("op or group", name, [*OPS, *GROUPS], remedy))
 
 
 def _rules(rule: RuleLike) -> tuple[Rule, ...]:
     if not isinstance(rule, str | Rule | Composition):
         raise RuleError(
             f"a rule is a name, a Rule or a composition, got {rule!r} of type {type(rule).__name__}. "
-            f"Declare a function as a rule with @freegrad_fx.register('name')."
+            f"Declare a function as a rule with @freegrad_fx.register('name'); chain several rules with "
+            f"freegrad_fx.compose(...); give different ops different rules with a dict."
         )
     parts = rule.parts if isinstance(rule, Composition) else (get(rule),)
     for part in parts:

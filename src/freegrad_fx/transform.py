@@ -21,7 +21,7 @@ __all__ = ["explain", "transform"]
 
 def transform(
     model: nn.Module,
-    rules: RulesLike,
+    rules: RulesLike | None = None,
     *,
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,
@@ -84,7 +84,7 @@ def transform(
 
 def explain(
     model: nn.Module,
-    rules: RulesLike,
+    rules: RulesLike | None = None,
     *,
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,

@@ -17,10 +17,8 @@ __all__ = ["check_model", "structural_copy"]
 def check_model(model: Any) -> None:
     """Raise what tells the caller why a model cannot be captured at all."""
     if not isinstance(model, nn.Module):
-        what = (
-            f"the class {model.__name__}" if isinstance(model, type) else f"{type(model).__name__}"
-        )
-        raise TypeError(f"transform() takes an nn.Module instance, got {what}: {model!r:.80}")
+        what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(f"transform() takes an instance of nn.Module, the model itself, got {what}")
     if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
         raise TypeError(
             "the model is already compiled: rules given to it now would not reach the compiled code. Transform "

@@ -178,7 +178,7 @@ class Rule:
         if self.forward is not None:
             values.append(f"forward={self.forward!r}")
         head = self.name if self.name.isidentifier() else f"get({self.name!r})"
-        return f"{head}({', '.join(values)})"
+        return f"{head}({', '.join(values)})" if values else head
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebind, (self.name, dict(self.bound), self.forward)
