@@ -180,6 +180,14 @@ def read_whole_property(
         lines[:] = GoogleDocstring(inspect.cleandoc(obj.__doc__), app.config, what="method").lines()
 
 
+def name_aliases(
+    app: Sphinx, what: str, name: str, obj: Any, options: object, signature: str, returns: str
+) -> tuple[str | None, str | None]:
+    """Write ``Alias | None`` where Sphinx writes ``TypeAliasForwardRef('Alias') | None``."""
+    pattern = r"TypeAliasForwardRef\('([\w.]+)'\)"
+    return tuple(text and re.sub(pattern, r"\1", text) for text in (signature, returns))
+
+
 def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
     """Warn about a public name of the package that no page describes."""
     described = env.domains["py"].objects
@@ -192,11 +200,22 @@ def check_public_names(app: Sphinx, env: BuildEnvironment) -> None:
             )
 
 
+def check_paths(app: Sphinx, doctree: nodes.document) -> None:
+    """Warn about a file of the checkout that a page names and that does not exist."""
+    for name in doctree.findall(nodes.literal):
+        path = name.astext()
+        is_path = re.match(r"(src|tests|docs|examples|benchmarks)/", path)
+        if is_path and not (app.srcdir.parent / path).exists():
+            _log.warning("there is no %s", path, location=name)
+
+
 def setup(app: Sphinx) -> ExtensionMetadata:
     """Register the directives."""
     app.add_directive("rules-table", RulesTable)
     app.add_directive("rules-reference", RulesReference)
     app.add_directive("activations-table", ActivationsTable)
     app.connect("autodoc-process-docstring", read_whole_property, priority=600)  # after napoleon's
+    app.connect("autodoc-process-signature", name_aliases)
+    app.connect("doctree-read", check_paths)
     app.connect("env-check-consistency", check_public_names)
     return {"parallel_read_safe": True}
