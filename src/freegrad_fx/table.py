@@ -118,7 +118,7 @@ def _entry(key: Any, rule: RuleLike | None) -> Entry:
         f"The groups among them: {', '.join(GROUPS)}. A key is an op, a group, or a class of modules or of "
         f"autograd.Functions; not a function and not the path of a module."
     )
-    name = f"{key.__name__}()" if callable(key) else key
+    name = f"{key.__name__}()" if hasattr(key, "__name__") else key
     raise PlanError(unknown("op or group", name, [*OPS, *GROUPS], remedy))
 
 
