@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
-__all__ = ["RecordingProxy", "TensorProxy", "any_proxy"]
+__all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
 class RecordingProxy(Proxy):
@@ -81,6 +81,24 @@ for _name in ("shape", "ndim"):
     setattr(TensorProxy, _name, property(operator.attrgetter(f"tensor.{_name}")))
 for _name in ("size", "dim", "numel", "__len__"):
     setattr(TensorProxy, _name, _on_tensor(_name))
+
+
+class FlagProxy(RecordingProxy):
+    """A `training` flag: compared or looked up it is what the trace takes it for, as in a branch."""
+
+    def __eq__(self, other: object) -> bool:
+        return bool(self) == other
+
+    def __ne__(self, other: object) -> bool:
+        return bool(self) != other
+
+    def __hash__(self) -> int:
+        return hash(bool(self))
+
+    def __int__(self) -> int:
+        return int(bool(self))
+
+    __index__ = __int__
 
 
 def any_proxy(*values: Any) -> bool:

@@ -13,7 +13,8 @@ import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,7 +27,7 @@ from ..errors import CaptureError, unknown
 from ..ops import require_specialised
 from ..provenance import META, Origin, caller, innermost
 from .patches import RandomState, patched
-from .proxies import RecordingProxy, TensorProxy, any_proxy
+from .proxies import FlagProxy, RecordingProxy, TensorProxy, any_proxy
 from .result import Capture, Opaque
 
 __all__ = ["capture_symbolically"]
@@ -46,6 +47,7 @@ class _Tracer(fx.Tracer):
         leaf_types: Module classes to keep whole.
         assumed: Values for `training` flags; True for others.
         specialised: Arguments of the forward that are constants.
+        concrete_flags: Read flags as the values they are assumed to have, and count each reading as a branch.
         watch_random: Keep whole what draws random numbers outside of the graph.
         watched: Attributes that the forward assigns, and must not read before, by module path and name.
     """
@@ -55,6 +57,7 @@ class _Tracer(fx.Tracer):
         leaf_types: tuple[type[nn.Module], ...],
         assumed: dict[str, bool],
         specialised: Mapping[str, Any],
+        concrete_flags: bool = False,
         watch_random: bool = False,
         watched: frozenset[tuple[str, str]] = frozenset(),
     ) -> None:
@@ -63,9 +66,11 @@ class _Tracer(fx.Tracer):
         self.leaf_types = leaf_types
         self.assumed = assumed
         self.specialised = specialised
+        self.concrete_flags = concrete_flags
         self.watch_random = watch_random
         self.watched = watched
         self.flags: dict[str, bool] = {}
+        self.flags_read = False
         self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
         self.lost: list[Opaque] = []
@@ -111,7 +116,7 @@ class _Tracer(fx.Tracer):
         path = _flag_path(obj.node)
         if path is None:
             return super().to_bool(obj)
-        return self.flags.setdefault(path, self.assumed.get(path, True))
+        return self._taken(path)
 
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
         plain = name.lstrip("*")
@@ -173,7 +178,11 @@ class _Tracer(fx.Tracer):
         if paths is None or module not in paths:
             return None
         path = paths[module]
-        return self._attribute(f"{path}.training" if path else "training", self.proxy)
+        if self.concrete_flags:
+            return self._taken(path)
+        self.flags_read = True
+        name = f"{path}.training" if path else "training"
+        return self._attribute(name, lambda node: FlagProxy(node, self))
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         paths = getattr(self, "submodule_paths", None)
@@ -189,6 +198,9 @@ class _Tracer(fx.Tracer):
         return True
 
     # -- our own
+
+    def _taken(self, path: str) -> bool:
+        return self.flags.setdefault(path, self.assumed.get(path, True))
 
     def _call_whole(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
         self.module_stack[path] = (path, type(m))
@@ -327,29 +339,65 @@ def capture_symbolically(
 ) -> Capture:
     """Trace `root`, the copy of `model`, once for every combination of the flags that the model branches on."""
     specialised = _specialised(root, concrete_args)
+    trace = partial(_trace, model, root, leaf_types, specialised)
+    found = _variants(trace)
+    if found is None:
+        # A flag was used in a way that a proxy cannot see (`training is True`): every reading is a branch.
+        found = _variants(partial(trace, concrete_flags=True)) or []
+    if not found or len(found) > MAX_VARIANTS:
+        found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
+    return Capture(
+        root,
+        type(model).__name__,
+        tuple(Variant(tracer.flags, graph) for tracer, graph, _ in found),
+        tuple(dict.fromkeys(note for tracer, _, _ in found for note in tracer.opaque)),
+        tuple(dict.fromkeys(n for tracer, _, lost in found for n in (*tracer.lost, *lost))),
+    )
+
+
+_Traced: TypeAlias = tuple[_Tracer, fx.Graph, list[Opaque]]
+
+
+def _both_modes(root: nn.Module) -> list[dict[str, bool]]:
+    paths = [path for path, _ in root.named_modules()]
+    return [dict.fromkeys(paths, True), dict.fromkeys(paths, False)]
+
+
+def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
+    """Follow both sides of every branch on a flag; None where the graphs do not mean what plain flags would.
+
+    Where there are more variants than may be kept, one more than that is returned.
+    """
     pending: list[dict[str, bool]] = [{}]
-    variants: list[Variant] = []
-    opaque: dict[Opaque, None] = {}
-    lost: dict[Opaque, None] = {}
-    while pending:
+    found: list[_Traced] = []
+    while pending and len(found) <= MAX_VARIANTS:
         assumed = pending.pop(0)
-        with _lock:
-            tracer, graph, forgotten = _trace(model, root, leaf_types, assumed, specialised)
-        variants.append(Variant(tracer.flags, graph))
-        opaque.update(dict.fromkeys(tracer.opaque))
-        lost.update(dict.fromkeys((*tracer.lost, *forgotten)))
+        tracer, graph, lost = trace(assumed)
+        if tracer.flags_read:
+            plain, plain_graph, _ = trace({**assumed, **tracer.flags}, concrete_flags=True)
+            if _outline(graph, tracer.flags) != _outline(plain_graph, plain.flags):
+                return None
+        found.append((tracer, graph, lost))
         taken: dict[str, bool] = {}
         for path, value in tracer.flags.items():
             if path not in assumed:
                 pending.append({**taken, path: not value})
             taken[path] = value
-        if len(variants) + len(pending) > MAX_VARIANTS:
-            raise CaptureError(
-                f"{type(model).__name__} branches on the training flags of {len(tracer.flags)} modules "
-                f"({', '.join(path or 'the root' for path in tracer.flags)}), more than can be captured one by one. "
-                f"Keep their class whole: transform(model, rules, leaf_modules=[...])."
-            )
-    return Capture(root, type(model).__name__, tuple(variants), tuple(opaque), tuple(lost))
+    return found
+
+
+def _outline(graph: fx.Graph, flags: Mapping[str, bool]) -> list[tuple[Any, ...]]:
+    """A graph without its names, and with flags for what they are taken for."""
+    rows: list[tuple[Any, ...]] = []
+    stands_for: dict[fx.Node, Any] = {}
+    for node in graph.nodes:
+        path = _flag_path(node)
+        if path is not None:
+            stands_for[node] = flags.get(path, True)
+            continue
+        rows.append((node.op, node.target, fx.map_arg((node.args, node.kwargs), stands_for.get)))
+        stands_for[node] = f"%{len(rows)}"
+    return rows
 
 
 def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str, Any]:
@@ -372,29 +420,32 @@ def _trace(
     model: nn.Module,
     root: nn.Module,
     leaf_types: tuple[type[nn.Module], ...],
-    assumed: dict[str, bool],
     specialised: dict[str, Any],
-) -> tuple[_Tracer, fx.Graph, list[Opaque]]:
+    assumed: dict[str, bool],
+    concrete_flags: bool = False,
+) -> _Traced:
     """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
-    random = RandomState()
-    tracer = _Tracer(leaf_types, assumed, specialised)
-    graph = _traced(tracer, root)
-    forgotten = list(_forget_proxies(model, root, tracer))
-    drawn, watched = random.drawn_from(), _state_kept(root, tracer)
-    if drawn or watched:
-        random.restore()
-        for path, name in watched:
-            del root.get_submodule(path).__dict__[name]
-        tracer = _Tracer(leaf_types, assumed, specialised, drawn, watched)
+    with _lock:
+        random = RandomState()
+        make = partial(_Tracer, leaf_types, assumed, specialised, concrete_flags)
+        tracer = make()
         graph = _traced(tracer, root)
         forgotten = list(_forget_proxies(model, root, tracer))
-        if random.drawn_from():
+        drawn, watched = random.drawn_from(), _state_kept(root, tracer)
+        if drawn or watched:
             random.restore()
-            raise CaptureError(
-                f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
-                f"functions (random, numpy.random, or a generator): a graph would repeat one draw for ever. Use "
-                f"torch.rand(()), or move that part into a submodule: it is then kept whole."
-            )
+            for path, name in watched:
+                del root.get_submodule(path).__dict__[name]
+            tracer = make(watch_random=drawn, watched=watched)
+            graph = _traced(tracer, root)
+            forgotten = list(_forget_proxies(model, root, tracer))
+            if random.drawn_from():
+                random.restore()
+                raise CaptureError(
+                    f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
+                    f"functions (random, numpy.random, or a generator): a graph would repeat one draw for ever. Use "
+                    f"torch.rand(()), or move that part into a submodule: it is then kept whole."
+                )
     return tracer, graph, forgotten
 
 
