@@ -456,7 +456,9 @@ def test_a_signature_outside_the_vocabulary_is_refused_when_it_is_registered(
     assert "mine" not in fg.rules.available()
 
 
-@pytest.mark.parametrize("name", ["", None, 3, nothing], ids=repr)
+@pytest.mark.parametrize(
+    "name", ["", None, 3, nothing], ids=["empty", "None", "number", "function"]
+)
 def test_a_rule_needs_a_name(name: Any) -> None:
     with pytest.raises(fg.RuleError, match=r"registered under a name.*@register\('my_rule'\)"):
         fg.register(name)
@@ -720,7 +722,8 @@ def test_rules_of_one_name_and_another_formula_are_not_equal() -> None:
 SOME = {
     "rectangular(a=-0.5, b=0.5)": lambda: fg.rules.rectangular,
     "rectangular(a=-1.0, b=0.5)": lambda: fg.rules.rectangular(a=-1),
-    "get('d(ReLU)')()": lambda: fg.rules.d_relu,
+    "guided": lambda: fg.rules.guided,
+    "get('d(ReLU)')": lambda: fg.rules.d_relu,
     "get('d(Linear)')(forward='heaviside')": lambda: fg.rules.d_linear(forward="heaviside"),
     "centralize(dim=(1, 2))": lambda: fg.rules.centralize(dim=(1, 2)),
     "clip_norm(max_norm=inf, eps=1e-12)": lambda: fg.rules.clip_norm(max_norm=math.inf),

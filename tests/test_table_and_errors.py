@@ -116,7 +116,7 @@ def test_one_rule_is_for_the_group_of_activations(rules: Any) -> None:
         (nn.GELU, {"gelu:gelu[0]"}),
         (Swish, {"swish:Swish[0]"}),
     ],
-    ids=str,
+    ids=lambda value: getattr(value, "__name__", None),
 )
 def test_a_key_selects(key: Any, sites: set[str]) -> None:
     got = {site for site, rule in decided(Net(), {key: "scale"}).items() if rule == "scale"}
