@@ -136,6 +136,18 @@ class Conditional(nn.Module):
         return F.silu(x) if training else F.gelu(x)
 
 
+class ComparedByIdentity(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.a(x))
+        if self.training is True:
+            x = x + 1
+        return x if self.training is False else F.silu(x)
+
+
 class ComparedByEquality(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +304,7 @@ def test_evaluation_is_deterministic(name: str, captured_in: str) -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("kind", [ComparedByEquality, AsAKey, AsANumber])
+@pytest.mark.parametrize("kind", [ComparedByIdentity, ComparedByEquality, AsAKey, AsANumber])
 def test_other_uses_of_the_flag_are_captured_or_refused(kind: Callable[[], nn.Module]) -> None:
     model, refusal = kind(), ""
     try:
