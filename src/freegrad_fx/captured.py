@@ -1,15 +1,19 @@
 """The result of a capture: a GraphModule that keeps everything the model had, and one graph for each of its modes.
 
-A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict and loses
-what no node refers to when it is copied. This one holds the whole module tree. This file knows nothing of rules.
+A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict, loses what no
+node refers to when it is copied, and has none of the model's methods. This one holds the whole module tree, and its
+class inherits from the model's. This file knows nothing of rules.
 """
 
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
 import importlib
-from collections.abc import Callable, Mapping, Sequence
+import keyword
+import types
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, ClassVar
@@ -26,20 +30,15 @@ from .provenance import META
 
 __all__ = ["CapturedModule", "Variant"]
 
+_BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
 # What belongs to the machinery of a GraphModule, not to the model in it.
-_MACHINERY = frozenset(
-    {
-        "_graph",
-        "_variants",
-        "_code",
-        "_codes",
-        "_lineno_map",
-        "_prologue_start",
-        "_in_spec",
-        "_out_spec",
-        "_specs",
-    }
-)
+_MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) | {
+    "_variants",
+    "_codes",
+    "_specs",
+    "_in_spec",
+    "_out_spec",
+}
 
 
 @dataclass(frozen=True)
@@ -68,26 +67,40 @@ class Variant:
 
 
 class CapturedModule(fx.GraphModule):
-    """A GraphModule with the module tree, the state and the hooks of the model it was captured from.
+    """A GraphModule with the module tree, the state, the hooks and the methods of the model it was captured from.
 
     Where the model branches on a module's `training` flag there are several graphs, and each call runs the one that
-    fits the flags: `train()`, `eval()`, and `eval()` on a part alone, mean what they mean on the model.
-
-    Args:
-        root: A structural copy of the model; it is taken over.
-        variants: The graphs.
-        class_name: The name of the model's class.
+    fits the flags: `train()`, `eval()`, and `eval()` on a part alone, mean what they mean on the model. Its class is a
+    subclass of the model's, so that what the model's class overrides (`train`, `state_dict`, extra state) and adds is
+    there.
     """
 
-    # For each graph its generated `forward`; of the one class that every instance has to itself.
+    # Of the one class that every instance has to itself: for each graph its generated `forward`, and the model's class.
     _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    _model_class: ClassVar[type[nn.Module] | None] = None
+    _variants: tuple[Variant, ...]
 
-    def __init__(self, root: nn.Module, variants: Sequence[Variant], class_name: str) -> None:
-        super().__init__(nn.Module(), fx.Graph(), class_name)
-        own = {key: self.__dict__[key] for key in self.__dict__ if not hasattr(nn.Module(), key)}
-        self.__dict__.update({key: value for key, value in root.__dict__.items() if key not in own})
-        self._variants = tuple(variants)
-        self.recompile()
+    @classmethod
+    def build(cls, root: nn.Module, variants: Sequence[Variant], class_name: str) -> CapturedModule:
+        """Make one.
+
+        Args:
+            root: A structural copy of the model; it is taken over.
+            variants: The graphs.
+            class_name: The name of the model's class.
+
+        Raises:
+            CaptureError: The model uses a name that a GraphModule needs.
+        """
+        model_class: type[nn.Module] | None = type(root)
+        if isinstance(root, CapturedModule):
+            model_class = root._model_class
+        elif isinstance(root, fx.GraphModule | torch.jit.ScriptModule):
+            model_class = None
+        else:
+            _check_names(root)
+        state = {key: value for key, value in root.__dict__.items() if key not in _MACHINERY}
+        return _assemble(model_class, class_name, state, tuple(variants))
 
     @property
     def variants(self) -> tuple[Variant, ...]:
@@ -97,19 +110,15 @@ class CapturedModule(fx.GraphModule):
     @property
     def graph(self) -> fx.Graph:
         """The graph that a call would run now."""
-        if "_variants" not in self.__dict__:
-            return self._graph
         return self._variants[self._active()].graph
 
     @graph.setter
     def graph(self, graph: fx.Graph) -> None:
-        if "_variants" in self.__dict__:
-            active = self._active()
-            self._variants = tuple(
-                Variant(variant.flags, graph) if index == active else variant
-                for index, variant in enumerate(self._variants)
-            )
-        self._graph = graph
+        active = self._active()
+        self._variants = tuple(
+            Variant(variant.flags, graph) if index == active else variant
+            for index, variant in enumerate(self._variants)
+        )
         self.recompile()
 
     @property
@@ -125,15 +134,13 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate `forward` anew from the graphs."""
-        if "_variants" not in self.__dict__:
-            return super().recompile()
-        forwards, codes = [], []
-        result = None
-        specs = []
+        forwards, codes, specs = [], [], []
+        result: Any = None
         for index, variant in enumerate(self._variants):
             self._graph = variant.graph
             variant.graph.owning_module = self
-            result = super().recompile()
+            with _keywords_as_names():
+                result = super().recompile()
             specs.append((getattr(self, "_in_spec", None), getattr(self, "_out_spec", None)))
             # Each graph has input and output structures of its own
             src = self._code.replace("self._in_spec", f"self._specs[{index}][0]")
@@ -146,7 +153,6 @@ class CapturedModule(fx.GraphModule):
         if len(forwards) == 1 and not guard:
             type(self).forward = forwards[0]
         else:
-            assert result is not None
             type(self)._forwards = tuple(forwards)
             type(self).forward = _dispatcher(result.src, result.globals, guard)
         return result
@@ -167,18 +173,18 @@ class CapturedModule(fx.GraphModule):
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        new = type(self).__new__(type(self))
+        # Entered in the memo before the state is copied, which may refer to it
+        new = _blank(self._model_class, type(self).__name__)
         memo[id(self)] = new
-        variants = tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
-        _restore(new, type(self).__name__, copy.deepcopy(self._state(), memo), variants)
-        return new
+        return _fill(new, copy.deepcopy(self._state(), memo), self._copied_variants())
 
     def __copy__(self) -> CapturedModule:
-        new = type(self).__new__(type(self))
-        variants = tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
         state = {k: (dict(v) if type(v) is dict else v) for k, v in self._state().items()}
-        _restore(new, type(self).__name__, state, variants)
-        return new
+        name = type(self).__name__
+        return _assemble(self._model_class, name, state, self._copied_variants())
+
+    def _copied_variants(self) -> tuple[Variant, ...]:
+        return tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
 
     def _replicate_for_data_parallel(self) -> CapturedModule:
         new = self.__copy__()
@@ -188,29 +194,83 @@ class CapturedModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         variants = [(dict(v.flags), _dump(v.graph)) for v in self._variants]
-        return _load_module, (type(self).__name__, self._state(), variants)
+        return _load_module, (self._model_class, type(self).__name__, self._state(), variants)
 
     def _state(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in _MACHINERY}
 
 
-def _restore(
-    new: CapturedModule, class_name: str, state: dict[str, Any], variants: tuple[Variant, ...]
-) -> None:
-    new.__dict__.update(state)
-    type(new).__name__ = class_name
-    new._variants = variants
-    new._graph = variants[0].graph
+def _check_names(root: nn.Module) -> None:
+    """Refuse a model whose own names are those that a GraphModule needs for itself."""
+    needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
+    members = {*root._modules, *root._parameters, *root._buffers}
+    if clashes := sorted((needed & {*root.__dict__, *members}) | ({"meta"} & members)):
+        raise CaptureError(
+            f"{type(root).__name__} has members named {', '.join(clashes)}, which torch.fx.GraphModule needs for "
+            f"itself. Rename them, or transform a module that holds the model: nn.Sequential(model)."
+        )
+
+
+def _blank(model_class: type[nn.Module] | None, class_name: str) -> CapturedModule:
+    """An instance of a class of its own, without state: generated code belongs to the class."""
+    body = {"__module__": CapturedModule.__module__, "_model_class": model_class}
+    bases = (CapturedModule,) if model_class is None else (CapturedModule, model_class)
+    try:
+        made = types.new_class("GraphModuleImpl", bases, exec_body=lambda names: names.update(body))
+    except TypeError:  # a class that cannot be inherited from so: its methods stay behind
+        made = types.new_class(
+            "GraphModuleImpl", bases[:1], exec_body=lambda names: names.update(body)
+        )
+    made.__name__ = class_name
+    new: CapturedModule = object.__new__(made)
+    return new
+
+
+def _fill(
+    new: CapturedModule, state: dict[str, Any], variants: tuple[Variant, ...]
+) -> CapturedModule:
+    machinery = {k: copy.copy(v) for k, v in _BLANK.items() if k in _MACHINERY}
+    new.__dict__.update({**machinery, "meta": {}, **state, "_variants": variants})
     new.recompile()
+    return new
+
+
+def _assemble(
+    model_class: type[nn.Module] | None,
+    class_name: str,
+    state: dict[str, Any],
+    variants: tuple[Variant, ...],
+) -> CapturedModule:
+    return _fill(_blank(model_class, class_name), state, variants)
 
 
 def _load_module(
-    class_name: str, state: dict[str, Any], variants: list[tuple[dict[str, bool], _Dump]]
+    model_class: type[nn.Module] | None,
+    class_name: str,
+    state: dict[str, Any],
+    variants: list[tuple[dict[str, bool], _Dump]],
 ) -> CapturedModule:
-    new = CapturedModule.__new__(CapturedModule)
     loaded = tuple(Variant(flags, _load(dump)) for flags, dump in variants)
-    _restore(new, class_name, state, loaded)
-    return new
+    return _assemble(model_class, class_name, state, loaded)
+
+
+@contextlib.contextmanager
+def _keywords_as_names() -> Iterator[None]:
+    """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
+    original = fx.graph._format_target
+
+    def formatted(base: str, target: str) -> str:
+        if not any(keyword.iskeyword(name) for name in target.split(".")):
+            return original(base, target)
+        for name in target.split("."):
+            base = f'getattr({base}, "{name}")'
+        return base
+
+    fx.graph._format_target = formatted
+    try:
+        yield
+    finally:
+        fx.graph._format_target = original
 
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:

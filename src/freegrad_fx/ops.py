@@ -34,6 +34,7 @@ __all__ = [
     "function_key",
     "function_of",
     "require_specialised",
+    "require_tensor",
     "stop_gradient",
 ]
 
@@ -220,8 +221,25 @@ def require_specialised(value: Any, captured: Any, name: str) -> None:
     if has_torch_function((value,)):
         handle_torch_function(require_specialised, (value,), value, captured, name)
     elif not (value is captured or (type(value) is type(captured) and value == captured)):
+        was = "the default of " + name if captured is ... else f"{name}={captured!r}"
         raise CaptureError(
-            f"the graph was captured for {name}={captured!r} and is called with another value. Transform the model "
+            f"the graph was captured for {was} and is called with another value. Transform the model "
             f"for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); for an argument that "
             f"is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+        )
+
+
+def require_tensor(value: Any, where: str) -> None:
+    """Raise `CaptureError` unless a value is a tensor, which the capture took it for when the forward asked.
+
+    Args:
+        value: The value.
+        where: ``file:line`` of the question.
+    """
+    if has_torch_function((value,)):
+        handle_torch_function(require_tensor, (value,), value, where)
+    elif not isinstance(value, Tensor):
+        raise CaptureError(
+            f"the forward asks at {where} for the type of a value; the graph was captured for a tensor, and it is "
+            f"{type(value).__name__} now. Transform the model with example_inputs=(...) of that kind."
         )

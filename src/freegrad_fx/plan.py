@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+
+from torch import nn
 
 from .activations import OPS
 from .capture import Capture, Opaque
@@ -89,8 +91,15 @@ class Plan:
         return as_dict(self)
 
 
-def make_plan(capture: Capture, table: RuleTable) -> tuple[Plan, list[list[Located]]]:
+def make_plan(
+    capture: Capture, table: RuleTable, leaf_modules: Sequence[type[nn.Module]] = ()
+) -> tuple[Plan, list[list[Located]]]:
     """Decide every site of a capture.
+
+    Args:
+        capture: The capture.
+        table: The table.
+        leaf_modules: The module classes that the caller wanted kept whole.
 
     Returns:
         The plan, and for every graph of the capture its sites.
@@ -107,9 +116,13 @@ def make_plan(capture: Capture, table: RuleTable) -> tuple[Plan, list[list[Locat
             decisions.setdefault(place.site.key, _decide(place, table))
     everywhere = len(capture.variants)
     opaque = [*capture.opaque]
-    for variant in capture.variants:
-        calls = find_opaque(variant.graph, capture.root, table.types)
-        opaque += [call for call in calls if call not in opaque]
+    whole = {note.path for note in opaque}
+    lost = [*capture.lost]
+    for variant, sites in zip(capture.variants, located, strict=True):
+        calls = find_opaque(variant.graph, capture.root, table.types, leaf_modules)
+        opaque += [c for c in calls if c not in opaque and c.path not in whole]
+        rewritten = [p for p in sites if decisions[p.site.key].action == "rewrite"]
+        lost += [n for n in _silent_hooks(rewritten, capture.root) if n not in lost]
     plan = Plan(
         model=capture.class_name,
         decisions=tuple(
@@ -118,9 +131,20 @@ def make_plan(capture: Capture, table: RuleTable) -> tuple[Plan, list[list[Locat
         ),
         table=table,
         opaque=tuple(opaque),
-        lost=capture.lost,
+        lost=tuple(lost),
     )
     return plan, located
+
+
+def _silent_hooks(sites: Sequence[Located], root: nn.Module) -> Iterator[Opaque]:
+    """Backward hooks of modules whose backward is replaced: no gradient passes through the module any more."""
+    for place in sites:
+        if place.node.op == "call_module":
+            module = root.get_submodule(str(place.node.target))
+            if module._backward_hooks or module._backward_pre_hooks:
+                what = f"the backward hooks of {type(module).__name__}"
+                reason = "they do not fire: the rule takes the place of the module's backward"
+                yield Opaque(str(place.node.target), what, reason, place.site.source)
 
 
 def _in_modes(decision: Decision, modes: Sequence[str]) -> Decision:

@@ -14,7 +14,7 @@ from types import CodeType, FrameType, TracebackType
 import torch
 from torch import fx
 
-__all__ = ["META", "Origin", "caller", "innermost", "origin"]
+__all__ = ["META", "Origin", "caller", "innermost", "is_users", "origin"]
 
 META = "freegrad_fx"
 """The key of this package's entry in ``node.meta``."""
@@ -43,14 +43,15 @@ def origin(node: fx.Node) -> Origin:
 
 
 @functools.lru_cache(maxsize=4096)
-def _is_users(code: CodeType) -> bool:
+def is_users(code: CodeType) -> bool:
+    """Whether code is neither PyTorch's nor ours."""
     return not code.co_filename.startswith(_OURS)
 
 
 def caller() -> str:
     """``file:line`` of the innermost frame that is neither PyTorch's nor ours."""
     frame: FrameType | None = sys._getframe(1)
-    while frame is not None and not _is_users(frame.f_code):
+    while frame is not None and not is_users(frame.f_code):
         frame = frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
 
@@ -60,7 +61,7 @@ def innermost(traceback: TracebackType | None) -> str:
     users, modules = "", ""
     while traceback is not None:
         code = traceback.tb_frame.f_code
-        if _is_users(code):
+        if is_users(code):
             users = f"{code.co_filename}:{traceback.tb_lineno}"
         elif code.co_filename.startswith(_MODULES):
             modules = f"{code.co_filename}:{traceback.tb_lineno}"

@@ -12,9 +12,11 @@ from torch import nn
 
 from .captured import CapturedModule
 from .plan import Decision, Plan
-from .provenance import META
 
-__all__ = ["as_dict", "as_html", "as_text", "report"]
+__all__ = ["PLAN", "as_dict", "as_html", "as_text", "report"]
+
+PLAN = "_freegrad_fx_plan"
+"""The attribute of a transformed model that holds what was done to it."""
 
 _COLUMNS = ("path", "call", "op", "spelling", "backward", "line")
 
@@ -28,7 +30,7 @@ def report(model: nn.Module) -> Plan:
     Raises:
         TypeError: `model` does not come from `transform`.
     """
-    plan = model.meta.get(META) if isinstance(model, CapturedModule) else None
+    plan = model.__dict__.get(PLAN) if isinstance(model, CapturedModule) else None
     if not isinstance(plan, Plan):
         raise TypeError(
             f"report() takes what transform() returned, got {type(model).__name__}. A second trace of a transformed "

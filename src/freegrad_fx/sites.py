@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._ops import OpOverload
 
@@ -188,32 +189,50 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
     nn.AdaptiveLogSoftmaxWithLoss,
     nn.CrossEntropyLoss,
 )
+
+
+def _whole(module: nn.Module) -> str:
+    """Why a module that is one call may compute activations; ``""`` where it cannot."""
+    if isinstance(module, _COMPOSITES):
+        return "PyTorch computes its activations inside one call"
+    if isinstance(module, torch.jit.ScriptModule):
+        return "TorchScript code cannot be traced"
+    return ""
+
+
 _LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
-def find_opaque(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()) -> list[Opaque]:
+def find_opaque(
+    graph: fx.Graph,
+    root: nn.Module,
+    types: Sequence[type[Any]] = (),
+    leaf_modules: Sequence[type[nn.Module]] = (),
+) -> list[Opaque]:
     """List the calls of a graph that were not looked into, that are no sites, and that may compute activations.
 
     Args:
         graph: A captured graph.
         root: The module whose submodules it calls.
         types: Classes whose calls are sites.
+        leaf_modules: Module classes that the caller wants kept whole.
     """
     found: dict[Opaque, None] = {}
     for node in graph.nodes:
         where = origin(node)
         if node.op == "call_module":
             module = root.get_submodule(str(node.target))
-            if isinstance(module, _COMPOSITES) and not isinstance(module, tuple(types)):
-                what = f"nn.{type(module).__name__}, kept whole"
-                reason = "PyTorch computes its activations inside one call"
-                found[Opaque(str(node.target), what, reason, where.source)] = None
+            asked = isinstance(module, tuple(leaf_modules))
+            reason = "leaf_modules asks for it" if asked else _whole(module)
+            if reason and not isinstance(module, tuple(types)):
+                what = f"{type(module).__name__}, kept whole"
+                found[Opaque(str(node.target), what, reason, where.source, asked)] = None
         elif node.target is apply_function:
             if issubclass(function_of(str(node.args[0])), tuple(types)):
                 continue
             what = f"autograd.Function {node.args[0]}"
             found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
-        elif node.op == "call_function":
+        elif node.op == "call_function" and not isinstance(node.target, type):
             module_name = getattr(node.target, "__module__", None) or "torch"
             if module_name.partition(".")[0] not in _LIBRARIES:
                 name = f"{module_name}.{getattr(node.target, '__name__', node.target)}"

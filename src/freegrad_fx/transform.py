@@ -12,7 +12,7 @@ from .capture import capture
 from .captured import CapturedModule
 from .errors import FreegradWarning, PlanError
 from .plan import Plan, make_plan
-from .provenance import META
+from .report import PLAN
 from .rewrite import rewrite
 from .table import RulesLike, RuleTable
 
@@ -72,13 +72,13 @@ def transform(
     captured = capture(
         model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
     )
-    plan, sites = make_plan(captured, table)
+    plan, sites = make_plan(captured, table, leaf_modules)
     _complain(plan, strict)
     for variant, places in zip(captured.variants, sites, strict=True):
         rewrite(plan, variant.graph, captured.root, places)
         variant.graph.lint()
-    result = CapturedModule(captured.root, captured.variants, captured.class_name)
-    result.meta[META] = plan
+    result = CapturedModule.build(captured.root, captured.variants, captured.class_name)
+    result.__dict__[PLAN] = plan
     return result
 
 
@@ -113,7 +113,7 @@ def explain(
     captured = capture(
         model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
     )
-    plan, _ = make_plan(captured, table)
+    plan, _ = make_plan(captured, table, leaf_modules)
     _complain(plan, strict)
     return plan
 
@@ -131,7 +131,7 @@ def _complain(plan: Plan, strict: bool) -> None:
     ]
     problems += [f"lost: {lost}" for lost in plan.lost]
     if strict:
-        problems += [f"not looked into: {opaque}" for opaque in plan.opaque]
+        problems += [f"not looked into: {opaque}" for opaque in plan.opaque if not opaque.asked]
         if problems:
             raise PlanError("strict: " + "; ".join(problems))
     for problem in problems:

@@ -17,10 +17,11 @@ import torch
 from torch import nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
+from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
 from ..ops import apply_function, function_key
-from .proxies import any_proxy
+from .proxies import RecordingProxy, any_proxy
 
 __all__ = ["RandomState", "Recorder", "patched", "refused_functions"]
 
@@ -33,6 +34,9 @@ class Recorder(Protocol):
 
     def training_flag(self, module: nn.Module) -> Any:
         """The proxy of a module's flag; None where the module is not traced."""
+
+    def known_tensor(self, tensor: torch.Tensor) -> Proxy | None:
+        """The proxy of a parameter, buffer or tensor attribute of the model; None for other tensors."""
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """Record an assignment of a proxy to an attribute; False where it is to be carried out."""
@@ -106,6 +110,8 @@ def _functions(recorder: Recorder) -> Iterator[None]:
 
     @functools.wraps(original.__func__)
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == thread:
+            args, kwargs = _with_proxies(recorder, args, kwargs)
         if threading.get_ident() == thread and any_proxy(args, kwargs):
             key = function_key(cls)
             return recorder.create_proxy("call_function", apply_function, (key, *args), kwargs)
@@ -223,6 +229,58 @@ def _factories(recorder: Recorder) -> Iterator[None]:
             setattr(torch, name, factory)
 
 
+def _with_proxies(
+    recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with a proxy for every tensor of the model; the very same where there is none."""
+    found = False
+
+    def swap(value: Any) -> Any:
+        nonlocal found
+        proxy = recorder.known_tensor(value) if isinstance(value, torch.Tensor) else None
+        found = found or proxy is not None
+        return value if proxy is None else proxy
+
+    swapped = pytree.tree_map(swap, (args, kwargs))
+    return swapped if found else (args, kwargs)
+
+
+# What is asked of a tensor rather than computed from it.
+_PROPERTIES_COMPUTED = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
+_METHODS_ASKED = frozenset(
+    {
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "stride",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "data_ptr",
+        "get_device",
+        "storage_offset",
+        "untyped_storage",
+        "register_hook",
+        "requires_grad_",
+        "__hash__",
+        "__len__",
+        "__repr__",
+        "__format__",
+        "__deepcopy__",
+        "__reduce_ex__",
+    }
+)
+
+
+def _computes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") in _PROPERTIES_COMPUTED
+    return name not in _METHODS_ASKED and name != "__set__"
+
+
 class _RecordMode(TorchFunctionMode):
     """Records what no proxy takes part in: functions that make a tensor from nothing, and changes of the grad mode."""
 
@@ -242,7 +300,14 @@ class _RecordMode(TorchFunctionMode):
             return self.recorder.create_proxy("call_function", func, args, kwargs or {})
         if func is torch._C._set_grad_enabled:
             self._record_grad_mode(*args)
-        return func(*args, **(kwargs or {}))
+            return func(*args)
+        # A parameter that the forward found without asking for it by name (`self.parameters()`)
+        traced, traced_kwargs = _with_proxies(self.recorder, args, kwargs or {})
+        if traced is args or not _computes(func):
+            return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "__get__":
+            return getattr(traced[0], func.__self__.__name__)
+        return RecordingProxy.__torch_function__(func, types, traced, traced_kwargs)
 
     def _record_grad_mode(self, enabled: bool) -> None:
         """Leaving a `no_grad` block restores the mode that a *call* found, not the one that the trace found."""

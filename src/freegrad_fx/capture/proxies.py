@@ -13,11 +13,25 @@ import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy
 
+from ..ops import require_tensor
+from ..provenance import caller, is_users
+
 __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
 class RecordingProxy(Proxy):
-    """A proxy that records in-place operators, which FX makes out of place, and assertions."""
+    """A proxy that records in-place operators, which FX makes out of place, assertions, and questions for its type."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        # `isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right
+        frame = sys._getframe(1)
+        if not (is_users(frame.f_code) or frame.f_code is torch.is_tensor.__code__):
+            return type(self)
+        checks = [user for user in self.node.users if user.target is require_tensor]
+        if not checks:
+            self.tracer.create_proxy("call_function", require_tensor, (self, caller()), {})
+        return Tensor
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -85,6 +99,10 @@ for _name in ("size", "dim", "numel", "__len__"):
 
 class FlagProxy(RecordingProxy):
     """A `training` flag: compared or looked up it is what the trace takes it for, as in a branch."""
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type[Any]:
+        return bool if is_users(sys._getframe(1).f_code) else type(self)
 
     def __eq__(self, other: object) -> bool:
         return bool(self) == other

@@ -20,12 +20,14 @@ class Opaque:
         what: What it is.
         reason: Why it was not looked into.
         source: ``file:line`` of the user's code; ``""`` where it is not known.
+        asked: Whether the caller asked for it.
     """
 
     path: str
     what: str
     reason: str
     source: str = ""
+    asked: bool = False
 
     def __str__(self) -> str:
         at = f" ({self.source})" if self.source else ""

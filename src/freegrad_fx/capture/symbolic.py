@@ -14,12 +14,15 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx._symbolic_trace import PH
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..activations import recognise
 from ..captured import Variant
@@ -50,6 +53,7 @@ class _Tracer(fx.Tracer):
         concrete_flags: Read flags as the values they are assumed to have, and count each reading as a branch.
         watch_random: Keep whole what draws random numbers outside of the graph.
         watched: Attributes that the forward assigns, and must not read before, by module path and name.
+        whole: Paths of modules to keep whole, with the reason.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class _Tracer(fx.Tracer):
         concrete_flags: bool = False,
         watch_random: bool = False,
         watched: frozenset[tuple[str, str]] = frozenset(),
+        whole: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
         # `math.floor(x)` and its kin are calls to be recorded, as `math.sqrt` is by default
         super().__init__(autowrap_modules=(math,))
@@ -69,6 +74,9 @@ class _Tracer(fx.Tracer):
         self.concrete_flags = concrete_flags
         self.watch_random = watch_random
         self.watched = watched
+        self.whole = whole
+        self.thread = threading.get_ident()
+        self.refusals = 0
         self.flags: dict[str, bool] = {}
         self.flags_read = False
         self.assigned: dict[tuple[str, str], Any] = {}
@@ -80,10 +88,11 @@ class _Tracer(fx.Tracer):
     # -- what FX asks
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        self._tensor_names = {id(t): name for name, t in root.named_buffers()}
-        self._tensor_names.update({id(t): name for name, t in root.named_parameters()})
-        with patched(self):
+        self._tensor_names = _tensor_names(root)
+        with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
+        if self.refusals:
+            raise TypeError(_CAUGHT)
         for proxy in self._attributes.values():
             node = proxy.node
             if node.op == "get_attr" and not node._erased and not node.users:
@@ -94,9 +103,11 @@ class _Tracer(fx.Tracer):
         return RecordingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)) or super().is_leaf_module(
-            m, module_qualified_name
-        )
+        if isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)):
+            return True
+        # A parametrized module has a class of torch.nn.utils
+        kind = type_before_parametrizations(m)
+        return kind.__module__.startswith(("torch.nn", "torch.ao.nn")) and kind is not nn.Sequential
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         if kind == "output":
@@ -107,14 +118,27 @@ class _Tracer(fx.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        name = self._tensor_names.get(id(attr_val)) if isinstance(attr_val, Tensor) else None
-        if name is None:
+        if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
             return attr_val
-        return self._attribute(name, lambda node: TensorProxy(node, self, attr_val))
+        proxy = self.known_tensor(attr_val)
+        return attr_val if proxy is None else proxy
+
+    def create_arg(self, a: Any) -> Any:
+        # FX would make a plain dict or list of it
+        if isinstance(a, dict | list) and type(a) not in (
+            dict,
+            list,
+            immutable_dict,
+            immutable_list,
+        ):
+            plain: Any = dict(a) if isinstance(a, dict) else list(a)
+            return self.create_node("call_function", type(a), (super().create_arg(plain),), {})
+        return super().create_arg(a)
 
     def to_bool(self, obj: Proxy) -> bool:
         path = _flag_path(obj.node)
         if path is None:
+            self.refusals += 1
             return super().to_bool(obj)
         return self._taken(path)
 
@@ -123,7 +147,7 @@ class _Tracer(fx.Tracer):
         if plain not in self.specialised:
             return super()._proxy_placeholder(name, None, sig, fn)
         value = self.specialised[plain]
-        default = () if name.startswith("*") else (_as_argument(self, value),)
+        default = () if name.startswith("*") else (_as_argument(value),)
         proxy = self.create_proxy("placeholder", name, default, {})
         expected = default[0] if default else value
         self.create_proxy("call_function", require_specialised, (proxy, expected, plain), {})
@@ -140,9 +164,17 @@ class _Tracer(fx.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        path = self.path_of_module(m)
+        if threading.get_ident() != self.thread:
+            return forward(*args, **kwargs)
+        path = (self.submodule_paths or {}).get(m)
+        if path is None:
+            # Made inside a forward, or kept in a list: what it computes is its caller's
+            return m.forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        if path in self.whole:
+            _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", self.whole[path]))
+            return self._call_whole(m, path, args, kwargs)
         if _has_hooks(m):
             reason = "they would be run on the trace instead of on each call; register them on a leaf or on the root"
             _note(self.lost, Opaque(path, f"the hooks of the container {type(m).__name__}", reason))
@@ -154,6 +186,8 @@ class _Tracer(fx.Tracer):
             if random is not None and random.drawn_from():
                 random.restore()
                 raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
+            if self.refusals != before.refusals:
+                raise TypeError(_CAUGHT)
         except CaptureError:
             raise
         except Exception as error:
@@ -183,6 +217,12 @@ class _Tracer(fx.Tracer):
         self.flags_read = True
         name = f"{path}.training" if path else "training"
         return self._attribute(name, lambda node: FlagProxy(node, self))
+
+    def known_tensor(self, tensor: Tensor) -> Proxy | None:
+        name = self._tensor_names.get(id(tensor))
+        if name is None:
+            return None
+        return self._attribute(name, lambda node: TensorProxy(node, self, tensor))
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         paths = getattr(self, "submodule_paths", None)
@@ -280,6 +320,7 @@ class _State:
         self.flags = dict(tracer.flags)
         self.assigned = dict(tracer.assigned)
         self.notes = (list(tracer.opaque), list(tracer.lost))
+        self.refusals = tracer.refusals
 
     def new_nodes(self) -> Iterator[fx.Node]:
         """The nodes recorded since, the last first."""
@@ -297,6 +338,23 @@ class _State:
         self.tracer.flags = dict(self.flags)
         self.tracer.assigned = dict(self.assigned)
         self.tracer.opaque, self.tracer.lost = map(list, self.notes)
+        self.tracer.refusals = self.refusals
+
+
+_CAUGHT = "the forward catches the error by which a trace says that it cannot follow a branch"
+
+
+def _tensor_names(root: nn.Module) -> dict[int, str]:
+    """The dotted name of every tensor of a model, by identity: parameters, buffers and plain attributes."""
+    names = {
+        id(value): f"{path}.{name}" if path else name
+        for path, module in root.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, Tensor)
+    }
+    names.update({id(t): name for name, t in root.named_buffers()})
+    names.update({id(t): name for name, t in root.named_parameters()})
+    return names
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -320,12 +378,17 @@ def _flag_path(node: fx.Node) -> str | None:
     return path if name == "training" else None
 
 
-def _as_argument(tracer: fx.Tracer, value: Any) -> Any:
+def _as_argument(value: Any) -> Any:
     """A value as a graph can hold it; ``...`` for one that it cannot."""
-    try:
-        return tracer.create_arg(value)
-    except NotImplementedError:
-        return ...
+    if isinstance(value, tuple | list) and type(value) in (tuple, list):
+        return value if all(_as_argument(v) is not ... for v in value) else ...
+    if type(value) is dict:
+        plain = all(type(k) is str and _as_argument(v) is not ... for k, v in value.items())
+        return value if plain else ...
+    return value if value is None or type(value) in _PLAIN else ...
+
+
+_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)
 
 
 # -- variants ---------------------------------------------------------------------------------------------------------
@@ -430,13 +493,19 @@ def _trace(
         make = partial(_Tracer, leaf_types, assumed, specialised, concrete_flags)
         tracer = make()
         graph = _traced(tracer, root)
+        whole = _restore_python_state(model, root, tracer)
         forgotten = list(_forget_proxies(model, root, tracer))
         drawn, watched = random.drawn_from(), _state_kept(root, tracer)
-        if drawn or watched:
+        if "" in whole:
+            raise CaptureError(
+                f"{type(root).__name__} cannot be captured: {whole['']}, and a graph would do so once and for ever. "
+                f"Make it a buffer, or move that part into a submodule: it is then kept whole."
+            )
+        if drawn or watched or whole:
             random.restore()
             for path, name in watched:
                 del root.get_submodule(path).__dict__[name]
-            tracer = make(watch_random=drawn, watched=watched)
+            tracer = make(watch_random=drawn, watched=watched, whole=whole)
             graph = _traced(tracer, root)
             forgotten = list(_forget_proxies(model, root, tracer))
             if random.drawn_from():
@@ -447,6 +516,28 @@ def _trace(
                     f"torch.rand(()), or move that part into a submodule: it is then kept whole."
                 )
     return tracer, graph, forgotten
+
+
+def _restore_python_state(model: nn.Module, root: nn.Module, tracer: _Tracer) -> dict[str, str]:
+    """Undo changes of numbers, text and plain containers; the paths of the modules that changed any, and what."""
+    changed: dict[str, str] = {}
+    for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
+        for name, before in original.__dict__.items():
+            if name in _ATTRIBUTES_OF_EVERY_MODULE or (path, name) in tracer.assigned:
+                continue
+            after = traced.__dict__.get(name)
+            if _is_python_state(before) and _is_python_state(after) and before != after:
+                traced.__dict__[name] = copy.deepcopy(before)
+                changed[path] = f"its forward changes the attribute {name!r}"
+    return changed
+
+
+def _is_python_state(value: Any) -> bool:
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(_is_python_state, value))
+    if type(value) is dict:
+        return all(map(_is_python_state, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)
 
 
 def _state_kept(root: nn.Module, tracer: _Tracer) -> frozenset[tuple[str, str]]:
@@ -465,6 +556,10 @@ def _traced(tracer: _Tracer, root: nn.Module) -> fx.Graph:
     except CaptureError:
         raise
     except Exception as error:
+        kinds = inspect.signature(type(root).forward).parameters.values()
+        collects = [
+            p.name for p in kinds if p.kind is p.VAR_KEYWORD and p.name in tracer.specialised
+        ]
         where = innermost(error.__traceback__)
         file, _, line = where.rpartition(":")
         code = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
@@ -474,6 +569,10 @@ def _traced(tracer: _Tracer, root: nn.Module) -> fx.Graph:
             "The forward of the model itself does there what a symbolic trace cannot follow, such as a branch on the "
             "values or shapes of its inputs. Give example_inputs=(...) to capture it by torch.export; or move that "
             "part into a submodule: it is then kept whole, and the rest is rewritten."
+            + "".join(
+                f" If it needs keywords in **{c}: concrete_args={{{c!r}: torch.fx.PH}}."
+                for c in collects
+            )
         ) from error
 
 
