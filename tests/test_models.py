@@ -26,6 +26,7 @@ from models import (
     assert_same_gradients,
     differs,
     edited_by_hand,
+    loss,
     run,
 )
 
@@ -218,6 +219,30 @@ def test_a_model_that_mixes_all_spellings(training: bool) -> None:
     untouched = run(fg.transform(model, NATIVE), x)
     assert_same_forward(untouched, native)
     assert_same_gradients(untouched, native)
+
+
+class MakesItsActivation(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.ReLU(inplace=True)(self.linear(x)) * 2
+
+
+def test_a_module_made_inside_forward_is_a_site() -> None:
+    """Case 3."""
+    model, x = MakesItsActivation(), torch.randn(6, 3)
+    gm = fg.transform(model, RECTANGULAR)
+    assert [d.site.op for d in fg.report(gm).decisions] == ["relu"]
+    h = model.linear(x)
+    expected = torch.autograd.grad(
+        loss([models.naive(F.relu, BY_HAND)(h) * 2]), list(model.parameters())
+    )
+    actual = run(gm, x).gradients
+    assert differs(run(gm, x), run(model, x))
+    for name, gradient in zip(("linear.weight", "linear.bias"), expected, strict=True):
+        models.assert_identical(actual[name], gradient, name)
 
 
 def test_an_optimizer_made_before_trains_both() -> None:
