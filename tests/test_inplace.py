@@ -1033,3 +1033,190 @@ def test_any_program_keeps_its_forward_and_its_true_gradients(drawn: Any) -> Non
         event("not refused")
         for a, e in zip(actual.gradients, expected.gradients, strict=True):
             torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)
+
+
+# --- code that the graph shows as one call: what it shares and what it writes ---
+
+
+class Kept(nn.Module):
+    """Kept whole by the capture, for its branch on a value."""
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return (x, x) if x.sum() > 1e9 else (x, x * 2)
+
+
+class KeptAndWrites(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 1e9 else x.mul_(-2)
+
+
+class KeptLinear(nn.Linear):
+    """A subclass of a layer that makes new memory; this one returns its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) if x.sum() > 1e9 else x
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        x.mul_(-2)
+        ctx.mark_dirty(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad * -2
+
+
+@torch.fx.wrap
+def wrapped_and_writes(x):
+    return x.mul_(-2)
+
+
+def hooked(module: nn.Module, hook: Any = None, pre_hook: Any = None) -> nn.Module:
+    if hook is not None:
+        module.register_forward_hook(hook)
+    if pre_hook is not None:
+        module.register_forward_pre_hook(pre_hook)
+    return module
+
+
+class OneCall(nn.Module):
+    def __init__(self, body: Callable[[Any, Tensor], Any], **parts: nn.Module) -> None:
+        super().__init__()
+        self.body, self.linear = body, nn.Linear(COLUMNS, COLUMNS)
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.body(self, x)
+
+
+def transposed_by_einsum(m, x):
+    y = m.linear(x)
+    z = torch.einsum("ij->ji", y)
+    z.relu_()
+    return y, z
+
+
+def results_joined_in_a_tuple(m, x):
+    a, b = m.first(m.linear(x)), m.second(x * 2)
+    c = a + b  # tuples, of which the graph knows nothing
+    c[0].relu_()
+    return a[0] * 3, b[1]
+
+
+def a_kept_module_returns_its_input(m, x):
+    y = m.linear(x)
+    z = m.first(y)[0]
+    z.relu_()
+    return y, z
+
+
+def a_kept_layer_returns_its_input(m, x):
+    y = m.linear(x)
+    z = m.layer(y)
+    z.relu_()
+    return (y * 2,)
+
+
+def a_module_writes(m, x):
+    y = m.linear(x)
+    h = torch.relu(y)
+    m.writes(y)
+    return h, y
+
+
+def a_function_of_autograd_writes(m, x):
+    y = m.linear(x)
+    h = torch.relu(y)
+    return h, Dirty.apply(y)
+
+
+def a_wrapped_function_writes(m, x):
+    y = m.linear(x)
+    h = torch.relu(y)
+    return h, wrapped_and_writes(y)
+
+
+def an_activation_has_hooks(m, x):
+    y = m.linear(x)
+    z = m.act(y)
+    return y, z
+
+
+def data_is_set(m, x):
+    y = m.linear(x)
+    h = torch.relu(y)
+    y.data = torch.zeros_like(y)
+    return h, y
+
+
+def relu_() -> nn.Module:
+    return nn.ReLU(inplace=True)
+
+
+ONE_CALL: dict[str, Callable[[], OneCall]] = {
+    "einsum returns a view": lambda: OneCall(transposed_by_einsum),
+    "tuples are added": lambda: OneCall(results_joined_in_a_tuple, first=Kept(), second=Kept()),
+    "a kept module returns its input": lambda: OneCall(
+        a_kept_module_returns_its_input, first=Kept()
+    ),
+    "a kept layer returns its input": lambda: OneCall(
+        a_kept_layer_returns_its_input, layer=KeptLinear(4, 4)
+    ),
+    "a hook returns a layer's input": lambda: OneCall(
+        a_kept_layer_returns_its_input,
+        layer=hooked(nn.Linear(4, 4), lambda m, inputs, y: inputs[0]),
+    ),
+    "a kept module writes": lambda: OneCall(a_module_writes, writes=KeptAndWrites()),
+    "a hook writes": lambda: OneCall(
+        a_module_writes, writes=hooked(nn.Identity(), lambda m, inputs, y: y.mul_(-2))
+    ),
+    "an autograd.Function writes": lambda: OneCall(a_function_of_autograd_writes),
+    "a wrapped function writes": lambda: OneCall(a_wrapped_function_writes),
+    "a hook on an activation in place": lambda: OneCall(
+        an_activation_has_hooks, act=hooked(relu_(), lambda m, inputs, y: y * 2)
+    ),
+    "a hook before an activation in place": lambda: OneCall(
+        an_activation_has_hooks, act=hooked(relu_(), pre_hook=lambda m, inputs: (inputs[0] * 2,))
+    ),
+    "a hook on an activation": lambda: OneCall(
+        an_activation_has_hooks, act=hooked(nn.ReLU(), lambda m, inputs, y: y * 2)
+    ),
+    "data is set": lambda: OneCall(data_is_set),
+}
+
+
+@pytest.mark.parametrize("name", ONE_CALL)
+def test_what_the_graph_shows_as_one_call(name: str) -> None:
+    """Right, or refused with an error of this package: never other numbers."""
+    model = ONE_CALL[name]().double()
+    plain, expected = behave(model, looks_at_x=False, grad=False), behave(model, looks_at_x=False)
+    assert not expected.error
+    rules = list(TRUE_DERIVATIVES.values())
+    if "hook" in name and "activation" in name:
+        # With hooks that compute, a rule stands for the whole call: no rule is the derivative of all of these.
+        rules = [None]
+        if (
+            "in place" in name
+        ):  # the hook decides what the module writes and returns: left native, and said so
+            with pytest.warns(fg.FreegradWarning, match="in place and has forward hooks"):
+                gm = fg.transform(model, {"relu": "scale"})
+            assert [d.action for d in fg.report(gm).decisions] == ["skip"]
+        else:
+            gm = fg.transform(model, {"relu": "scale"})
+        assert_forward(behave(gm, looks_at_x=False), plain)
+        assert_forward(behave(gm, looks_at_x=False, grad=False), plain)
+    for rule in (None, *rules):
+        try:
+            gm = fg.transform(model, {"relu": rule})
+        except fg.CaptureError:
+            continue
+        assert_forward(behave(gm, looks_at_x=False, grad=False), plain)
+        actual = behave(gm, looks_at_x=False)
+        assert not actual.error
+        assert_forward(actual, plain)
+        for a, e in zip(actual.gradients, expected.gradients, strict=True):
+            torch.testing.assert_close(a, e, rtol=1e-12, atol=1e-12)

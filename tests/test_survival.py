@@ -228,7 +228,7 @@ def assert_kept_in_a_sequential(outer: nn.Module, by_hand: nn.Module) -> None:
     assert_kept(outer, nn.Sequential(by_hand, nn.Identity()))
 
 
-@pytest.mark.parametrize("pair", ["two graphs"])
+@BOTH
 @pytest.mark.parametrize("second", [RULES, "scale", {"activations": "reverse"}], ids=str)
 def test_a_second_transform_changes_nothing(pair: str, second: Any) -> None:
     """Case 10: the first rules stay, and that is reported."""

@@ -14,10 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .activations import recognise
+from .ops import apply_function
 
-__all__ = ["Aliasing"]
+__all__ = ["LIBRARIES", "Aliasing", "activated", "has_forward_hooks", "written_argument"]
 
 # What returns memory of its own, whatever its arguments are.
 _FRESH_MODULES: tuple[type[nn.Module], ...] = (
@@ -39,9 +41,7 @@ _FRESH_MODULES: tuple[type[nn.Module], ...] = (
 )
 _FRESH_FUNCTIONS = frozenset(
     {
-        operator.add,
         operator.sub,
-        operator.mul,
         operator.truediv,
         operator.pow,
         operator.neg,
@@ -54,7 +54,6 @@ _FRESH_FUNCTIONS = frozenset(
         torch.bmm,
         torch.addmm,
         torch.baddbmm,
-        torch.einsum,
         torch.cat,
         torch.concat,
         torch.stack,
@@ -117,8 +116,10 @@ class Aliasing:
     """
 
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
+        self._root = root
         self._parent: dict[fx.Node, fx.Node] = {node: node for node in graph.nodes}
-        self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
+        # Nodes that are one tensor, and not a tuple or list of some
+        self._tensors: set[fx.Node] = set()
         written: list[tuple[fx.Node, fx.Node]] = []
         for node in graph.nodes:
             if node.op in ("placeholder", "get_attr", "output"):
@@ -127,14 +128,34 @@ class Aliasing:
             if target is not None:
                 written.append((target, node))
                 self._join(node, target)
-            elif not _is_fresh(node, root):
+            elif _may_write_anything(node, root):
+                written += [(argument, node) for argument in node.all_input_nodes]
+            if self._is_fresh(node):
+                if not _returns_several(node, root):
+                    self._tensors.add(node)
+            elif target is None or not self._is_tensor(target):
                 for argument in node.all_input_nodes:
                     self._join(node, argument)
         self._members: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for node in graph.nodes:
             self._members[self._find(node)].append(node)
+        self._writes: dict[fx.Node, list[fx.Node]] = defaultdict(list)
         for target, writer in written:
             self._writes[self._find(target)].append(writer)
+
+    def _is_tensor(self, value: Any) -> bool:
+        return isinstance(value, fx.Node) and (
+            value in self._tensors or isinstance(_attribute(value, self._root), torch.Tensor)
+        )
+
+    def _is_fresh(self, node: fx.Node) -> bool:
+        if node.target in (operator.add, operator.mul):
+            # of tuples or lists these make one that holds the same tensors
+            numbers = node.target is operator.add and any(
+                isinstance(a, int | float) for a in node.args
+            )
+            return numbers or any(map(self._is_tensor, node.args))
+        return _is_fresh(node, self._root)
 
     def read_elsewhere_after(self, x: fx.Node, node: fx.Node) -> bool:
         """Whether memory that `x` may share is read after `node` under another name than `x` or `node`."""
@@ -157,6 +178,44 @@ class Aliasing:
 
     def _join(self, a: fx.Node, b: fx.Node) -> None:
         self._parent[self._find(a)] = self._find(b)
+
+
+def _returns_several(node: fx.Node, root: nn.Module) -> bool:
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    several = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
+    return isinstance(module, several) or bool(getattr(module, "return_indices", False))
+
+
+def _attribute(node: fx.Node, root: nn.Module) -> Any:
+    found: Any = root if node.op == "get_attr" else None
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def has_forward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the module's forward, which can write and return anything."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
+def _of_torch(module: nn.Module) -> bool:
+    """Whether a module does what the documentation of torch.nn says, and nothing else."""
+    kind = type_before_parametrizations(module)
+    return kind.__module__.startswith("torch.nn.modules.") and not has_forward_hooks(module)
+
+
+def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node runs code of the user's that was not looked into."""
+    if node.op == "call_module":
+        return not _of_torch(root.get_submodule(str(node.target)))
+    if node.op == "call_function":
+        module = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
+        return node.target is apply_function or module not in LIBRARIES
+    return False
+
+
+# What these define is what it says; other functions in a graph are the user's.
+LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
@@ -222,7 +281,6 @@ _FRESH_COMPOSITES = frozenset(
         "aten::adaptive_avg_pool1d",
         "aten::adaptive_avg_pool2d",
         "aten::adaptive_avg_pool3d",
-        "aten::einsum",
         "aten::scaled_dot_product_attention",
     }
 )
@@ -246,7 +304,9 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
     if node.target in names.get(node.op, frozenset()):
         return True
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if module is not None and isinstance(module, _FRESH_MODULES):
+    if module is not None and not _of_torch(module):
+        return False
+    if isinstance(module, _FRESH_MODULES):
         return True
     # An activation out of place makes a new tensor, the identity aside.
     spelling = recognise(node, module)

@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 
 from .activations import Op, Spelling, recognise
-from .aliasing import activated
+from .aliasing import LIBRARIES, activated, has_forward_hooks
 from .capture import Opaque
 from .ops import apply_function, decoupled, function_of, stop_gradient
 from .provenance import origin
@@ -112,7 +112,7 @@ def find_sites(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
         site = Site("activation", name, path, calls[path, name], text, where.source)
         calls[path, name] += 1
         op = spelled.op if isinstance(spelled, Spelling) else None
-        obstacle = _obstacle(node, spelled)
+        obstacle = _obstacle(node, module, spelled)
         found.append(Located(site, node, op, spelled.key, spelled.inplace, called, obstacle))
     return found
 
@@ -143,8 +143,11 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
-def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
-    if activated(node, spelling.key).target is stop_gradient:
+def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> str:
+    source = activated(node, spelling.key)
+    while source.target == "clone":  # an operation in place may run on a copy of what is cut
+        source = source.args[0]
+    if source.target is stop_gradient:
         rules = [str(user.kwargs["rule"]) for user in node.users if user.target is decoupled]
         if rules:
             return (
@@ -152,6 +155,8 @@ def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
                 f"rules"
             )
         return "its input is cut from the autograd graph already"
+    if spelling.inplace and module is not None and has_forward_hooks(module):
+        return "works in place and has forward hooks: what it returns need not be what it writes"
     if spelling.writes_out:
         return "writes its result into an out= tensor, which autograd does not support"
     return ""
@@ -200,9 +205,6 @@ def _whole(module: nn.Module) -> str:
     return ""
 
 
-_LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
-
-
 def find_opaque(
     graph: fx.Graph,
     root: nn.Module,
@@ -234,7 +236,7 @@ def find_opaque(
             found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
         elif node.op == "call_function" and not isinstance(node.target, type):
             module_name = getattr(node.target, "__module__", None) or "torch"
-            if module_name.partition(".")[0] not in _LIBRARIES:
+            if module_name.partition(".")[0] not in LIBRARIES:
                 name = f"{module_name}.{getattr(node.target, '__name__', node.target)}"
                 what, reason = f"function {name}, kept whole", "it is wrapped for torch.fx"
                 found[Opaque(where.owner, what, reason, where.source)] = None

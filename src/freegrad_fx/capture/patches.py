@@ -5,6 +5,7 @@ Each patch holds for the thread that traces; other threads find what they always
 
 from __future__ import annotations
 
+import builtins
 import contextlib
 import functools
 import random
@@ -20,8 +21,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..errors import CaptureError
-from ..ops import apply_function, function_key
-from .proxies import RecordingProxy, any_proxy
+from ..ops import apply_function, function_key, require_tensor
+from ..provenance import caller, is_users
+from .proxies import FlagProxy, RecordingProxy, any_proxy
 
 __all__ = ["RandomState", "Recorder", "patched", "refused_functions"]
 
@@ -50,6 +52,7 @@ def patched(recorder: Recorder) -> Iterator[None]:
         _assignments(recorder),
         _functions(recorder),
         _autocast(),
+        _isinstance(recorder),
         _factories(recorder),
         _RecordMode(recorder),
     ):
@@ -203,6 +206,33 @@ _FACTORIES = frozenset(
         torch.zeros,
     }
 )
+
+
+@contextlib.contextmanager
+def _isinstance(recorder: Recorder) -> Iterator[None]:
+    """`isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right."""
+    thread = threading.get_ident()
+    original = builtins.isinstance
+    tensor = torch.empty(0)
+
+    def answer(value: Any, kinds: Any) -> bool:
+        kind = type(value)
+        if not issubclass(kind, Proxy) or threading.get_ident() != thread:
+            return original(value, kinds)
+        code = sys._getframe(1).f_code
+        if not (is_users(code) or code is torch.is_tensor.__code__):
+            return original(value, kinds)
+        if issubclass(kind, FlagProxy):
+            return original(True, kinds)
+        if not any(user.target is require_tensor for user in value.node.users):
+            recorder.create_proxy("call_function", require_tensor, (value, caller()), {})
+        return original(tensor, kinds)
+
+    builtins.isinstance = answer
+    try:
+        yield
+    finally:
+        builtins.isinstance = original
 
 
 @contextlib.contextmanager

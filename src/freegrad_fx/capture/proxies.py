@@ -11,27 +11,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.fx.proxy import Proxy
-
-from ..ops import require_tensor
-from ..provenance import caller, is_users
+from torch.fx.proxy import Proxy, TraceError
 
 __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
 class RecordingProxy(Proxy):
-    """A proxy that records in-place operators, which FX makes out of place, assertions, and questions for its type."""
+    """A proxy that records in-place operators, which FX makes out of place, and assertions."""
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type[Any]:
-        # `isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right
-        frame = sys._getframe(1)
-        if not (is_users(frame.f_code) or frame.f_code is torch.is_tensor.__code__):
-            return type(self)
-        checks = [user for user in self.node.users if user.target is require_tensor]
-        if not checks:
-            self.tracer.create_proxy("call_function", require_tensor, (self, caller()), {})
-        return Tensor
+    def __setattr__(self, name: str, value: Any) -> None:
+        if hasattr(Tensor, name):
+            raise TraceError(f"assigning to the attribute {name!r} of a tensor cannot be traced")
+        super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
@@ -99,10 +90,6 @@ for _name in ("size", "dim", "numel", "__len__"):
 
 class FlagProxy(RecordingProxy):
     """A `training` flag: compared or looked up it is what the trace takes it for, as in a branch."""
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type[Any]:
-        return bool if is_users(sys._getframe(1).f_code) else type(self)
 
     def __eq__(self, other: object) -> bool:
         return bool(self) == other
