@@ -1,0 +1,420 @@
+"""A model beside what was made of it: the same calls to both, and the first thing that tells them apart.
+
+The original is the oracle. For gradients under a rule it runs under `sweep.Interception`, which knows nothing of the
+product. `traced_plainly` is what one has without the product: `torch.fx.symbolic_trace`, and every activation that
+its graph shows exchanged for a naive one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch.overrides import TorchFunctionMode
+
+import freegrad_fx as fg
+from models import MODULES, loss, naive
+from sweep import NATIVE, RULES, Interception
+
+Make = Callable[[], nn.Module]
+RULE, BACKWARD = RULES["rectangular"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """For a test module to import: kernels this small are slower on several threads, and much slower on busy ones."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Net(nn.Module):
+    """Layers for a forward to use, and `make` for more of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.g, self.act = nn.Linear(6, 6), nn.Linear(6, 6), nn.ReLU()
+        self.make()
+
+    def make(self) -> None:
+        """Nothing more here."""
+
+
+class Asserts(Net):
+    """Stands here because pytest writes the assertions of a test module anew."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.shape[0] == 4, "four rows"
+        assert x.dim() == 2
+        assert isinstance(x, Tensor)
+        return F.relu(self.f(x))
+
+
+def build(make: Make) -> nn.Module:
+    """The same numbers at each call."""
+    torch.manual_seed(0)
+    return make()
+
+
+def sample(seed: int = 2) -> Tensor:
+    return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
+
+
+@dataclass(frozen=True)
+class Call:
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def call(*args: Any, **kwargs: Any) -> Call:
+    return Call(args, kwargs)
+
+
+TWICE = (call(sample(2)), call(sample(3)))
+THRICE = (*TWICE, call(sample(2)))
+
+
+# --- one call ---
+
+
+@dataclass
+class Seen:
+    """All that can be seen of one call, and of a backward through what it returned."""
+
+    error: Exception | None = None
+    outline: Any = None
+    outputs: list[Tensor] = field(default_factory=list)
+    gradients: dict[str, Tensor | None] = field(default_factory=dict)
+    buffers: dict[str, Tensor] = field(default_factory=dict)
+    random_state: Tensor | None = None
+
+
+def observe(model: nn.Module, given: Call, seed: int) -> Seen:
+    inputs: list[Tensor] = []
+    args, kwargs = _leaves(given.args, inputs), _leaves(dict(given.kwargs), inputs)
+    leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
+    leaves.update((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    torch.manual_seed(seed)
+    try:
+        output = model(*args, **kwargs)
+    except Exception as error:
+        return Seen(error)
+    random_state = torch.get_rng_state()
+    tensors: list[Tensor] = []
+    outline = outlined(output, tensors)
+    learning = [t for t in tensors if t.requires_grad]
+    gradients: Sequence[Tensor | None] = [None] * len(leaves)
+    if learning and leaves:
+        # what a model keeps from call to call is gone through again by the next one
+        gradients = torch.autograd.grad(
+            loss(learning), list(leaves.values()), allow_unused=True, retain_graph=True
+        )
+    return Seen(
+        None,
+        outline,
+        [t.detach().clone() for t in tensors],
+        dict(zip(leaves, gradients, strict=True)),
+        {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
+        random_state,
+    )
+
+
+def outlined(value: Any, tensors: list[Tensor]) -> Any:
+    """The types and plain values that a value is made of; its tensors are appended to a list."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return ("tensor", type(value))
+    if isinstance(value, Mapping):
+        return type(value), [(key, outlined(item, tensors)) for key, item in value.items()]
+    if isinstance(value, tuple | list):
+        return type(value), [outlined(item, tensors) for item in value]
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        items = [getattr(value, part.name) for part in dataclasses.fields(value)]
+        return type(value), [outlined(item, tensors) for item in items]
+    return type(value), value
+
+
+def _leaves(value: Any, found: list[Tensor]) -> Any:
+    """The same value with tensors of its own, of which gradients can be asked."""
+    if isinstance(value, Tensor):
+        found.append(value.detach().clone().requires_grad_(value.is_floating_point()))
+        return found[-1]
+    if isinstance(value, dict):
+        items = [(key, _leaves(item, found)) for key, item in value.items()]
+        return type(value)(items)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_leaves(item, found) for item in value))
+    if type(value) in (tuple, list):
+        return type(value)(_leaves(item, found) for item in value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        names = [part.name for part in dataclasses.fields(value)]
+        return dataclasses.replace(value, **{n: _leaves(getattr(value, n), found) for n in names})
+    return value
+
+
+# --- two models ---
+
+
+def difference(
+    original: nn.Module,
+    other: nn.Module,
+    calls: Sequence[Call] = TWICE,
+    reference: TorchFunctionMode | None = None,
+) -> str:
+    """What tells two models apart, in words; ``""`` where nothing does.
+
+    Between calls the parameters of both change, as an optimizer changes them.
+
+    Args:
+        original: The oracle.
+        other: The model to try.
+        calls: What both are called with, in turn; each keeps its state from call to call.
+        reference: What the original runs under. Without one, gradients must agree bit for bit.
+    """
+    for number, given in enumerate(calls):
+        with reference or contextlib.nullcontext():
+            expected = observe(original, given, number)
+        actual = observe(other, given, number)
+        if found := _difference(actual, expected, exact=reference is None):
+            return f"{found} (call {number})"
+        if expected.error is not None:
+            return ""
+        for model in (original, other):
+            for parameter in model.parameters():
+                parameter.data.add_(
+                    0.125
+                )  # no new version: earlier graphs may be gone through again
+    return ""
+
+
+def _difference(actual: Seen, expected: Seen, exact: bool) -> str:
+    if (actual.error is None) != (expected.error is None):
+        return f"raises: {actual.error!r} instead of {expected.error!r}"
+    if actual.outline != expected.outline:
+        return f"outputs are made of {actual.outline}, and not of {expected.outline}"
+    for index, (a, e) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
+        if not _identical(a, e):
+            return f"output {index} differs"
+    if not _identical(actual.random_state, expected.random_state):
+        return "random numbers drawn differ"
+    if list(actual.buffers) != list(expected.buffers):
+        return f"buffers are {list(actual.buffers)}, and not {list(expected.buffers)}"
+    for name, buffer in expected.buffers.items():
+        if not _identical(actual.buffers[name], buffer):
+            return f"buffer {name} differs"
+    if list(actual.gradients) != list(expected.gradients):
+        return f"parameters are {list(actual.gradients)}, and not {list(expected.gradients)}"
+    for name, gradient in expected.gradients.items():
+        if not (_identical if exact else _close)(actual.gradients[name], gradient):
+            return f"gradient of {name} differs"
+    return ""
+
+
+def _identical(a: Tensor | None, b: Tensor | None) -> bool:
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
+
+
+def _close(a: Tensor | None, b: Tensor | None) -> bool:
+    # an Interception clones what it hands on: gradients may be added up in another order
+    if a is None or b is None:
+        return a is b
+    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5)
+
+
+class InterceptionOutside(Interception):
+    """Every activation has another backward, but for those that some modules compute."""
+
+    def __init__(self, root: nn.Module, paths: Sequence[str]) -> None:
+        super().__init__(BACKWARD)
+        self.inside = 0
+        for path in paths:
+            module = root.get_submodule(path)
+            module.register_forward_pre_hook(lambda *_: self._move(1))
+            module.register_forward_hook(lambda *_: self._move(-1), always_call=True)
+
+    def _move(self, by: int) -> None:
+        self.inside += by
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if self.inside:
+            return func(*args, **(kwargs or {}))
+        return super().__torch_function__(func, types, args, kwargs)
+
+
+# --- what a model holds ---
+
+
+def contents(model: nn.Module) -> dict[str, Any]:
+    """Everything that a model holds, down to the values of its tensors; equal only where nothing was changed."""
+    return {
+        f"{path}.{name}": _content(value)
+        for path, module in model.named_modules()
+        for name, value in (*vars(module).items(), ("class", type(module)), ("id", id(module)))
+    }
+
+
+def _content(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        grad = value.grad if value.is_leaf else None
+        return id(value), value.requires_grad, id(grad), None if value.is_meta else value.tolist()
+    if isinstance(value, Mapping):
+        return id(value), [(key, _content(item)) for key, item in value.items()]
+    if isinstance(value, tuple | list | set):
+        return id(value), [_content(item) for item in value]
+    if isinstance(value, bool | int | float | str | type | None):
+        return value
+    if isinstance(value, nn.Module):
+        return id(value)
+    return id(value), [(name, id(item)) for name, item in getattr(value, "__dict__", {}).items()]
+
+
+# --- a transformed model beside its original ---
+
+
+def transformed(
+    model: nn.Module, rules: Any, warns: str | None = None, **options: Any
+) -> fx.GraphModule:
+    if warns is None:
+        return fg.transform(model, rules, **options)
+    with pytest.warns(fg.FreegradWarning, match=warns):
+        return fg.transform(model, rules, **options)
+
+
+def captured_or_refused(
+    model: nn.Module, rules: Any = NATIVE, **options: Any
+) -> tuple[fx.GraphModule | None, str]:
+    """The transformed model, or what the refusal says."""
+    try:
+        return fg.transform(model, rules, **options), ""
+    except fg.CaptureError as error:
+        return None, str(error)
+
+
+def check_capture(
+    make: Make,
+    *calls: Call,
+    whole: Sequence[str] = (),
+    modes: Sequence[bool] = (True, False),
+    warns: str | None = None,
+    **options: Any,
+) -> fx.GraphModule:
+    """Hold a transformed model against its original: natively, with a rule, in both modes, call after call.
+
+    Args:
+        make: Makes the model.
+        calls: What it is called with.
+        whole: The paths of the submodules that are kept whole, and keep their backward.
+        modes: The modes to try. The capture is made in the other one.
+        warns: The warning that the transform gives.
+        **options: For `transform`.
+
+    Returns:
+        The transformed model with the rule, in the last of the modes.
+    """
+    calls = calls or TWICE
+    for training in modes:
+        for table in (NATIVE, RULE):
+            original, model = build(make).train(training), build(make).train(not training)
+            before, random_state = contents(model), torch.get_rng_state()
+            gm = transformed(model, table, warns, **options)
+            assert contents(model) == before, "the original was changed"
+            assert torch.equal(torch.get_rng_state(), random_state), "the capture drew numbers"
+            gm.train(training)
+            assert contents(model) == before, "a mode reaches back"
+            reference = None if table is NATIVE else InterceptionOutside(original, whole)
+            found = difference(original, gm, calls, reference)
+            assert not found, f"{'train' if training else 'eval'}, {table}: {found}"
+            if reference is not None:
+                sites = sum(node.target is fg.ops.decoupled for node in gm.graph.nodes)
+                assert reference.calls
+                assert sites * len(calls) == len(reference.calls), "an activation is not a site"
+    assert {opaque.path for opaque in fg.report(gm).opaque} == set(whole)
+    return gm
+
+
+# --- without the product ---
+
+
+def traced_plainly(model: nn.Module, exchange: bool = True) -> fx.GraphModule:
+    """`torch.fx.symbolic_trace`, and each activation in the graph exchanged for a naive one."""
+    gm = fx.symbolic_trace(model)
+    for node in gm.graph.nodes if exchange else ():
+        module = gm.get_submodule(node.target) if node.op == "call_module" else None
+        name = getattr(node.target, "__name__", node.target)
+        if type(module) in MODULES:
+            function = MODULES[type(module)]
+        elif node.op in ("call_function", "call_method") and name in ("relu", "tanh"):
+            function = {"relu": F.relu, "tanh": torch.tanh}[name]
+        else:
+            continue
+        node.op, node.target = "call_function", naive(function, BACKWARD)
+        node.args, node.kwargs = (node.args or tuple(node.kwargs.values()))[:1], {}
+    gm.recompile()
+    return gm
+
+
+def what_plain_tracing_gets_wrong(
+    make: Make, *calls: Call, modes: Sequence[bool] = (True, False)
+) -> str:
+    """The first difference between a model and its plain trace, natively or with a rule; ``""`` where there is none."""
+    for training in modes:
+        for exchange in (False, True):
+            original, model = build(make).train(training), build(make).train(not training)
+            before = contents(model)
+            try:
+                gm = traced_plainly(model, exchange)
+            except Exception as error:
+                return f"refuses: {type(error).__name__}"
+            if contents(model) != before:
+                return "the original was changed"
+            gm.train(training)
+            reference = Interception(BACKWARD) if exchange else None
+            if found := difference(original, gm, calls or TWICE, reference):
+                return found
+    return ""
+
+
+@contextlib.contextmanager
+def nothing_is_left_behind() -> Iterator[None]:
+    """What a capture patches, and the state of the process, are as before."""
+
+    def state() -> list[Any]:
+        import random
+
+        return [
+            dict(vars(nn.Module)),
+            dict(vars(torch)),
+            dict(vars(torch.autograd.Function)),
+            torch.autocast.__enter__,
+            torch.inference_mode.__enter__,
+            torch._functorch.utils.unwrap_dead_wrappers,
+            torch.is_grad_enabled(),
+            torch.overrides._get_current_function_mode_stack(),
+            torch.get_rng_state().tolist(),
+            random.getstate(),
+        ]
+
+    before = state()
+    try:
+        yield
+    finally:
+        after = state()
+        torch.set_grad_enabled(before[6])
+    for old, new in zip(before, after, strict=True):
+        if isinstance(old, dict):
+            changed = {key for key, value in old.items() if new.get(key) is not value}
+            assert not changed, f"left behind: {changed}"
+        else:
+            assert old == new, "something of the process is not as before"
