@@ -10,23 +10,18 @@ from __future__ import annotations
 import ast
 import contextlib
 import copy
-import importlib
 import keyword
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
 from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
 from torch.fx.graph_module import _forward_from_src
-from torch.fx.node import _get_qualified_name
-from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
-from .provenance import META
+from .serialise import GraphDump, copy_graph, dump_graph, load_graph
 
 __all__ = ["CapturedModule", "Variant"]
 
@@ -184,7 +179,7 @@ class CapturedModule(fx.GraphModule):
         return _assemble(self._model_class, name, state, self._copied_variants())
 
     def _copied_variants(self) -> tuple[Variant, ...]:
-        return tuple(Variant(dict(v.flags), _copy_graph(v.graph)) for v in self._variants)
+        return tuple(Variant(dict(v.flags), copy_graph(v.graph)) for v in self._variants)
 
     def _replicate_for_data_parallel(self) -> CapturedModule:
         new = self.__copy__()
@@ -193,7 +188,7 @@ class CapturedModule(fx.GraphModule):
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        variants = [(dict(v.flags), _dump(v.graph)) for v in self._variants]
+        variants = [(dict(v.flags), dump_graph(v.graph)) for v in self._variants]
         return _load_module, (self._model_class, type(self).__name__, self._state(), variants)
 
     def _state(self) -> dict[str, Any]:
@@ -248,9 +243,9 @@ def _load_module(
     model_class: type[nn.Module] | None,
     class_name: str,
     state: dict[str, Any],
-    variants: list[tuple[dict[str, bool], _Dump]],
+    variants: list[tuple[dict[str, bool], GraphDump]],
 ) -> CapturedModule:
-    loaded = tuple(Variant(flags, _load(dump)) for flags, dump in variants)
+    loaded = tuple(Variant(flags, load_graph(dump)) for flags, dump in variants)
     return _assemble(model_class, class_name, state, loaded)
 
 
@@ -295,103 +290,3 @@ def _dispatcher(src: str, names: dict[str, Any], guard: bool) -> Any:
         call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
     body = f"def forward({ast.unparse(signature)}):\n    {call}\n"
     return _forward_from_src(body, {**names, "torch": torch}, {})
-
-
-def _copy_graph(graph: fx.Graph) -> fx.Graph:
-    codegen = graph._codegen  # it holds the structure of inputs and outputs, which does not change
-    graph._codegen = CodeGen()
-    try:
-        new = copy.deepcopy(graph)
-    finally:
-        graph._codegen = codegen
-    new._codegen = codegen
-    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
-        new_node.meta = dict(old_node.meta)
-    return new
-
-
-# -- pickling: FX would trace the generated code again, and its nodes form a list too deep for pickle -----------------
-
-
-@dataclass(frozen=True)
-class _Ref:
-    name: str
-
-
-def _ref(node: fx.Node) -> Any:
-    return _Ref(node.name)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """A function, by the name it can be imported under."""
-
-    name: str
-
-
-@dataclass(frozen=True)
-class _Dump:
-    nodes: list[tuple[Any, ...]]
-    codegen: Any
-
-
-def _dump(graph: fx.Graph) -> _Dump:
-    nodes = []
-    for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
-        target = _name(node.target) if node.op == "call_function" else node.target
-        nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
-    return _Dump(nodes, _dump_codegen(graph._codegen))
-
-
-def _load(dump: _Dump) -> fx.Graph:
-    graph = fx.Graph()
-    graph.set_codegen(_load_codegen(dump.codegen))
-    nodes: dict[str, fx.Node] = {}
-    for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
-        args, kwargs = fx.node.map_aggregate(
-            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
-        )
-        target = _resolve(target.name) if isinstance(target, _Named) else target
-        node = graph.create_node(op, target, args, kwargs, name, type_expr)
-        if meta is not None:
-            node.meta[META] = meta
-        nodes[name] = node
-    return graph
-
-
-def _dump_codegen(codegen: CodeGen) -> Any:
-    """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
-    if not isinstance(codegen, _PyTreeCodeGen):
-        return codegen
-    info = codegen.pytree_info
-    specs = [None if s is None else pytree.treespec_dumps(s) for s in (info.in_spec, info.out_spec)]
-    return (info.orig_args, *specs)
-
-
-def _load_codegen(dump: Any) -> CodeGen:
-    if isinstance(dump, CodeGen):
-        return dump
-    args, *specs = dump
-    in_spec, out_spec = (None if s is None else pytree.treespec_loads(s) for s in specs)
-    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))  # type: ignore[arg-type]
-
-
-def _name(target: Any) -> Any:
-    """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
-    try:
-        name = _get_qualified_name(target)
-        return _Named(name) if _resolve(name) is target else target
-    except (RuntimeError, AttributeError, ImportError):
-        return target
-
-
-def _resolve(name: str) -> Any:
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        try:
-            module = importlib.import_module(".".join(parts[:cut]))
-            return reduce(getattr, parts[cut:], module)
-        except (ImportError, AttributeError):
-            continue
-    return reduce(getattr, parts[1:], torch)

@@ -1,0 +1,124 @@
+"""Graphs copied, and turned into plain data and back.
+
+FX pickles a graph by tracing its generated code again, and its nodes form a list too deep for pickle.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
+from torch.fx.node import _get_qualified_name
+from torch.utils import _pytree as pytree
+
+from .provenance import META
+
+__all__ = ["GraphDump", "copy_graph", "dump_graph", "load_graph"]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with what is written on its nodes."""
+    codegen = graph._codegen  # it holds the structure of inputs and outputs, which does not change
+    graph._codegen = CodeGen()
+    try:
+        new = copy.deepcopy(graph)
+    finally:
+        graph._codegen = codegen
+    new._codegen = codegen
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        new_node.meta = dict(old_node.meta)
+    return new
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+def _ref(node: fx.Node) -> Any:
+    return _Ref(node.name)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A function, by the name it can be imported under."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class GraphDump:
+    """A graph as plain data."""
+
+    nodes: list[tuple[Any, ...]]
+    codegen: Any
+
+
+def dump_graph(graph: fx.Graph) -> GraphDump:
+    """Turn a graph into plain data that can be pickled."""
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
+        target = _name(node.target) if node.op == "call_function" else node.target
+        nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
+    return GraphDump(nodes, _dump_codegen(graph._codegen))
+
+
+def load_graph(dump: GraphDump) -> fx.Graph:
+    """Turn what `dump_graph` made into a graph."""
+    graph = fx.Graph()
+    graph.set_codegen(_load_codegen(dump.codegen))
+    nodes: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
+        )
+        target = _resolve(target.name) if isinstance(target, _Named) else target
+        node = graph.create_node(op, target, args, kwargs, name, type_expr)
+        if meta is not None:
+            node.meta[META] = meta
+        nodes[name] = node
+    return graph
+
+
+def _dump_codegen(codegen: CodeGen) -> Any:
+    """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
+    if not isinstance(codegen, _PyTreeCodeGen):
+        return codegen
+    info = codegen.pytree_info
+    specs = [None if s is None else pytree.treespec_dumps(s) for s in (info.in_spec, info.out_spec)]
+    return (info.orig_args, *specs)
+
+
+def _load_codegen(dump: Any) -> CodeGen:
+    if isinstance(dump, CodeGen):
+        return dump
+    args, *specs = dump
+    in_spec, out_spec = (None if s is None else pytree.treespec_loads(s) for s in specs)
+    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))  # type: ignore[arg-type]
+
+
+def _name(target: Any) -> Any:
+    """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
+    try:
+        name = _get_qualified_name(target)
+        return _Named(name) if _resolve(name) is target else target
+    except (RuntimeError, AttributeError, ImportError):
+        return target
+
+
+def _resolve(name: str) -> Any:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+            return reduce(getattr, parts[cut:], module)
+        except (ImportError, AttributeError):
+            continue
+    return reduce(getattr, parts[1:], torch)
