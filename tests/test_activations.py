@@ -345,7 +345,7 @@ def test_other_modules_are_not_recognised(module: nn.Module) -> None:
         torch.ops.aten.add.Tensor, torch.ops.aten.tanh.float, torch.ops.aten.gelu_backward.default,
         torch.ops.aten.log_sigmoid_forward.default, operator.add, operator.pos, max, float, round,
     ],
-    ids=str,
+    ids=lambda f: f.__name__,
 )  # fmt: skip
 def test_other_functions_are_not_recognised(function: Callable[..., Any]) -> None:
     assert called(function, ..., ...) is None

@@ -370,7 +370,7 @@ class RandomState:
         return (
             self._python != now._python
             or not torch.equal(self._torch, now._torch)
-            or repr(self._numpy) != repr(now._numpy)
+            or _comparable(self._numpy) != _comparable(now._numpy)
         )
 
     def restore(self) -> None:
@@ -383,4 +383,9 @@ class RandomState:
 
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
-    return None if numpy is None else numpy.random.get_state(legacy=False)
+    return None if numpy is None else numpy.random.get_state(legacy=True)
+
+
+def _comparable(numpy_state: Any) -> Any:
+    """A state whose first array is bytes."""
+    return None if numpy_state is None else (numpy_state[1].tobytes(), *numpy_state[2:])
