@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import torchvision
 from torch import fx
 
-import _torchvision  # noqa: F401  (makes torchvision importable beside a CPU build of torch)
 import freegrad_fx as fg
+from _torchvision import torchvision
 
 MODELS = ("resnet18", "densenet121", "vit_b_16", "googlenet")
 
