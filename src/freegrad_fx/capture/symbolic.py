@@ -74,8 +74,9 @@ def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
         assumed = pending.pop(0)
         tracer, graph, lost = trace(assumed)
         if tracer.flags_read:
-            plain, plain_graph, _ = trace({**assumed, **tracer.flags}, concrete_flags=True)
-            if _outline(graph, tracer.flags) != _outline(plain_graph, plain.flags):
+            kept = frozenset(tracer.siteless)
+            _, plain, _ = trace({**assumed, **tracer.flags}, verifies=kept)
+            if _outline(graph, tracer.flags) != _outline(plain, {}):
                 return None
         found.append((tracer, graph, lost))
         taken: dict[str, bool] = {}
@@ -123,11 +124,12 @@ def _trace(
     specialised: dict[str, Any],
     assumed: dict[str, bool],
     concrete_flags: bool = False,
+    verifies: frozenset[str] | None = None,
 ) -> _Traced:
     """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
     with _lock:
         random = RandomState()
-        make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags)
+        make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags, verifies)
         tracer = make()
         graph = _traced(tracer, root)
         whole = _restore_python_state(model, root, tracer)

@@ -39,6 +39,8 @@ class Tracer(fx.Tracer):
         assumed: Values for `training` flags; True for others.
         specialised: Arguments of the forward that are constants.
         concrete_flags: Read flags as the values they are assumed to have, and count each reading as a branch.
+        verifies: Read flags as plain values and as no branch, and keep whole these paths: those that the trace to be
+            verified kept whole for branching on their mode.
         watch_random: Keep whole what draws random numbers outside of the graph.
         watched: Attributes that the forward assigns, and must not read before, by module path and name.
         whole: Paths of modules to keep whole, with the reason.
@@ -50,6 +52,7 @@ class Tracer(fx.Tracer):
         assumed: dict[str, bool],
         specialised: Mapping[str, Any],
         concrete_flags: bool = False,
+        verifies: frozenset[str] | None = None,
         watch_random: bool = False,
         watched: frozenset[tuple[str, str]] = frozenset(),
         whole: Mapping[str, str] = MappingProxyType({}),
@@ -60,6 +63,8 @@ class Tracer(fx.Tracer):
         self.assumed = assumed
         self.specialised = specialised
         self.concrete_flags = concrete_flags
+        self.verifies = verifies
+        self.siteless: set[str] = set()
         self.watch_random = watch_random
         self.watched = watched
         self.whole = whole
@@ -169,6 +174,8 @@ class Tracer(fx.Tracer):
             return m.forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
+        if path in (self.verifies or ()):
+            return self._call_whole(m, path, args, kwargs)
         if path in self.whole:
             _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", self.whole[path]))
             return self._call_whole(m, path, args, kwargs)
@@ -199,6 +206,7 @@ class Tracer(fx.Tracer):
             # A module that branches on its mode, and in which no backward could be replaced (stochastic depth, noise):
             # called whole, it needs no graph for each of its branches.
             before.restore()
+            self.siteless.add(path)
             return self._call_whole(m, path, args, kwargs)
         return result
 
@@ -210,6 +218,8 @@ class Tracer(fx.Tracer):
         if paths is None or module not in paths:
             return None
         path = paths[module]
+        if self.verifies is not None:
+            return self.assumed.get(path, True)
         if self.concrete_flags:
             return self._taken(path)
         self.flags_read = True
