@@ -8,11 +8,9 @@ class inherits from the model's. This file knows nothing of rules.
 from __future__ import annotations
 
 import ast
-import contextlib
 import copy
-import keyword
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -21,9 +19,13 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 
 from .errors import CaptureError
-from .serialise import GraphDump, copy_graph, dump_graph, load_graph
+from .ops import require_specialised
+from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 
-__all__ = ["CapturedModule", "Variant"]
+__all__ = ["SPECIALISED", "CapturedModule", "Variant"]
+
+SPECIALISED = "_specialised_arguments"
+"""The attribute that holds arguments which the graphs do not take, with the values that the graphs are for."""
 
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
 # What belongs to the machinery of a GraphModule, not to the model in it.
@@ -134,7 +136,7 @@ class CapturedModule(fx.GraphModule):
         for index, variant in enumerate(self._variants):
             self._graph = variant.graph
             variant.graph.owning_module = self
-            with _keywords_as_names():
+            with keywords_as_names():
                 result = super().recompile()
             specs.append((getattr(self, "_in_spec", None), getattr(self, "_out_spec", None)))
             # Each graph has input and output structures of its own
@@ -145,11 +147,12 @@ class CapturedModule(fx.GraphModule):
         self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(_sets_grad_mode(variant.graph) for variant in self._variants)
-        if len(forwards) == 1 and not guard:
+        specialised = self.__dict__.get(SPECIALISED, {})
+        if len(forwards) == 1 and not guard and not specialised:
             type(self).forward = forwards[0]
         else:
             type(self)._forwards = tuple(forwards)
-            type(self).forward = _dispatcher(result.src, result.globals, guard)
+            type(self).forward = _dispatcher(result.src, result.globals, guard, specialised)
         return result
 
     def _active(self) -> int:
@@ -249,36 +252,20 @@ def _load_module(
     return _assemble(model_class, class_name, state, loaded)
 
 
-@contextlib.contextmanager
-def _keywords_as_names() -> Iterator[None]:
-    """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
-    original = fx.graph._format_target
-
-    def formatted(base: str, target: str) -> str:
-        if not any(keyword.iskeyword(name) for name in target.split(".")):
-            return original(base, target)
-        for name in target.split("."):
-            base = f'getattr({base}, "{name}")'
-        return base
-
-    fx.graph._format_target = formatted
-    try:
-        yield
-    finally:
-        fx.graph._format_target = original
-
-
 def _sets_grad_mode(graph: fx.Graph) -> bool:
     return any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
 
 
-def _dispatcher(src: str, names: dict[str, Any], guard: bool) -> Any:
+def _dispatcher(
+    src: str, names: dict[str, Any], guard: bool, specialised: Mapping[str, Any]
+) -> Any:
     """A `forward` with the signature of the generated ones, that runs the one that fits the training flags.
 
     Args:
         src: The source of one of them.
         names: What that source refers to.
         guard: Restore the grad mode even if the graph raises between two changes of it.
+        specialised: Further arguments, with the one value that each may have.
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
     arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
@@ -288,5 +275,11 @@ def _dispatcher(src: str, names: dict[str, Any], guard: bool) -> Any:
     call = f"return type(self)._forwards[self._active()]({', '.join(arguments)})"
     if guard:
         call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
-    body = f"def forward({ast.unparse(signature)}):\n    {call}\n"
-    return _forward_from_src(body, {**names, "torch": torch}, {})
+    own: dict[str, Any] = {"torch": torch, "_require_specialised": require_specialised}
+    checks, parameters = "", ast.unparse(signature)
+    for number, (name, value) in enumerate(specialised.items()):
+        own[f"_default_{number}"] = value
+        parameters += f", {name}=_default_{number}"
+        checks += f"    _require_specialised({name}, _default_{number}, {name!r})\n"
+    body = f"def forward({parameters}):\n{checks}    {call}\n"
+    return _forward_from_src(body, {**names, **own}, {})

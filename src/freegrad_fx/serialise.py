@@ -1,12 +1,15 @@
-"""Graphs copied, and turned into plain data and back.
+"""Graphs copied, turned into plain data and back, and into code.
 
 FX pickles a graph by tracing its generated code again, and its nodes form a list too deep for pickle.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import importlib
+import keyword
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -19,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from .provenance import META
 
-__all__ = ["GraphDump", "copy_graph", "dump_graph", "load_graph"]
+__all__ = ["GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -122,3 +125,22 @@ def _resolve(name: str) -> Any:
         except (ImportError, AttributeError):
             continue
     return reduce(getattr, parts[1:], torch)
+
+
+@contextlib.contextmanager
+def keywords_as_names() -> Iterator[None]:
+    """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
+    original = fx.graph._format_target
+
+    def formatted(base: str, target: str) -> str:
+        if not any(keyword.iskeyword(name) for name in target.split(".")):
+            return original(base, target)
+        for name in target.split("."):
+            base = f'getattr({base}, "{name}")'
+        return base
+
+    fx.graph._format_target = formatted
+    try:
+        yield
+    finally:
+        fx.graph._format_target = original

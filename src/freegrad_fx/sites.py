@@ -12,10 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx, nn
 from torch._ops import OpOverload
+from torch.nn.utils.parametrize import is_parametrized
 
-from .activations import Op, Spelling, recognise
+from .activations import OPS, Op, Spelling, recognise
 from .aliasing import LIBRARIES, activated, has_forward_hooks
 from .capture import Opaque
 from .ops import apply_function, decoupled, function_of, stop_gradient
@@ -196,12 +198,26 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
 )
 
 
+_ACTIVATIONS = frozenset(kind for op in OPS.values() for kind in op.modules) - {nn.Identity}
+
+# Functions with a softmax inside.
+_ATTENTIONS = frozenset(
+    {
+        F.scaled_dot_product_attention,
+        F.multi_head_attention_forward,
+        torch.ops.aten.scaled_dot_product_attention.default,
+    }
+)
+
+
 def _whole(module: nn.Module) -> str:
     """Why a module that is one call may compute activations; ``""`` where it cannot."""
     if isinstance(module, _COMPOSITES):
         return "PyTorch computes its activations inside one call"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript code cannot be traced"
+    if is_parametrized(module) and any(type(m) in _ACTIVATIONS for m in module.modules()):
+        return "its parametrization computes activations inside one call"
     return ""
 
 
@@ -235,6 +251,9 @@ def find_opaque(
             what = f"autograd.Function {node.args[0]}"
             found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
         elif node.op == "call_function" and not isinstance(node.target, type):
+            if node.target in _ATTENTIONS:
+                reason = "a softmax is computed inside of it"
+                found[Opaque(where.owner, _text(node, None, False), reason, where.source)] = None
             module_name = getattr(node.target, "__module__", None) or "torch"
             if module_name.partition(".")[0] not in LIBRARIES:
                 name = f"{module_name}.{getattr(node.target, '__name__', node.target)}"

@@ -45,6 +45,10 @@ def capture(
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
         return Capture(root, type(model).__name__, root.variants)
+    if dynamic_shapes is not None and example_inputs is None:
+        raise TypeError(
+            "dynamic_shapes says which dimensions of example_inputs may change: give both"
+        )
     if example_inputs is not None:
         _refuse_with_examples(leaf_types, concrete_args)
         return capture_by_export(model, root, example_inputs, dynamic_shapes)

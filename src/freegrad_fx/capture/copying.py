@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -11,7 +12,15 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from ..errors import CaptureError
 
-__all__ = ["check_model", "structural_copy"]
+__all__ = [
+    "ATTRIBUTES_OF_EVERY_MODULE",
+    "check_model",
+    "is_python_state",
+    "python_state_changed",
+    "structural_copy",
+]
+
+ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def check_model(model: Any) -> None:
@@ -75,3 +84,37 @@ def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
     elif isinstance(value, list | tuple | set):
         for item in value:
             _collect_tensors(item, found)
+
+
+def python_state_changed(
+    model: nn.Module, copied: nn.Module, assigned: Container[tuple[str, str]] = ()
+) -> dict[str, str]:
+    """Undo what running a copy did to numbers, text and plain containers.
+
+    Args:
+        model: The model.
+        copied: The copy that was run.
+        assigned: Attributes to pass over, by module path and name.
+
+    Returns:
+        The paths of the modules that changed any, with what they changed.
+    """
+    changed: dict[str, str] = {}
+    for (path, run), original in zip(copied.named_modules(), model.modules(), strict=False):
+        for name, before in original.__dict__.items():
+            if name in ATTRIBUTES_OF_EVERY_MODULE or (path, name) in assigned:
+                continue
+            after = run.__dict__.get(name)
+            if is_python_state(before) and is_python_state(after) and before != after:
+                run.__dict__[name] = copy.deepcopy(before)
+                changed[path] = f"its forward changes the attribute {name!r}"
+    return changed
+
+
+def is_python_state(value: Any) -> bool:
+    """Whether a value is a number, text, None or a plain container of such."""
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(is_python_state, value))
+    if type(value) is dict:
+        return all(map(is_python_state, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)

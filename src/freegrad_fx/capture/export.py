@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import re
 import warnings
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 import torch.export._unlift as unlift
@@ -18,18 +19,19 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
+from torch.overrides import has_torch_function
 from torch.utils import _pytree as pytree
 
-from ..captured import Variant
+from ..captured import SPECIALISED, Variant
 from ..errors import CaptureError
 from ..provenance import META, Origin
-from .patches import RandomState, refused_functions
+from ..serialise import keywords_as_names
+from .copying import python_state_changed
+from .merge import Exported, merge
+from .patches import RandomState, noted_assignments, refused_functions, refused_questions
 from .result import Capture, Opaque
 
 __all__ = ["Guards", "capture_by_export"]
-
-_Exported: TypeAlias = tuple[fx.Graph, dict[str, Any]]
-"""The graph of one mode, and the modules and constants in it that are not the model's."""
 
 # Functions that export takes apart, and that are one activation to the user.
 _COMPOSITES = {
@@ -52,26 +54,29 @@ class Guards(nn.Module):
         self._compile()
 
     def _compile(self) -> None:
-        lines = ["def check(*args):"]
+        raising, recording = ["def check(*args):"], ["def record(*args):"]
         for number, (expression, _) in enumerate(self.checks):
-            lines.append(f"    torch._assert({expression}, messages[{number}])")
+            raising.append(f"    if not ({expression}): fail({number})")
+            recording.append(f"    torch._assert({expression}, messages[{number}])")
         messages = [
             f"the model was captured for inputs with {words}, and is called with others. Give transform() "
-            f"dynamic_shapes=... for what may change, or example inputs of the kind you call it with."
+            f"dynamic_shapes=... for what may change, or example inputs of the kind you call it with (a batch of 1 "
+            f"makes the batch fixed: give at least 2)."
             for _, words in self.checks
         ]
-        names: dict[str, Any] = {
-            **SYMPY_INTERP,
-            "torch": torch,
-            "messages": messages,
-            "inf": float("inf"),
-        }
-        exec("\n".join([*lines, "    return"]), names)
-        self.__dict__["_check"] = torch._dynamo.dont_skip_tracing(names["check"])
+
+        def fail(number: int) -> None:
+            raise CaptureError(messages[number])
+
+        names: dict[str, Any] = {**SYMPY_INTERP, "torch": torch, "inf": float("inf")}
+        names.update(messages=messages, fail=fail)
+        exec("\n".join([*raising, "    return", *recording, "    return"]), names)
+        for function in ("check", "record"):
+            self.__dict__[f"_{function}"] = torch._dynamo.dont_skip_tracing(names[function])
 
     def forward(self, *args: Any) -> None:
         """Check one call's flat inputs."""
-        self.__dict__["_check"](*args)
+        self.__dict__["_record" if has_torch_function(args) else "_check"](*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Guards, (self.checks,)
@@ -93,36 +98,100 @@ def capture_by_export(
     """
     args, kwargs = _inputs(example_inputs)
     flags = {module: module.training for module in root.modules()}
-    states = [True, False]
-    graphs: list[_Exported] = []
     random = RandomState()
     try:
-        for mode in states:
-            root.train(mode)
-            graphs.append(_exported(root, args, kwargs, dynamic_shapes))
+        with _without_hooks(root):
+            exported = []
+            for mode in (True, False):
+                for module in flags:  # not root.train(), which a model may override
+                    module.training = mode
+                exported.append(_exported(root, args, kwargs, dynamic_shapes))
+        _refuse_python_effects(model, root, random)
     finally:
         random.restore()
         for module, training in flags.items():
             module.training = training
-    if _merge(*graphs):
-        graphs = graphs[:1]
-        variants = [Variant({}, graphs[0][0])]
+    train, evaluation = exported
+    differing = merge(train, evaluation)
+    if not differing:
+        variants = [Variant({}, train.graph)]
     else:
-        paths = [path for path, _ in root.named_modules()]
         variants = [
-            Variant(dict.fromkeys(paths, mode), graph)
-            for mode, (graph, _) in zip(states, graphs, strict=True)
+            Variant(dict.fromkeys(differing, mode), one.graph)
+            for mode, one in ((True, train), (False, evaluation))
         ]
-    for variant, (graph, parts) in zip(variants, graphs, strict=True):
-        _adopt(root, graph, parts, variant.label)
-    lost = tuple(
-        Opaque(
-            path, f"the hooks of {type(module).__name__}", "export runs them once and drops them"
-        )
-        for path, module in root.named_modules()
-        if path and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks)
+    for variant, one in zip(variants, exported, strict=False):
+        _adopt(root, one, variant.label)
+    root.__dict__[SPECIALISED] = _omitted(root, args, kwargs)
+    return Capture(
+        root,
+        type(model).__name__,
+        tuple(variants),
+        tuple(dict.fromkeys(note for one in exported for note in _hidden(one))),
+        tuple(_hooks_lost(root)),
     )
-    return Capture(root, type(model).__name__, tuple(variants), (), lost)
+
+
+_KEEPS_STATE = (
+    "{} cannot be captured: its forward changes Python state ({}), and a graph would do so once and for ever. Make it "
+    "a buffer."
+)
+
+
+def _hooks_lost(root: nn.Module) -> Iterator[Opaque]:
+    for path, module in root.named_modules():
+        if path and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+            what = f"the hooks of {type(module).__name__}"
+            yield Opaque(path, what, "export runs them once and drops them")
+
+
+def _hidden(exported: Exported) -> Iterator[Opaque]:
+    """Regions that stay graphs of their own (checkpoints, conditionals)."""
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and isinstance(
+            exported.parts.get(str(node.target)), fx.GraphModule
+        ):
+            user = next(iter(node.users), node)
+            owner = node.meta[META]
+            what = f"the region of {getattr(user.target, '__name__', user.target)}, kept whole"
+            yield Opaque(owner.owner, what, "it is a graph of its own", owner.source)
+
+
+@contextlib.contextmanager
+def _without_hooks(root: nn.Module) -> Iterator[None]:
+    """The hooks of the root go on running around the graph; they must not be in it too."""
+    names = [name for name in root.__dict__ if name.endswith("_hooks") and "state_dict" not in name]
+    kept = {name: root.__dict__[name] for name in names}
+    for name in names:
+        root.__dict__[name] = type(kept[name])()
+    try:
+        yield
+    finally:
+        root.__dict__.update(kept)
+
+
+def _refuse_python_effects(model: nn.Module, root: nn.Module, random: RandomState) -> None:
+    """Raise where the forward did something that a graph would do once and for ever."""
+    if random.drawn_from():
+        raise CaptureError(
+            f"{type(model).__name__} draws random numbers from outside of PyTorch's tensor functions (random, "
+            f"numpy.random, or a generator): a graph would repeat one draw for ever. Use torch.rand(())."
+        )
+    if changed := python_state_changed(model, root):
+        path, what = next(iter(changed.items()))
+        raise CaptureError(
+            _KEEPS_STATE.format(type(model).__name__, f"{path or 'the root'}: {what}")
+        )
+
+
+def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments with a default that the examples leave out; the graph is for their defaults."""
+    parameters = list(inspect.signature(type(root).forward).parameters.values())[1 + len(args) :]
+    return {
+        p.name: p.default
+        for p in parameters
+        if p.name not in kwargs and p.default is not p.empty and p.kind is not p.VAR_POSITIONAL
+    }
 
 
 def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -143,26 +212,70 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 def _exported(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> _Exported:
+) -> Exported:
     program = _export(root, args, kwargs, dynamic_shapes)
-    with warnings.catch_warnings(), _recorded_guards() as guards:
+    with warnings.catch_warnings(), keywords_as_names(), _recorded_guards() as guards:
         warnings.simplefilter("ignore")
         module = program.module()
     graph = module.graph
+    _inline_grad_modes(module, graph)
     parts: dict[str, Any] = {}
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
-            parts["guards"] = Guards(tuple(guards))
+            parts["guards"] = Guards((*_ranks(graph), *guards))
             node.target = "guards"
-        elif (
-            node.op == "get_attr" and isinstance(part := _find(module, str(node.target)), nn.Module)
-        ) or (node.op == "get_attr" and _find(root, str(node.target)) is None):
-            parts[str(node.target)] = part
+        elif node.op == "get_attr":
+            part = _find(module, str(node.target))
+            if isinstance(part, nn.Module) or _find(root, str(node.target)) is None:
+                parts[str(node.target)] = part
         if node.op not in ("placeholder", "output"):
             node.meta[META] = _origin(node)
     _collapse(graph)
     graph.owning_module = None
-    return graph, parts
+    return Exported(graph, parts)
+
+
+def _ranks(graph: fx.Graph) -> Iterator[tuple[str, str]]:
+    """Checks of the number of dimensions, which export takes for granted."""
+    for index, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
+        if isinstance(value := node.meta.get("val"), Tensor):
+            yield f"args[{index}].dim() == {value.dim()}", f"{node.name}.dim() == {value.dim()}"
+
+
+def _inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
+    """Put `no_grad` regions, which export makes graphs of their own, back between two changes of the grad mode."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            raise CaptureError("torch.autocast inside a forward cannot be put into a graph")
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        enabled, holder, *operands = node.args
+        region = _find(module, str(holder.target))
+        _inline_grad_modes(region, region.graph)
+        inside = list(region.graph.nodes)
+        values = dict(zip([n for n in inside if n.op == "placeholder"], operands, strict=True))
+        results: Any = ()
+        with graph.inserting_before(node):
+            before = graph.call_function(torch.is_grad_enabled)
+            start = graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            for inner in inside:
+                if inner.op == "output":
+                    results = fx.map_arg(inner.args[0], values.__getitem__)
+                elif inner.op == "get_attr":
+                    name = f"{holder.target}_{inner.target}".replace(".", "_")
+                    setattr(module, name, _find(region, str(inner.target)))
+                    values[inner] = graph.create_node("get_attr", name)
+                elif inner.op != "placeholder":
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+            end = graph.call_function(torch._C._set_grad_enabled, (before,))
+        for made in (before, start, end):
+            made.meta = dict(node.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
 
 
 def _export(
@@ -175,9 +288,20 @@ def _export(
     )
     for attempt in attempts:
         try:
-            with warnings.catch_warnings(), refused_functions():
+            with (
+                warnings.catch_warnings(),
+                refused_functions(),
+                refused_questions(),
+                keywords_as_names(),
+                noted_assignments(root) as assigned,
+            ):
                 warnings.simplefilter("ignore")
-                return torch.export.export(root, args, kwargs, dynamic_shapes=attempt, strict=False)
+                program = torch.export.export(
+                    root, args, kwargs, dynamic_shapes=attempt, strict=False
+                )
+            if assigned:
+                raise CaptureError(_KEEPS_STATE.format(type(root).__name__, assigned[0]))
+            return program
         except CaptureError:
             raise
         except Exception as error:
@@ -262,95 +386,13 @@ def _collapse(graph: fx.Graph) -> None:
             graph.erase_node(node)
 
 
-# -- two modes, one graph ---------------------------------------------------------------------------------------------
-
-
-def _merge(in_train: _Exported, in_eval: _Exported) -> bool:
-    """Make the train graph right in every mode, if the two differ in flags alone. Returns whether it did."""
-    (train, train_parts), (evaluation, evaluation_parts) = in_train, in_eval
-    same: dict[fx.Node, fx.Node] = {}
-    flags: list[tuple[fx.Node, int]] = []
-    others = iter(evaluation.nodes)
-    other = next(others, None)
-    for node in train.nodes:
-        if _counts_batches(node):
-            flags.append((node, 1))
-            continue
-        if other is None or not _alike(node, other, train_parts, evaluation_parts):
-            return False
-        found = _differing_flags(node, other, same)
-        if found is None:
-            return False
-        flags += [(node, position) for position in found]
-        same[other] = node
-        other = next(others, None)
-    if other is not None or str(train._codegen.pytree_info) != str(evaluation._codegen.pytree_info):  # type: ignore[attr-defined]
-        return False
-    for node, position in flags:
-        owner = node.meta[META].owner
-        with train.inserting_before(node):
-            flag = train.create_node("get_attr", f"{owner}.training" if owner else "training")
-        flag.meta[META] = node.meta[META]
-        node.update_arg(position, flag)
-    return True
-
-
-def _counts_batches(node: fx.Node) -> bool:
-    """Whether a node is the counter of a BatchNorm in train mode; adding its flag counts in every mode."""
-    counter = node.args[0] if node.args else None
-    return (
-        node.target is torch.ops.aten.add_.Tensor
-        and isinstance(counter, fx.Node)
-        and str(counter.target).endswith("num_batches_tracked")
-        and not node.users
-    )
-
-
-def _alike(a: fx.Node, b: fx.Node, a_parts: Any, b_parts: Any) -> bool:
-    if a.op != b.op:
-        return False
-    a_part, b_part = a_parts.get(str(a.target)), b_parts.get(str(b.target))
-    if isinstance(a_part, Guards) and isinstance(b_part, Guards):
-        return a_part.checks == b_part.checks
-    if isinstance(a_part, fx.GraphModule) and isinstance(b_part, fx.GraphModule):
-        return _same_graph(a_part.graph, b_part.graph)
-    if isinstance(a_part, Tensor) and isinstance(b_part, Tensor):
-        return torch.equal(a_part, b_part)
-    return a.op == "placeholder" or a.target == b.target
-
-
-def _same_graph(a: fx.Graph, b: fx.Graph) -> bool:
-    same: dict[fx.Node, fx.Node] = {}
-    if len(a.nodes) != len(b.nodes):
-        return False
-    for mine, yours in zip(a.nodes, b.nodes, strict=True):
-        if not _alike(mine, yours, {}, {}) or _differing_flags(mine, yours, same) != []:
-            return False
-        same[yours] = mine
-    return True
-
-
-def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> list[int] | None:
-    """The positions at which `a` has True and `b` False; None if they differ otherwise."""
-    b_args, b_kwargs = fx.map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
-    if a.kwargs != b_kwargs or len(a.args) != len(b_args):
-        return None
-    found = []
-    for position, (mine, yours) in enumerate(zip(a.args, b_args, strict=True)):
-        if mine is True and yours is False:
-            found.append(position)
-        elif mine != yours:
-            return None
-    return found
-
-
-def _adopt(root: nn.Module, graph: fx.Graph, parts: dict[str, Any], label: str) -> None:
+def _adopt(root: nn.Module, exported: Exported, label: str) -> None:
     """Give the model the modules and constants that the export made, under names of their own."""
-    for target, part in parts.items():
-        name = f"captured_{label}_{target}".replace("__", "_").replace(".", "_")
+    for target, part in exported.parts.items():
+        name = re.sub(r"\W+", "_", f"captured_{label}_{target}".replace("__", "_"))
         while hasattr(root, name):
             name += "_"
         setattr(root, name, part)
-        for node in graph.nodes:
+        for node in exported.graph.nodes:
             if node.op in ("get_attr", "call_module") and node.target == target:
                 node.target = name

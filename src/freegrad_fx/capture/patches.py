@@ -23,9 +23,17 @@ from torch.utils import _pytree as pytree
 from ..errors import CaptureError
 from ..ops import apply_function, function_key, require_tensor
 from ..provenance import caller, is_users
+from .copying import is_python_state
 from .proxies import FlagProxy, RecordingProxy, any_proxy
 
-__all__ = ["RandomState", "Recorder", "patched", "refused_functions"]
+__all__ = [
+    "RandomState",
+    "Recorder",
+    "noted_assignments",
+    "patched",
+    "refused_functions",
+    "refused_questions",
+]
 
 
 class Recorder(Protocol):
@@ -40,6 +48,9 @@ class Recorder(Protocol):
     def known_tensor(self, tensor: torch.Tensor) -> Proxy | None:
         """The proxy of a parameter, buffer or tensor attribute of the model; None for other tensors."""
 
+    def is_held(self, tensor: torch.Tensor) -> bool:
+        """Whether a list or dict of the model holds a tensor."""
+
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """Record an assignment of a proxy to an attribute; False where it is to be carried out."""
 
@@ -53,6 +64,7 @@ def patched(recorder: Recorder) -> Iterator[None]:
         _functions(recorder),
         _autocast(),
         _isinstance(recorder),
+        refused_questions(),
         _factories(recorder),
         _RecordMode(recorder),
     ):
@@ -144,20 +156,32 @@ def refused_functions() -> Iterator[None]:
     thread = threading.get_ident()
     original = torch.autograd.Function.__dict__["apply"]
 
-    @functools.wraps(original.__func__)
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+    def refuse(cls: type[torch.autograd.Function]) -> None:
         if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
             raise CaptureError(
                 f"the model calls the autograd.Function {cls.__qualname__}, whose backward torch.export drops. "
                 f"Transform the model without example_inputs: symbolic tracing keeps it."
             )
+
+    @functools.wraps(original.__func__)
+    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
+        refuse(cls)
         return original.__func__(cls, *args, **kwargs)
 
+    unwrap = torch._functorch.utils.unwrap_dead_wrappers
+
+    def refuse_stored(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        # An `apply` that was fetched before comes by here, from the original `apply`
+        refuse(sys._getframe(1).f_locals["cls"])
+        return unwrap(args)
+
     torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
+    torch._functorch.utils.unwrap_dead_wrappers = refuse_stored
     try:
         yield
     finally:
         torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        torch._functorch.utils.unwrap_dead_wrappers = unwrap
 
 
 @contextlib.contextmanager
@@ -206,6 +230,50 @@ _FACTORIES = frozenset(
         torch.zeros,
     }
 )
+
+
+_is_grad_enabled = torch.is_grad_enabled
+
+
+@contextlib.contextmanager
+def refused_questions() -> Iterator[None]:
+    """A forward that asks for the grad mode would have the answer of the capture for ever."""
+    thread = threading.get_ident()
+
+    def ask() -> bool:
+        if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
+            raise TypeError(
+                "the forward asks torch.is_grad_enabled(), which a graph cannot answer anew"
+            )
+        return _is_grad_enabled()
+
+    torch.is_grad_enabled = ask
+    try:
+        yield
+    finally:
+        torch.is_grad_enabled = _is_grad_enabled
+
+
+@contextlib.contextmanager
+def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
+    """Lists the attributes of a model's modules to which other Python values are assigned."""
+    modules = set(root.modules())
+    original = nn.Module.__setattr__
+    names: list[str] = []
+
+    @functools.wraps(original)
+    def assign(module: nn.Module, name: str, value: Any) -> None:
+        before = module.__dict__.get(name)
+        python = is_python_state(value) and is_python_state(before)
+        if module in modules and python and before != value:
+            names.append(f"{type(module).__name__}.{name}")
+        original(module, name, value)
+
+    nn.Module.__setattr__ = assign  # type: ignore[assignment, method-assign]
+    try:
+        yield names
+    finally:
+        nn.Module.__setattr__ = original  # type: ignore[method-assign]
 
 
 @contextlib.contextmanager
@@ -311,6 +379,11 @@ def _computes(func: Any) -> bool:
     return name not in _METHODS_ASKED and name != "__set__"
 
 
+_INPLACE_NAMES = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+) | {"__setitem__"}
+
+
 class _RecordMode(TorchFunctionMode):
     """Records what no proxy takes part in: functions that make a tensor from nothing, and changes of the grad mode."""
 
@@ -331,6 +404,13 @@ class _RecordMode(TorchFunctionMode):
         if func is torch._C._set_grad_enabled:
             self._record_grad_mode(*args)
             return func(*args)
+        name = getattr(func, "__name__", "")
+        writes = (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_NAMES
+        first = args[0] if args else None
+        if writes and isinstance(first, torch.Tensor) and self.recorder.is_held(first):
+            raise TypeError(
+                "the forward writes into a tensor that a list or dict of the model holds"
+            )
         # A parameter that the forward found without asking for it by name (`self.parameters()`)
         traced, traced_kwargs = _with_proxies(self.recorder, args, kwargs or {})
         if traced is args or not _computes(func):
@@ -351,7 +431,7 @@ class _RecordMode(TorchFunctionMode):
         elif names[0] != "__enter__" or not isinstance(context, torch.set_grad_enabled):
             # `set_grad_enabled` sets the mode when it is made and again when it is entered
             self.previous.append(
-                self.recorder.create_proxy("call_function", torch.is_grad_enabled, (), {})
+                self.recorder.create_proxy("call_function", _is_grad_enabled, (), {})
             )
         self.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (mode,), {})
 
@@ -372,6 +452,15 @@ class RandomState:
             or not torch.equal(self._torch, now._torch)
             or _comparable(self._numpy) != _comparable(now._numpy)
         )
+
+    @contextlib.contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """Put the generators back if an error goes through."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
 
     def restore(self) -> None:
         """Put the generators back."""

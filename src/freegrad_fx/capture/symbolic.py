@@ -16,6 +16,7 @@ from torch.fx._symbolic_trace import PH
 from ..captured import Variant
 from ..errors import CaptureError, unknown
 from ..provenance import innermost
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, python_state_changed
 from .patches import RandomState
 from .proxies import any_proxy
 from .result import Capture, Opaque
@@ -27,8 +28,6 @@ MAX_VARIANTS = 16
 
 # Tracing patches nn.Module, and so is done by one thread at a time.
 _lock = threading.RLock()
-
-_ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
 def capture_symbolically(
@@ -127,12 +126,12 @@ def _trace(
     verifies: frozenset[str] | None = None,
 ) -> _Traced:
     """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
-    with _lock:
-        random = RandomState()
+    random = RandomState()
+    with _lock, random.restored_on_error():
         make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags, verifies)
         tracer = make()
         graph = _traced(tracer, root)
-        whole = _restore_python_state(model, root, tracer)
+        whole = python_state_changed(model, root, tracer.assigned)
         forgotten = list(_forget_proxies(model, root, tracer))
         drawn, watched = random.drawn_from(), _state_kept(root, tracer)
         if "" in whole:
@@ -148,35 +147,12 @@ def _trace(
             graph = _traced(tracer, root)
             forgotten = list(_forget_proxies(model, root, tracer))
             if random.drawn_from():
-                random.restore()
                 raise CaptureError(
                     f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
                     f"functions (random, numpy.random, or a generator): a graph would repeat one draw for ever. Use "
                     f"torch.rand(()), or move that part into a submodule: it is then kept whole."
                 )
     return tracer, graph, forgotten
-
-
-def _restore_python_state(model: nn.Module, root: nn.Module, tracer: Tracer) -> dict[str, str]:
-    """Undo changes of numbers, text and plain containers; the paths of the modules that changed any, and what."""
-    changed: dict[str, str] = {}
-    for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
-        for name, before in original.__dict__.items():
-            if name in _ATTRIBUTES_OF_EVERY_MODULE or (path, name) in tracer.assigned:
-                continue
-            after = traced.__dict__.get(name)
-            if _is_python_state(before) and _is_python_state(after) and before != after:
-                traced.__dict__[name] = copy.deepcopy(before)
-                changed[path] = f"its forward changes the attribute {name!r}"
-    return changed
-
-
-def _is_python_state(value: Any) -> bool:
-    if type(value) in (list, tuple, set, frozenset):
-        return all(map(_is_python_state, value))
-    if type(value) is dict:
-        return all(map(_is_python_state, [*value, *value.values()]))
-    return value is None or type(value) in (bool, int, float, complex, str, bytes)
 
 
 def _state_kept(root: nn.Module, tracer: Tracer) -> frozenset[tuple[str, str]]:
@@ -219,7 +195,7 @@ def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterat
     """Undo what the traced forward did to the attributes of the copy, and name what the graph will not do."""
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
         for name in set(original.__dict__) | set(traced.__dict__):
-            if name in _ATTRIBUTES_OF_EVERY_MODULE:
+            if name in ATTRIBUTES_OF_EVERY_MODULE:
                 continue
             value = traced.__dict__.get(name)
             assigned = (path, name) in tracer.assigned or (path, name) in tracer.watched

@@ -7,6 +7,7 @@ root is kept whole and listed.
 from __future__ import annotations
 
 import copy
+import enum
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -19,11 +20,13 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils import _pytree as pytree
 
 from ..activations import recognise
 from ..errors import CaptureError
 from ..ops import require_specialised
 from ..provenance import META, Origin, caller, innermost
+from .copying import ATTRIBUTES_OF_EVERY_MODULE
 from .patches import RandomState, patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
 from .result import Opaque
@@ -77,12 +80,14 @@ class Tracer(fx.Tracer):
         self.lost: list[Opaque] = []
         self._attributes: dict[str, Proxy] = {}
         self._tensor_names: dict[int, str] = {}
+        self._held: set[int] = set()
 
     # -- what FX asks
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what it read and did not use is not in the graph."""
         self._tensor_names = _tensor_names(root)
+        self._held = _held_tensors(root)
         with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
         if self.refusals:
@@ -132,7 +137,12 @@ class Tracer(fx.Tracer):
         ):
             plain: Any = dict(a) if isinstance(a, dict) else list(a)
             return self.create_node("call_function", type(a), (super().create_arg(plain),), {})
-        return super().create_arg(a)
+        argument = super().create_arg(a)
+        if isinstance(a, Tensor) and self._tensor_names.get(id(a)) is None:
+            what = "a tensor from a list or dict, or made outside of the graph"
+            note = Opaque(self._owner(), what, "it is a constant of the graph", caller())
+            _note(self.opaque, note)
+        return argument
 
     def to_bool(self, obj: Proxy) -> bool:
         """Decide a branch: on a flag as assumed, on anything else not at all."""
@@ -233,6 +243,10 @@ class Tracer(fx.Tracer):
             return None
         return self._attribute(name, lambda node: TensorProxy(node, self, tensor))
 
+    def is_held(self, tensor: Tensor) -> bool:
+        """See `patches.Recorder`."""
+        return id(tensor) in self._held
+
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """See `patches.Recorder`."""
         paths = getattr(self, "submodule_paths", None)
@@ -309,6 +323,8 @@ class Tracer(fx.Tracer):
         """Why something cannot be traced."""
         if isinstance(error, AttributeError) and any(n == error.name for _, n in self.watched):
             return f"it keeps state in the attribute {error.name!r} from call to call; make that a buffer"
+        if isinstance(error, NameError) and "not a member of this module" in str(error):
+            return "it uses a parameter of a module that is not registered (kept in a list?); use nn.ModuleList"
         first = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first[:200]}"
 
@@ -368,6 +384,18 @@ def _tensor_names(root: nn.Module) -> dict[int, str]:
     return names
 
 
+def _held_tensors(root: nn.Module) -> set[int]:
+    """The tensors, by identity, in the lists and dicts that the modules of a model have as attributes."""
+    attributes = [
+        value
+        for module in root.modules()
+        for name, value in module.__dict__.items()
+        if name not in ATTRIBUTES_OF_EVERY_MODULE and isinstance(value, list | tuple | dict)
+    ]
+    leaves = pytree.tree_leaves(attributes)
+    return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+
+
 def _has_hooks(module: nn.Module) -> bool:
     return bool(
         module._forward_hooks
@@ -397,7 +425,8 @@ def _as_argument(value: Any) -> Any:
     if type(value) is dict:
         plain = all(type(k) is str and _as_argument(v) is not ... for k, v in value.items())
         return value if plain else ...
-    return value if value is None or type(value) in _PLAIN else ...
+    plain = value is None or type(value) in _PLAIN or isinstance(value, enum.Enum)
+    return value if plain else ...
 
 
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)

@@ -1,0 +1,152 @@
+"""Two modes, one graph: what the exported graphs of train and eval mode have in common reads the flags."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from ..provenance import META
+
+__all__ = ["Exported", "merge"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """The graph of one mode.
+
+    Attributes:
+        graph: The graph.
+        parts: The modules and constants in it that are not the model's, by the names that the graph gives them.
+    """
+
+    graph: fx.Graph
+    parts: dict[str, Any] = field(default_factory=dict)
+
+
+def merge(train: Exported, evaluation: Exported) -> list[str]:
+    """Make both graphs read the flags wherever they differ in constants that came from them.
+
+    Returns:
+        The paths of the modules whose code differs otherwise: these have to be in one mode together, and each graph
+        is right in its own. Empty where the graphs are the same, and right in every mode.
+    """
+    counters = [node for node in train.graph.nodes if _counts_batches(node)]
+    mine = [node for node in train.graph.nodes if node not in counters]
+    yours = list(evaluation.graph.nodes)
+    my_keys = [_key(node, train.parts) for node in mine]
+    your_keys = [_key(node, evaluation.parts) for node in yours]
+    if my_keys == your_keys:
+        pairs = list(zip(mine, yours, strict=True))
+    else:
+        blocks = SequenceMatcher(None, my_keys, your_keys, autojunk=False).get_matching_blocks()
+        pairs = [(mine[b.a + k], yours[b.b + k]) for b in blocks for k in range(b.size)]
+    same = {b: a for a, b in pairs}
+    differing = {_owner(n) for n in (*mine, *yours) if n not in same and n not in same.values()}
+    for a, b in pairs:
+        positions = _differing_flags(a, b, same)
+        if positions is None:
+            differing.add(_owner(a))
+            continue
+        for node, position in ((n, p) for n in (a, b) for p in positions):
+            node.update_arg(position, _flag(node))
+    if str(_structure(train.graph)) != str(_structure(evaluation.graph)):
+        differing.add("")
+    for counter in counters:
+        _count_in_every_mode(counter, evaluation.graph)
+    return sorted(differing)
+
+
+def _owner(node: fx.Node) -> str:
+    origin = node.meta.get(META)
+    return origin.owner if origin is not None else ""
+
+
+def _structure(graph: fx.Graph) -> Any:
+    return getattr(graph._codegen, "pytree_info", None)
+
+
+def _key(node: fx.Node, parts: dict[str, Any]) -> tuple[Any, ...]:
+    """What two nodes have to have in common to stand for each other."""
+    part = parts.get(str(node.target)) if node.op in ("get_attr", "call_module") else None
+    if node.op in ("placeholder", "output"):
+        return (node.op,)
+    if part is None:
+        return (node.op, str(node.target), _owner(node))
+    if isinstance(part, Tensor):
+        return (
+            node.op,
+            tuple(part.shape),
+            str(part.dtype),
+            part.sum().item() if part.numel() else 0,
+        )
+    return (node.op, repr(getattr(part, "checks", None) or _outline(part)))
+
+
+def _outline(part: nn.Module) -> list[str]:
+    graph = getattr(part, "graph", None)
+    return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes] if graph else []
+
+
+def _counts_batches(node: fx.Node) -> bool:
+    """Whether a node is the counter of a BatchNorm in train mode."""
+    counter = node.args[0] if node.args else None
+    return (
+        node.target is torch.ops.aten.add_.Tensor
+        and isinstance(counter, fx.Node)
+        and str(counter.target).endswith("num_batches_tracked")
+        and not node.users
+    )
+
+
+def _count_in_every_mode(counter: fx.Node, evaluation: fx.Graph) -> None:
+    """Add the flag, which is 1 in train mode, in both graphs."""
+    buffer = counter.args[0]
+    assert isinstance(buffer, fx.Node)
+    counter.update_arg(1, _flag(counter))
+    for node in evaluation.nodes:
+        if node.op == "get_attr" and node.target == buffer.target:
+            with evaluation.inserting_after(node):
+                added = evaluation.call_function(torch.ops.aten.add_.Tensor, (node, 1))
+            added.meta = dict(counter.meta)
+            added.update_arg(1, _flag(added))
+            return
+
+
+def _flag(node: fx.Node) -> fx.Node:
+    """A node, in front of `node`, that reads the flag of its owner."""
+    owner = _owner(node)
+    with node.graph.inserting_before(node):
+        flag = node.graph.create_node("get_attr", f"{owner}.training" if owner else "training")
+    flag.meta[META] = node.meta[META]
+    return flag
+
+
+def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> list[int] | None:
+    """The positions at which `a` has True and `b` False; None if they differ otherwise."""
+    if a.op == "output":
+        return []
+    b_args, b_kwargs = fx.map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
+    if len(a.args) != len(b_args):
+        return None
+    found: list[int] = []
+    for position, (mine, yours) in enumerate(zip(a.args, b_args, strict=True)):
+        if mine is True and yours is False:
+            found.append(position)
+        elif not _equal(mine, yours):
+            return None
+    return found if _equal(a.kwargs, b_kwargs) else None
+
+
+def _equal(mine: Any, yours: Any) -> bool:
+    """Equal, where two nodes of different graphs that stand for nothing common may stand for each other."""
+    if isinstance(mine, fx.Node) and isinstance(yours, fx.Node):
+        return mine is yours or mine.graph is not yours.graph
+    if isinstance(mine, tuple | list) and isinstance(yours, tuple | list):
+        return len(mine) == len(yours) and all(map(_equal, mine, yours))
+    if isinstance(mine, dict) and isinstance(yours, dict):
+        return mine.keys() == yours.keys() and all(_equal(v, yours[k]) for k, v in mine.items())
+    return type(mine) is type(yours) and bool(mine == yours)
