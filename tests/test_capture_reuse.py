@@ -250,7 +250,6 @@ def test_a_dropout_made_in_a_forward_drops_in_every_mode() -> None:
         assert difference(original.train(training), gm.train(training)) == ""
 
 
-@pytest.mark.xfail(reason="refused, with the words of torch.fx")
 def test_a_layer_that_is_not_registered_is_kept_or_refused_in_words() -> None:
     gm, refusal = captured_or_refused(build(HoldsALayerInAList))
     if gm is None:

@@ -285,7 +285,6 @@ def test_every_way_of_calling_is_the_original_s(name: str) -> None:
     check_capture(case.make, *case.calls, concrete_args=case.concrete)
 
 
-@pytest.mark.xfail(reason="an enum is taken for an object that no graph can hold")
 def test_the_default_of_an_enum_may_be_given() -> None:
     make = ARGUMENTS["default_enum"].make
     check_capture(make, call(X, Kind.ONE), call(X, kind=Kind.ONE))

@@ -424,11 +424,6 @@ def test_the_grad_mode_is_restored_where_a_call_raises() -> None:
     assert torch.is_grad_enabled()
 
 
-FAILED_CAPTURE_DRAWS = pytest.mark.xfail(
-    reason="a capture that fails does not put the generators back"
-)
-
-
 class DrawsNumbers(Net):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.f(x)) * random.random() + torch.rand(3).sum()
@@ -450,9 +445,9 @@ class DrawsNumbersAndCounts(CountsInPython):
     [
         (DrawsNumbers, "root"),
         (DrawsNumbers, "part"),
-        pytest.param(DrawsNumbersThenUntraceable, "root", marks=FAILED_CAPTURE_DRAWS),
+        (DrawsNumbersThenUntraceable, "root"),
         (DrawsNumbersThenUntraceable, "part"),
-        pytest.param(DrawsNumbersAndCounts, "root", marks=FAILED_CAPTURE_DRAWS),
+        (DrawsNumbersAndCounts, "root"),
         (DrawsNumbersAndCounts, "part"),
     ],
 )
@@ -472,7 +467,6 @@ class WritesIntoAListedTensor(Net):
         return F.relu(self.f(x) + self.log[0] * self.named["t"])
 
 
-@pytest.mark.xfail(reason="tensors in lists and dicts of a module are no proxies")
 @pytest.mark.parametrize("where", ["root", "part"])
 def test_tensors_in_containers_are_not_written_into_by_a_capture(where: str) -> None:
     make = WritesIntoAListedTensor if where == "root" else inside(WritesIntoAListedTensor)
@@ -926,7 +920,6 @@ def test_parametrizations_are_computed_anew_at_each_call(name: str) -> None:
     assert list(fg.transform(make(), RULE).state_dict()) == list(make().state_dict())
 
 
-@pytest.mark.xfail(reason="a parametrized layer of torch.nn is not looked into, nor reported")
 def test_an_activation_in_a_parametrization_is_a_site_or_reported() -> None:
     make = with_layer(lambda f: parametrize.register_parametrization(f, "weight", Rectified()))
     plan = fg.explain(make(), {"relu": RULE})

@@ -200,9 +200,10 @@ def test_of_two_classes_the_first_in_the_dict_decides() -> None:
     model = nn.Sequential(nn.ReLU(), Special())
     got = decided(model, {Special: "scale", nn.ReLU: "reverse"})
     assert got == {"0:relu[0]": "reverse", "1:Special[0]": "scale"}
-    with pytest.warns(fg.FreegradWarning, match="'Special' matches nothing"):
-        got = decided(model, {nn.ReLU: "reverse", Special: "scale"})
+    got = decided(model, {nn.ReLU: "reverse", Special: "scale"})
     assert set(got.values()) == {"reverse"}
+    plan = fg.explain(model, {nn.ReLU: "reverse", Special: "scale"})
+    assert "Entry 'Special': all its sites are another entry's." in str(plan)
 
 
 def test_none_keeps_the_native_backward_bit_for_bit() -> None:
@@ -438,9 +439,9 @@ def test_rules_on_parameters_are_for_later(key: str) -> None:
 
 
 def test_a_transform_without_rules_is_for_later() -> None:
-    for call in (fg.transform, fg.explain):
-        with pytest.raises(NotImplementedError, match=r"without rules is not supported yet"):
-            call(Net(), None)
+    with pytest.raises(NotImplementedError, match=r"without rules is not supported yet"):
+        fg.transform(Net())
+    assert {d.action for d in fg.explain(Net()).decisions} == {"native"}  # it lists the sites
 
 
 def test_a_rule_of_the_output_has_to_come_first() -> None:
@@ -482,10 +483,11 @@ def test_an_entry_that_matches_nothing_is_an_error_under_strict() -> None:
             call(Net(), {"tanh": "scale"}, strict=True)
 
 
-def test_an_entry_that_is_overruled_everywhere_matches_nothing() -> None:
+def test_an_entry_that_is_overruled_everywhere_is_no_mistake_and_is_reported() -> None:
     model = nn.Sequential(nn.ReLU())
-    with pytest.warns(fg.FreegradWarning, match="'activations' matches nothing"):
-        fg.transform(model, {"relu": "scale", "activations": "reverse"})
+    gm = fg.transform(model, {"relu": "scale", "activations": "reverse"}, strict=True)
+    assert fg.report(gm).unmatched == ()
+    assert "Entry 'activations': all its sites are another entry's." in str(fg.report(gm))
 
 
 def test_a_native_entry_that_matches_nothing_warns_too() -> None:
@@ -792,7 +794,7 @@ def test_a_plan_counts_its_hits() -> None:
         "tanh": 0,
     }
     assert [entry.selector for entry in plan.unmatched] == ["tanh"]
-    assert "Entry 'tanh': MATCHED NOTHING." in str(plan)
+    assert "Entry 'tanh': MATCHES NOTHING." in str(plan)
     assert [len(plan.with_action(a)) for a in ("rewrite", "native", "skip")] == [4, 3, 0]
 
 

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
+from torch.utils import _pytree as pytree
 
 from .errors import CaptureError
 from .ops import require_specialised
@@ -142,7 +143,10 @@ class CapturedModule(fx.GraphModule):
             # Each graph has input and output structures of its own
             src = self._code.replace("self._in_spec", f"self._specs[{index}][0]")
             src = src.replace("self._out_spec", f"self._specs[{index}][1]")
-            forwards.append(_forward_from_src(src, result.globals, {}))
+            src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
+            forwards.append(
+                _forward_from_src(src, {**result.globals, "_flattened": _flattened}, {})
+            )
             codes.append(self._code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
@@ -167,7 +171,7 @@ class CapturedModule(fx.GraphModule):
         known = "; ".join(variant.label for variant in self._variants)
         raise CaptureError(
             f"{type(self).__name__} was captured for these training flags: {known}; and is called with others. "
-            f"Put the whole model in one mode, or transform it again."
+            f"Put these modules in one mode together."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
@@ -254,6 +258,21 @@ def _load_module(
 
 def _sets_grad_mode(graph: fx.Graph) -> bool:
     return any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+
+
+def _flattened(inputs: Any, spec: pytree.TreeSpec) -> list[Any]:
+    """The inputs of a call as a flat list; raise `CaptureError` where their structure is not the captured one."""
+    if isinstance(inputs, tuple) and isinstance(inputs[0], list):
+        inputs = (tuple(inputs[0]), inputs[1])  # as FX writes arguments and keyword arguments
+    elif isinstance(inputs, list):
+        inputs = tuple(inputs)
+    try:
+        return spec.flatten_up_to(inputs)
+    except ValueError as error:
+        raise CaptureError(
+            f"the model was captured for inputs of another structure ({error}). Transform it with example inputs of "
+            f"the structure you call it with."
+        ) from error
 
 
 def _dispatcher(

@@ -33,6 +33,7 @@ __all__ = [
     "decoupled",
     "function_key",
     "function_of",
+    "require_open",
     "require_specialised",
     "require_tensor",
     "stop_gradient",
@@ -131,9 +132,22 @@ class _Decoupled(torch.autograd.Function):
         (grad,) = grads
         x, y = ctx.saved_tensors
         saved = {name: value for name, value in (("x", x), ("y", y)) if name in ctx.rule.inputs}
+        versions = _versions(grad, x, y)
         result = ctx.rule.function(grad, **saved, **ctx.parameters)
+        if versions != _versions(grad, x, y):
+            raise RuleError(
+                f"rule {ctx.rule.name!r} at site {ctx.site!r} changes its arguments in place, which other gradients "
+                f"are computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
+            )
         result = _checked(result, grad, ctx)
         return (grad, result, None, None, None, *(None for _ in ctx.parameters))
+
+
+def _versions(*tensors: Tensor | None) -> list[int]:
+    """How often each tensor was written into; nothing while a compiler traces, which sees writes by itself."""
+    if torch.compiler.is_compiling():
+        return []
+    return [t._version for t in tensors if t is not None and not t.is_inference()]
 
 
 def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
@@ -226,6 +240,23 @@ def require_specialised(value: Any, captured: Any, name: str) -> None:
             f"the graph was captured for {was} and is called with another value. Transform the model "
             f"for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); for an argument that "
             f"is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+        )
+
+
+def require_open(value: Any, name: str) -> None:
+    """Raise `CaptureError` if an open argument is None or a bool, which a forward may have asked for with ``is``.
+
+    Args:
+        value: The argument of this call.
+        name: The argument's name.
+    """
+    if has_torch_function((value,)):
+        handle_torch_function(require_open, (value,), value, name)
+    elif value is None or isinstance(value, bool):
+        raise CaptureError(
+            f"the forward asks with `is` what an argument is, and the graph was captured for a value of {name!r} "
+            f"that is neither None nor a bool; it is {value} now. Transform the model for that: "
+            f"transform(model, rules, concrete_args={{{name!r}: {value}}})."
         )
 
 

@@ -51,6 +51,7 @@ class Plan:
         table: The table.
         opaque: Code that was kept whole, in which activations may be computed.
         lost: What the graph cannot do that the model did.
+        meant: For every entry of the table the number of sites it matches, decided by it or by an earlier one.
     """
 
     model: str
@@ -58,6 +59,7 @@ class Plan:
     table: RuleTable
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[Opaque, ...] = ()
+    meant: tuple[int, ...] = ()
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -67,8 +69,9 @@ class Plan:
 
     @property
     def unmatched(self) -> tuple[Entry, ...]:
-        """The entries that decided no site."""
-        return tuple(e for e, hits in zip(self.table.entries, self.hits, strict=True) if not hits)
+        """The entries that match no site."""
+        meant = self.meant or self.hits
+        return tuple(e for e, sites in zip(self.table.entries, meant, strict=True) if not sites)
 
     def with_action(self, action: str) -> tuple[Decision, ...]:
         """The decisions of one action."""
@@ -132,6 +135,10 @@ def make_plan(
         table=table,
         opaque=tuple(opaque),
         lost=tuple(lost),
+        meant=tuple(
+            len({p.site.key for sites in located for p in sites if entry.matches(p)})
+            for entry in table.entries
+        ),
     )
     return plan, located
 
@@ -155,7 +162,7 @@ def _decide(place: Located, table: RuleTable) -> Decision:
     site = place.site
     index = table.decide(place)
     if index is None:
-        return Decision(site, "native", reason="no entry matches")
+        return Decision(site, "native", reason=place.obstacle or "no entry matches")
     entry = table.entries[index]
     if entry.rules is None:
         return Decision(site, "native", entry=index, reason=f"{entry.selector} = None")

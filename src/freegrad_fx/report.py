@@ -73,7 +73,8 @@ def _sites(count: int) -> str:
 
 def _remarks(plan: Plan) -> Iterable[str]:
     for entry, hits in zip(plan.table.entries, plan.hits, strict=True):
-        yield f"Entry {entry.selector!r}: {_sites(hits) if hits else 'MATCHED NOTHING'}."
+        none = "MATCHES NOTHING" if entry in plan.unmatched else "all its sites are another entry's"
+        yield f"Entry {entry.selector!r}: {_sites(hits) if hits else none}."
     for forward in sorted({d.forward for d in plan.decisions if d.forward}):
         count = sum(d.forward == forward for d in plan.decisions)
         yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {forward}."

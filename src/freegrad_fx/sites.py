@@ -17,7 +17,7 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.nn.utils.parametrize import is_parametrized
 
-from .activations import OPS, Op, Spelling, recognise
+from .activations import Op, Spelling, recognise
 from .aliasing import LIBRARIES, activated, has_forward_hooks
 from .capture import Opaque
 from .ops import apply_function, decoupled, function_of, stop_gradient
@@ -198,7 +198,11 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
 )
 
 
-_ACTIVATIONS = frozenset(kind for op in OPS.values() for kind in op.modules) - {nn.Identity}
+def _computes(parametrization: nn.Module) -> bool:
+    """Whether a part of a parametrization may compute activations; PyTorch's own (norms) do not."""
+    kind = type(parametrization)
+    return not kind.__module__.startswith("torch.nn.utils.") and kind is not nn.ModuleDict
+
 
 # Functions with a softmax inside.
 _ATTENTIONS = frozenset(
@@ -216,8 +220,9 @@ def _whole(module: nn.Module) -> str:
         return "PyTorch computes its activations inside one call"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript code cannot be traced"
-    if is_parametrized(module) and any(type(m) in _ACTIVATIONS for m in module.modules()):
-        return "its parametrization computes activations inside one call"
+    parts = module.get_submodule("parametrizations") if is_parametrized(module) else nn.Module()
+    if is_parametrized(module) and any(map(_computes, parts.modules())):
+        return "its parametrization is computed inside one call"
     return ""
 
 

@@ -132,4 +132,11 @@ def _rules(rule: RuleLike) -> tuple[Rule, ...]:
     parts = rule.parts if isinstance(rule, Composition) else (get(rule),)
     for part in parts:
         part.require_bound()
+        if tensors := [
+            name for name, value in part.bound.items() if isinstance(value, torch.Tensor)
+        ]:
+            raise NotImplementedError(
+                f"the parameter {tensors[0]!r} of rule {part.name!r} is a tensor; tensors as parameters are not "
+                f"supported yet. Bind a number."
+            )
     return parts

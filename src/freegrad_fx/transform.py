@@ -70,9 +70,9 @@ def transform(
     """
     table = RuleTable.of(rules)
     captured = capture(
-        model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
+        model, (*table.types, *_listed(leaf_modules)), concrete_args, example_inputs, dynamic_shapes
     )
-    plan, sites = make_plan(captured, table, leaf_modules)
+    plan, sites = make_plan(captured, table, _listed(leaf_modules))
     _complain(plan, strict)
     for variant, places in zip(captured.variants, sites, strict=True):
         rewrite(plan, variant.graph, captured.root, places)
@@ -96,7 +96,7 @@ def explain(
 
     Args:
         model: As for `transform`.
-        rules: As for `transform`.
+        rules: As for `transform`; without, the plan lists the sites.
         strict: As for `transform`; likewise `concrete_args` and `leaf_modules`.
         concrete_args: See `transform`.
         leaf_modules: See `transform`.
@@ -109,13 +109,17 @@ def explain(
     Raises:
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
-    table = RuleTable.of(rules)
+    table = RuleTable.of({} if rules is None else rules)
     captured = capture(
-        model, (*table.types, *leaf_modules), concrete_args, example_inputs, dynamic_shapes
+        model, (*table.types, *_listed(leaf_modules)), concrete_args, example_inputs, dynamic_shapes
     )
-    plan, _ = make_plan(captured, table, leaf_modules)
+    plan, _ = make_plan(captured, table, _listed(leaf_modules))
     _complain(plan, strict)
     return plan
+
+
+def _listed(leaf_modules: Any) -> list[type[nn.Module]]:
+    return [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
 
 
 def _complain(plan: Plan, strict: bool) -> None:

@@ -42,6 +42,12 @@ def capture(
         CaptureError: The model cannot be copied or traced; the message says where and why.
     """
     check_model(model)
+    if wrong := [t for t in leaf_types if not isinstance(t, type)]:
+        raise TypeError(
+            f"leaf_modules is a list of module classes, got {wrong[0]!r}: leaf_modules=[MyBlock]"
+        )
+    if concrete_args is not None and not isinstance(concrete_args, Mapping):
+        raise TypeError("concrete_args is a dict from names of arguments to values: {'mask': None}")
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
         return Capture(root, type(model).__name__, root.variants)

@@ -57,7 +57,8 @@ class Guards(nn.Module):
         raising, recording = ["def check(*args):"], ["def record(*args):"]
         for number, (expression, _) in enumerate(self.checks):
             raising.append(f"    if not ({expression}): fail({number})")
-            recording.append(f"    torch._assert({expression}, messages[{number}])")
+            if not expression.startswith("isinstance"):
+                recording.append(f"    torch._assert({expression}, messages[{number}])")
         messages = [
             f"the model was captured for inputs with {words}, and is called with others. Give transform() "
             f"dynamic_shapes=... for what may change, or example inputs of the kind you call it with (a batch of 1 "
@@ -238,8 +239,12 @@ def _exported(
 def _ranks(graph: fx.Graph) -> Iterator[tuple[str, str]]:
     """Checks of the number of dimensions, which export takes for granted."""
     for index, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
-        if isinstance(value := node.meta.get("val"), Tensor):
+        value = node.meta.get("val")
+        if isinstance(value, Tensor):
+            yield f"isinstance(args[{index}], torch.Tensor)", f"a tensor {node.name}"
             yield f"args[{index}].dim() == {value.dim()}", f"{node.name}.dim() == {value.dim()}"
+        elif value is None:
+            yield f"args[{index}] is None", f"{node.name} = None"
 
 
 def _inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:

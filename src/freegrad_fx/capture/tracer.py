@@ -7,12 +7,14 @@ root is kept whole and listed.
 from __future__ import annotations
 
 import copy
+import dis
 import enum
+import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -24,7 +26,7 @@ from torch.utils import _pytree as pytree
 
 from ..activations import recognise
 from ..errors import CaptureError
-from ..ops import require_specialised
+from ..ops import require_open, require_specialised
 from ..provenance import META, Origin, caller, innermost
 from .copying import ATTRIBUTES_OF_EVERY_MODULE
 from .patches import RandomState, patched
@@ -79,6 +81,7 @@ class Tracer(fx.Tracer):
         self.opaque: list[Opaque] = []
         self.lost: list[Opaque] = []
         self._attributes: dict[str, Proxy] = {}
+        self.asks_identity = False
         self._tensor_names: dict[int, str] = {}
         self._held: set[int] = set()
 
@@ -86,6 +89,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what it read and did not use is not in the graph."""
+        self.asks_identity = any(_asks_identity(type(m)) for m in root.modules())
         self._tensor_names = _tensor_names(root)
         self._held = _held_tensors(root)
         with torch.set_grad_enabled(True), patched(self):
@@ -155,7 +159,10 @@ class Tracer(fx.Tracer):
     def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
         plain = name.lstrip("*")
         if plain not in self.specialised:
-            return super()._proxy_placeholder(name, None, sig, fn)
+            proxy = super()._proxy_placeholder(name, None, sig, fn)
+            if plain == name and self.asks_identity:
+                self.create_proxy("call_function", require_open, (proxy, name), {})
+            return proxy
         value = self.specialised[plain]
         default = () if name.startswith("*") else (_as_argument(value),)
         proxy = self.create_proxy("placeholder", name, default, {})
@@ -369,6 +376,26 @@ class _State:
 
 
 _CAUGHT = "the forward catches the error by which a trace says that it cannot follow a branch"
+
+
+@functools.lru_cache(maxsize=4096)
+def _asks_identity(kind: type[nn.Module]) -> bool:
+    """Whether a class's own code has `x is None` or its like, to which a proxy has one answer only."""
+    if kind.__module__.startswith("torch.nn."):
+        return False
+    codes = [
+        f.__code__
+        for c in kind.__mro__
+        for f in vars(c).values()
+        if isinstance(f, FunctionType)
+        and not c.__module__.startswith("torch.")
+        and f.__name__ != "__init__"
+    ]
+    return any(
+        i.opname == "IS_OP" or i.opname.endswith("_NONE")
+        for code in codes
+        for i in dis.get_instructions(code)
+    )
 
 
 def _tensor_names(root: nn.Module) -> dict[int, str]:
