@@ -10,7 +10,7 @@ from __future__ import annotations
 import ast
 import copy
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -23,10 +23,13 @@ from .errors import CaptureError
 from .ops import require_specialised
 from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 
-__all__ = ["SPECIALISED", "CapturedModule", "Variant"]
+__all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant"]
 
 SPECIALISED = "_specialised_arguments"
 """The attribute that holds arguments which the graphs do not take, with the values that the graphs are for."""
+
+KEYWORD_ONLY = "_keyword_only_arguments"
+"""The attribute that names the arguments behind the first of those."""
 
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
 # What belongs to the machinery of a GraphModule, not to the model in it.
@@ -156,7 +159,13 @@ class CapturedModule(fx.GraphModule):
             type(self).forward = forwards[0]
         else:
             type(self)._forwards = tuple(forwards)
-            type(self).forward = _dispatcher(result.src, result.globals, guard, specialised)
+            type(self).forward = _dispatcher(
+                result.src,
+                result.globals,
+                guard,
+                specialised,
+                self.__dict__.get(KEYWORD_ONLY, ()),
+            )
         return result
 
     def _active(self) -> int:
@@ -206,7 +215,8 @@ def _check_names(root: nn.Module) -> None:
     """Refuse a model whose own names are those that a GraphModule needs for itself."""
     needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
     members = {*root._modules, *root._parameters, *root._buffers}
-    if clashes := sorted((needed & {*root.__dict__, *members}) | ({"meta"} & members)):
+    own = {*root.__dict__, *members, *(set(dir(type(root))) - set(dir(nn.Module)))}
+    if clashes := sorted((needed & own) | ({"meta"} & members)):
         raise CaptureError(
             f"{type(root).__name__} has members named {', '.join(clashes)}, which torch.fx.GraphModule needs for "
             f"itself. Rename them, or transform a module that holds the model: nn.Sequential(model)."
@@ -276,7 +286,11 @@ def _flattened(inputs: Any, spec: pytree.TreeSpec) -> list[Any]:
 
 
 def _dispatcher(
-    src: str, names: dict[str, Any], guard: bool, specialised: Mapping[str, Any]
+    src: str,
+    names: dict[str, Any],
+    guard: bool,
+    specialised: Mapping[str, Any],
+    keyword_only: Collection[str],
 ) -> Any:
     """A `forward` with the signature of the generated ones, that runs the one that fits the training flags.
 
@@ -285,6 +299,7 @@ def _dispatcher(
         names: What that source refers to.
         guard: Restore the grad mode even if the graph raises between two changes of it.
         specialised: Further arguments, with the one value that each may have.
+        keyword_only: Arguments that are given by keyword.
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
     arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
@@ -295,10 +310,20 @@ def _dispatcher(
     if guard:
         call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
     own: dict[str, Any] = {"torch": torch, "_require_specialised": require_specialised}
-    checks, parameters = "", ast.unparse(signature)
+    checks = ""
+    # An argument behind one that is left out is given by keyword alone: its place is not that of the model's forward
+    first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
+    if first is not None:
+        signature.kwonlyargs = signature.args[first:]
+        signature.kw_defaults = [None] * len(signature.kwonlyargs)
+        signature.args = signature.args[:first]
+    parameters = ast.unparse(signature)
     for number, (name, value) in enumerate(specialised.items()):
         own[f"_default_{number}"] = value
-        parameters += f", {name}=_default_{number}"
+        # by keyword alone: its place among the others is not that of the model's forward
+        parameters += (
+            f"{', ' if number or signature.kwonlyargs else ', *, '}{name}=_default_{number}"
+        )
         checks += f"    _require_specialised({name}, _default_{number}, {name!r})\n"
     body = f"def forward({parameters}):\n{checks}    {call}\n"
     return _forward_from_src(body, {**names, **own}, {})

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from torch import nn
+from torch import fx, nn
 
 from .activations import OPS
+from .aliasing import Aliasing
 from .capture import Capture, Opaque
 from .errors import PlanError, unknown
 from .rules.rule import Rule
@@ -96,7 +97,7 @@ class Plan:
 
 def make_plan(
     capture: Capture, table: RuleTable, leaf_modules: Sequence[type[nn.Module]] = ()
-) -> tuple[Plan, list[list[Located]]]:
+) -> tuple[Plan, list[list[tuple[Located, Decision]]]]:
     """Decide every site of a capture.
 
     Args:
@@ -105,42 +106,59 @@ def make_plan(
         leaf_modules: The module classes that the caller wanted kept whole.
 
     Returns:
-        The plan, and for every graph of the capture its sites.
+        The plan, and for every graph of the capture its sites with the decisions.
 
     Raises:
         PlanError: An entry gives a rule to a site that the rule cannot serve.
     """
-    located = [find_sites(v.graph, capture.root, table.types) for v in capture.variants]
-    modes: dict[tuple[str, str, str, int], list[str]] = {}
-    decisions: dict[tuple[str, str, str, int], Decision] = {}
-    for variant, sites in zip(capture.variants, located, strict=True):
-        for place in sites:
-            modes.setdefault(place.site.key, []).append(variant.label)
-            decisions.setdefault(place.site.key, _decide(place, table))
+    decided = [_decide_all(variant.graph, capture.root, table) for variant in capture.variants]
+    located = [[place for place, _ in pairs] for pairs in decided]
+    modes: dict[Decision, list[str]] = {}
+    for variant, pairs in zip(capture.variants, decided, strict=True):
+        for _, decision in pairs:
+            modes.setdefault(decision, []).append(variant.label)
     everywhere = len(capture.variants)
     opaque = [*capture.opaque]
     whole = {note.path for note in opaque}
     lost = [*capture.lost]
-    for variant, sites in zip(capture.variants, located, strict=True):
+    for variant, pairs in zip(capture.variants, decided, strict=True):
         calls = find_opaque(variant.graph, capture.root, table.types, leaf_modules)
         opaque += [c for c in calls if c not in opaque and c.path not in whole]
-        rewritten = [p for p in sites if decisions[p.site.key].action == "rewrite"]
+        rewritten = [place for place, decision in pairs if decision.action == "rewrite"]
         lost += [n for n in _silent_hooks(rewritten, capture.root) if n not in lost]
     plan = Plan(
         model=capture.class_name,
         decisions=tuple(
-            _in_modes(decision, [] if len(modes[key]) == everywhere else modes[key])
-            for key, decision in decisions.items()
+            replace(decision, modes="" if len(found) == everywhere else "; ".join(found))
+            for decision, found in modes.items()
         ),
         table=table,
         opaque=tuple(opaque),
         lost=tuple(lost),
         meant=tuple(
-            len({p.site.key for sites in located for p in sites if entry.matches(p)})
+            len({p.site for sites in located for p in sites if entry.matches(p)})
             for entry in table.entries
         ),
     )
-    return plan, located
+    return plan, decided
+
+
+def _decide_all(
+    graph: fx.Graph, root: nn.Module, table: RuleTable
+) -> list[tuple[Located, Decision]]:
+    """The decisions for one graph. A place is not the same one in another graph for having the same name there."""
+    aliasing: Aliasing | None = None
+    decided = []
+    for place in find_sites(graph, root, table.types):
+        decision = _decide(place, table)
+        if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
+            # It may return its input itself, which a write from outside would change behind autograd's back
+            aliasing = aliasing or Aliasing(graph, root)
+            if aliasing.written_after(place.node, place.node):
+                reason = "it may return its input, and the result is written into later"
+                decision = Decision(place.site, "skip", entry=decision.entry, reason=reason)
+        decided.append((place, decision))
+    return decided
 
 
 def _silent_hooks(sites: Sequence[Located], root: nn.Module) -> Iterator[Opaque]:
@@ -152,10 +170,6 @@ def _silent_hooks(sites: Sequence[Located], root: nn.Module) -> Iterator[Opaque]
                 what = f"the backward hooks of {type(module).__name__}"
                 reason = "they do not fire: the rule takes the place of the module's backward"
                 yield Opaque(str(place.node.target), what, reason, place.site.source)
-
-
-def _in_modes(decision: Decision, modes: Sequence[str]) -> Decision:
-    return replace(decision, modes="; ".join(modes))
 
 
 def _decide(place: Located, table: RuleTable) -> Decision:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from .activations import OPS
 from .aliasing import Aliasing
 from .ops import decoupled, stop_gradient
-from .plan import Decision, Plan
+from .plan import Decision
 from .provenance import META
 from .rules.rule import Rule
 from .sites import Located
@@ -21,17 +21,15 @@ from .sites import Located
 __all__ = ["rewrite"]
 
 
-def rewrite(plan: Plan, graph: fx.Graph, root: nn.Module, sites: Sequence[Located]) -> None:
+def rewrite(graph: fx.Graph, root: nn.Module, decided: Sequence[tuple[Located, Decision]]) -> None:
     """Put the rules of a plan around the sites of one graph.
 
     Args:
-        plan: The plan.
         graph: The graph; it is changed.
         root: The module whose submodules it calls.
-        sites: The sites of this graph.
+        decided: The sites of this graph with the decisions for them.
     """
-    decisions = {decision.site.key: decision for decision in plan.with_action("rewrite")}
-    wanted = [(place, decisions[place.site.key]) for place in sites if place.site.key in decisions]
+    wanted = [(place, decision) for place, decision in decided if decision.action == "rewrite"]
     aliasing = Aliasing(graph, root)
     # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
     judged = [(place, decision, _memory(place, decision, aliasing)) for place, decision in wanted]

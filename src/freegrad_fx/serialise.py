@@ -9,6 +9,7 @@ import contextlib
 import copy
 import importlib
 import keyword
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import reduce
@@ -22,7 +23,12 @@ from torch.utils import _pytree as pytree
 
 from .provenance import META
 
-__all__ = ["GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
+# Whatever is patched in PyTorch is patched by one thread at a time.
+LOCK = threading.RLock()
+
+_format_target = fx.graph._format_target
+
+__all__ = ["LOCK", "GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -130,7 +136,7 @@ def _resolve(name: str) -> Any:
 @contextlib.contextmanager
 def keywords_as_names() -> Iterator[None]:
     """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
-    original = fx.graph._format_target
+    original = _format_target
 
     def formatted(base: str, target: str) -> str:
         if not any(keyword.iskeyword(name) for name in target.split(".")):
@@ -139,8 +145,9 @@ def keywords_as_names() -> Iterator[None]:
             base = f'getattr({base}, "{name}")'
         return base
 
-    fx.graph._format_target = formatted
-    try:
-        yield
-    finally:
-        fx.graph._format_target = original
+    with LOCK:
+        fx.graph._format_target = formatted
+        try:
+            yield
+        finally:
+            fx.graph._format_target = original

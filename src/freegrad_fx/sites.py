@@ -204,12 +204,18 @@ def _computes(parametrization: nn.Module) -> bool:
     return not kind.__module__.startswith("torch.nn.utils.") and kind is not nn.ModuleDict
 
 
-# Functions with a softmax inside.
+# Functions with a softmax, or gates, inside.
 _ATTENTIONS = frozenset(
     {
         F.scaled_dot_product_attention,
         F.multi_head_attention_forward,
         torch.ops.aten.scaled_dot_product_attention.default,
+        torch.ops.aten.lstm.input,
+        torch.ops.aten.gru.input,
+        torch.ops.aten.rnn_tanh.input,
+        torch.ops.aten.rnn_relu.input,
+        torch.ops.aten._native_multi_head_attention.default,
+        torch.ops.aten._transformer_encoder_layer_fwd.default,
     }
 )
 
@@ -257,7 +263,7 @@ def find_opaque(
             found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
         elif node.op == "call_function" and not isinstance(node.target, type):
             if node.target in _ATTENTIONS:
-                reason = "a softmax is computed inside of it"
+                reason = "PyTorch computes activations inside of it"
                 found[Opaque(where.owner, _text(node, None, False), reason, where.source)] = None
             module_name = getattr(node.target, "__module__", None) or "torch"
             if module_name.partition(".")[0] not in LIBRARIES:

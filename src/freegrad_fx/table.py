@@ -132,6 +132,10 @@ def _rules(rule: RuleLike) -> tuple[Rule, ...]:
     parts = rule.parts if isinstance(rule, Composition) else (get(rule),)
     for part in parts:
         part.require_bound()
+        if get(part.name).function is not part.function:
+            raise RuleError(
+                f"rule {part.name!r} has been registered anew since this Rule was made; use get({part.name!r})."
+            )
         if tensors := [
             name for name, value in part.bound.items() if isinstance(value, torch.Tensor)
         ]:

@@ -74,8 +74,8 @@ def transform(
     )
     plan, sites = make_plan(captured, table, _listed(leaf_modules))
     _complain(plan, strict)
-    for variant, places in zip(captured.variants, sites, strict=True):
-        rewrite(plan, variant.graph, captured.root, places)
+    for variant, decided in zip(captured.variants, sites, strict=True):
+        rewrite(variant.graph, captured.root, decided)
         variant.graph.lint()
     result = CapturedModule.build(captured.root, captured.variants, captured.class_name)
     result.__dict__[PLAN] = plan

@@ -50,6 +50,11 @@ def capture(
         raise TypeError("concrete_args is a dict from names of arguments to values: {'mask': None}")
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
+        if example_inputs is not None or concrete_args:
+            raise CaptureError(
+                "the model is transformed already, and its graphs are kept as they are: example_inputs and "
+                "concrete_args are for the original model."
+            )
         return Capture(root, type(model).__name__, root.variants)
     if dynamic_shapes is not None and example_inputs is None:
         raise TypeError(

@@ -55,9 +55,11 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             shared[id(module)] = module
-        _collect_tensors(module.__dict__, shared)
+        _collect_tensors({k: v for k, v in module.__dict__.items() if k != "_modules"}, shared)
     try:
-        return copy.deepcopy(model, dict(shared))
+        return _sharing(model, copy.deepcopy(model, dict(shared)))
+    except CaptureError:
+        raise
     except Exception as error:
         # What refuses to be copied (locks, open files, generators) is shared with the original.
         for module in model.modules():
@@ -67,12 +69,29 @@ def structural_copy(model: nn.Module) -> nn.Module:
                 except Exception:
                     shared[id(value)] = value
         try:
-            return copy.deepcopy(model, dict(shared))
+            return _sharing(model, copy.deepcopy(model, dict(shared)))
+        except CaptureError:
+            raise
         except Exception:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. transform() copies the "
                 f"modules (never the tensors), so copy.deepcopy(model) has to work."
             ) from error
+
+
+def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
+    """Return the copy, or raise where it has tensors of its own: training it would not train the model."""
+    pairs = zip(
+        (*model.named_parameters(), *model.named_buffers()),
+        (*copied.parameters(), *copied.buffers()),
+        strict=True,
+    )
+    if own := [name for (name, tensor), other in pairs if tensor is not other]:
+        raise CaptureError(
+            f"the copy of {type(model).__name__} does not share {own[0]!r} with the model; a __deepcopy__ of its own "
+            f"copies it. Let it respect the memo that it is given."
+        )
+    return copied
 
 
 def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
@@ -84,6 +103,19 @@ def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
     elif isinstance(value, list | tuple | set):
         for item in value:
             _collect_tensors(item, found)
+    elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+        for module in value.modules():  # one that is not registered, in a list say
+            _collect_tensors({k: v for k, v in module.__dict__.items() if k != "_modules"}, found)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around a module's forward or backward."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )
 
 
 def python_state_changed(

@@ -17,18 +17,26 @@ import torch
 import torch.export._unlift as unlift
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram
 from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.overrides import has_torch_function
 from torch.utils import _pytree as pytree
 
-from ..captured import SPECIALISED, Variant
+from ..captured import KEYWORD_ONLY, SPECIALISED, Variant
 from ..errors import CaptureError
 from ..provenance import META, Origin
-from ..serialise import keywords_as_names
-from .copying import python_state_changed
+from ..serialise import LOCK, keywords_as_names
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks, python_state_changed
 from .merge import Exported, merge
-from .patches import RandomState, noted_assignments, refused_functions, refused_questions
+from .patches import (
+    RandomState,
+    noted_assignments,
+    noted_flags,
+    refused_contexts,
+    refused_functions,
+    refused_questions,
+)
 from .result import Capture, Opaque
 
 __all__ = ["Guards", "capture_by_export"]
@@ -97,15 +105,25 @@ def capture_by_export(
     Raises:
         CaptureError: Export fails, or would drop the backward of an `autograd.Function`.
     """
-    args, kwargs = _inputs(example_inputs)
+    with LOCK:
+        return _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
+
+
+def _capture(
+    model: nn.Module,
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+) -> Capture:
     flags = {module: module.training for module in root.modules()}
     random = RandomState()
     try:
-        with _without_hooks(root):
+        with _without_hooks(root), noted_flags(root) as reads:
             exported = []
             for mode in (True, False):
                 for module in flags:  # not root.train(), which a model may override
-                    module.training = mode
+                    module.__dict__["training"] = mode
                 exported.append(_exported(root, args, kwargs, dynamic_shapes))
         _refuse_python_effects(model, root, random)
     finally:
@@ -113,7 +131,7 @@ def capture_by_export(
         for module, training in flags.items():
             module.training = training
     train, evaluation = exported
-    differing = merge(train, evaluation)
+    differing = merge(train, evaluation, reads)
     if not differing:
         variants = [Variant({}, train.graph)]
     else:
@@ -123,13 +141,17 @@ def capture_by_export(
         ]
     for variant, one in zip(variants, exported, strict=False):
         _adopt(root, one, variant.label)
-    root.__dict__[SPECIALISED] = _omitted(root, args, kwargs)
+    omitted = _omitted(root, args, kwargs)
+    names = list(inspect.signature(type(root).forward).parameters)
+    behind = names[min(map(names.index, omitted)) :] if omitted else []
+    root.__dict__[SPECIALISED] = omitted
+    root.__dict__[KEYWORD_ONLY] = tuple(name for name in behind if name in kwargs)
     return Capture(
         root,
         type(model).__name__,
         tuple(variants),
         tuple(dict.fromkeys(note for one in exported for note in _hidden(one))),
-        tuple(_hooks_lost(root)),
+        (*_hooks_lost(root), *_forget_fakes(model, root)),
     )
 
 
@@ -141,9 +163,23 @@ _KEEPS_STATE = (
 
 def _hooks_lost(root: nn.Module) -> Iterator[Opaque]:
     for path, module in root.named_modules():
-        if path and (module._forward_hooks or module._forward_pre_hooks or module._backward_hooks):
+        if path and has_hooks(module):
             what = f"the hooks of {type(module).__name__}"
             yield Opaque(path, what, "export runs them once and drops them")
+
+
+def _forget_fakes(model: nn.Module, root: nn.Module) -> Iterator[Opaque]:
+    """Undo what the exported forward assigned to attributes: stand-ins of tensors, which the graph does not assign."""
+    for (path, run), original in zip(root.named_modules(), model.modules(), strict=False):
+        for name, value in list(run.__dict__.items()):
+            leaves = pytree.tree_leaves(value) if name not in ATTRIBUTES_OF_EVERY_MODULE else []
+            if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+                if name in original.__dict__:
+                    run.__dict__[name] = original.__dict__[name]
+                else:
+                    del run.__dict__[name]
+                reason = "the forward assigns tensors to it; the graph does not"
+                yield Opaque(path, f"attribute {name!r}", reason)
 
 
 def _hidden(exported: Exported) -> Iterator[Opaque]:
@@ -297,6 +333,7 @@ def _export(
                 warnings.catch_warnings(),
                 refused_functions(),
                 refused_questions(),
+                refused_contexts(),
                 keywords_as_names(),
                 noted_assignments(root) as assigned,
             ):
@@ -382,9 +419,11 @@ def _collapse(graph: fx.Graph) -> None:
         last, inside = nodes[-1], set(nodes)
         (x,) = {n for node in nodes for n in node.all_input_nodes if n not in inside}
         function = last.meta["torch_fn"][1]
-        rest = tuple(last.args[1:2]) if function == "function.softmin" else ()
+        # aten.softmax.int(x, dim, dtype)
+        rest = last.args[1:] if function == "function.softmin" else ()
+        more = {"dtype": rest[1]} if len(rest) > 1 else {}
         with graph.inserting_before(last):
-            whole = graph.call_function(_COMPOSITES[function], (x, *rest))
+            whole = graph.call_function(_COMPOSITES[function], (x, *rest[:1]), more)
         whole.meta = dict(last.meta)
         last.replace_all_uses_with(whole)
         for node in reversed(nodes):

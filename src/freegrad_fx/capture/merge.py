@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from ..provenance import META
 
-__all__ = ["Exported", "merge"]
+__all__ = ["Exported", "FlagRead", "merge"]
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,25 @@ class Exported:
     parts: dict[str, Any] = field(default_factory=dict)
 
 
-def merge(train: Exported, evaluation: Exported) -> list[str]:
+@dataclass(frozen=True)
+class FlagRead:
+    """One reading of a `training` flag during an export.
+
+    Attributes:
+        reader: The path of the module whose method read it; None where none did.
+        read: The path of the module whose flag it is.
+        users: Whether the reading code is not PyTorch's.
+    """
+
+    reader: str | None
+    read: str
+    users: bool
+
+
+def merge(train: Exported, evaluation: Exported, reads: Collection[FlagRead]) -> list[str]:
     """Make both graphs read the flags wherever they differ in constants that came from them.
+
+    A constant is taken to come from the flag of the module that owns its node, unless the owner read flags of others.
 
     Returns:
         The paths of the modules whose code differs otherwise: these have to be in one mode together, and each graph
@@ -45,16 +63,19 @@ def merge(train: Exported, evaluation: Exported) -> list[str]:
         blocks = SequenceMatcher(None, my_keys, your_keys, autojunk=False).get_matching_blocks()
         pairs = [(mine[b.a + k], yours[b.b + k]) for b in blocks for k in range(b.size)]
     same = {b: a for a, b in pairs}
+    foreign = {read.reader for read in reads if read.reader != read.read}
     differing = {_owner(n) for n in (*mine, *yours) if n not in same and n not in same.values()}
     for a, b in pairs:
         positions = _differing_flags(a, b, same)
-        if positions is None:
+        if positions is None or (positions and (a.op == "output" or {_owner(a), None} & foreign)):
             differing.add(_owner(a))
             continue
         for node, position in ((n, p) for n in (a, b) for p in positions):
             node.update_arg(position, _flag(node))
     if str(_structure(train.graph)) != str(_structure(evaluation.graph)):
         differing.add("")
+    if differing:
+        differing |= {read.read for read in reads if read.users}
     for counter in counters:
         _count_in_every_mode(counter, evaluation.graph)
     return sorted(differing)
@@ -97,7 +118,8 @@ def _counts_batches(node: fx.Node) -> bool:
     return (
         node.target is torch.ops.aten.add_.Tensor
         and isinstance(counter, fx.Node)
-        and str(counter.target).endswith("num_batches_tracked")
+        and str(counter.target).rpartition(".")[2] == "num_batches_tracked"
+        and node.args[1:] == (1,)
         and not node.users
     )
 
@@ -127,8 +149,6 @@ def _flag(node: fx.Node) -> fx.Node:
 
 def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> list[int] | None:
     """The positions at which `a` has True and `b` False; None if they differ otherwise."""
-    if a.op == "output":
-        return []
     b_args, b_kwargs = fx.map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
     if len(a.args) != len(b_args):
         return None

@@ -24,13 +24,16 @@ from ..errors import CaptureError
 from ..ops import apply_function, function_key, require_tensor
 from ..provenance import caller, is_users
 from .copying import is_python_state
+from .merge import FlagRead
 from .proxies import FlagProxy, RecordingProxy, any_proxy
 
 __all__ = [
     "RandomState",
     "Recorder",
     "noted_assignments",
+    "noted_flags",
     "patched",
+    "refused_contexts",
     "refused_functions",
     "refused_questions",
 ]
@@ -62,7 +65,7 @@ def patched(recorder: Recorder) -> Iterator[None]:
         _training(recorder),
         _assignments(recorder),
         _functions(recorder),
-        _autocast(),
+        refused_contexts(),
         _isinstance(recorder),
         refused_questions(),
         _factories(recorder),
@@ -185,7 +188,7 @@ def refused_functions() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _autocast() -> Iterator[None]:
+def refused_contexts() -> Iterator[None]:
     """`torch.autocast` and `torch.inference_mode` inside a forward would be lost: they refuse to be traced."""
     thread = threading.get_ident()
     contexts: tuple[type[Any], ...] = (torch.autocast, torch.inference_mode)
@@ -194,7 +197,7 @@ def _autocast() -> Iterator[None]:
     def refuse(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(enter)
         def refusing(self: Any) -> Any:
-            if threading.get_ident() == thread:
+            if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
                 raise TypeError(
                     f"torch.{type(self).__name__} inside a forward cannot be put into a graph"
                 )
@@ -233,6 +236,7 @@ _FACTORIES = frozenset(
 
 
 _is_grad_enabled = torch.is_grad_enabled
+_is_autocast_enabled = torch.is_autocast_enabled
 
 
 @contextlib.contextmanager
@@ -247,11 +251,47 @@ def refused_questions() -> Iterator[None]:
             )
         return _is_grad_enabled()
 
+    def ask_autocast(*args: Any) -> bool:
+        if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
+            raise TypeError(
+                "the forward asks torch.is_autocast_enabled(), which a graph cannot answer anew"
+            )
+        return _is_autocast_enabled(*args)
+
     torch.is_grad_enabled = ask
+    torch.is_autocast_enabled = ask_autocast  # type: ignore[assignment]
     try:
         yield
     finally:
         torch.is_grad_enabled = _is_grad_enabled
+        torch.is_autocast_enabled = _is_autocast_enabled
+
+
+@contextlib.contextmanager
+def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
+    """Lists who reads whose `training` flag."""
+    paths = {module: path for path, module in root.named_modules()}
+    found: set[FlagRead] = set()
+
+    def read(module: nn.Module) -> Any:
+        frame = sys._getframe(1)
+        if module in paths:
+            reader = frame.f_locals.get("self")
+            path = paths.get(reader) if isinstance(reader, nn.Module) else None
+            found.add(FlagRead(path, paths[module], is_users(frame.f_code)))
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    def write(module: nn.Module, value: Any) -> None:
+        module.__dict__["training"] = value
+
+    nn.Module.training = property(read, write)  # type: ignore[assignment]
+    try:
+        yield found
+    finally:
+        del nn.Module.training
 
 
 @contextlib.contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ from torch.fx._symbolic_trace import PH
 from ..captured import Variant
 from ..errors import CaptureError, unknown
 from ..provenance import innermost
+from ..serialise import LOCK
 from .copying import ATTRIBUTES_OF_EVERY_MODULE, python_state_changed
 from .patches import RandomState
 from .proxies import any_proxy
@@ -25,9 +25,6 @@ from .tracer import Tracer, flag_path
 __all__ = ["capture_symbolically"]
 
 MAX_VARIANTS = 16
-
-# Tracing patches nn.Module, and so is done by one thread at a time.
-_lock = threading.RLock()
 
 
 def capture_symbolically(
@@ -127,7 +124,7 @@ def _trace(
 ) -> _Traced:
     """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
     random = RandomState()
-    with _lock, random.restored_on_error():
+    with LOCK, random.restored_on_error():
         make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags, verifies)
         tracer = make()
         graph = _traced(tracer, root)

@@ -28,7 +28,7 @@ from ..activations import recognise
 from ..errors import CaptureError
 from ..ops import require_open, require_specialised
 from ..provenance import META, Origin, caller, innermost
-from .copying import ATTRIBUTES_OF_EVERY_MODULE
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks
 from .patches import RandomState, patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
 from .result import Opaque
@@ -89,7 +89,7 @@ class Tracer(fx.Tracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module; what it read and did not use is not in the graph."""
-        self.asks_identity = any(_asks_identity(type(m)) for m in root.modules())
+        self.asks_identity = any(map(_asks_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
         self._tensor_names = _tensor_names(root)
         self._held = _held_tensors(root)
         with torch.set_grad_enabled(True), patched(self):
@@ -196,7 +196,7 @@ class Tracer(fx.Tracer):
         if path in self.whole:
             _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", self.whole[path]))
             return self._call_whole(m, path, args, kwargs)
-        if _has_hooks(m):
+        if has_hooks(m):
             reason = "they would be run on the trace instead of on each call; register them on a leaf or on the root"
             _note(self.lost, Opaque(path, f"the hooks of the container {type(m).__name__}", reason))
             forward = m.forward
@@ -421,15 +421,6 @@ def _held_tensors(root: nn.Module) -> set[int]:
     ]
     leaves = pytree.tree_leaves(attributes)
     return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def _note(notes: list[Opaque], note: Opaque) -> None:
