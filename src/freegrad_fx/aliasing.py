@@ -167,9 +167,16 @@ class Aliasing:
             if user is not node
         ) or any(other.op in ("placeholder", "get_attr") for other in self._members[self._find(x)])
 
-    def written_after(self, x: fx.Node, node: fx.Node) -> bool:
-        """Whether something writes into memory that `x` may share, after `node`."""
-        return any(writer > node for writer in self._writes[self._find(x)])
+    def read_after(self, x: fx.Node, node: fx.Node) -> bool:
+        """Whether memory that `x` may share is read after `node`, under whatever name but the result's."""
+        return any(user > node for user in x.users) or self.read_elsewhere_after(x, node)
+
+    def written_after(self, x: fx.Node, node: fx.Node, certainly: bool = False) -> bool:
+        """Whether something writes, or certainly writes, into memory that `x` may share, after `node`."""
+        return any(
+            writer > node and not (certainly and _may_write_anything(writer, self._root))
+            for writer in self._writes[self._find(x)]
+        )
 
     def _find(self, node: fx.Node) -> fx.Node:
         while (parent := self._parent[node]) is not node:

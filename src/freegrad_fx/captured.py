@@ -215,7 +215,8 @@ def _check_names(root: nn.Module) -> None:
     """Refuse a model whose own names are those that a GraphModule needs for itself."""
     needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
     members = {*root._modules, *root._parameters, *root._buffers}
-    own = {*root.__dict__, *members, *(set(dir(type(root))) - set(dir(nn.Module)))}
+    methods = {n for n in set(dir(type(root))) - set(dir(nn.Module)) if not n.startswith("__")}
+    own = {*root.__dict__, *members, *methods}
     if clashes := sorted((needed & own) | ({"meta"} & members)):
         raise CaptureError(
             f"{type(root).__name__} has members named {', '.join(clashes)}, which torch.fx.GraphModule needs for "
@@ -309,7 +310,9 @@ def _dispatcher(
     call = f"return type(self)._forwards[self._active()]({', '.join(arguments)})"
     if guard:
         call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
-    own: dict[str, Any] = {"torch": torch, "_require_specialised": require_specialised}
+    remedy = "Put the argument into the example_inputs that the model is transformed with."
+    own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
+    own["_require_specialised"] = require_specialised
     checks = ""
     # An argument behind one that is left out is given by keyword alone: its place is not that of the model's forward
     first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
@@ -320,10 +323,8 @@ def _dispatcher(
     parameters = ast.unparse(signature)
     for number, (name, value) in enumerate(specialised.items()):
         own[f"_default_{number}"] = value
-        # by keyword alone: its place among the others is not that of the model's forward
-        parameters += (
-            f"{', ' if number or signature.kwonlyargs else ', *, '}{name}=_default_{number}"
-        )
-        checks += f"    _require_specialised({name}, _default_{number}, {name!r})\n"
+        separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
+        parameters += f"{separator}{name}=_default_{number}"
+        checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
     body = f"def forward({parameters}):\n{checks}    {call}\n"
     return _forward_from_src(body, {**names, **own}, {})

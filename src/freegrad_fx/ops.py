@@ -224,22 +224,25 @@ def _import_function(key: str) -> type[torch.autograd.Function]:
         ) from error
 
 
-def require_specialised(value: Any, captured: Any, name: str) -> None:
+def require_specialised(value: Any, captured: Any, name: str, remedy: str = "") -> None:
     """Raise `CaptureError` unless an argument has the value that the graph was captured for.
 
     Args:
         value: The argument of this call.
         captured: The value at the time of the capture; ``...`` stands for one that no graph can hold.
         name: The argument's name.
+        remedy: What the caller can do, where it is not what symbolic tracing needs.
     """
     if has_torch_function((value,)):
-        handle_torch_function(require_specialised, (value,), value, captured, name)
+        handle_torch_function(require_specialised, (value,), value, captured, name, remedy)
     elif not (value is captured or (type(value) is type(captured) and value == captured)):
         was = "the default of " + name if captured is ... else f"{name}={captured!r}"
+        remedy = remedy or (
+            f"Transform the model for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); "
+            f"for an argument that is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+        )
         raise CaptureError(
-            f"the graph was captured for {was} and is called with another value. Transform the model "
-            f"for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); for an argument that "
-            f"is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+            f"the graph was captured for {was} and is called with another value. {remedy}"
         )
 
 

@@ -152,10 +152,12 @@ def _decide_all(
     for place in find_sites(graph, root, table.types):
         decision = _decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
-            # It may return its input itself, which a write from outside would change behind autograd's back
+            # It may return its input itself. A write into the result would then reach the input, behind autograd's back
             aliasing = aliasing or Aliasing(graph, root)
-            if aliasing.written_after(place.node, place.node):
-                reason = "it may return its input, and the result is written into later"
+            if aliasing.written_after(
+                place.node, place.node, certainly=True
+            ) and aliasing.read_after(place.input, place.node):
+                reason = "it may return its input, which is read after the result is written into"
                 decision = Decision(place.site, "skip", entry=decision.entry, reason=reason)
         decided.append((place, decision))
     return decided

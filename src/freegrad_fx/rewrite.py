@@ -37,13 +37,20 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Sequence[tuple[Located, D
         _Surgery(graph, place, decision).perform(*memory)
 
 
-def _memory(place: Located, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool]:
-    """Whether a rule needs a copy of `x`, and whether the result has to be written back into `x`'s memory."""
+def _memory(place: Located, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool, bool]:
+    """What a site needs beyond the usual.
+
+    Returns:
+        Whether a rule needs a copy of `x`; whether the result has to be written back into `x`'s memory; whether the
+        operation has to run on a copy, because it may return its input and the result is written into.
+    """
     x, node = place.input, place.node
     needs_x = any("x" in rule.inputs for rule in decision.rules)
     overwrites = place.inplace and decision.forward is None
     keep_x = needs_x and (overwrites or aliasing.written_after(x, node))
-    return keep_x, place.inplace and aliasing.read_elsewhere_after(x, node)
+    write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
+    may_return_x = place.op is None or place.op.name == "identity"
+    return keep_x, write_back, may_return_x and aliasing.written_after(node, node, certainly=True)
 
 
 class _Surgery:
@@ -54,7 +61,7 @@ class _Surgery:
         self.place = place
         self.decision = decision
 
-    def perform(self, keep_x: bool, write_back: bool) -> None:
+    def perform(self, keep_x: bool, write_back: bool, on_copy: bool) -> None:
         """Rewrite the site.
 
         In the usual case the operation runs on `stop_gradient(x)`, in place or not, and `decoupled` takes over every
@@ -74,7 +81,7 @@ class _Surgery:
                 stop = self._stop(start)
                 stop = self._clone(stop) if keep_x else stop
             else:
-                stop = self._stop(x)
+                stop = self._clone(self._stop(x)) if on_copy else self._stop(x)
         operation = self._operation(stop)
         with self.graph.inserting_after(operation):
             out = self._decoupled(operation, source, first)

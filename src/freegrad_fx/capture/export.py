@@ -257,6 +257,9 @@ def _exported(
     graph = module.graph
     _inline_grad_modes(module, graph)
     parts: dict[str, Any] = {}
+    # A module under several names has sites under the first, as in symbolic tracing
+    first = {module: path for path, module in root.named_modules()}
+    names = {path: first[m] for path, m in root.named_modules(remove_duplicate=False)}
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":
             parts["guards"] = Guards((*_ranks(graph), *guards))
@@ -266,7 +269,7 @@ def _exported(
             if isinstance(part, nn.Module) or _find(root, str(node.target)) is None:
                 parts[str(node.target)] = part
         if node.op not in ("placeholder", "output"):
-            node.meta[META] = _origin(node)
+            node.meta[META] = _origin(node, names)
     _collapse(graph)
     graph.owning_module = None
     return Exported(graph, parts)
@@ -397,7 +400,7 @@ def _find(module: nn.Module, target: str) -> Any:
     return found
 
 
-def _origin(node: fx.Node) -> Origin:
+def _origin(node: fx.Node, names: Mapping[str, str]) -> Origin:
     stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     owner = next(reversed(stack.values()))[0]
     source = ""
@@ -405,7 +408,8 @@ def _origin(node: fx.Node) -> Origin:
         if line.startswith('File "') and f"{torch.__path__[0]}/" not in line:
             file, _, rest = line.removeprefix('File "').partition('", line ')
             source = f"{file}:{rest.partition(',')[0]}"
-    return Origin(owner.partition("@")[0], source)
+    owner = owner.partition("@")[0]
+    return Origin(names.get(owner, owner), source)
 
 
 def _collapse(graph: fx.Graph) -> None:

@@ -74,11 +74,17 @@ def merge(train: Exported, evaluation: Exported, reads: Collection[FlagRead]) ->
             node.update_arg(position, _flag(node))
     if str(_structure(train.graph)) != str(_structure(evaluation.graph)):
         differing.add("")
-    if differing:
-        differing |= {read.read for read in reads if read.users}
+    differing |= {read.read for read in reads if read.users and _concerns(read.reader, differing)}
     for counter in counters:
         _count_in_every_mode(counter, evaluation.graph)
     return sorted(differing)
+
+
+def _concerns(reader: str | None, owners: Collection[str]) -> bool:
+    """Whether a branch in a module's method can be why the code of one of some owners differs: it is in that module."""
+    return bool(owners) and (
+        not reader or any(owner == reader or owner.startswith(f"{reader}.") for owner in owners)
+    )
 
 
 def _owner(node: fx.Node) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import copy
 import functools
 import random
 import sys
@@ -296,10 +297,17 @@ def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
 
 @contextlib.contextmanager
 def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
-    """Lists the attributes of a model's modules to which other Python values are assigned."""
+    """Lists the attributes of a model's modules that are given other Python values."""
     modules = set(root.modules())
     original = nn.Module.__setattr__
     names: list[str] = []
+    # export puts copies in the place of containers, so the containers themselves are watched
+    containers = [
+        (f"{type(module).__name__}.{name}", value, copy.deepcopy(value))
+        for module in modules
+        for name, value in module.__dict__.items()
+        if type(value) in (list, dict, set) and is_python_state(value)
+    ]
 
     @functools.wraps(original)
     def assign(module: nn.Module, name: str, value: Any) -> None:
@@ -314,6 +322,7 @@ def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
         yield names
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        names += [name for name, value, before in containers if value != before]
 
 
 @contextlib.contextmanager
