@@ -13,6 +13,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from types import FrameType
 from typing import Any, Protocol
 
 import torch
@@ -76,15 +77,14 @@ def patched(recorder: Recorder) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _training(recorder: Recorder) -> Iterator[None]:
-    """Reading `module.training` gives a proxy of the flag.
+def _answering_training(answer: Callable[[nn.Module, FrameType], Any]) -> Iterator[None]:
+    """Ask `answer` when `module.training` is read; what it answers with None is read as ever.
 
     The flag is an entry of the instance's ``__dict__``; a property on the class goes before it.
     """
-    thread = threading.get_ident()
 
     def read(module: nn.Module) -> Any:
-        if threading.get_ident() == thread and (flag := recorder.training_flag(module)) is not None:
+        if (flag := answer(module, sys._getframe(1))) is not None:
             return flag
         try:
             return module.__dict__["training"]
@@ -99,6 +99,16 @@ def _training(recorder: Recorder) -> Iterator[None]:
         yield
     finally:
         del nn.Module.training
+
+
+def _training(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
+    """Reading `module.training` gives a proxy of the flag."""
+    thread = threading.get_ident()
+
+    def answer(module: nn.Module, _: FrameType) -> Any:
+        return recorder.training_flag(module) if threading.get_ident() == thread else None
+
+    return _answering_training(answer)
 
 
 @contextlib.contextmanager
@@ -120,72 +130,73 @@ def _assignments(recorder: Recorder) -> Iterator[None]:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
 
 
+_apply = torch.autograd.Function.__dict__["apply"].__func__
+_unwrap = torch._functorch.utils.unwrap_dead_wrappers
+
+
 @contextlib.contextmanager
-def _functions(recorder: Recorder) -> Iterator[None]:
+def _replaced_apply(
+    apply: Callable[..., Any], check_stored: Callable[[type[Any], tuple[Any, ...]], None]
+) -> Iterator[None]:
+    """Replace `autograd.Function.apply`.
+
+    Args:
+        apply: What takes its place.
+        check_stored: Asked when the original is called, which was fetched before (`spike = MySpike.apply`).
+    """
+    original = torch.autograd.Function.__dict__["apply"]
+
+    def unwrap(args: tuple[Any, ...]) -> tuple[Any, ...]:
+        check_stored(sys._getframe(1).f_locals["cls"], args)  # called by the original `apply`
+        return _unwrap(args)
+
+    torch.autograd.Function.apply = classmethod(functools.wraps(_apply)(apply))  # type: ignore[method-assign, assignment]
+    torch._functorch.utils.unwrap_dead_wrappers = unwrap
+    try:
+        yield
+    finally:
+        torch.autograd.Function.apply = original  # type: ignore[method-assign]
+        torch._functorch.utils.unwrap_dead_wrappers = _unwrap
+
+
+def _functions(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """A user's `autograd.Function` is one node: traced into, it would lose its backward."""
     thread = threading.get_ident()
-    original = torch.autograd.Function.__dict__["apply"]
-    unwrap = torch._functorch.utils.unwrap_dead_wrappers
 
-    @functools.wraps(original.__func__)
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         if threading.get_ident() == thread:
             args, kwargs = _with_proxies(recorder, args, kwargs)
         if threading.get_ident() == thread and any_proxy(args, kwargs):
             key = function_key(cls)
             return recorder.create_proxy("call_function", apply_function, (key, *args), kwargs)
-        return original.__func__(cls, *args, **kwargs)
+        return _apply(cls, *args, **kwargs)
 
-    def refuse_proxies(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # An `apply` that was fetched before the trace (`spike = MySpike.apply`) comes by here
+    def check_stored(_: type[Any], args: tuple[Any, ...]) -> None:
         if threading.get_ident() == thread and any_proxy(args):
             raise TypeError(
                 "the apply method of an autograd.Function was stored before it was called; "
                 "tracing into it would lose its backward"
             )
-        return unwrap(args)
 
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    torch._functorch.utils.unwrap_dead_wrappers = refuse_proxies
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-        torch._functorch.utils.unwrap_dead_wrappers = unwrap
+    return _replaced_apply(apply, check_stored)
 
 
-@contextlib.contextmanager
-def refused_functions() -> Iterator[None]:
+def refused_functions() -> contextlib.AbstractContextManager[None]:
     """A user's `autograd.Function` raises: export would drop its backward without a word."""
     thread = threading.get_ident()
-    original = torch.autograd.Function.__dict__["apply"]
 
-    def refuse(cls: type[torch.autograd.Function]) -> None:
+    def refuse(cls: type[Any], _: tuple[Any, ...] = ()) -> None:
         if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
             raise CaptureError(
                 f"the model calls the autograd.Function {cls.__qualname__}, whose backward torch.export drops. "
                 f"Transform the model without example_inputs: symbolic tracing keeps it."
             )
 
-    @functools.wraps(original.__func__)
     def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
         refuse(cls)
-        return original.__func__(cls, *args, **kwargs)
+        return _apply(cls, *args, **kwargs)
 
-    unwrap = torch._functorch.utils.unwrap_dead_wrappers
-
-    def refuse_stored(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        # An `apply` that was fetched before comes by here, from the original `apply`
-        refuse(sys._getframe(1).f_locals["cls"])
-        return unwrap(args)
-
-    torch.autograd.Function.apply = classmethod(apply)  # type: ignore[method-assign, assignment]
-    torch._functorch.utils.unwrap_dead_wrappers = refuse_stored
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-        torch._functorch.utils.unwrap_dead_wrappers = unwrap
+    return _replaced_apply(apply, refuse)
 
 
 @contextlib.contextmanager
@@ -274,25 +285,14 @@ def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
     paths = {module: path for path, module in root.named_modules()}
     found: set[FlagRead] = set()
 
-    def read(module: nn.Module) -> Any:
-        frame = sys._getframe(1)
+    def note(module: nn.Module, frame: FrameType) -> None:
         if module in paths:
             reader = frame.f_locals.get("self")
             path = paths.get(reader) if isinstance(reader, nn.Module) else None
             found.add(FlagRead(path, paths[module], is_users(frame.f_code)))
-        try:
-            return module.__dict__["training"]
-        except KeyError:
-            raise AttributeError("training") from None
 
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
-    try:
+    with _answering_training(note):
         yield found
-    finally:
-        del nn.Module.training
 
 
 @contextlib.contextmanager
