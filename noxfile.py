@@ -67,9 +67,9 @@ def demo(session: nox.Session) -> None:
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests; what follows ``--`` goes to pytest."""
+    """Run the tests but the slow ones; what follows ``--`` goes to pytest instead: ``-- -m slow`` runs those."""
     install_project(session, "test")
-    session.run("pytest", *parallel(), *session.posargs)
+    session.run("pytest", *parallel(), *(session.posargs or ["-m", "not slow"]))
 
 
 @nox.session
