@@ -322,7 +322,7 @@ def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
         yield names
     finally:
         nn.Module.__setattr__ = original  # type: ignore[method-assign]
-        names += [name for name, value, before in containers if value != before]
+        names += [n for n, now, was in containers if is_python_state(now) and now != was]
 
 
 @contextlib.contextmanager
