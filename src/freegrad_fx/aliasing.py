@@ -19,7 +19,14 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .activations import recognise
 from .ops import apply_function
 
-__all__ = ["LIBRARIES", "Aliasing", "activated", "has_forward_hooks", "written_argument"]
+__all__ = [
+    "LIBRARIES",
+    "Aliasing",
+    "activated",
+    "has_forward_hooks",
+    "named_in_place",
+    "written_argument",
+]
 
 # What returns memory of its own, whatever its arguments are.
 _FRESH_MODULES: tuple[type[nn.Module], ...] = (
@@ -225,6 +232,11 @@ def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
 LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
+def named_in_place(name: str) -> bool:
+    """Whether a function or method writes into its first argument by PyTorch's convention for names."""
+    return name.endswith("_") and not name.endswith("__")
+
+
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The argument that a node writes into, where the node's name or its `inplace` says that it does."""
     module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
@@ -240,12 +252,10 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
         return found[0] if found else None
     if node.op == "call_method":
         name = str(node.target)
-        writes = name.endswith("_") and not name.endswith("__")
+        writes = named_in_place(name)
     elif node.op == "call_function":
         name = getattr(node.target, "__name__", "")
-        writes = node.target in _INPLACE_OPERATORS or (
-            name.endswith("_") and not name.endswith("__")
-        )
+        writes = node.target in _INPLACE_OPERATORS or named_in_place(name)
     else:
         writes = bool(getattr(module, "inplace", False))
     writes = writes or bool(node.kwargs.get("inplace", False)) or _positional_inplace(node)

@@ -8,12 +8,13 @@ from typing import Any
 
 from torch import nn
 
-from .capture import capture
+from .capture import Capture, capture
 from .captured import CapturedModule
 from .errors import FreegradWarning, PlanError
-from .plan import Plan, make_plan
+from .plan import Decision, Plan, make_plan
 from .report import PLAN
 from .rewrite import rewrite
+from .sites import Located
 from .table import RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
@@ -69,10 +70,9 @@ def transform(
         1:relu[0]
     """
     table = RuleTable.of(rules)
-    captured = capture(
-        model, (*table.types, *_listed(leaf_modules)), concrete_args, example_inputs, dynamic_shapes
+    captured, plan, sites = _planned(
+        model, table, leaf_modules, concrete_args, example_inputs, dynamic_shapes
     )
-    plan, sites = make_plan(captured, table, _listed(leaf_modules))
     _complain(plan, strict)
     for variant, decided in zip(captured.variants, sites, strict=True):
         rewrite(variant.graph, captured.root, decided)
@@ -110,16 +110,18 @@ def explain(
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
     table = RuleTable.of({} if rules is None else rules)
-    captured = capture(
-        model, (*table.types, *_listed(leaf_modules)), concrete_args, example_inputs, dynamic_shapes
-    )
-    plan, _ = make_plan(captured, table, _listed(leaf_modules))
+    _, plan, _ = _planned(model, table, leaf_modules, concrete_args, example_inputs, dynamic_shapes)
     _complain(plan, strict)
     return plan
 
 
-def _listed(leaf_modules: Any) -> list[type[nn.Module]]:
-    return [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
+def _planned(
+    model: nn.Module, table: RuleTable, leaf_modules: Any, *how_to_capture: Any
+) -> tuple[Capture, Plan, list[list[tuple[Located, Decision]]]]:
+    """Capture a model and plan it: what `transform` and `explain` have in common."""
+    leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
+    captured = capture(model, (*table.types, *leaves), *how_to_capture)
+    return captured, *make_plan(captured, table, leaves)
 
 
 def _complain(plan: Plan, strict: bool) -> None:

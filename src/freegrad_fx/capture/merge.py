@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ..provenance import META
+from ..provenance import META, origin
 
 __all__ = ["Exported", "FlagRead", "merge"]
 
@@ -88,8 +88,7 @@ def _concerns(reader: str | None, owners: Collection[str]) -> bool:
 
 
 def _owner(node: fx.Node) -> str:
-    origin = node.meta.get(META)
-    return origin.owner if origin is not None else ""
+    return origin(node).owner
 
 
 def _structure(graph: fx.Graph) -> Any:

@@ -22,6 +22,7 @@ from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from ..aliasing import named_in_place
 from ..errors import CaptureError
 from ..ops import apply_function, function_key, require_tensor
 from ..provenance import caller, is_users
@@ -256,22 +257,18 @@ def refused_questions() -> Iterator[None]:
     """A forward that asks for the grad mode would have the answer of the capture for ever."""
     thread = threading.get_ident()
 
-    def ask() -> bool:
-        if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
-            raise TypeError(
-                "the forward asks torch.is_grad_enabled(), which a graph cannot answer anew"
-            )
-        return _is_grad_enabled()
+    def refusing(question: Callable[..., bool]) -> Any:
+        def ask(*args: Any) -> bool:
+            if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
+                raise TypeError(
+                    f"the forward asks torch.{question.__name__}(), which a graph cannot answer anew"
+                )
+            return question(*args)
 
-    def ask_autocast(*args: Any) -> bool:
-        if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
-            raise TypeError(
-                "the forward asks torch.is_autocast_enabled(), which a graph cannot answer anew"
-            )
-        return _is_autocast_enabled(*args)
+        return ask
 
-    torch.is_grad_enabled = ask
-    torch.is_autocast_enabled = ask_autocast  # type: ignore[assignment]
+    torch.is_grad_enabled = refusing(_is_grad_enabled)
+    torch.is_autocast_enabled = refusing(_is_autocast_enabled)
     try:
         yield
     finally:
@@ -454,7 +451,7 @@ class _RecordMode(TorchFunctionMode):
             self._record_grad_mode(*args)
             return func(*args)
         name = getattr(func, "__name__", "")
-        writes = (name.endswith("_") and not name.endswith("__")) or name in _INPLACE_NAMES
+        writes = named_in_place(name) or name in _INPLACE_NAMES
         first = args[0] if args else None
         if writes and isinstance(first, torch.Tensor) and self.recorder.is_held(first):
             raise TypeError(
