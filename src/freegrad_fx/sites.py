@@ -31,13 +31,16 @@ class Site:
     """One place in one model where a backward can be replaced.
 
     Attributes:
-        kind: ``"activation"``.
-        op: The canonical name of the operation; for a module of a class that the table names, that class's name.
-        path: The dotted path of the owner: of the module called, or of the module whose `forward` calls a function;
-            ``""`` for the root.
-        call: How many sites of this op and path come before it.
+        kind: ``"activation"`` or ``"parameter"``.
+        op: The canonical name of the operation; for a call of a class that the table names, that class's name; for a
+            parameter ``"parameter"``.
+        path: The dotted path of the owner: of the module called, of the module whose `forward` calls a function, or
+            of the module that holds the parameter; ``""`` for the root.
+        call: How many sites of this op and path come before it; 0 for a parameter.
         spelling: How the model writes it: ``nn.ReLU(inplace=True)``, ``F.relu``, ``Tensor.relu_``.
         source: ``file:line`` of the user's code that calls it.
+        type: The qualified name of the owner's class, ``torch.nn.modules.activation.ReLU``.
+        names: Of a parameter: its dotted name, ``layer4.0.conv1.weight``, and further ones where it is tied.
     """
 
     kind: str
@@ -46,16 +49,18 @@ class Site:
     call: int
     spelling: str = ""
     source: str = ""
+    type: str = ""
+    names: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
-        """``path:op[call]``, as reports and errors print it."""
-        return f"{self.path or '<root>'}:{self.op}[{self.call}]"
+        """``path:op[call]``, or the parameter's name, as reports and errors print it."""
+        return self.names[0] if self.names else f"{self.path or '<root>'}:{self.op}[{self.call}]"
 
     @property
     def key(self) -> tuple[str, str, str, int]:
         """What tells this site from every other one of the model."""
-        return (self.kind, self.path, self.op, self.call)
+        return (self.kind, self.name if self.names else self.path, self.op, self.call)
 
 
 @dataclass(frozen=True)
@@ -69,6 +74,7 @@ class Located:
         key: Where the activated tensor stands in the node's arguments.
         inplace: Whether the operation writes into it.
         called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
+        owner: The class of the module at the site's path.
         obstacle: Why no rule can be given to it; ``""`` where one can.
     """
 
@@ -78,6 +84,7 @@ class Located:
     key: int | str
     inplace: bool
     called: type[Any] | None
+    owner: type[nn.Module]
     obstacle: str = ""
 
     @property
@@ -110,12 +117,13 @@ def find_sites(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
         where = origin(node)
         path = str(node.target) if module is not None else where.owner
         name = spelled.op.name if isinstance(spelled, Spelling) else _class_name(called)
-        text = _text(node, called, spelled.inplace)
-        site = Site("activation", name, path, calls[path, name], text, where.source)
+        owner = type(root.get_submodule(path))
+        text, kind = _text(node, called, spelled.inplace), f"{owner.__module__}.{owner.__qualname__}"
+        site = Site("activation", name, path, calls[path, name], text, where.source, kind)
         calls[path, name] += 1
         op = spelled.op if isinstance(spelled, Spelling) else None
         obstacle = _obstacle(node, module, spelled)
-        found.append(Located(site, node, op, spelled.key, spelled.inplace, called, obstacle))
+        found.append(Located(site, node, op, spelled.key, spelled.inplace, called, owner, obstacle))
     return found
 
 
