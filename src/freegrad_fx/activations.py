@@ -243,11 +243,19 @@ _SPELLINGS = _index(_TABLE)
 _TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
 
 
-def recognise(node: fx.Node, module: nn.Module | None) -> Spelling | None:
-    """Return how `node` spells an activation, or None; `module` is what a call_module node calls."""
-    target = node.target if module is None else type_before_parametrizations(module)
-    entry = _SPELLINGS.get((node.op, target))
-    key = 0 if node.args else next((k for k in _TENSOR_KEYWORDS if k in node.kwargs), None)
+def recognise(node: fx.Node, module: nn.Module | None, first: int = 0) -> Spelling | None:
+    """Return how `node` spells an activation, or None.
+
+    Args:
+        node: The node.
+        module: The module that it calls, if it calls one.
+        first: At which position the arguments of what it calls begin.
+    """
+    called = ("call_module", type_before_parametrizations(module)) if module is not None else None
+    entry = _SPELLINGS.get(called or (node.op, node.target))
+    key: int | str | None = first
+    if len(node.args) <= first:
+        key = next((k for k in _TENSOR_KEYWORDS if k in node.kwargs), None)
     if entry is None or key is None or not isinstance(_argument(node, key, key), fx.Node):
         return None
     # A flag that the graph computes is a node here, and so taken for true: it may be.

@@ -16,13 +16,12 @@ from torch import fx, nn
 from torch._ops import OpOverload
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .activations import recognise
+from .nodes import argument, attribute, called_module, first_argument, spelled
 from .ops import apply_function
 
 __all__ = [
     "LIBRARIES",
     "Aliasing",
-    "activated",
     "has_forward_hooks",
     "named_in_place",
     "written_argument",
@@ -152,7 +151,7 @@ class Aliasing:
 
     def _is_tensor(self, value: Any) -> bool:
         return isinstance(value, fx.Node) and (
-            value in self._tensors or isinstance(_attribute(value, self._root), torch.Tensor)
+            value in self._tensors or isinstance(attribute(value, self._root), torch.Tensor)
         )
 
     def _is_fresh(self, node: fx.Node) -> bool:
@@ -185,6 +184,12 @@ class Aliasing:
             for writer in self._writes[self._find(x)]
         )
 
+    def written(self, x: fx.Node) -> bool:
+        """Whether something certainly writes into memory that `x` may share."""
+        return any(
+            not _may_write_anything(writer, self._root) for writer in self._writes[self._find(x)]
+        )
+
     def _find(self, node: fx.Node) -> fx.Node:
         while (parent := self._parent[node]) is not node:
             self._parent[node] = node = self._parent[parent]
@@ -195,16 +200,9 @@ class Aliasing:
 
 
 def _returns_several(node: fx.Node, root: nn.Module) -> bool:
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = called_module(node, root)
     several = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     return isinstance(module, several) or bool(getattr(module, "return_indices", False))
-
-
-def _attribute(node: fx.Node, root: nn.Module) -> Any:
-    found: Any = root if node.op == "get_attr" else None
-    for name in str(node.target).split("."):
-        found = getattr(found, name, None)
-    return found
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
@@ -220,8 +218,8 @@ def _of_torch(module: nn.Module) -> bool:
 
 def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node runs code of the user's that was not looked into."""
-    if node.op == "call_module":
-        return not _of_torch(root.get_submodule(str(node.target)))
+    if (called := called_module(node, root)) is not None:
+        return not _of_torch(called)
     if node.op == "call_function":
         module = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
         return node.target is apply_function or module not in LIBRARIES
@@ -239,9 +237,9 @@ def named_in_place(name: str) -> bool:
 
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The argument that a node writes into, where the node's name or its `inplace` says that it does."""
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
-    if (spelling := recognise(node, module)) is not None:
-        return activated(node, spelling.key) if spelling.inplace else None
+    module = called_module(node, root)
+    if (spelling := spelled(node, root)) is not None:
+        return argument(node, spelling.key) if spelling.inplace else None
     if isinstance(node.target, OpOverload):
         written = [
             a.name for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write
@@ -253,7 +251,7 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     if node.op == "call_method":
         name = str(node.target)
         writes = named_in_place(name)
-    elif node.op == "call_function":
+    elif node.op == "call_function" and module is None:
         name = getattr(node.target, "__name__", "")
         writes = node.target in _INPLACE_OPERATORS or named_in_place(name)
     else:
@@ -261,7 +259,7 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     writes = writes or bool(node.kwargs.get("inplace", False)) or _positional_inplace(node)
     if isinstance(out := node.kwargs.get("out"), fx.Node):
         return out
-    inputs = [*node.args, *node.kwargs.values()]
+    inputs = [*node.args[first_argument(node) :], *node.kwargs.values()]
     return next((a for a in inputs if isinstance(a, fx.Node)), None) if writes else None
 
 
@@ -269,11 +267,6 @@ def _positional_inplace(node: fx.Node) -> bool:
     """`F.dropout(x, 0.5, True, True)`: the dropouts take `inplace` as their fourth argument."""
     name = getattr(node.target, "__name__", "")
     return "dropout" in name and len(node.args) > 3 and bool(node.args[3])
-
-
-def activated(node: fx.Node, key: int | str) -> Any:
-    """The argument of `node` at a position or under a keyword."""
-    return node.args[key] if isinstance(key, int) else node.kwargs[key]
 
 
 # Composite ATen operators that make a tensor of their own; of the others the schema tells.
@@ -320,11 +313,11 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
     names = {"call_method": _FRESH_METHODS, "call_function": _FRESH_FUNCTIONS}
     if node.target in names.get(node.op, frozenset()):
         return True
-    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    module = called_module(node, root)
     if module is not None and not _of_torch(module):
         return False
     if isinstance(module, _FRESH_MODULES):
         return True
     # An activation out of place makes a new tensor, the identity aside.
-    spelling = recognise(node, module)
+    spelling = spelled(node, root)
     return spelling is not None and spelling.op.elementwise and spelling.op.name != "identity"

@@ -23,7 +23,7 @@ from .errors import CaptureError
 from .ops import require_specialised
 from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 
-__all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant"]
+__all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
 
 SPECIALISED = "_specialised_arguments"
 """The attribute that holds arguments which the graphs do not take, with the values that the graphs are for."""
@@ -153,7 +153,7 @@ class CapturedModule(fx.GraphModule):
             codes.append(self._code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
-        guard = any(_sets_grad_mode(variant.graph) for variant in self._variants)
+        guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
         specialised = self.__dict__.get(SPECIALISED, {})
         if len(forwards) == 1 and not guard and not specialised:
             type(self).forward = forwards[0]
@@ -267,7 +267,8 @@ def _load_module(
     return _assemble(model_class, class_name, state, loaded)
 
 
-def _sets_grad_mode(graph: fx.Graph) -> bool:
+def sets_grad_mode(graph: fx.Graph) -> bool:
+    """Whether a graph enables or disables gradients by itself."""
     return any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
 
 

@@ -4,20 +4,25 @@
     y    = relu(stop)                                      # the user's own operation, unchanged
     out  = decoupled(y, x, rule="rectangular", a=-1.0, b=1.0)
 
-A third, `apply_function`, stands for a call of a `torch.autograd.Function` of the user's own. All are plain functions
-that dispatch through ``__torch_function__``: a symbolic tracer keeps each as one node, which is why a rewritten graph
-survives pickling, a second trace and `torch.compile`. Behind `decoupled` stands the one `torch.autograd.Function` of
-this package. This file knows no rule by name and nothing of graphs.
+A parameter is decoupled in the same way, with no operation in between, and `call_with` calls a module with the result
+in its place. `apply_function` stands for a call of a `torch.autograd.Function` of the user's own, `apply_forward` for
+one of a function that replaces a forward. All are plain functions that dispatch through ``__torch_function__``: a
+symbolic tracer keeps each as one node, which is why a rewritten graph survives pickling, a second trace and
+`torch.compile`. Behind `decoupled` stands the one `torch.autograd.Function` of this package. This file knows no rule by
+name and nothing of graphs.
 """
 
 from __future__ import annotations
 
 import importlib
+import threading
+from collections.abc import Callable, Collection, Mapping
 from functools import reduce
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import (
     handle_torch_function,
     has_torch_function,
@@ -29,10 +34,13 @@ from .errors import CaptureError, RuleError
 from .rules.rule import Rule, get
 
 __all__ = [
+    "apply_forward",
     "apply_function",
+    "call_with",
     "decoupled",
     "function_key",
     "function_of",
+    "require_frozen",
     "require_open",
     "require_specialised",
     "require_tensor",
@@ -44,11 +52,13 @@ def stop_gradient(x: Tensor) -> Tensor:
     """Return the values of `x`, cut from its autograd graph; the memory is shared.
 
     Formula: forward x, backward 0.
+
+    Where gradients are disabled it is `x` itself: some kernels ask whether a weight requires a gradient even then.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(stop_gradient, (x,), x)
     # abs() and its like are written for numbers too, and a trace cannot tell
-    return x.detach() if isinstance(x, Tensor) else x
+    return x.detach() if isinstance(x, Tensor) and torch.is_grad_enabled() else x
 
 
 def decoupled(
@@ -120,27 +130,46 @@ class _Decoupled(torch.autograd.Function):
         ctx.rule = rule
         ctx.site = site
         ctx.parameters = dict(zip(names, values, strict=True))
+        tensors = [name for name, value in ctx.parameters.items() if isinstance(value, Tensor)]
+        ctx.tensors = tuple(tensors)
         ctx.x_shape = x.shape
         ctx.x_dtype = x.dtype
         # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
         ctx.save_for_backward(
-            x if "x" in rule.inputs else None, output if "y" in rule.inputs else None
+            x if "x" in rule.inputs else None,
+            output if "y" in rule.inputs else None,
+            *(ctx.parameters.pop(name) for name in tensors),
         )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        x, y = ctx.saved_tensors
+        x, y, *tensors = ctx.saved_tensors
+        parameters = {**ctx.parameters, **dict(zip(ctx.tensors, tensors, strict=True))}
+        # no compiler takes a sparse gradient
+        if not torch.compiler.is_compiling() and grad.layout != torch.strided:
+            grad = _coalesced(grad, ctx)
         saved = {name: value for name, value in (("x", x), ("y", y)) if name in ctx.rule.inputs}
         versions = _versions(grad, x, y)
-        result = ctx.rule.function(grad, **saved, **ctx.parameters)
+        result = ctx.rule.function(grad, **saved, **parameters)
         if versions != _versions(grad, x, y):
             raise RuleError(
                 f"rule {ctx.rule.name!r} at site {ctx.site!r} changes its arguments in place, which other gradients "
                 f"are computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
             )
         result = _checked(result, grad, ctx)
-        return (grad, result, None, None, None, *(None for _ in ctx.parameters))
+        return (grad, result, None, None, None, *(None for _ in parameters))
+
+
+def _coalesced(grad: Tensor, ctx: Any) -> Tensor:
+    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
+    if not ctx.rule.sparse or grad.layout != torch.sparse_coo:
+        raise RuleError(
+            f"rule {ctx.rule.name!r} cannot take the gradient at site {ctx.site!r}, whose layout is {grad.layout}. "
+            f"Make it dense, nn.Embedding(..., sparse=False) say, or register the rule with sparse=True if it treats "
+            f"every entry by itself and keeps zeros."
+        )
+    return grad.coalesce()
 
 
 def _versions(*tensors: Tensor | None) -> list[int]:
@@ -174,13 +203,85 @@ def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
     return result.to(ctx.x_dtype)
 
 
-_functions: dict[str, type[torch.autograd.Function]] = {}
+def call_with(
+    module: nn.Module, parameters: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module with other tensors in the place of some of its parameters; the module keeps its own.
+
+    Formula: module(*args, **kwargs), where the parameter of each name in `parameters` has the value given.
+
+    Args:
+        module: The module.
+        parameters: Tensors by the names of the module's parameters, which may be those of its submodules.
+        *args: What the module is called with.
+        **kwargs: What the module is called with.
+    """
+    given = (*parameters.values(), *args, *kwargs.values())
+    # Tensors of a subclass, and modes, are the business of what the module itself calls
+    traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
+    if traced:
+        return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
+    if torch.compiler.is_compiling():
+        return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
+    if _is_plain(module, parameters):
+        return _view(module, parameters)(*args, **kwargs)
+    # It changes the module for the time of the call
+    with _swapping:
+        return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
 
 
-def function_key(function: type[torch.autograd.Function]) -> str:
-    """The text by which a graph names a user's `torch.autograd.Function`: ``module:qualified name``.
+_swapping = threading.RLock()
 
-    A class that cannot be imported (one made inside a function) is known in this process alone; a second one of the
+
+def _is_plain(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether a module, and those in it that hold the parameters, are torch.nn's own, and no hook would see a view."""
+    kind = type_before_parametrizations(module)
+    hooks = (module._forward_hooks, module._forward_pre_hooks)
+    if (
+        not kind.__module__.startswith("torch.nn.modules.")
+        or any(hooks)
+        or has_backward_hooks(module)
+    ):
+        return False
+    parts = _by_part(dict.fromkeys(names))
+    return all(_is_plain(getattr(module, part), inside) for part, inside in parts.items())
+
+
+def _view(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
+    """A module with other tensors for some parameters, and everything else shared."""
+    view: nn.Module = object.__new__(type(module))
+    own = {name: value for name, value in parameters.items() if "." not in name}
+    parts = {n: _view(getattr(module, n), inside) for n, inside in _by_part(parameters).items()}
+    view.__dict__ = {
+        **module.__dict__,
+        "_parameters": {**module._parameters, **own},
+        "_modules": {**module._modules, **parts},
+    }
+    return view
+
+
+def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What belongs to each submodule, of values by dotted names."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[rest] = value
+    return parts
+
+
+def has_backward_hooks(module: nn.Module) -> bool:
+    """Whether hooks run around the module's backward."""
+    return bool(module._backward_hooks or module._backward_pre_hooks)
+
+
+_functions: dict[str, Callable[..., Any]] = {}
+
+
+def function_key(function: Callable[..., Any]) -> str:
+    """The text by which a graph names a class or function of the user's: ``module:qualified name``.
+
+    One that cannot be imported (it was made inside a function) is known in this process alone; a second one of the
     same name gets a number.
     """
     base = f"{function.__module__}:{function.__qualname__}"
@@ -202,8 +303,29 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     return function_of(function).apply(*args, **kwargs)  # type: ignore[no-untyped-call]
 
 
-def function_of(key: str) -> type[torch.autograd.Function]:
-    """The `torch.autograd.Function` of a key.
+def apply_forward(x: Tensor, function: str, /, **parameters: Any) -> Tensor:
+    """Call the function of the user's that `function` names (see `function_key`), in the place of a site's own forward.
+
+    Raises:
+        RuntimeError: It is not known in this process and cannot be imported.
+        TypeError: It returned something else than a tensor of the shape of `x`.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(apply_forward, (x,), x, function, **parameters)
+    result = function_of(function)(x, **parameters)
+    if not isinstance(result, Tensor) or result.shape != x.shape:
+        got = (
+            f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__
+        )
+        raise TypeError(
+            f"the forward {function!r} has to return a tensor of the shape of its input, {tuple(x.shape)}; it "
+            f"returned {got}"
+        )
+    return result
+
+
+def function_of(key: str) -> Any:
+    """The class or function of a key.
 
     Raises:
         RuntimeError: The class is not known in this process and cannot be imported.
@@ -213,13 +335,13 @@ def function_of(key: str) -> type[torch.autograd.Function]:
     return _functions[key]
 
 
-def _import_function(key: str) -> type[torch.autograd.Function]:
+def _import_function(key: str) -> Any:
     module, _, qualname = key.partition(":")
     try:
-        return reduce(getattr, qualname.split("."), importlib.import_module(module))  # type: ignore[return-value]
+        return reduce(getattr, qualname.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"the model calls the autograd.Function {key!r}, which cannot be imported here ({error}). "
+            f"the model calls {key!r}, which cannot be imported here ({error}). "
             f"Define it at the top level of a module, so that a saved model finds it."
         ) from error
 
@@ -276,4 +398,21 @@ def require_tensor(value: Any, where: str) -> None:
         raise CaptureError(
             f"the forward asks at {where} for the type of a value; the graph was captured for a tensor, and it is "
             f"{type(value).__name__} now. Transform the model with example_inputs=(...) of that kind."
+        )
+
+
+def require_frozen(parameter: Tensor, name: str) -> None:
+    """Raise `RuntimeError` if a parameter learns that was frozen when its rule was planned.
+
+    Args:
+        parameter: The parameter.
+        name: Its dotted name.
+    """
+    if has_torch_function_unary(parameter):
+        handle_torch_function(require_frozen, (parameter,), parameter, name)
+    elif parameter.requires_grad and torch.is_grad_enabled():
+        raise RuntimeError(
+            f"the parameter {name!r} was frozen (requires_grad=False) when the model was transformed, and learns now: "
+            f"its rule would not act. Transform the original model again, with the parameter unfrozen; the tensors "
+            f"stay the same."
         )

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .activations import OPS
 from .aliasing import Aliasing
 from .capture import Capture, Opaque
 from .errors import PlanError, unknown
+from .nodes import called_module, called_path
+from .ops import has_backward_hooks
 from .rules.rule import Rule
-from .sites import Located, Site, find_opaque, find_sites
+from .sites import (
+    Located,
+    Operation,
+    Parameter,
+    Site,
+    find_opaque,
+    find_parameters,
+    find_sites,
+    unused_parameters,
+)
 from .table import Entry, RuleTable
 
-__all__ = ["Decision", "Plan", "make_plan"]
+__all__ = ["Decided", "Decision", "Forward", "Plan", "make_plan"]
+
+Forward: TypeAlias = str | Callable[..., Tensor]
+"""What can stand in the place of a site's own forward: an op of the vocabulary, or a function of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +42,7 @@ class Decision:
         action: ``"rewrite"``; ``"native"`` where the table leaves it; ``"skip"`` where the table wants a rule and
             none can be given.
         rules: The rules it gets, the first for the gradient that comes in.
-        forward: The canonical name of the operation that replaces its forward, or None.
+        forward: What replaces its forward, the canonical name of an operation or a function; or None.
         entry: The index of the table's entry that decided, or None.
         reason: Why.
         modes: In which of the model's modes the site exists; ``""`` for all.
@@ -36,10 +51,14 @@ class Decision:
     site: Site
     action: str
     rules: tuple[Rule, ...] = ()
-    forward: str | None = None
+    forward: Forward | None = None
     entry: int | None = None
     reason: str = ""
     modes: str = ""
+
+
+Decided: TypeAlias = list[tuple[Located, Decision]]
+"""The sites of one graph, with the decisions."""
 
 
 @dataclass(frozen=True)
@@ -96,14 +115,18 @@ class Plan:
 
 
 def make_plan(
-    capture: Capture, table: RuleTable, leaf_modules: Sequence[type[nn.Module]] = ()
-) -> tuple[Plan, list[list[tuple[Located, Decision]]]]:
+    capture: Capture,
+    table: RuleTable,
+    leaf_modules: Sequence[type[nn.Module]] = (),
+    parameters: bool = False,
+) -> tuple[Plan, list[Decided]]:
     """Decide every site of a capture.
 
     Args:
         capture: The capture.
         table: The table.
         leaf_modules: The module classes that the caller wanted kept whole.
+        parameters: List the parameters even if no entry of the table can mean one.
 
     Returns:
         The plan, and for every graph of the capture its sites with the decisions.
@@ -111,45 +134,56 @@ def make_plan(
     Raises:
         PlanError: An entry gives a rule to a site that the rule cannot serve.
     """
-    decided = [_decide_all(variant.graph, capture.root, table) for variant in capture.variants]
-    located = [[place for place, _ in pairs] for pairs in decided]
+    types = table.types_in(capture.root)
+    decided = [_decide_all(v.graph, capture.root, table, types) for v in capture.variants]
+    nowhere: Decided = []
+    if parameters or table.wants_parameters:
+        found: list[Parameter] = []
+        for variant, pairs in zip(capture.variants, decided, strict=True):
+            aliasing = Aliasing(variant.graph, capture.root)
+            here = find_parameters(variant.graph, capture.root)
+            pairs.extend((place, _decide_parameter(place, table, aliasing)) for place in here)
+            found += here
+        unused = unused_parameters(capture.root, found)
+        nowhere.extend((place, _decide(place, table)) for place in unused)
     modes: dict[Decision, list[str]] = {}
     for variant, pairs in zip(capture.variants, decided, strict=True):
         for _, decision in pairs:
             modes.setdefault(decision, []).append(variant.label)
     everywhere = len(capture.variants)
+    in_order = sorted(modes, key=lambda decision: decision.site.kind == "parameter")
     opaque = [*capture.opaque]
     whole = {note.path for note in opaque}
     lost = [*capture.lost]
     for variant, pairs in zip(capture.variants, decided, strict=True):
-        calls = find_opaque(variant.graph, capture.root, table.types, leaf_modules)
+        calls = find_opaque(variant.graph, capture.root, types, leaf_modules)
         opaque += [c for c in calls if c not in opaque and c.path not in whole]
-        rewritten = [place for place, decision in pairs if decision.action == "rewrite"]
-        lost += [n for n in _silent_hooks(rewritten, capture.root) if n not in lost]
+        lost += [n for n in _silent_hooks(pairs, capture.root) if n not in lost]
+    places = [place for pairs in (*decided, nowhere) for place, _ in pairs]
     plan = Plan(
         model=capture.class_name,
-        decisions=tuple(
-            replace(decision, modes="" if len(found) == everywhere else "; ".join(found))
-            for decision, found in modes.items()
+        decisions=(
+            *(
+                replace(d, modes="" if len(modes[d]) == everywhere else "; ".join(modes[d]))
+                for d in in_order
+            ),
+            *(decision for _, decision in nowhere),
         ),
         table=table,
         opaque=tuple(opaque),
         lost=tuple(lost),
-        meant=tuple(
-            len({p.site for sites in located for p in sites if entry.matches(p)})
-            for entry in table.entries
-        ),
+        meant=tuple(len({p.site for p in places if e.matches(p)}) for e in table.entries),
     )
     return plan, decided
 
 
 def _decide_all(
-    graph: fx.Graph, root: nn.Module, table: RuleTable
-) -> list[tuple[Located, Decision]]:
+    graph: fx.Graph, root: nn.Module, table: RuleTable, types: Sequence[type[Any]]
+) -> Decided:
     """The decisions for one graph. A place is not the same one in another graph for having the same name there."""
     aliasing: Aliasing | None = None
-    decided = []
-    for place in find_sites(graph, root, table.types):
+    decided: Decided = []
+    for place in find_sites(graph, root, types):
         decision = _decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
             # It may return its input itself. A write into the result would then reach the input, behind autograd's back
@@ -163,15 +197,28 @@ def _decide_all(
     return decided
 
 
-def _silent_hooks(sites: Sequence[Located], root: nn.Module) -> Iterator[Opaque]:
+def _decide_parameter(place: Parameter, table: RuleTable, aliasing: Aliasing) -> Decision:
+    decision = _decide(place, table)
+    if decision.forward is not None and (
+        place.renormalised or any(map(aliasing.written, place.reads))
+    ):
+        # the write would reach what the new forward computed, and not the parameter
+        reason = (
+            "the forward of the model writes into it, so that it cannot be read through another one"
+        )
+        return Decision(place.site, "skip", entry=decision.entry, reason=reason)
+    return decision
+
+
+def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Opaque]:
     """Backward hooks of modules whose backward is replaced: no gradient passes through the module any more."""
-    for place in sites:
-        if place.node.op == "call_module":
-            module = root.get_submodule(str(place.node.target))
-            if module._backward_hooks or module._backward_pre_hooks:
+    for place, decision in decided:
+        if decision.action == "rewrite" and isinstance(place, Operation):
+            module = called_module(place.node, root)
+            if module is not None and has_backward_hooks(module):
                 what = f"the backward hooks of {type(module).__name__}"
                 reason = "they do not fire: the rule takes the place of the module's backward"
-                yield Opaque(str(place.node.target), what, reason, place.site.source)
+                yield Opaque(called_path(place.node), what, reason, place.site.source)
 
 
 def _decide(place: Located, table: RuleTable) -> Decision:
@@ -184,34 +231,57 @@ def _decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "native", entry=index, reason=f"{entry.selector} = None")
     if place.obstacle:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
-    _check_fit(place, entry)
+    _check_rules(place, entry)
+    if entry.forward is not None:
+        _check_replaceable(place, entry.forward)
+    elif isinstance(place, Parameter) and not place.tensor.requires_grad:
+        return Decision(site, "native", entry=index, reason=FROZEN)
     return Decision(site, "rewrite", entry.rules, entry.forward, index, f"matches {entry.selector}")
 
 
-def _check_fit(place: Located, entry: Entry) -> None:
+FROZEN = (
+    "it is frozen (requires_grad=False), so it gets no gradient; transform again once it learns"
+)
+
+
+def _check_rules(place: Located, entry: Entry) -> None:
     """Raise `PlanError` if the rules of an entry cannot serve a site."""
     assert entry.rules is not None
     where = f"site {place.site.name} ({place.site.spelling})"
-    if place.op is not None and not place.op.keeps_shape:
-        for rule in entry.rules:
-            if rule.keeps_shape:
-                raise PlanError(
-                    f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
-                    f"the shape, at {where}. Leave it native ({{{place.op.name!r}: None}}), or give it a rule "
-                    f"registered with keeps_shape=False."
-                )
-    for rule in entry.rules[1:]:
-        if "y" in rule.inputs:
+    for rule in entry.rules:
+        if place.site.kind not in rule.sites:
             raise PlanError(
-                f"rule {rule.name!r} needs the output y of the operation, so it must come first in a composition; "
-                f"at {where}."
+                f"rule {rule.name!r} is for {' and '.join(rule.sites)} sites alone, and entry {entry.selector!r} gives "
+                f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put one before it that gives "
+                f"this site another rule or None."
             )
-    if entry.forward is None:
-        return
+        if place.op is not None and not place.op.keeps_shape and rule.keeps_shape:
+            raise PlanError(
+                f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
+                f"the shape, at {where}. Leave it native ({{{place.op.name!r}: None}}), or give it a rule "
+                f"registered with keeps_shape=False."
+            )
+        if isinstance(place, Parameter) and place.sparse and not rule.sparse:
+            raise PlanError(
+                f"rule {rule.name!r} cannot take the sparse gradient of {where}. Build the embedding with "
+                f"sparse=False, or give it a rule that can: one that is registered with sparse=True."
+            )
+    no_output = isinstance(place, Parameter) and entry.forward is None
+    for rule in entry.rules if no_output else entry.rules[1:]:
+        if "y" in rule.inputs:
+            remedy = "a parameter has none" if no_output else "it must come first in a composition"
+            raise PlanError(
+                f"rule {rule.name!r} needs the output y of an operation: {remedy}; at {where}."
+            )
+
+
+def _check_replaceable(place: Located, forward: Forward) -> None:
+    """Raise `PlanError` if the forward of a site cannot be replaced by another."""
+    where = f"site {place.site.name} ({place.site.spelling})"
     replaceable = [op.name for op in OPS.values() if op.function is not None and op.keeps_shape]
-    if entry.forward not in replaceable:
-        raise PlanError(unknown("forward", entry.forward, replaceable, f"Asked for at {where}."))
+    if isinstance(forward, str) and forward not in replaceable:
+        raise PlanError(unknown("forward", forward, replaceable, f"Asked for at {where}."))
     if place.op is not None and not place.op.keeps_shape:
         raise PlanError(
-            f"forward={entry.forward!r} keeps the shape, but {place.op.name} changes it, at {where}."
+            f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}."
         )

@@ -30,10 +30,14 @@ class Origin:
     Attributes:
         owner: The dotted path of the innermost module that made it; ``""`` for the root.
         source: ``file:line`` of the user's code; ``""`` where it is not known.
+        owner_type: The class of that module, where the graph does not come with the modules.
+        parameter: Of an input that is a parameter of the model: its dotted names, the first canonical.
     """
 
     owner: str = ""
     source: str = ""
+    owner_type: type | None = None
+    parameter: tuple[str, ...] = ()
 
 
 def origin(node: fx.Node) -> Origin:

@@ -1,43 +1,81 @@
 """Plan → rewritten graph: the only stage that changes one.
 
 Requires: graphs as `capture` makes them, and their sites. Ensures: every site that the plan rewrites has its rules
-around it, every other node is as it was, and the values that the graph computes are the same.
+around it, every other node is as it was, and the values that the graph computes are the same unless the plan replaces
+a forward.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .activations import OPS
-from .aliasing import Aliasing
-from .ops import decoupled, stop_gradient
-from .plan import Decision
+from .aliasing import LIBRARIES, Aliasing
+from .captured import sets_grad_mode
+from .nodes import called_module, called_path
+from .ops import (
+    apply_forward,
+    call_with,
+    decoupled,
+    function_key,
+    require_frozen,
+    stop_gradient,
+)
+from .plan import FROZEN, Decided, Decision, Forward
 from .provenance import META
 from .rules.rule import Rule
-from .sites import Located
+from .sites import Operation, Parameter, Site
 
 __all__ = ["rewrite"]
 
 
-def rewrite(graph: fx.Graph, root: nn.Module, decided: Sequence[tuple[Located, Decision]]) -> None:
+def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     """Put the rules of a plan around the sites of one graph.
 
     Args:
         graph: The graph; it is changed.
-        root: The module whose submodules it calls.
+        root: The module whose submodules it calls. Tensors that are parameters of rules become buffers of it, which no
+            state_dict holds, unless they are its parameters or buffers already.
         decided: The sites of this graph with the decisions for them.
     """
     wanted = [(place, decision) for place, decision in decided if decision.action == "rewrite"]
     aliasing = Aliasing(graph, root)
     # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
-    judged = [(place, decision, _memory(place, decision, aliasing)) for place, decision in wanted]
+    judged = [
+        (place, decision, _memory(place, decision, aliasing))
+        for place, decision in wanted
+        if isinstance(place, Operation)
+    ]
+    parameters = [
+        (place, decision, place.renormalised or any(map(aliasing.written, place.reads)))
+        for place, decision in wanted
+        if isinstance(place, Parameter)
+    ]
+    frozen = [p for p, d in decided if isinstance(p, Parameter) and d.reason is FROZEN]
     for place, decision, memory in judged:
-        _Surgery(graph, place, decision).perform(*memory)
+        _Surgery(graph, root, place.site, place.node.meta).operate(place, decision, *memory)
+    with _at_the_beginning(
+        graph, any(_enables_gradients(place, root) for place, _, _ in parameters)
+    ):
+        results = [
+            _Surgery(graph, root, place.site, {}).decouple(place, decision, written)
+            for place, decision, written in parameters
+        ]
+        for unlearned in frozen:
+            surgery = _Surgery(graph, root, unlearned.site, {})
+            name = unlearned.site.name
+            surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
+    _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
 
 
-def _memory(place: Located, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool, bool]:
+def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool, bool]:
     """What a site needs beyond the usual.
 
     Returns:
@@ -53,80 +91,192 @@ def _memory(place: Located, decision: Decision, aliasing: Aliasing) -> tuple[boo
     return keep_x, write_back, may_return_x and aliasing.written_after(node, node, certainly=True)
 
 
+@contextmanager
+def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
+    """Insert behind the inputs of a graph; if `enabled`, what is inserted is run with gradients enabled."""
+    inputs = [node for node in graph.nodes if node.op == "placeholder"]
+    first = inputs[-1].next if inputs else next(iter(graph.nodes))
+    with graph.inserting_before(first):
+        if enabled:
+            before = graph.call_function(torch.is_grad_enabled)
+            graph.call_function(torch._C._set_grad_enabled, (True,))
+        yield
+        if enabled:
+            graph.call_function(torch._C._set_grad_enabled, (before,))
+
+
+def _enables_gradients(place: Parameter, root: nn.Module) -> bool:
+    """Whether a parameter may be used where gradients are enabled though the caller of the model disabled them."""
+    if any(sets_grad_mode(node.graph) for node in place.reads):
+        return True
+    called = [called_module(node, root) for node, _ in place.calls]
+    return any(
+        not type_before_parametrizations(part).__module__.startswith("torch.")
+        for module in called
+        if module is not None
+        for part in module.modules()
+    )
+
+
+def _use(
+    graph: fx.Graph, results: Sequence[tuple[Parameter, tuple[fx.Node, set[fx.Node]]]]
+) -> None:
+    """Let every use of a parameter read what the rules made of it."""
+    calls: dict[fx.Node, dict[str, fx.Node]] = {}
+    for place, (result, own) in results:
+        for node in place.reads:
+            others = [user for user in node.users if user not in own]
+            node.replace_all_uses_with(result, delete_user_cb=others.__contains__)
+            if node.op == "get_attr" and not node.users:
+                graph.erase_node(node)
+        for node, names in place.calls:
+            if not node._erased:  # a module whose forward has been replaced uses nothing
+                calls.setdefault(node, {}).update(dict.fromkeys(names, result))
+    for node, values in calls.items():
+        if node.target is call_with:
+            node.update_arg(1, {**node.args[1], **values})  # type: ignore[dict-item]
+            continue
+        with graph.inserting_before(node):
+            module = graph.create_node("get_attr", called_path(node))
+            call = graph.call_function(call_with, (module, values, *node.args), dict(node.kwargs))
+        call.meta = dict(node.meta)
+        module.meta = dict(node.meta)
+        node.replace_all_uses_with(call)
+        graph.erase_node(node)
+
+
 class _Surgery:
-    """The change at one site."""
+    """The change at one site; new nodes go where the graph inserts, and come from where the site does."""
 
-    def __init__(self, graph: fx.Graph, place: Located, decision: Decision) -> None:
+    def __init__(
+        self, graph: fx.Graph, root: nn.Module, site: Site, meta: Mapping[str, Any]
+    ) -> None:
         self.graph = graph
-        self.place = place
-        self.decision = decision
+        self.root = root
+        self.site = site
+        self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
-    def perform(self, keep_x: bool, write_back: bool, on_copy: bool) -> None:
-        """Rewrite the site.
+    def operate(
+        self, place: Operation, decision: Decision, keep_x: bool, write_back: bool, on_copy: bool
+    ) -> None:
+        """Rewrite the site of an operation.
 
         In the usual case the operation runs on `stop_gradient(x)`, in place or not, and `decoupled` takes over every
         later use of its result, and of `x` if that was overwritten. Where other names of `x`'s memory are read later,
         the operation runs on a copy, and its decoupled result is written into `x` natively: autograd then sees to
         the views.
         """
-        node, x = self.place.node, self.place.input
-        first, *others = self.decision.rules
+        node, x = place.node, place.input
+        first, *others = decision.rules
         with self.graph.inserting_before(node):
-            source = self._clone(x) if keep_x or write_back else x
+            source = self.clone(x) if keep_x or write_back else x
             start = source
-            for rule in reversed(others):
-                source = self._decoupled(self._stop(source), source, rule)
+            source = self.chain(source, others)
             if write_back:
                 # `source` itself may be overwritten unless a rule needs it
-                stop = self._stop(start)
-                stop = self._clone(stop) if keep_x else stop
+                stop = self.stop(start)
+                stop = self.clone(stop) if keep_x else stop
             else:
-                stop = self._clone(self._stop(x)) if on_copy else self._stop(x)
-        operation = self._operation(stop)
+                stop = self.clone(self.stop(x)) if on_copy else self.stop(x)
+            if decision.forward is not None:
+                operation = self.forward(stop, decision.forward)
+        if decision.forward is None:
+            operation = node
+            if isinstance(place.key, int):
+                node.update_arg(place.key, stop)
+            else:
+                node.update_kwarg(place.key, stop)
+        else:
+            node.replace_all_uses_with(operation)
+            self.graph.erase_node(node)
         with self.graph.inserting_after(operation):
-            out = self._decoupled(operation, source, first)
+            out = self.decoupled(operation, source, first)
         result = out
         if write_back:
             with self.graph.inserting_after(out):
-                result = self._node("call_method", "copy_", (x, out))
+                result = self.node("call_method", "copy_", (x, out))
         operation.replace_all_uses_with(result, delete_user_cb=lambda user: user is not out)
-        if self.place.inplace and not write_back:
+        if place.inplace and not write_back:
             later = [user for user in x.users if user > out]
             x.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
 
-    def _operation(self, stop: fx.Node) -> fx.Node:
-        """The user's own node, reading from `stop`; or, where the forward is replaced, a node of the new one."""
-        node, key = self.place.node, self.place.key
-        if self.decision.forward is None:
-            if isinstance(key, int):
-                node.update_arg(key, stop)
-            else:
-                node.update_kwarg(key, stop)
-            return node
-        with self.graph.inserting_before(node):
-            function = OPS[self.decision.forward].function
-            assert function is not None
-            new = self._node("call_function", function, (stop,))
-        node.replace_all_uses_with(new)
-        self.graph.erase_node(node)
-        return new
+    def decouple(
+        self, place: Parameter, decision: Decision, written: bool
+    ) -> tuple[fx.Node, set[fx.Node]]:
+        """Put the rules behind a parameter.
 
-    def _stop(self, x: fx.Node) -> fx.Node:
-        return self._node("call_function", stop_gradient, (x,))
+        Returns:
+            What is to be read in its place, and the nodes that go on reading the parameter itself.
+        """
+        first, *others = decision.rules
+        parameter = self.read(place)
+        before = set(parameter.users)
+        # A rule reads the value at the beginning of the forward
+        copied = written and any("x" in rule.inputs for rule in decision.rules)
+        source = self.clone(parameter) if copied else parameter
+        chained = self.chain(source, others)
+        value = self.stop(parameter)
+        if decision.forward is not None:
+            value = self.forward(value, decision.forward)
+        result = self.decoupled(value, chained, first)
+        return result, set(parameter.users) - before
 
-    def _clone(self, x: fx.Node) -> fx.Node:
-        return self._node("call_method", "clone", (x,))
+    def read(self, place: Parameter) -> fx.Node:
+        """The parameter."""
+        for node in place.reads:
+            if node.op == "placeholder":
+                return node
+        return self.node("get_attr", place.site.name)
 
-    def _decoupled(self, y: fx.Node, x: fx.Node, rule: Rule) -> fx.Node:
-        kwargs = {"rule": rule.name, "site": self.place.site.name, **rule.bound}
-        return self._node("call_function", decoupled, (y, x), kwargs)
+    def chain(self, source: fx.Node, rules: Sequence[Rule]) -> fx.Node:
+        """An identity for every rule but the first, the last rule nearest to the source."""
+        for rule in reversed(rules):
+            source = self.decoupled(self.stop(source), source, rule)
+        return source
 
-    def _node(
-        self, op: str, target: object, args: tuple[fx.Node, ...], kwargs: object = None
-    ) -> fx.Node:
-        node = self.graph.create_node(op, target, args, kwargs or {})  # type: ignore[arg-type]
-        site = self.place.node
-        for key in ("nn_module_stack", META):
-            if key in site.meta:
-                node.meta[key] = site.meta[key]
+    def stop(self, x: fx.Node) -> fx.Node:
+        """A `stop_gradient` of x."""
+        return self.node("call_function", stop_gradient, (x,))
+
+    def clone(self, x: fx.Node) -> fx.Node:
+        """A copy of x."""
+        return self.node("call_method", "clone", (x,))
+
+    def forward(self, x: fx.Node, forward: Forward) -> fx.Node:
+        """What replaces the forward, of x."""
+        function: Any = OPS[forward].function if isinstance(forward, str) else forward
+        keywords: dict[str, Any] = {}
+        while isinstance(function, functools.partial):
+            keywords = {**function.keywords, **keywords}
+            function = function.func
+        if (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES:
+            return self.node("call_function", function, (x,), keywords)
+        return self.node("call_function", apply_forward, (x, function_key(function)), keywords)
+
+    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule) -> fx.Node:
+        """A `decoupled` of y and x."""
+        values = {
+            name: self.tensor(value) if isinstance(value, Tensor) else value
+            for name, value in rule.bound.items()
+        }
+        kwargs = {"rule": rule.name, "site": self.site.name, **values}
+        return self.node("call_function", decoupled, (y, x), kwargs)
+
+    def tensor(self, value: Tensor) -> fx.Node:
+        """A tensor that is a parameter of a rule: one of the model's, or a buffer that no state_dict holds."""
+        named = (*self.root.named_parameters(), *self.root.named_buffers())
+        name = next((name for name, tensor in named if tensor is value), "")
+        if not name:
+            number = sum(n.startswith(_RULE_PARAMETER) for n in self.root._buffers)
+            name = f"{_RULE_PARAMETER}{number}"
+            self.root.register_buffer(name, value, persistent=False)
+        return self.node("get_attr", name)
+
+    def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:
+        """A node that comes from where the site does."""
+        node = self.graph.create_node(op, target, args, kwargs or {})
+        node.meta.update(self.meta)
         return node
+
+
+_RULE_PARAMETER = "rule_parameter_"

@@ -6,24 +6,34 @@ rules.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import OpOverload
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
-from .activations import Op, Spelling, recognise
-from .aliasing import LIBRARIES, activated, has_forward_hooks
-from .capture import Opaque
+from .activations import Op, Spelling
+from .aliasing import LIBRARIES, has_forward_hooks
+from .capture import Opaque, tensors_in
+from .nodes import argument, attribute, called_module, called_path, first_argument, spelled
 from .ops import apply_function, decoupled, function_of, stop_gradient
-from .provenance import origin
+from .provenance import Origin, origin
 
-__all__ = ["Located", "Site", "find_opaque", "find_sites"]
+__all__ = [
+    "Located",
+    "Operation",
+    "Parameter",
+    "Site",
+    "find_opaque",
+    "find_parameters",
+    "find_sites",
+    "unused_parameters",
+]
 
 
 @dataclass(frozen=True)
@@ -69,62 +79,255 @@ class Located:
 
     Attributes:
         site: The site.
-        node: The node of the operation.
-        op: Its line in the vocabulary; None for a call of a class that the table names.
-        key: Where the activated tensor stands in the node's arguments.
-        inplace: Whether the operation writes into it.
-        called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
         owner: The class of the module at the site's path.
         obstacle: Why no rule can be given to it; ``""`` where one can.
+        op: Its line in the vocabulary; None for a parameter and for a call of a class that the table names.
+        called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
     """
 
     site: Site
-    node: fx.Node
-    op: Op | None
-    key: int | str
-    inplace: bool
-    called: type[Any] | None
     owner: type[nn.Module]
     obstacle: str = ""
+    op: Op | None = None
+    called: type[Any] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Operation(Located):
+    """The site of an operation.
+
+    Attributes:
+        node: The node of the operation.
+        key: Where the activated tensor stands in the node's arguments.
+        inplace: Whether the operation writes into it.
+    """
+
+    node: fx.Node
+    key: int | str
+    inplace: bool
 
     @property
     def input(self) -> fx.Node:
         """The node of the activated tensor."""
-        node = activated(self.node, self.key)
+        node = argument(self.node, self.key)
         assert isinstance(node, fx.Node)
         return node
 
 
-def find_sites(graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()) -> list[Located]:
-    """List the sites of a graph, in execution order.
+@dataclass(frozen=True, kw_only=True)
+class Parameter(Located):
+    """The site of a parameter.
+
+    Attributes:
+        tensor: The parameter, or what stands for it where the graph gets it as an input.
+        reads: The nodes that are the parameter: get_attr nodes, or an input of the graph.
+        calls: The nodes that call a module which holds it, with its names in that module.
+        embeds: The modules among them that look up its rows.
+    """
+
+    tensor: Tensor
+    reads: tuple[fx.Node, ...]
+    calls: tuple[tuple[fx.Node, tuple[str, ...]], ...] = ()
+    embeds: tuple[nn.Embedding | nn.EmbeddingBag, ...] = ()
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its gradient is sparse."""
+        return any(module.sparse for module in self.embeds)
+
+    @property
+    def renormalised(self) -> bool:
+        """Whether a lookup writes into it."""
+        return any(module.max_norm is not None for module in self.embeds)
+
+
+def find_sites(
+    graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
+) -> list[Operation]:
+    """List the sites of operations in a graph, in execution order.
 
     Args:
         graph: A captured graph.
         root: The module whose submodules it calls.
         types: Classes of modules and of autograd.Functions whose calls are sites too.
     """
-    found: list[Located] = []
+    found: list[Operation] = []
     calls: Counter[tuple[str, str]] = Counter()
     for node in graph.nodes:
-        module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+        module = called_module(node, root)
         called = _called(node, module)
-        spelled: Spelling | _Custom | None
-        spelled = recognise(node, module)
-        if spelled is None and called is not None and issubclass(called, tuple(types)):
-            spelled = _custom_spelling(node, module)
-        if spelled is None:
+        spelling: Spelling | _Custom | None = spelled(node, root)
+        if spelling is None and called is not None and issubclass(called, tuple(types)):
+            spelling = _custom_spelling(node, module)
+        if spelling is None:
             continue
         where = origin(node)
-        path = str(node.target) if module is not None else where.owner
-        name = spelled.op.name if isinstance(spelled, Spelling) else _class_name(called)
-        owner = type(root.get_submodule(path))
-        text, kind = _text(node, called, spelled.inplace), f"{owner.__module__}.{owner.__qualname__}"
-        site = Site("activation", name, path, calls[path, name], text, where.source, kind)
+        path = called_path(node) if module is not None else where.owner
+        name = spelling.op.name if isinstance(spelling, Spelling) else _class_name(called)
+        owner = where.owner_type or _class_at(root, path)
+        site = Site(
+            kind="activation",
+            op=name,
+            path=path,
+            call=calls[path, name],
+            spelling=_text(node, called, spelling.inplace),
+            source=where.source,
+            type=_qualified(owner),
+        )
         calls[path, name] += 1
-        op = spelled.op if isinstance(spelled, Spelling) else None
-        obstacle = _obstacle(node, module, spelled)
-        found.append(Located(site, node, op, spelled.key, spelled.inplace, called, owner, obstacle))
+        found.append(
+            Operation(
+                site=site,
+                owner=owner,
+                obstacle=_obstacle(node, module, spelling),
+                op=spelling.op if isinstance(spelling, Spelling) else None,
+                called=called,
+                node=node,
+                key=spelling.key,
+                inplace=spelling.inplace,
+            )
+        )
     return found
+
+
+def find_parameters(graph: fx.Graph, root: nn.Module) -> list[Parameter]:
+    """List the parameters that a graph uses, in the order in which the model has them.
+
+    Args:
+        graph: A captured graph. Where it gets parameters as inputs, their origins name them.
+        root: The module whose submodules and parameters it uses.
+    """
+    names: dict[int, tuple[str, ...]] = {}
+    tensors: dict[tuple[str, ...], Tensor] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    reads: dict[tuple[str, ...], list[fx.Node]] = defaultdict(list)
+    calls: dict[tuple[str, ...], list[tuple[fx.Node, tuple[str, ...]]]] = defaultdict(list)
+    hidden: dict[tuple[str, ...], str] = {}
+    for node in graph.nodes:
+        tensor = _parameter_read(node, root)
+        if tensor is not None:
+            key = origin(node).parameter or names.get(id(tensor), ())
+            tensors[key] = tensor
+            reads[key].append(node)
+        module = called_module(node, root)
+        if module is None:
+            continue
+        inside: dict[int, list[str]] = defaultdict(list)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            inside[id(parameter)].append(name)
+            tensors[names[id(parameter)]] = parameter
+        for identity, own in inside.items():
+            calls[names[identity]].append((node, tuple(own)))
+        for identity in names.keys() & _held_outside(module):
+            hidden[names[identity]] = (
+                f"{called_path(node) or 'the root'} ({type(module).__name__}, kept whole) holds it in a list, a dict "
+                f"or an attribute, and may use it natively"
+            )
+    tensors.pop((), None)
+    order = {own: index for index, own in enumerate(dict.fromkeys(names.values()))}
+    return [
+        _parameter(root, own, tensors[own], reads[own], calls[own], hidden.get(own, ""))
+        for own in sorted(tensors, key=lambda own: order.get(own, len(order)))
+    ]
+
+
+def unused_parameters(root: nn.Module, used: Iterable[Parameter]) -> list[Parameter]:
+    """List the parameters of a model that are in none of its graphs."""
+    found = {id(place.tensor) for place in used}
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [
+        _parameter(root, tuple(names[id(p)]), p, (), (), "no graph of the model uses it")
+        for p in root.parameters()
+        if id(p) not in found
+    ]
+
+
+def _parameter(
+    root: nn.Module,
+    names: tuple[str, ...],
+    tensor: Tensor,
+    reads: Sequence[fx.Node],
+    calls: Sequence[tuple[fx.Node, tuple[str, ...]]],
+    obstacle: str,
+) -> Parameter:
+    path, _, name = names[0].rpartition(".")
+    where = origin(reads[0]) if reads else Origin()
+    owner = where.owner_type or _class_at(root, path)
+    site = Site(
+        kind="parameter",
+        op="parameter",
+        path=path,
+        call=0,
+        spelling=f"{_short_name(owner)}.{name}",
+        type=_qualified(owner),
+        names=names,
+    )
+    called = {m for node, _ in calls if (m := called_module(node, root)) is not None}
+    tables = (part for module in called for part in module.modules())
+    return Parameter(
+        site=site,
+        owner=owner,
+        obstacle=obstacle or _decoupled_already(reads, names[0]),
+        tensor=tensor,
+        reads=tuple(reads),
+        calls=tuple(calls),
+        embeds=tuple(
+            m
+            for m in tables
+            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.weight is tensor
+        ),
+    )
+
+
+def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
+    """The parameter that a node is, or what stands for it."""
+    if node.op == "get_attr":
+        tensor = attribute(node, root)
+        return tensor if isinstance(tensor, nn.Parameter) else None
+    if node.op == "placeholder" and origin(node).parameter:
+        example = node.meta.get("example_value", node.meta.get("val"))
+        return example if isinstance(example, Tensor) else None
+    return None
+
+
+def _held_outside(module: nn.Module) -> set[int]:
+    """The tensors, by identity, that a module of the user's holds otherwise than as its parameters and buffers."""
+    found: set[int] = set()
+    for part in module.modules():
+        if not type_before_parametrizations(part).__module__.startswith("torch."):
+            own = {k: v for k, v in part.__dict__.items() if k not in _REGISTERED}
+            found |= set(tensors_in(own))
+    return found
+
+
+_REGISTERED = ("_parameters", "_buffers", "_modules")
+
+
+def _decoupled_already(reads: Sequence[fx.Node], name: str) -> str:
+    rules = [
+        str(user.kwargs["rule"])
+        for node in reads
+        for user in node.users
+        if user.target is decoupled and user.kwargs.get("site") == name
+    ]
+    return _ALREADY.format(", ".join(rules)) if rules else ""
+
+
+def _class_at(root: nn.Module, path: str) -> type[nn.Module]:
+    module = root.get_submodule(path)
+    model_class = getattr(module, "_model_class", None)
+    return model_class or type_before_parametrizations(module)
+
+
+def _qualified(kind: type[Any]) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _short_name(kind: type[Any]) -> str:
+    return f"{'nn.' if kind.__module__.startswith('torch.nn.') else ''}{kind.__name__}"
 
 
 @dataclass(frozen=True)
@@ -136,9 +339,15 @@ class _Custom:
     writes_out: bool = False
 
 
+_ALREADY = (
+    "already decoupled, with the rule {!r}; transform the original model, or compose the rules"
+)
+
+
 def _called(node: fx.Node, module: nn.Module | None) -> type[Any] | None:
     if node.target is apply_function:
-        return function_of(str(node.args[0]))
+        function: type[Any] = function_of(str(node.args[0]))
+        return function
     return None if module is None else type(module)
 
 
@@ -148,22 +357,21 @@ def _class_name(called: type[Any] | None) -> str:
 
 def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     """The first tensor given to it is the activated one; only its `inplace` can tell that it is overwritten."""
-    given: list[tuple[int | str, Any]] = [*enumerate(node.args), *node.kwargs.items()]
+    first = first_argument(node)
+    positional = list(enumerate(node.args))[first:]
+    given: list[tuple[int | str, Any]] = [*positional, *node.kwargs.items()]
     key = next((key for key, value in given if isinstance(value, fx.Node)), None)
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
 def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> str:
-    source = activated(node, spelling.key)
+    source = argument(node, spelling.key)
     while source.target == "clone":  # an operation in place may run on a copy of what is cut
         source = source.args[0]
     if source.target is stop_gradient:
         rules = [str(user.kwargs["rule"]) for user in node.users if user.target is decoupled]
         if rules:
-            return (
-                f"already decoupled, with the rule {', '.join(rules)!r}; transform the original model, or compose the "
-                f"rules"
-            )
+            return _ALREADY.format(", ".join(rules))
         return "its input is cut from the autograd graph already"
     if spelling.inplace and module is not None and has_forward_hooks(module):
         return "works in place and has forward hooks: what it returns need not be what it writes"
@@ -173,9 +381,8 @@ def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Cus
 
 
 def _text(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
-    if called is not None and node.op == "call_module":
-        prefix = "nn." if called.__module__.startswith("torch.nn.") else ""
-        return f"{prefix}{called.__name__}({'inplace=True' if inplace else ''})"
+    if called is not None and issubclass(called, nn.Module):
+        return f"{_short_name(called)}({'inplace=True' if inplace else ''})"
     if called is not None:
         return f"{called.__name__}.apply"
     if node.op == "call_method":
@@ -257,13 +464,13 @@ def find_opaque(
     found: dict[Opaque, None] = {}
     for node in graph.nodes:
         where = origin(node)
-        if node.op == "call_module":
-            module = root.get_submodule(str(node.target))
+        module = called_module(node, root)
+        if module is not None:
             asked = isinstance(module, tuple(leaf_modules))
             reason = "leaf_modules asks for it" if asked else _whole(module)
             if reason and not isinstance(module, tuple(types)):
                 what = f"{type(module).__name__}, kept whole"
-                found[Opaque(str(node.target), what, reason, where.source, asked)] = None
+                found[Opaque(called_path(node), what, reason, where.source, asked)] = None
         elif node.target is apply_function:
             if issubclass(function_of(str(node.args[0])), tuple(types)):
                 continue

@@ -8,13 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from .capture import Capture, capture
+from .capture import Capture, capture, check_model
 from .captured import CapturedModule
 from .errors import FreegradWarning, PlanError
-from .plan import Decision, Plan, make_plan
+from .plan import Decided, Plan, make_plan
 from .report import PLAN
 from .rewrite import rewrite
-from .sites import Located
 from .table import RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
@@ -110,18 +109,31 @@ def explain(
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
     table = RuleTable.of({} if rules is None else rules)
-    _, plan, _ = _planned(model, table, leaf_modules, concrete_args, example_inputs, dynamic_shapes)
+    _, plan, _ = _planned(
+        model,
+        table,
+        leaf_modules,
+        concrete_args,
+        example_inputs,
+        dynamic_shapes,
+        parameters=rules is None,
+    )
     _complain(plan, strict)
     return plan
 
 
 def _planned(
-    model: nn.Module, table: RuleTable, leaf_modules: Any, *how_to_capture: Any
-) -> tuple[Capture, Plan, list[list[tuple[Located, Decision]]]]:
+    model: nn.Module,
+    table: RuleTable,
+    leaf_modules: Any,
+    *how_to_capture: Any,
+    parameters: bool = False,
+) -> tuple[Capture, Plan, list[Decided]]:
     """Capture a model and plan it: what `transform` and `explain` have in common."""
+    check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
-    captured = capture(model, (*table.types, *leaves), *how_to_capture)
-    return captured, *make_plan(captured, table, leaves)
+    captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
+    return captured, *make_plan(captured, table, leaves, parameters)
 
 
 def _complain(plan: Plan, strict: bool) -> None:

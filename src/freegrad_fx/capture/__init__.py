@@ -13,12 +13,12 @@ from torch import nn
 
 from ..captured import CapturedModule
 from ..errors import CaptureError
-from .copying import check_model, structural_copy
+from .copying import check_model, structural_copy, tensors_in
 from .export import capture_by_export
 from .result import Capture, Opaque
 from .symbolic import capture_symbolically
 
-__all__ = ["Capture", "Opaque", "capture", "structural_copy"]
+__all__ = ["Capture", "Opaque", "capture", "check_model", "structural_copy", "tensors_in"]
 
 
 def capture(

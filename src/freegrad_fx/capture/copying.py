@@ -18,6 +18,7 @@ __all__ = [
     "is_python_state",
     "python_state_changed",
     "structural_copy",
+    "tensors_in",
 ]
 
 ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
@@ -92,6 +93,13 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
             f"copies it. Let it respect the memo that it is given."
         )
     return copied
+
+
+def tensors_in(value: Any) -> dict[int, Tensor]:
+    """The tensors, by identity, in a value: in containers, and in modules that are not registered."""
+    found: dict[int, Tensor] = {}
+    _collect_tensors(value, found)
+    return found
 
 
 def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
