@@ -18,7 +18,7 @@ CASES = [
     ("d(Linear)", {}),
     ("rectangular", {}),
     ("rectangular", {"a": -1.0, "b": 0.25}),
-    ("rectangular", {"a": 2.0, "b": -2.0}),
+    ("rectangular", {"a": -2.0, "b": -2.0}),
     ("triangular", {}),
     ("triangular", {"width": 2.5}),
     ("triangular", {"width": 0.0}),

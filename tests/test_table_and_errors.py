@@ -430,14 +430,6 @@ def test_what_is_no_rule_is_refused_with_the_remedy(rule: Any) -> None:
         assert "@freegrad_fx.register('name')" in message
 
 
-@pytest.mark.parametrize("key", ["params", "all"])
-def test_rules_on_parameters_are_for_later(key: str) -> None:
-    with pytest.raises(
-        NotImplementedError, match=rf"rules on parameters \('{key}'\).*not supported"
-    ):
-        fg.transform(Net(), {key: "scale"})
-
-
 def test_a_transform_without_rules_is_for_later() -> None:
     with pytest.raises(NotImplementedError, match=r"without rules is not supported yet"):
         fg.transform(Net())

@@ -6,12 +6,12 @@
 
 from . import activations, ops, rules
 from .captured import CapturedModule
-from .errors import CaptureError, FreegradWarning, PlanError, RuleError
+from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
 from .plan import Decision, Plan
 from .report import report
 from .rules import Composition, Rule, compose, get, register
 from .sites import Site
-from .table import RuleTable
+from .table import RuleTable, on
 from .transform import explain, transform
 
 __version__ = "0.1.0"
@@ -28,10 +28,12 @@ __all__ = [
     "RuleError",
     "RuleTable",
     "Site",
+    "TableError",
     "activations",
     "compose",
     "explain",
     "get",
+    "on",
     "ops",
     "register",
     "report",

@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "FreegradWarning", "PlanError", "RuleError", "unknown"]
+__all__ = ["CaptureError", "FreegradWarning", "PlanError", "RuleError", "TableError", "unknown"]
 
 
 class RuleError(ValueError):
@@ -17,6 +17,10 @@ class RuleError(ValueError):
 
 class PlanError(ValueError):
     """A rule table asks for something that cannot be had on the sites of this model."""
+
+
+class TableError(PlanError):
+    """A rule table is written wrongly: an unknown op or field, a pattern that is none, a mistake in its file."""
 
 
 class CaptureError(RuntimeError):

@@ -30,14 +30,16 @@ def d_relu(grad: Tensor, x: Tensor) -> Tensor:
     return grad * (x > 0)
 
 
-@register("d(Linear)", reference="FreeGrad; the derivative of the identity")
+@register("d(Linear)", reference="FreeGrad; the derivative of the identity", sparse=True)
 def d_linear(grad: Tensor) -> Tensor:
     """grad"""
     return grad
 
 
 @register(
-    "rectangular", reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
+    "rectangular",
+    reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
+    requires="a <= b",
 )
 def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
@@ -47,28 +49,41 @@ def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> 
 @register("triangular", reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574")
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
-    return grad * (1 - x.abs() / max(width, 1e-6)).clamp(min=0)
+    width = width.clamp(min=1e-6) if isinstance(width, Tensor) else max(width, 1e-6)
+    return grad * (1 - x.abs() / width).clamp(min=0)
 
 
-@register("scale", reference="FreeGrad; optax.scale")
+@register("scale", reference="FreeGrad; optax.scale", sparse=True)
 def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
     """s·grad"""
     return s * grad
 
 
-@register("reverse", reference="Ganin & Lempitsky 2015, arXiv:1409.7495 (gradient reversal, DANN)")
+@register(
+    "reverse",
+    reference="Ganin & Lempitsky 2015, arXiv:1409.7495 (gradient reversal, DANN)",
+    sparse=True,
+)
 def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
     """−alpha·grad"""
     return -alpha * grad
 
 
-@register("clip_value", reference="optax.clip; torch.nn.utils.clip_grad_value_")
+@register(
+    "clip_value",
+    reference="optax.clip; torch.nn.utils.clip_grad_value_",
+    requires="max_value >= 0",
+)
 def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
     """min(max(grad, −max_value), max_value)"""
     return grad.clamp(-max_value, max_value)
 
 
-@register("clip_norm", reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063")
+@register(
+    "clip_norm",
+    reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063",
+    requires="max_norm >= 0, eps >= 0",
+)
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
     # in float32 at least: float16 cannot hold the norm of a large tensor, and the gradient would become zero
@@ -77,7 +92,11 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     return grad * factor.clamp(max=1).to(grad.dtype)
 
 
-@register("noise", reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807")
+@register(
+    "noise",
+    reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807",
+    requires="sigma >= 0",
+)
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     """grad + N(0, sigma²)"""
     return grad + sigma * torch.randn_like(grad)

@@ -27,7 +27,7 @@ def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
     return grad * torch.rand_like(grad) * (x >= 0)
 
 
-@register("rectangular_jam", reference=_PAPER)
+@register("rectangular_jam", reference=_PAPER, requires="a <= b")
 def rectangular_jam(grad: Tensor, x: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""
     return grad * torch.rand_like(grad) * ((x >= a) & (x <= b))

@@ -5,7 +5,9 @@ This file knows no rule by name and nothing of graphs. The built-in rules stand 
 
 from __future__ import annotations
 
+import functools
 import inspect
+import math
 import numbers
 import types
 import typing
@@ -13,13 +15,20 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..errors import RuleError, unknown
+from .constraint import Constraint, read_constraints
 
-__all__ = ["Composition", "Rule", "RuleLike", "available", "compose", "get", "register"]
+__all__ = ["Composition", "Forward", "Rule", "RuleLike", "available", "compose", "get", "register"]
+
+Forward: TypeAlias = str | Callable[[Tensor], Tensor]
+"""What replaces a site's forward: an op's canonical name, or a function of one tensor."""
 
 INPUTS = ("x", "y")
+KINDS = ("activation", "parameter")
+NATIVE = "native"  # what a file writes for no rule, so that no rule can have this name
 RESERVED = ("grad", *INPUTS, "rule", "site", "forward")
 
 _VOCABULARY = (
@@ -42,8 +51,15 @@ class Parameter:
         return self.default is inspect.Parameter.empty
 
     def check(self, rule: str, value: Any) -> Any:
-        """Return `value` as the annotation wants it (an int becomes a float), or raise `TypeError`."""
-        accepted = _accepted_types(self.annotation)
+        """Return `value` as the annotation wants it, an int for a float; a tensor can stand for any number.
+
+        Raises:
+            TypeError: It has another type.
+            RuleError: It is NaN, or too large for a float.
+        """
+        accepted = self.types
+        if isinstance(value, float) and math.isnan(value):
+            raise RuleError(f"parameter {self.name!r} of rule {rule!r} is NaN, which is no number")
         if accepted is None or type(value) in accepted:
             return value
         # Python takes a bool for an int, and would so hide a mistake
@@ -52,13 +68,28 @@ class Parameter:
             if int in accepted and isinstance(value, numbers.Integral):
                 return int(value)
             if float in accepted and isinstance(value, numbers.Real):
-                return float(value)
+                return self.check(rule, self._as_float(rule, value))
             if isinstance(value, accepted):
+                return value
+            if isinstance(value, Tensor) and {int, float} & {*accepted}:
                 return value
         wanted = " or ".join(t.__name__ for t in accepted)
         raise TypeError(
             f"parameter {self.name!r} of rule {rule!r} must be {wanted}, got {value!r} of type {type(value).__name__}"
         )
+
+    def _as_float(self, rule: str, value: numbers.Real) -> float:
+        try:
+            return float(value)
+        except OverflowError:
+            raise RuleError(
+                f"parameter {self.name!r} of rule {rule!r} is too large for a float"
+            ) from None
+
+    @property
+    def types(self) -> tuple[type, ...] | None:
+        """The types of its values; None where anything is taken."""
+        return _accepted_types(self.annotation)
 
 
 def _accepted_types(annotation: Any) -> tuple[type, ...] | None:
@@ -83,9 +114,13 @@ class Rule:
         inputs: Which of ``"x"`` and ``"y"`` the formula reads. Nothing else is saved for the backward.
         parameters: The declared parameters.
         bound: The parameters' values.
-        forward: The canonical name of an operation that replaces the site's forward, or None.
+        forward: What replaces the site's forward: the canonical name of an operation, or a function; or None.
         keeps_shape: Whether the result has the shape of ``grad``.
         reference: The paper or the peer the formula comes from.
+        requires: What has to hold of the parameters' values.
+        sites: The kinds of sites that it can serve: ``"activation"``, ``"parameter"``.
+        sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
+            ``sparse=True``.
 
     Example:
         >>> import freegrad_fx as fg
@@ -98,9 +133,12 @@ class Rule:
     inputs: tuple[str, ...]
     parameters: Mapping[str, Parameter]
     bound: Mapping[str, Any] = field(default_factory=dict)
-    forward: str | None = None
+    forward: Forward | None = None
     keeps_shape: bool = True
     reference: str = ""
+    requires: tuple[Constraint, ...] = ()
+    sites: tuple[str, ...] = KINDS
+    sparse: bool = False
 
     @property
     def formula(self) -> str:
@@ -117,17 +155,18 @@ class Rule:
         """The rule alone: a rule is a composition of one."""
         return (self,)
 
-    def __call__(self, /, *args: Any, forward: str | None = None, **values: Any) -> Rule:
+    def __call__(self, /, *args: Any, forward: Forward | None = None, **values: Any) -> Rule:
         """Return the rule with other values for some of its parameters.
 
         Args:
             *args: Refused: parameters are bound by keyword.
             forward: The canonical name of an operation that is to replace the forward of the sites this rule
-                is given to, for instance ``"heaviside"`` for a surrogate gradient. This changes the forward.
-            **values: Parameters of the rule.
+                is given to, for instance ``"heaviside"`` for a surrogate gradient, or a function of a tensor. This
+                changes the forward.
+            **values: Parameters of the rule. A tensor can stand for a number, and is not compared with others.
 
         Raises:
-            RuleError: The rule has no parameter of that name.
+            RuleError: The rule has no parameter of that name, or the values are not what the rule requires.
             TypeError: A value has the wrong type, or is positional.
         """
         if args:
@@ -140,6 +179,7 @@ class Rule:
             if name not in self.parameters:
                 raise RuleError(unknown(f"parameter of rule {self.name!r}:", name, self.parameters))
             bound[name] = self.parameters[name].check(self.name, value)
+        self._require(bound)
         return replace(
             self,
             bound=types.MappingProxyType(bound),
@@ -155,6 +195,12 @@ class Rule:
         self.require_bound()
         return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
 
+    def _require(self, bound: Mapping[str, Any]) -> None:
+        for constraint in self.requires:
+            if not constraint.holds(bound):
+                got = ", ".join(f"{name}={bound[name]!r}" for name in constraint.names)
+                raise RuleError(f"rule {self.name!r} requires {constraint.text}, got {got}")
+
     def require_bound(self) -> None:
         """Raise `RuleError` if a parameter has neither a default nor a value."""
         missing = [name for name in self.parameters if name not in self.bound]
@@ -165,7 +211,12 @@ class Rule:
             )
 
     def _key(self) -> tuple[Any, ...]:
-        return (self.name, self.function, tuple(sorted(self.bound.items())), self.forward)
+        # a tensor is compared by identity: it is a place whose value may change, and its own == is no truth value
+        values = tuple(
+            (name, id(value) if isinstance(value, Tensor) else value, isinstance(value, Tensor))
+            for name, value in sorted(self.bound.items())
+        )
+        return (self.name, self.function, values, self.forward)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rule) and self._key() == other._key()
@@ -174,9 +225,9 @@ class Rule:
         return hash((self.name, self.function, tuple(sorted(self.bound)), self.forward))
 
     def __repr__(self) -> str:
-        values = [f"{name}={value!r}" for name, value in self.bound.items()]
+        values = [f"{name}={shown(value)}" for name, value in self.bound.items()]
         if self.forward is not None:
-            values.append(f"forward={self.forward!r}")
+            values.append(f"forward={shown(self.forward)}")
         head = self.name if self.name.isidentifier() else f"get({self.name!r})"
         return f"{head}({', '.join(values)})" if values else head
 
@@ -187,7 +238,18 @@ class Rule:
         return self
 
 
-def _rebind(name: str, bound: dict[str, Any], forward: str | None) -> Rule:
+def shown(value: Any) -> str:
+    """A parameter's value, or a forward, on one line."""
+    if isinstance(value, Tensor):
+        plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
+        return f"tensor({value.item()})" if plain and not value.dim() else f"tensor{[*value.shape]}"
+    if isinstance(value, functools.partial):
+        given = [*map(shown, value.args), *(f"{k}={shown(v)}" for k, v in value.keywords.items())]
+        return f"partial({', '.join([shown(value.func), *given])})"
+    return getattr(value, "__qualname__", None) or repr(value)
+
+
+def _rebind(name: str, bound: dict[str, Any], forward: Forward | None) -> Rule:
     return get(name)(forward=forward, **bound)
 
 
@@ -198,7 +260,7 @@ class Composition:
     parts: tuple[Rule, ...]
 
     @property
-    def forward(self) -> str | None:
+    def forward(self) -> Forward | None:
         """The replacement forward that one of the parts names, or None."""
         return next((rule.forward for rule in self.parts if rule.forward is not None), None)
 
@@ -219,7 +281,14 @@ _registry: dict[str, Rule] = {}
 
 
 def register(
-    name: str, *, reference: str = "", keeps_shape: bool = True, overwrite: bool = False
+    name: str,
+    *,
+    reference: str = "",
+    keeps_shape: bool = True,
+    requires: str = "",
+    sites: str | tuple[str, ...] = KINDS,
+    sparse: bool = False,
+    overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
 
@@ -232,10 +301,14 @@ def register(
         name: The name by which tables refer to the rule.
         reference: The paper or library that the formula comes from.
         keeps_shape: False for a rule that turns a gradient of the output's shape into one of another shape.
+        requires: What has to hold of the parameters, as mathematics: ``"a <= b"``, ``"0 <= p < 1, eps > 0"``.
+        sites: ``"activation"`` or ``"parameter"`` for a rule that can serve one kind of sites alone.
+        sparse: True for a rule that maps a sparse gradient entry by entry.
         overwrite: Replace a rule of that name instead of refusing.
 
     Raises:
-        RuleError: The name is taken, or the signature is not in the vocabulary.
+        RuleError: The name is taken, the signature is not in the vocabulary, `requires` or `sites` cannot be read, or
+            the defaults are not what the rule requires.
 
     Example:
         >>> import freegrad_fx as fg
@@ -248,6 +321,12 @@ def register(
     """
     if not isinstance(name, str) or not name:
         raise RuleError(f"a rule is registered under a name, got {name!r}: @register('my_rule')")
+    if name == NATIVE:
+        raise RuleError(f"{NATIVE!r} stands for no rule in a table's file. Choose another name.")
+    kinds = (sites,) if isinstance(sites, str) else tuple(sites)
+    for kind in kinds or ("",):
+        if kind not in KINDS:
+            raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))
 
     def declare(function: Callable[..., Tensor]) -> Rule:
         if name in _registry and not overwrite:
@@ -265,7 +344,11 @@ def register(
             ),
             keeps_shape=keeps_shape,
             reference=reference,
+            requires=read_constraints(name, requires, parameters),
+            sites=kinds,
+            sparse=sparse,
         )
+        rule._require(rule.bound)
         _registry[name] = rule
         return rule
 

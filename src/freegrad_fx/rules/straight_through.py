@@ -9,7 +9,11 @@ from .rule import register
 __all__ = ["clipped_straight_through", "straight_through"]
 
 
-@register("straight_through", reference="Bengio et al. 2013, arXiv:1308.3432; Brevitas *_ste")
+@register(
+    "straight_through",
+    reference="Bengio et al. 2013, arXiv:1308.3432; Brevitas *_ste",
+    sparse=True,
+)
 def straight_through(grad: Tensor) -> Tensor:
     """grad"""
     return grad
@@ -18,6 +22,7 @@ def straight_through(grad: Tensor) -> Tensor:
 @register(
     "clipped_straight_through",
     reference="Hubara et al. 2016, arXiv:1602.02830; larq SteSign (XNOR-Net's bound is strict)",
+    requires="bound >= 0",
 )
 def clipped_straight_through(grad: Tensor, x: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive"""

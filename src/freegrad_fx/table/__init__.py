@@ -1,0 +1,11 @@
+"""Rule tables: which sites get which backward.
+
+`selector` says which sites an entry means, `entry` gives them a rule, `table` puts entries in order. This package
+knows rules and the vocabulary; it has never seen a graph.
+"""
+
+from .entry import FORWARDS, Entry, Selection, on
+from .selector import Selector
+from .table import RulesLike, RuleTable
+
+__all__ = ["FORWARDS", "Entry", "RuleTable", "RulesLike", "Selection", "Selector", "on"]

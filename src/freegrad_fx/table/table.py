@@ -1,0 +1,152 @@
+"""Rule tables: ordered entries, of which the first that matches a site decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias, overload
+
+import torch
+from torch import nn
+
+from ..activations import GROUPS
+from ..errors import TableError, unknown
+from ..rules.rule import RuleLike
+from ..sites import Located
+from .entry import Entry, Selection
+from .selector import ALL, OP_NAMES, PARAMETERS, Selector
+
+__all__ = ["RuleTable", "RulesLike"]
+
+RulesLike: TypeAlias = "RuleLike | Mapping[str | type[Any], RuleLike | None] | RuleTable"
+
+
+@dataclass(frozen=True)
+class RuleTable:
+    """Ordered entries. The first that matches a site decides; a site that none matches keeps its native backward.
+
+    Tables are values: they compare, join with ``+``, and are read like a sequence of entries. The `repr` evaluates to
+    the table after ``from freegrad_fx import *``, unless a function or a tensor is in it.
+
+    Attributes:
+        entries: The entries, made with `on`.
+
+    Raises:
+        TableError: What is given is no entry.
+
+    Example:
+        >>> import freegrad_fx as fg
+        >>> fg.RuleTable([
+        ...     fg.on("relu", module="layer4.*").backward("rectangular", a=-1.0, b=1.0),
+        ...     fg.on("gelu").backward(None),
+        ... ])
+        RuleTable([
+            on('relu', module='layer4.*').backward('rectangular', a=-1.0, b=1.0),
+            on('gelu').backward(None),
+        ])
+    """
+
+    entries: tuple[Entry, ...] = ()
+
+    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+        given = [entries] if isinstance(entries, Entry | Selection) else list(entries)
+        for number, entry in enumerate(given, start=1):
+            if isinstance(entry, Selection):
+                raise TableError(
+                    f"entry {number} ({entry.sites}) has no backward: on(...).backward('rule'), or .backward(None) to "
+                    f"keep the native one"
+                )
+            if not isinstance(entry, Entry):
+                raise TableError(
+                    f"entry {number} is made with on(...).backward(...), got {entry!r}; RuleTable.of reads a dict"
+                )
+        object.__setattr__(self, "entries", tuple(given))
+
+    @classmethod
+    def of(cls, rules: RulesLike | None) -> RuleTable:
+        """Read what `transform` accepts as rules.
+
+        Args:
+            rules: A rule name, a `Rule` or a composition (given to the group ``"activations"``), or a dict from op
+                names, classes (of modules or of autograd.Functions), groups, ``"params"`` and ``"all"`` to rules.
+                Classes come before ops, ops before groups, groups before ``"all"``; a rule None keeps the native
+                backward. Or a table, which is returned.
+
+        Raises:
+            TableError: A key is no op, group or class.
+            RuleError: A rule is unknown, or a parameter of it has no value.
+        """
+        if isinstance(rules, RuleTable):
+            return rules
+        if isinstance(rules, Mapping):
+            ordered = sorted(rules.items(), key=lambda item: _specificity(item[0]))
+            return cls(Entry.of(_selector(key), rule) for key, rule in ordered)
+        if rules is None:
+            raise NotImplementedError(
+                "transform() without rules is not supported yet. Give it a rule name, a Rule or a dict; "
+                "freegrad_fx.rules.available() lists the names."
+            )
+        return cls([Entry.of(_selector("activations"), rules)])
+
+    @property
+    def wants_parameters(self) -> bool:
+        """Whether some entry can match a parameter."""
+        return any(entry.sites.wants_parameters for entry in self.entries)
+
+    def types_in(self, model: nn.Module) -> tuple[type[Any], ...]:
+        """The classes whose calls are sites; a capture has to keep the modules among them whole."""
+        return tuple(
+            dict.fromkeys(t for entry in self.entries for t in entry.sites.classes_in(model))
+        )
+
+    def decide(self, located: Located) -> int | None:
+        """The index of the entry that decides a site, or None."""
+        matching = (index for index, entry in enumerate(self.entries) if entry.matches(located))
+        return next(matching, None)
+
+    def __add__(self, other: object) -> RuleTable:
+        """The entries of this table, then those of the other."""
+        return (
+            RuleTable(self.entries + other.entries)
+            if isinstance(other, RuleTable)
+            else NotImplemented
+        )
+
+    def __iter__(self) -> Iterator[Entry]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @overload
+    def __getitem__(self, index: int) -> Entry: ...
+    @overload
+    def __getitem__(self, index: slice) -> RuleTable: ...
+    def __getitem__(self, index: int | slice) -> Entry | RuleTable:
+        found = self.entries[index]
+        return found if isinstance(found, Entry) else RuleTable(found)
+
+    def __repr__(self) -> str:
+        lines = "".join(f"    {entry!r},\n" for entry in self.entries)
+        return f"RuleTable([\n{lines}])" if lines else "RuleTable()"
+
+
+def _specificity(key: Any) -> int:
+    if key == ALL:
+        return 3
+    return 2 if key in GROUPS or key == PARAMETERS else 0 if isinstance(key, type) else 1
+
+
+def _selector(key: Any) -> Selector:
+    """What a key of a dict means."""
+    if isinstance(key, type) and issubclass(key, nn.Module | torch.autograd.Function):
+        return Selector(type=(key,))
+    if isinstance(key, str) and key in OP_NAMES:
+        return Selector(op=(key,))
+    remedy = (
+        f"The groups among them: {', '.join((*GROUPS, PARAMETERS, ALL))}. A key is an op, a group, or a class of "
+        f"modules or of autograd.Functions; not a function and not the path of a module, which a RuleTable can select: "
+        f"on('relu', module='layer4.*')."
+    )
+    name = f"{key.__name__}()" if hasattr(key, "__name__") else key
+    raise TableError(unknown("op or group", name, OP_NAMES, remedy))
