@@ -32,12 +32,14 @@ class Origin:
         source: ``file:line`` of the user's code; ``""`` where it is not known.
         owner_type: The class of that module, where the graph does not come with the modules.
         parameter: Of an input that is a parameter of the model: its dotted names, the first canonical.
+        call: How many sites of the same op and owner come before it, where the graph is a part of the program alone.
     """
 
     owner: str = ""
     source: str = ""
     owner_type: type | None = None
     parameter: tuple[str, ...] = ()
+    call: int | None = None
 
 
 def origin(node: fx.Node) -> Origin:

@@ -169,7 +169,7 @@ def find_sites(
             kind="activation",
             op=name,
             path=path,
-            call=calls[path, name],
+            call=calls[path, name] if where.call is None else where.call,
             spelling=_text(node, called, spelling.inplace),
             source=where.source,
             type=_qualified(owner),
