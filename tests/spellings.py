@@ -330,6 +330,10 @@ def _oddities() -> Iterator[Spell]:
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"value_at_zero": 1.0})):
         yield from _spells("heaviside", "heaviside", heaviside, args=args, kwargs=kwargs)
     yield from _spells("heaviside", "heaviside", heaviside, tensor="x")
+    yield from _spells("binarize", "binarize", freegrad_fx.activations.binarize)
+    ternarize = freegrad_fx.activations.ternarize
+    for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
+        yield from _spells("ternarize", "ternarize", ternarize, args=args, kwargs=kwargs)
 
 
 def _with_out() -> Iterator[Spell]:

@@ -21,13 +21,22 @@ from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
 from freegrad_fx import activations
-from freegrad_fx.activations import GROUPS, OPS, Op, Spelling, heaviside, recognise
+from freegrad_fx.activations import (
+    GROUPS,
+    OPS,
+    Op,
+    Spelling,
+    binarize,
+    heaviside,
+    recognise,
+    ternarize,
+)
 from spellings import OUT_SPELLINGS, SPELLINGS, Spell
 
 NAMES = """\
     relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh hardshrink softshrink
-    tanhshrink threshold softplus softsign sigmoid logsigmoid tanh softmax log_softmax softmin glu sign heaviside round
-    floor ceil trunc clamp clamp_min clamp_max abs identity
+    tanhshrink threshold softplus softsign sigmoid logsigmoid tanh softmax log_softmax softmin glu sign heaviside
+    binarize ternarize round floor ceil trunc clamp clamp_min clamp_max abs identity
 """.split()  # noqa: SIM905
 
 
@@ -66,7 +75,7 @@ def test_every_activation_of_the_contract_has_a_line() -> None:
 def test_groups_hold_what_users_were_promised() -> None:
     no_group = {"glu", "clamp", "clamp_min", "clamp_max", "abs", "identity"}
     softmax = {"softmax", "log_softmax", "softmin"}
-    quantizers = {"sign", "round", "floor", "ceil", "trunc"}
+    quantizers = {"sign", "binarize", "ternarize", "round", "floor", "ceil", "trunc"}
     assert dict(GROUPS) == {
         "activations": frozenset(NAMES) - no_group - softmax - quantizers,
         "softmax": softmax,
@@ -150,11 +159,15 @@ def test_only_ops_that_need_more_than_x_have_no_replacement_forward() -> None:
     }  # fmt: skip
 
 
+def threshold_given(spell: Spell) -> bool:
+    return spell.op == "ternarize" and "()" not in spell.id
+
+
 @pytest.mark.parametrize("spell", SPELLINGS, ids=by_id)
 def test_an_op_keeps_the_shape_and_is_elementwise_as_its_line_says(spell: Spell) -> None:
     op, module, x = OPS[spell.op], spell.make().eval(), spell.sample()
     changed = x.clone()
-    changed[0, 0, 0, 0] += 5.25
+    changed[0, 0, 0, 0] += 5.25 if spell.op != "ternarize" else 1e6  # it moves the threshold
     with torch.no_grad():
         torch.manual_seed(0)
         y = module(x)
@@ -164,7 +177,7 @@ def test_an_op_keeps_the_shape_and_is_elementwise_as_its_line_says(spell: Spell)
     difference[0, 0, 0, 0] = 0
     if op.elementwise:
         assert not difference.any()
-    elif op.keeps_shape:
+    elif op.keeps_shape and not threshold_given(spell):
         assert difference.any()
 
 
@@ -441,3 +454,51 @@ def test_heaviside_stays_one_node_through_every_trace_and_a_pickle() -> None:
         assert spelling.op.name == "heaviside"
     x = torch.tensor([-1.0, 0.0, 2.0])
     assert second(x).tolist() == [0.0, 0.5, 1.0]
+
+
+# --- binarize and ternarize ---
+
+
+def binary(x: float) -> float:
+    return x if math.isnan(x) else 1.0 if x >= 0 else -1.0
+
+
+def ternary(x: float, threshold: float) -> float:
+    return x if math.isnan(x) else 1.0 if x > threshold else -1.0 if x < -threshold else 0.0
+
+
+@given(st.lists(st.floats(width=16) | st.just(0.0), max_size=5), st.sampled_from(FLOATS))
+def test_binarize_has_two_values(values: list[float], dtype: torch.dtype) -> None:
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)
+    expected = torch.tensor([binary(v) for v in x.tolist()]).to(dtype)
+    torch.testing.assert_close(binarize(x), expected, rtol=0, atol=0, equal_nan=True)
+
+
+@given(
+    st.lists(st.floats(width=16) | st.just(0.0), max_size=5),
+    st.sampled_from([0.0, 0.05, 1.0]),
+    st.sampled_from(FLOATS),
+)
+def test_ternarize_has_three_values(
+    values: list[float], threshold: float, dtype: torch.dtype
+) -> None:
+    x = torch.tensor(values, dtype=torch.float64).to(dtype)
+    limit = torch.tensor(threshold, dtype=dtype).item()
+    expected = torch.tensor([ternary(v, limit) for v in x.tolist()]).to(dtype)
+    torch.testing.assert_close(ternarize(x, threshold), expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_ternarize_has_the_threshold_of_ternary_weight_networks() -> None:
+    x = torch.tensor([[-4.0, 1.0], [1.5, 0.5]])  # mean of the sizes: 1.75
+    assert ternarize(x).tolist() == [[-1.0, 0.0], [1.0, 0.0]]
+    large = torch.full((1000, 1000), 6e4, dtype=torch.float16)
+    assert torch.equal(ternarize(large), torch.ones_like(large))
+
+
+@pytest.mark.parametrize("function", [binarize, ternarize])
+def test_a_quantizer_s_own_derivative_is_zero(function: Callable[[Tensor], Tensor]) -> None:
+    x = torch.tensor([-1.0, 0.0, 2.0, math.inf], requires_grad=True)
+    (grad,) = torch.autograd.grad(function(x).sum(), x)
+    assert torch.equal(grad, torch.zeros(4))
+    rows = torch.randn(3, 4)
+    assert torch.equal(torch.vmap(function)(rows), torch.stack([function(r) for r in rows]))

@@ -25,7 +25,16 @@ from torch._ops import OpOverload
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["GROUPS", "OPS", "Op", "Spelling", "heaviside", "recognise"]
+__all__ = [
+    "GROUPS",
+    "OPS",
+    "Op",
+    "Spelling",
+    "binarize",
+    "heaviside",
+    "recognise",
+    "ternarize",
+]
 
 
 @dataclass(frozen=True)
@@ -82,11 +91,58 @@ def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
     return torch.where(x.isnan(), x, step)
 
 
-# An operator, so that Dynamo and torch.export keep it whole and it can be recognised in their graphs; a composite one,
-# so that autograd, vmap and Inductor see through it.
+def binarize(x: Tensor) -> Tensor:
+    """Return 1 where x ≥ 0, −1 where x < 0, and NaN where x is NaN.
+
+    Formula: sign(x) with sign(0) = 1, in the shape and dtype of `x`; its own derivative is zero.
+
+    Source: Hubara et al. 2016, arXiv:1602.02830; larq SteSign, Brevitas BinaryQuant. (`torch.sign` maps 0 to 0, so that
+    a weight could take three values.)
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(binarize, (x,), x)
+    return torch.ops.freegrad_fx.binarize(x)  # type: ignore[no-any-return]
+
+
+def _binarize(x: Tensor) -> Tensor:
+    return torch.where(x.isnan(), x, torch.where(x >= 0, 1, -1).to(x.dtype))
+
+
+def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
+    """Return 1 where x > threshold, −1 where x < −threshold, 0 between, and NaN where x is NaN.
+
+    Formula: sign(x)·1[|x| > Δ], in the shape and dtype of `x`; its own derivative is zero.
+
+    Args:
+        x: Any tensor of floating point numbers.
+        threshold: Δ; by default 0.7·mean|x| over the whole tensor.
+
+    Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which has |x| ≥ Δ, and 0.05 for
+    Δ unless it is told otherwise.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(ternarize, (x,), x, threshold=threshold)
+    return torch.ops.freegrad_fx.ternarize(x, threshold)  # type: ignore[no-any-return]
+
+
+def _ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
+    size = x.detach().abs()
+    # in float32 at least: the sum over a large tensor overflows float16
+    wide = torch.promote_types(x.dtype, torch.float32)
+    limit = 0.7 * size.mean(dtype=wide) if threshold is None else threshold
+    return torch.where(x.isnan(), x, torch.where(size > limit, x.detach().sign(), 0).to(x.dtype))
+
+
+# Operators, so that Dynamo and torch.export keep them whole and they can be recognised in their graphs; composite ones,
+# so that autograd, vmap and Inductor see through them.
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
-_library.define("heaviside(Tensor self, float value_at_zero=0.0) -> Tensor")
-_library.impl("heaviside", _heaviside, "CompositeImplicitAutograd")
+for _schema, _implementation in {
+    "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": _heaviside,
+    "binarize(Tensor self) -> Tensor": _binarize,
+    "ternarize(Tensor self, float? threshold=None) -> Tensor": _ternarize,
+}.items():
+    _library.define(_schema)
+    _library.impl(_schema.partition("(")[0], _implementation, "CompositeImplicitAutograd")
 
 _FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, torch._C._nn)
 _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)
@@ -172,6 +228,8 @@ _TABLE = (
     ),
     _op("softmin", nn.Softmin, group=_S, elementwise=False, needs_more=True),
     _op("sign", group=_Q, also="sgn"),
+    _op("binarize", group=_Q, functions=(binarize,)),
+    _op("ternarize", group=_Q, functions=(ternarize,), elementwise=False),
     _op("round", group=_Q),
     _op("floor", group=_Q),
     _op("ceil", group=_Q),
