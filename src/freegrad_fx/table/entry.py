@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -62,18 +63,25 @@ class Entry:
         fields = self.sites.fields()
         op = fields.pop("op", None)
         given = [repr(op)] if op is not None else []
-        given += [f"{name}={_field(value)}" for name, value in fields.items()]
-        given += [f"forward={shown(self.forward)}"] if self.forward is not None else []
+        given += [f"{name}={_source(value)}" for name, value in fields.items()]
+        given += [f"forward={_source(self.forward)}"] if self.forward is not None else []
         return f"on({', '.join(given)}).backward({_backward(self.rules)})"
 
 
-def _field(value: Any) -> str:
+def _source(value: Any) -> str:
+    """A value as Python code, where there is such."""
     if isinstance(value, list):
-        return f"[{', '.join(map(_field, value))}]"
+        return f"[{', '.join(map(_source, value))}]"
     if isinstance(value, slice):
         step = "" if value.step == 1 else f", {value.step}"
         return f"slice({value.start}, {value.stop}{step})"
+    if isinstance(value, float) and math.isinf(value):
+        return f"float('{value}')"
     return shown(value)
+
+
+def _values(rule: Rule) -> list[str]:
+    return [f"{name}={_source(value)}" for name, value in rule.bound.items()]
 
 
 def _backward(rules: tuple[Rule, ...] | None) -> str:
@@ -82,13 +90,12 @@ def _backward(rules: tuple[Rule, ...] | None) -> str:
     if len(rules) > 1:
         return f"compose({', '.join(map(_part, rules))})"
     (rule,) = rules
-    return ", ".join([repr(rule.name), *(f"{k}={shown(v)}" for k, v in rule.bound.items())])
+    return ", ".join([repr(rule.name), *_values(rule)])
 
 
 def _part(rule: Rule) -> str:
     """A rule so that it evaluates without the module that holds it."""
-    values = ", ".join(f"{name}={shown(value)}" for name, value in rule.bound.items())
-    return f"get({rule.name!r})({values})" if values else repr(rule.name)
+    return f"get({rule.name!r})({', '.join(_values(rule))})" if rule.bound else repr(rule.name)
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from ..activations import GROUPS, OPS
 from ..errors import TableError, unknown
 from ..sites import Located, Site
 
-__all__ = ["Calls", "Names", "Selector", "Types", "class_name", "imported"]
+__all__ = ["Calls", "Names", "Selector", "Types", "brief", "call_text", "class_name", "imported"]
 
 Class: TypeAlias = type[Any]
 Names: TypeAlias = "str | list[str] | tuple[str, ...]"
@@ -63,7 +63,7 @@ class Selector:
     ) -> Selector:
         """Read the fields as a user gives them. Raises `TableError` for what no field can be."""
         if where is not None and not callable(where):
-            raise TableError(f"where is a function of a Site, got {_brief(where)}")
+            raise TableError(f"where is a function of a Site, got {brief(where)}")
         return cls(
             _read_ops(op, by_type=type is not None, by_parameter=parameter is not None),
             _several("module", module, _read_pattern),
@@ -157,7 +157,7 @@ class Selector:
         types = "|".join(t if isinstance(t, str) else t.__name__ for t in self.type)
         parts += [types if self.by_class else f"type={types}"] if types else []
         parts += [
-            f"{name}={'|'.join(map(_call_text, values))}"
+            f"{name}={'|'.join(map(call_text, values))}"
             for name, values in (
                 ("module", self.module),
                 ("parameter", self.parameter),
@@ -213,14 +213,14 @@ def _read_op(field: str, op: Any) -> str:
     remedy = "Patterns for paths go into `module`, names of parameters into `parameter`."
     if isinstance(op, type):
         remedy = f"A class goes into `type`: on(type={op.__name__})."
-    name = op if isinstance(op, str) else _brief(op)
+    name = op if isinstance(op, str) else brief(op)
     raise TableError(unknown("op or group", name, OP_NAMES, remedy))
 
 
 def _read_pattern(field: str, pattern: Any) -> str:
     if not isinstance(pattern, str):
         raise TableError(
-            f"{field} is a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {_brief(pattern)}"
+            f"{field} is a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {brief(pattern)}"
         )
     if pattern.startswith("re:"):
         try:
@@ -256,7 +256,7 @@ def _read_type(field: str, kind: Any) -> str | Class:
         return _read_type_name(kind)
     if inspect.isclass(kind) and issubclass(kind, nn.Module | torch.autograd.Function):
         return kind
-    raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {_brief(kind)}")
+    raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {brief(kind)}")
 
 
 def _read_type_name(name: str) -> str:
@@ -278,25 +278,25 @@ def _read_call(field: str, call: Any) -> int | slice:
         _refuse_negative(call)
         return call
     if not isinstance(call, slice):
-        raise TableError(f"{_FORM_OF_A_CALL}, got {_brief(call)}")
+        raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
     for bound in (call.start, call.stop, call.step):
         if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool)):
-            raise TableError(f"{_FORM_OF_A_CALL}, got {_brief(call)}")
+            raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
         _refuse_negative(bound or 0)
     if call.step == 0:
-        raise TableError(f"the step of a slice of calls is 1 or more, got {_brief(call)}")
+        raise TableError(f"the step of a slice of calls is 1 or more, got {brief(call)}")
     return slice(call.start or 0, call.stop, call.step or 1)
 
 
 def _refuse_negative(index: int) -> None:
     if index < 0:
         raise TableError(
-            f"{_FORM_OF_A_CALL}, got {_brief(index)}; calls are counted from the first, as the number of them is not "
+            f"{_FORM_OF_A_CALL}, got {brief(index)}; calls are counted from the first, as the number of them is not "
             f"known when the table is made"
         )
 
 
-def _brief(value: Any) -> str:
+def brief(value: Any) -> str:
     """A value in an error: on one line, and never an error itself."""
     try:
         text = f"{value.__name__}()" if inspect.isroutine(value) else repr(value)
@@ -339,7 +339,8 @@ def _is_call(wanted: int | slice, index: int) -> bool:
     return index in range(wanted.start, stop, wanted.step)
 
 
-def _call_text(call: Any) -> str:
+def call_text(call: Any) -> str:
+    """A slice as people write it, ``1:3``; anything else as it is."""
     if not isinstance(call, slice):
         return str(call)
     step = "" if call.step == 1 else f":{call.step}"

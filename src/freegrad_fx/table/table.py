@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import math
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeAlias, overload
 
 import torch
@@ -13,12 +16,16 @@ from ..activations import GROUPS
 from ..errors import TableError, unknown
 from ..rules.rule import RuleLike
 from ..sites import Located
+from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .selector import ALL, OP_NAMES, PARAMETERS, Selector
+from .toml import dumps, entry_place, loads
 
 __all__ = ["RuleTable", "RulesLike"]
 
-RulesLike: TypeAlias = "RuleLike | Mapping[str | type[Any], RuleLike | None] | RuleTable"
+RulesLike: TypeAlias = (
+    "RuleLike | Mapping[str | type[Any], RuleLike | None] | RuleTable | os.PathLike[str]"
+)
 
 
 @dataclass(frozen=True)
@@ -70,14 +77,18 @@ class RuleTable:
             rules: A rule name, a `Rule` or a composition (given to the group ``"activations"``), or a dict from op
                 names, classes (of modules or of autograd.Functions), groups, ``"params"`` and ``"all"`` to rules.
                 Classes come before ops, ops before groups, groups before ``"all"``; a rule None keeps the native
-                backward. Or a table, which is returned.
+                backward. Or the path of a TOML file, see `from_toml`; as text it ends in ``.toml``. Or a table, which
+                is returned.
 
         Raises:
-            TableError: A key is no op, group or class.
+            TableError: A key is no op, group or class; or the file is no table.
             RuleError: A rule is unknown, or a parameter of it has no value.
+            OSError: The file cannot be read.
         """
         if isinstance(rules, RuleTable):
             return rules
+        if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
+            return cls.from_toml(rules)
         if isinstance(rules, Mapping):
             ordered = sorted(rules.items(), key=lambda item: _specificity(item[0]))
             return cls(Entry.of(_selector(key), rule) for key, rule in ordered)
@@ -87,6 +98,64 @@ class RuleTable:
                 "freegrad_fx.rules.available() lists the names."
             )
         return cls([Entry.of(_selector("activations"), rules)])
+
+    @classmethod
+    def from_toml(cls, source: str | os.PathLike[str], *, allow_imports: bool = False) -> RuleTable:
+        """Read a table that is written in TOML.
+
+        Args:
+            source: A path, as text one that ends in ``.toml``; or TOML text.
+            allow_imports: Import the rules and forwards that are named ``package.module:name``. Importing a module runs
+                its code: do so where you trust the table.
+
+        Raises:
+            TableError: It is no TOML, or no table. The message says the file, the entry, its line, what is wrong and
+                which names are valid.
+            OSError: The file cannot be read.
+        """
+        where = ""
+        try:
+            if isinstance(source, os.PathLike) or _is_path(source):
+                where = f"{os.fspath(source)}: "
+                text = Path(source).read_bytes().decode("utf-8-sig")
+            else:
+                text = source
+            return cls(load_table(loads(text), allow_imports, entry_place(text)))
+        except UnicodeDecodeError as error:
+            raise TableError(f"{where}it is not UTF-8 text: {error}") from error
+        except TableError as error:
+            raise TableError(f"{where}{error}") from error
+
+    def to_toml(self) -> str:
+        """The table as TOML text, which `from_toml` reads back to an equal table.
+
+        A rule of one's own is written as ``package.module:name``, so that reading it needs ``allow_imports=True``.
+
+        Raises:
+            TableError: An entry cannot be written: it has a `where`, a tensor, or something that cannot be imported.
+        """
+        return dumps(dump_table(self.entries))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], *, allow_imports: bool = False) -> RuleTable:
+        """Read a table from plain data of the same shape as in TOML.
+
+        Args:
+            data: What `to_dict` returns.
+            allow_imports: See `from_toml`.
+
+        Raises:
+            TableError: It is no table.
+        """
+        return cls(load_table(data, allow_imports))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The table as plain data that can be written as JSON; an infinite number is the text ``"inf"``.
+
+        Raises:
+            TableError: As for `to_toml`.
+        """
+        return _as_json(dump_table(self.entries))  # type: ignore[no-any-return]
 
     @property
     def wants_parameters(self) -> bool:
@@ -129,6 +198,19 @@ class RuleTable:
     def __repr__(self) -> str:
         lines = "".join(f"    {entry!r},\n" for entry in self.entries)
         return f"RuleTable([\n{lines}])" if lines else "RuleTable()"
+
+
+def _is_path(source: str) -> bool:
+    return isinstance(source, str) and source.endswith(".toml") and "\n" not in source
+
+
+def _as_json(value: Any) -> Any:
+    """JSON has no infinity."""
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_as_json(item) for item in value]
+    return str(value) if isinstance(value, float) and math.isinf(value) else value
 
 
 def _specificity(key: Any) -> int:

@@ -1,0 +1,283 @@
+"""Tables as plain data, as they stand in a file, and back. Knows no file format.
+
+{"version": 1, "rule": [{"op": "relu", "backward": "rectangular", "params": {"a": -1.0, "b": 1.0}}]}
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from functools import reduce
+from typing import Any
+
+from torch import Tensor
+
+from ..errors import PlanError, RuleError, TableError, unknown
+from ..rules.rule import NATIVE, Forward, Parameter, Rule, RuleLike, available, compose, get
+from .entry import Entry, on
+from .selector import brief, call_text
+
+__all__ = ["dump_table", "load_table"]
+
+VERSION = 1
+
+_SELECTING = ("op", "module", "type", "parameter", "call")
+_FIELDS = (*_SELECTING, "forward", "backward", "params")
+
+
+# --- reading ---
+
+
+def load_table(
+    data: Any, allow_imports: bool, place: Callable[[int], str] = "entry {}".format
+) -> list[Entry]:
+    """Read the entries of a table.
+
+    Args:
+        data: The table.
+        allow_imports: Whether what is named ``package.module:name`` may be imported.
+        place: What an error calls the entry of a number, counted from 1.
+
+    Raises:
+        TableError: It is no table; the message says which entry is wrong, and how.
+    """
+    if not isinstance(data, Mapping):
+        raise TableError(f"a table is a dict, got {brief(data)}")
+    _refuse_unknown("key", data, ("version", "rule"))
+    version = data.get("version", VERSION)
+    if type(version) is not int or version != VERSION:
+        raise TableError(f"this release reads tables of version {VERSION}, got {brief(version)}")
+    given = data.get("rule", [])
+    if not isinstance(given, list | tuple):
+        raise TableError(f"the entries are a list, each under a head [[rule]], got {brief(given)}")
+    entries = []
+    for number, entry in enumerate(given, start=1):
+        try:
+            entries.append(_load_entry(entry, allow_imports))
+        except (PlanError, RuleError, TypeError) as error:
+            raise TableError(f"{place(number)}: {error}") from error
+    return entries
+
+
+def _refuse_unknown(kind: str, data: Mapping[Any, Any], valid: Iterable[str]) -> None:
+    for key in data:
+        if key not in valid:
+            raise TableError(unknown(kind, key, valid))
+
+
+def _load_entry(data: Any, allow_imports: bool) -> Entry:
+    if not isinstance(data, Mapping):
+        raise TableError(f"an entry is a table of fields, got {brief(data)}")
+    _refuse_unknown("field", data, _FIELDS)
+    fields = {name: data[name] for name in _SELECTING if name in data}
+    if "call" in fields:
+        calls = fields["call"]
+        fields["call"] = [*map(_load_call, calls)] if isinstance(calls, list) else _load_call(calls)
+    if "backward" not in data:
+        raise TableError(f"it has no backward; to keep the native one, backward = {NATIVE!r}")
+    forward = _load_forward(data.get("forward"), allow_imports)
+    rule = _load_backward(data["backward"], data.get("params"), allow_imports)
+    return on(**fields, forward=forward).backward(rule)
+
+
+def _load_call(call: Any) -> Any:
+    """A slice is a text, ``"1:3"``."""
+    if not isinstance(call, str):
+        return call
+    if not re.fullmatch(r"(\d{0,9}:){1,2}\d{0,9}", call):
+        raise TableError(f"call is an index or a slice of indices ('1:3'), got {brief(call)}")
+    return slice(*(int(bound) if bound else None for bound in call.split(":")))
+
+
+def _load_forward(forward: Any, allow_imports: bool) -> Forward | None:
+    if isinstance(forward, str) and ":" in forward:
+        found = _load_reference(forward, allow_imports)
+        if not callable(found):
+            raise TableError(f"forward {forward!r} is no function, but {brief(found)}")
+        return found  # type: ignore[no-any-return]
+    if forward is not None and not isinstance(forward, str):
+        raise TableError(
+            f"forward is the name of an op or a function 'package.module:name', got {brief(forward)}"
+        )
+    return forward
+
+
+def _load_backward(backward: Any, parameters: Any, allow_imports: bool) -> RuleLike | None:
+    """A rule's name with its parameters beside it, or a list of rules, each with its own."""
+    if isinstance(backward, list | tuple):
+        if parameters is not None:
+            raise TableError(
+                'params are for one rule. In a list each has its own: backward = [{ rule = "scale", s = 2.0 }, "noise"]'
+            )
+        return compose(*(_load_part(part, allow_imports) for part in backward))
+    if not isinstance(backward, str):
+        raise TableError(
+            f"backward is a rule's name, a list of rules, or {NATIVE!r}, got {brief(backward)}"
+        )
+    if backward != NATIVE:
+        return _load_rule(backward, {} if parameters is None else parameters, allow_imports)
+    if parameters is not None:
+        raise TableError("the native backward takes no params")
+    return None
+
+
+def _load_part(part: Any, allow_imports: bool) -> Rule:
+    if isinstance(part, str):
+        return _load_rule(part, {}, allow_imports)
+    if not isinstance(part, Mapping) or not isinstance(part.get("rule"), str):
+        raise TableError(
+            f'a part of a composition is a rule\'s name, or {{ rule = "scale", s = 2.0 }}, got {brief(part)}'
+        )
+    values = {name: value for name, value in part.items() if name != "rule"}
+    return _load_rule(part["rule"], values, allow_imports)
+
+
+def _load_rule(name: str, values: Any, allow_imports: bool) -> Rule:
+    if not isinstance(values, Mapping):
+        raise TableError(f"params is a table of the rule's parameters, got {brief(values)}")
+    rule = _load_reference(name, allow_imports) if _is_reference(name) else get(name)
+    if not isinstance(rule, Rule):
+        raise TableError(f"{name!r} is no Rule, but {brief(rule)}")
+    declared = rule.parameters
+    _refuse_unknown(f"parameter of rule {rule.name!r}:", values, declared)
+    return rule(**{name: _load_value(declared[name], value) for name, value in values.items()})
+
+
+def _is_reference(name: str) -> bool:
+    return ":" in name and name not in available()
+
+
+def _load_value(parameter: Parameter, value: Any) -> Any:
+    """What plain data cannot tell apart, the annotation of the parameter does."""
+    types = parameter.types or (type(parameter.default),)
+    if isinstance(value, list) and tuple in types and list not in types:
+        return tuple(value)
+    if value in ("inf", "-inf") and float in types and str not in types:
+        return float(value)
+    return value
+
+
+def _load_reference(name: str, allow_imports: bool) -> Any:
+    """Import what ``package.module:name`` names."""
+    if not allow_imports:
+        raise TableError(
+            f"{name!r} would have to be imported, which runs its code; where you trust the table, "
+            f"RuleTable.from_toml(..., allow_imports=True)"
+        )
+    module, _, qualname = name.partition(":")
+    try:
+        return reduce(getattr, qualname.split("."), importlib.import_module(module))
+    except Exception as error:  # whatever the module does when it is imported
+        raise TableError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+# --- writing ---
+
+
+def dump_table(entries: Iterable[Entry]) -> dict[str, Any]:
+    """Write entries as a table of dicts, lists, text, numbers and truth values.
+
+    Raises:
+        TableError: An entry has something in it that is no plain data; the message says which and what.
+    """
+    return {
+        "version": VERSION,
+        "rule": [_dump(number, entry) for number, entry in enumerate(entries, start=1)],
+    }
+
+
+class _NotPlainError(Exception):
+    """What cannot be written, and what to do."""
+
+
+def _dump(number: int, entry: Entry) -> dict[str, Any]:
+    try:
+        data = _dump_entry(entry)
+        (again,) = load_table({"rule": [data]}, allow_imports=True)
+        if again != entry:
+            raise _NotPlainError("a parameter's annotation does not tell which type its value has")
+        return data
+    except (_NotPlainError, TableError) as error:
+        raise TableError(
+            f"entry {number} ({entry.selector}) cannot be written as plain data: {error}"
+        ) from None
+
+
+def _dump_entry(entry: Entry) -> dict[str, Any]:
+    fields = entry.sites.fields()
+    if "where" in fields:
+        raise _NotPlainError("`where` is a function; say it with module, type, parameter or call")
+    for kind in _as_list(fields.get("type")):
+        if isinstance(kind, type):
+            raise _NotPlainError(
+                f"no name leads to the class {kind.__name__}; define it in a module"
+            )
+    if "call" in fields:
+        calls = [call_text(c) if isinstance(c, slice) else c for c in _as_list(fields["call"])]
+        fields["call"] = calls if isinstance(fields["call"], list) else calls[0]
+    if entry.forward is not None:
+        known = isinstance(entry.forward, str)
+        fields["forward"] = entry.forward if known else _reference(entry.forward, "the forward")
+    if entry.rules is None:
+        return {**fields, "backward": NATIVE}
+    if len(entry.rules) > 1:
+        return {**fields, "backward": [_dump_part(rule) for rule in entry.rules]}
+    (rule,) = entry.rules
+    values = _dump_values(rule)
+    return {**fields, "backward": _rule_name(rule), **({"params": values} if values else {})}
+
+
+def _dump_part(rule: Rule) -> str | dict[str, Any]:
+    values = _dump_values(rule)
+    return {"rule": _rule_name(rule), **values} if values else _rule_name(rule)
+
+
+def _dump_values(rule: Rule) -> dict[str, Any]:
+    defaults = rule.defaults
+    return {
+        name: _dump_value(rule, name, value)
+        for name, value in rule.bound.items()
+        if not (value is None and defaults.get(name, ...) is None)  # no file format has a None
+    }
+
+
+def _dump_value(rule: Rule, name: str, value: Any) -> Any:
+    if isinstance(value, list | tuple):
+        return [_dump_value(rule, name, item) for item in value]
+    if type(value) in (bool, int, float, str):
+        return value
+    kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
+    raise _NotPlainError(f"the parameter {name!r} of rule {rule.name!r} is a {kind}")
+
+
+def _rule_name(rule: Rule) -> str:
+    """The name of a built-in rule; where a rule of the user's can be imported from."""
+    module = rule.function.__module__
+    if module.partition(".")[0] == __name__.partition(".")[0]:
+        return rule.name
+    for name, value in vars(sys.modules.get(module, object)).items():
+        if module != "__main__" and isinstance(value, Rule) and value.function is rule.function:
+            return f"{module}:{name}"
+    raise _NotPlainError(
+        f"rule {rule.name!r} cannot be imported; define it at the top level of a module"
+    )
+
+
+def _reference(function: Any, what: str) -> str:
+    module = getattr(function, "__module__", None) or "__main__"  # of a builtin it is None
+    name = getattr(function, "__qualname__", "")
+    try:
+        if (
+            module != "__main__"
+            and reduce(getattr, name.split("."), sys.modules[module]) is function
+        ):
+            return f"{module}:{name}"
+    except (KeyError, AttributeError):
+        pass
+    raise _NotPlainError(f"{what} cannot be imported; define it at the top level of a module")
+
+
+def _as_list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [] if value is None else [value]

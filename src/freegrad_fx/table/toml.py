@@ -1,0 +1,80 @@
+"""TOML text ↔ plain data. Python reads TOML itself; what is written here are the tables of this package, no more.
+
+Knows nothing of rules.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..errors import TableError
+
+__all__ = ["dumps", "entry_place", "loads"]
+
+
+def loads(text: str) -> dict[str, Any]:
+    """Read TOML.
+
+    Raises:
+        TableError: It is no TOML; the message says in which line.
+    """
+    try:
+        return tomllib.loads(text)
+    except RecursionError:
+        raise TableError("it is nested too deeply") from None
+    except ValueError as error:  # tomllib's own, and those of numbers with too many digits
+        raise TableError(f"it is no TOML: {error}") from error
+
+
+def entry_place(text: str) -> Callable[[int], str]:
+    """What to call the entries of a text: by number, and by line where the heads are all to be seen."""
+    heads = [
+        n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*rule\s*]]", line)
+    ]
+
+    def place(number: int) -> str:
+        return (
+            f"entry {number} (line {heads[number - 1]})"
+            if number <= len(heads)
+            else f"entry {number}"
+        )
+
+    return place
+
+
+def dumps(table: Mapping[str, Any]) -> str:
+    """Write a table: values at the top, then an array of tables under each key that has a list."""
+    lines = [f"{_key(k)} = {_value(v)}" for k, v in table.items() if not isinstance(v, list)]
+    for key, entries in table.items():
+        for entry in entries if isinstance(entries, list) else ():
+            lines += ["", f"[[{_key(key)}]]"]
+            lines += [f"{_key(name)} = {_value(value)}" for name, value in entry.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, str):
+        return f'"{_escaped(value)}"'
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return f"[{', '.join(map(_value, value))}]"
+    if isinstance(value, Mapping):
+        return f"{{ {', '.join(f'{_key(k)} = {_value(v)}' for k, v in value.items())} }}"
+    return repr(value)  # Python writes its numbers as TOML does
+
+
+def _key(key: str) -> str:
+    return key if re.fullmatch(r"[A-Za-z0-9_-]+", key) else f'"{_escaped(key)}"'
+
+
+_ESCAPES = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\t": "\\t", "\r": "\\r"}
+
+
+def _escaped(text: str) -> str:
+    return "".join(
+        _ESCAPES.get(c) or (f"\\u{ord(c):04x}" if ord(c) < 32 or ord(c) == 127 else c) for c in text
+    )
