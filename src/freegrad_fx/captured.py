@@ -154,6 +154,8 @@ class CapturedModule(fx.GraphModule):
         self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
+        # The call that GraphModule wraps around its own handles errors in a way that torch.compile cannot trace
+        del type(self).__call__
         specialised = self.__dict__.get(SPECIALISED, {})
         if len(forwards) == 1 and not guard and not specialised:
             type(self).forward = forwards[0]
@@ -196,6 +198,12 @@ class CapturedModule(fx.GraphModule):
 
     def _copied_variants(self) -> tuple[Variant, ...]:
         return tuple(Variant(dict(v.flags), copy_graph(v.graph)) for v in self._variants)
+
+    def __prepare_scriptable__(self) -> Any:
+        raise RuntimeError(
+            f"torch.jit.script cannot take {type(self).__name__}, which freegrad_fx captured: TorchScript has no "
+            f"custom backward. Script the original model: it computes the same values, with the same parameters."
+        )
 
     def _replicate_for_data_parallel(self) -> CapturedModule:
         new = self.__copy__()

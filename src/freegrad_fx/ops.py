@@ -31,6 +31,7 @@ from torch.overrides import (
 )
 
 from .errors import CaptureError, RuleError
+from .hazards import records_forward_alone, refuse_compiled_transform
 from .rules.rule import Rule, get
 
 __all__ = [
@@ -91,25 +92,12 @@ def decoupled(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
         )
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
-    if not torch.is_grad_enabled():
+    if records_forward_alone() or not torch.is_grad_enabled():
         return y
-    if torch.compiler.is_compiling() and _in_functorch():
-        raise RuntimeError(
-            "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
-            "Compile without fullgraph=True (this part then runs uncompiled), or do not compile it."
-        )
+    refuse_compiled_transform()
     found = get(rule)
-    parameters = {**found.bound, **parameters}
+    parameters = {**dict(found.values), **parameters}
     return _Decoupled.apply(y, x, found, site, tuple(parameters), *parameters.values())  # type: ignore[no-any-return, no-untyped-call]
-
-
-def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# Dynamo calls it while it traces, and takes the answer for a constant. (torch.compiler.assume_constant_result does the
-# same, and imports the whole compiler.)
-_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 class _Decoupled(torch.autograd.Function):
@@ -300,7 +288,7 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     """
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
-    return function_of(function).apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+    return function_of(function).apply(*args, **kwargs)
 
 
 def apply_forward(x: Tensor, function: str, /, **parameters: Any) -> Tensor:

@@ -24,7 +24,7 @@ from torch.overrides import has_torch_function
 from torch.utils import _pytree as pytree
 
 from ..captured import KEYWORD_ONLY, SPECIALISED, Variant
-from ..errors import CaptureError
+from ..errors import CaptureError, FreegradWarning
 from ..provenance import META, Origin
 from ..serialise import LOCK, keywords_as_names
 from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks, python_state_changed
@@ -341,6 +341,7 @@ def _export(
                 noted_assignments(root) as assigned,
             ):
                 warnings.simplefilter("ignore")
+                warnings.simplefilter("error", FreegradWarning)
                 program = torch.export.export(
                     root, args, kwargs, dynamic_shapes=attempt, strict=False
                 )
@@ -349,6 +350,11 @@ def _export(
             return program
         except CaptureError:
             raise
+        except FreegradWarning as warning:
+            raise CaptureError(
+                f"a part of {type(root).__name__} has backward rules already, which torch.export drops. Transform the "
+                f"model without example_inputs: symbolic tracing keeps them; or transform the original parts at once."
+            ) from warning
         except Exception as error:
             failure = error
     first = str(failure).strip().partition("\n")[0]

@@ -121,6 +121,7 @@ class Rule:
         sites: The kinds of sites that it can serve: ``"activation"``, ``"parameter"``.
         sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
             ``sparse=True``.
+        values: `bound` once more, as pairs: inside `torch.func.functional_call`, torch.compile reads no mapping proxy.
 
     Example:
         >>> import freegrad_fx as fg
@@ -139,6 +140,10 @@ class Rule:
     requires: tuple[Constraint, ...] = ()
     sites: tuple[str, ...] = KINDS
     sparse: bool = False
+    values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "values", tuple(self.bound.items()))
 
     @property
     def formula(self) -> str:

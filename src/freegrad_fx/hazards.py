@@ -1,0 +1,66 @@
+"""Where PyTorch would drop a rule without a word: who records a forward now, and leaves its backward out.
+
+Knows nothing of rules and graphs.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
+
+from .errors import FreegradWarning
+
+__all__ = ["records_forward_alone", "refuse_compiled_transform"]
+
+
+def records_forward_alone() -> bool:
+    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call; it warns if so.
+
+    `make_fx` is warned of too, but records the rules where the gradients are computed inside the traced function.
+    """
+    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+        warnings.warn(
+            "the backward rules of this model stay behind: torch.export, torch.onnx.export and torch.jit.trace "
+            "record the forward alone. What they make computes the same values, and is for inference: trained, it "
+            "would pass no gradient where a rule stood. Train the transformed model itself, and save it with "
+            "torch.save; export the original model where there is nothing to train.",
+            FreegradWarning,
+            stacklevel=3,
+        )
+        return True
+    if get_proxy_mode() is not None and not _functionalised():
+        warnings.warn(
+            "make_fx records the forward of a model with backward rules. The rules are in its graph only if the "
+            "gradients, too, are computed inside the function that it traces: make_fx(lambda p, x: "
+            "torch.autograd.grad(loss(p, x), p)).",
+            FreegradWarning,
+            stacklevel=3,
+        )
+    return False
+
+
+def _functionalised() -> bool:
+    """Whether AOTAutograd traces, which records the backward too."""
+    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
+
+
+def refuse_compiled_transform() -> None:
+    """Raise `RuntimeError` if a transform of `torch.func` is being compiled: the compiler would drop the rule."""
+    if torch.compiler.is_compiling() and _in_functorch():
+        raise RuntimeError(
+            "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
+            "Do not compile the transform: put @torch.compiler.disable on the function that calls it, or compile "
+            "without fullgraph=True, which then runs this part uncompiled."
+        )
+
+
+def _in_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+# Dynamo calls them while it traces, and takes the answer for a constant. (torch.compiler.assume_constant_result does
+# the same, and imports the whole compiler.)
+records_forward_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
