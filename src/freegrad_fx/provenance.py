@@ -14,7 +14,7 @@ from types import CodeType, FrameType, TracebackType
 import torch
 from torch import fx
 
-__all__ = ["META", "Origin", "caller", "innermost", "is_users", "origin"]
+__all__ = ["META", "Origin", "caller", "innermost", "is_users", "is_users_file", "origin"]
 
 META = "freegrad_fx"
 """The key of this package's entry in ``node.meta``."""
@@ -51,7 +51,12 @@ def origin(node: fx.Node) -> Origin:
 @functools.lru_cache(maxsize=4096)
 def is_users(code: CodeType) -> bool:
     """Whether code is neither PyTorch's nor ours."""
-    return not code.co_filename.startswith(_OURS)
+    return is_users_file(code.co_filename)
+
+
+def is_users_file(name: str) -> bool:
+    """Whether a file is neither PyTorch's nor ours."""
+    return not name.startswith(_OURS)
 
 
 def caller() -> str:
