@@ -135,6 +135,9 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> Any:
         """Generate `forward` anew from the graphs."""
+        if "forward" in vars(type(self)):
+            # Compiled code trusts the class of a module that it calls to stay as it is: a new graph needs a new class
+            self.__class__ = _renewed(type(self))
         forwards, codes, specs = [], [], []
         result: Any = None
         for index, variant in enumerate(self._variants):
@@ -230,6 +233,12 @@ def _check_names(root: nn.Module) -> None:
             f"{type(root).__name__} has members named {', '.join(clashes)}, which torch.fx.GraphModule needs for "
             f"itself. Rename them, or transform a module that holds the model: nn.Sequential(model)."
         )
+
+
+def _renewed(kind: type[CapturedModule]) -> Any:
+    """A class that is another one, and the same."""
+    own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
+    return types.new_class(kind.__name__, kind.__bases__, exec_body=lambda names: names.update(own))
 
 
 def _blank(model_class: type[nn.Module] | None, class_name: str) -> CapturedModule:

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import importlib
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
 
@@ -30,6 +30,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
+from .context import ambient_rules, explicit_rules_act
 from .errors import CaptureError, RuleError
 from .hazards import records_forward_alone, refuse_compiled_transform
 from .rules.rule import Rule, get
@@ -41,6 +42,7 @@ __all__ = [
     "decoupled",
     "function_key",
     "function_of",
+    "kept",
     "require_frozen",
     "require_open",
     "require_specialised",
@@ -49,21 +51,52 @@ __all__ = [
 ]
 
 
-def stop_gradient(x: Tensor) -> Tensor:
+def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
     """Return the values of `x`, cut from its autograd graph; the memory is shared.
 
     Formula: forward x, backward 0.
 
     Where gradients are disabled it is `x` itself: some kernels ask whether a weight requires a gradient even then.
+
+    Args:
+        x: Any tensor.
+        ambient: As for `decoupled`; where no rule acts, `x` itself is returned.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(stop_gradient, (x,), x)
+        return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
     # abs() and its like are written for numbers too, and a trace cannot tell
-    return x.detach() if isinstance(x, Tensor) and torch.is_grad_enabled() else x
+    cut = isinstance(x, Tensor) and torch.is_grad_enabled() and _rules_act(ambient)
+    return x.detach() if cut else x
+
+
+def kept(x: Tensor, *, ambient: str) -> Tensor:
+    """Return a copy of `x` if a rule acts at an ambient site, whose operation writes into `x`; else `x` itself.
+
+    Args:
+        x: Any tensor.
+        ambient: As for `decoupled`.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(kept, (x,), x, ambient=ambient)
+    return x.clone() if torch.is_grad_enabled() and _rules_act(ambient) else x
+
+
+def _rules_act(ambient: str) -> bool:
+    return bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
+
+
+def _if_given(**keywords: str) -> dict[str, str]:
+    return {name: value for name, value in keywords.items() if value}
 
 
 def decoupled(
-    y: Tensor, x: Tensor, *, rule: str | Rule, site: str = "", **parameters: Any
+    y: Tensor,
+    x: Tensor,
+    *,
+    rule: str | Rule = "",
+    ambient: str = "",
+    site: str = "",
+    **parameters: Any,
 ) -> Tensor:
     """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
 
@@ -75,6 +108,8 @@ def decoupled(
         y: The output of the operation, computed from ``stop_gradient(x)``. Any shape.
         x: The input of the operation, of the shape that the rule's result has.
         rule: The name of a registered rule, or a `Rule`.
+        ambient: Instead of a rule: ``"activations"`` or ``"params"``, for the one that a `use` block of this scope
+            gives while this runs; outside of such a block `y` itself is returned.
         site: The name of the place in the model, for error messages.
         **parameters: The rule's parameters, all of them; what is missing is taken from the rule.
 
@@ -84,7 +119,8 @@ def decoupled(
         RuntimeError: It is compiled inside a transform of `torch.func`, where the compiler would drop the rule.
     """
     if has_torch_function_variadic(y, x):
-        return handle_torch_function(decoupled, (y, x), y, x, rule=rule, site=site, **parameters)
+        given = _if_given(ambient=ambient) if ambient else {"rule": rule}
+        return handle_torch_function(decoupled, (y, x), y, x, **given, site=site, **parameters)
     if not isinstance(y, Tensor):
         if not isinstance(x, Tensor):
             return y
@@ -97,7 +133,19 @@ def decoupled(
     refuse_compiled_transform()
     found = get(rule)
     parameters = {**dict(found.values), **parameters}
-    return _Decoupled.apply(y, x, found, site, tuple(parameters), *parameters.values())  # type: ignore[no-any-return, no-untyped-call]
+    values = _distinct(x, parameters.values())
+    return _Decoupled.apply(y, x, found, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
+    """The values, none of them a tensor that was there before: torch.compile takes none twice for one Function."""
+    if not torch.compiler.is_compiling():
+        return values
+    found: list[Any] = [x]
+    for value in values:
+        twice = isinstance(value, Tensor) and any(value is other for other in found)
+        found.append(value.detach() if twice else value)
+    return found[1:]
 
 
 class _Decoupled(torch.autograd.Function):

@@ -19,12 +19,14 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .activations import OPS
 from .aliasing import LIBRARIES, Aliasing
 from .captured import sets_grad_mode
+from .context import SCOPES
 from .nodes import called_module, called_path
 from .ops import (
     apply_forward,
     call_with,
     decoupled,
     function_key,
+    kept,
     require_frozen,
     stop_gradient,
 )
@@ -45,7 +47,7 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
             state_dict holds, unless they are its parameters or buffers already.
         decided: The sites of this graph with the decisions for them.
     """
-    wanted = [(place, decision) for place, decision in decided if decision.action == "rewrite"]
+    wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
     # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
     judged = [
@@ -60,13 +62,15 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     ]
     frozen = [p for p, d in decided if isinstance(p, Parameter) and d.reason is FROZEN]
     for place, decision, memory in judged:
-        _Surgery(graph, root, place.site, place.node.meta).operate(place, decision, *memory)
+        ambient = decision.action == "ambient"
+        surgery = _Surgery(graph, root, place.site, place.node.meta, ambient)
+        surgery.operate(place, decision, *memory)
     with _at_the_beginning(
         graph, any(_enables_gradients(place, root) for place, _, _ in parameters)
     ):
         results = [
-            _Surgery(graph, root, place.site, {}).decouple(place, decision, written)
-            for place, decision, written in parameters
+            _Surgery(graph, root, p.site, {}, d.action == "ambient").decouple(p, d, written)
+            for p, d, written in parameters
         ]
         for unlearned in frozen:
             surgery = _Surgery(graph, root, unlearned.site, {})
@@ -83,7 +87,7 @@ def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> tuple[b
         operation has to run on a copy, because it may return its input and the result is written into.
     """
     x, node = place.input, place.node
-    needs_x = any("x" in rule.inputs for rule in decision.rules)
+    needs_x = decision.reads("x")
     overwrites = place.inplace and decision.forward is None
     keep_x = needs_x and (overwrites or aliasing.written_after(x, node))
     write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
@@ -149,11 +153,17 @@ class _Surgery:
     """The change at one site; new nodes go where the graph inserts, and come from where the site does."""
 
     def __init__(
-        self, graph: fx.Graph, root: nn.Module, site: Site, meta: Mapping[str, Any]
+        self,
+        graph: fx.Graph,
+        root: nn.Module,
+        site: Site,
+        meta: Mapping[str, Any],
+        ambient: bool = False,
     ) -> None:
         self.graph = graph
         self.root = root
         self.site = site
+        self.ambient = {"ambient": SCOPES[site.kind]} if ambient else {}
         self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
     def operate(
@@ -167,9 +177,9 @@ class _Surgery:
         the views.
         """
         node, x = place.node, place.input
-        first, *others = decision.rules
+        first, *others = decision.rules or (None,)
         with self.graph.inserting_before(node):
-            source = self.clone(x) if keep_x or write_back else x
+            source = self.clone(x) if write_back else self.keep(x) if keep_x else x
             start = source
             source = self.chain(source, others)
             if write_back:
@@ -189,7 +199,7 @@ class _Surgery:
         else:
             node.replace_all_uses_with(operation)
             self.graph.erase_node(node)
-        with self.graph.inserting_after(operation):
+        with self.graph.inserting_before(operation.next):
             out = self.decoupled(operation, source, first)
         result = out
         if write_back:
@@ -208,12 +218,12 @@ class _Surgery:
         Returns:
             What is to be read in its place, and the nodes that go on reading the parameter itself.
         """
-        first, *others = decision.rules
+        first, *others = decision.rules or (None,)
         parameter = self.read(place)
         before = set(parameter.users)
         # A rule reads the value at the beginning of the forward
-        copied = written and any("x" in rule.inputs for rule in decision.rules)
-        source = self.clone(parameter) if copied else parameter
+        copied = written and decision.reads("x")
+        source = self.keep(parameter) if copied else parameter
         chained = self.chain(source, others)
         value = self.stop(parameter)
         if decision.forward is not None:
@@ -228,7 +238,7 @@ class _Surgery:
                 return node
         return self.node("get_attr", place.site.name)
 
-    def chain(self, source: fx.Node, rules: Sequence[Rule]) -> fx.Node:
+    def chain(self, source: fx.Node, rules: Sequence[Rule | None]) -> fx.Node:
         """An identity for every rule but the first, the last rule nearest to the source."""
         for rule in reversed(rules):
             source = self.decoupled(self.stop(source), source, rule)
@@ -236,7 +246,13 @@ class _Surgery:
 
     def stop(self, x: fx.Node) -> fx.Node:
         """A `stop_gradient` of x."""
-        return self.node("call_function", stop_gradient, (x,))
+        return self.node("call_function", stop_gradient, (x,), self.ambient)
+
+    def keep(self, x: fx.Node) -> fx.Node:
+        """A copy of x for the rules."""
+        if not self.ambient:
+            return self.clone(x)
+        return self.node("call_function", kept, (x,), self.ambient)
 
     def clone(self, x: fx.Node) -> fx.Node:
         """A copy of x."""
@@ -253,8 +269,11 @@ class _Surgery:
             return self.node("call_function", function, (x,), keywords)
         return self.node("call_function", apply_forward, (x, function_key(function)), keywords)
 
-    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule) -> fx.Node:
-        """A `decoupled` of y and x."""
+    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None) -> fx.Node:
+        """A `decoupled` of y and x; without a rule it is ambient."""
+        if rule is None:
+            kwargs = {**self.ambient, "site": self.site.name}
+            return self.node("call_function", decoupled, (y, x), kwargs)
         values = {
             name: self.tensor(value) if isinstance(value, Tensor) else value
             for name, value in rule.bound.items()
