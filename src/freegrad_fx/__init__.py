@@ -6,6 +6,7 @@
 
 from . import activations, ops, rules
 from .captured import CapturedModule
+from .context import native, use
 from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
 from .plan import Decision, Plan
 from .report import report
@@ -33,10 +34,12 @@ __all__ = [
     "compose",
     "explain",
     "get",
+    "native",
     "on",
     "ops",
     "register",
     "report",
     "rules",
     "transform",
+    "use",
 ]

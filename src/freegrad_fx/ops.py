@@ -128,13 +128,22 @@ def decoupled(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
         )
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
-    if records_forward_alone() or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled() or not _rules_act(ambient) or records_forward_alone():
         return y
     refuse_compiled_transform()
-    found = get(rule)
-    parameters = {**dict(found.values), **parameters}
+    if not ambient:
+        found = get(rule)
+        return _decouple(y, x, found, site, {**dict(found.values), **parameters})
+    first, *others = ambient_rules(ambient)
+    # An identity for every rule but the first, the last rule nearest to x
+    for other in reversed(others):
+        x = _decouple(x.detach(), x, other, site, dict(other.values))
+    return _decouple(y, x, first, site, dict(first.values))
+
+
+def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: Mapping[str, Any]) -> Tensor:
     values = _distinct(x, parameters.values())
-    return _Decoupled.apply(y, x, found, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
+    return _Decoupled.apply(y, x, rule, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
 from .activations import OPS
 from .aliasing import Aliasing
 from .capture import Capture, Opaque
+from .context import SCOPES
 from .errors import PlanError, unknown
 from .nodes import called_module, called_path
 from .ops import has_backward_hooks
@@ -27,6 +28,9 @@ from .sites import (
 )
 from .table import Entry, RuleTable
 
+if TYPE_CHECKING:
+    from .diff import PlanDiff
+
 __all__ = ["Decided", "Decision", "Forward", "Plan", "make_plan"]
 
 Forward: TypeAlias = str | Callable[..., Tensor]
@@ -39,8 +43,8 @@ class Decision:
 
     Attributes:
         site: The site.
-        action: ``"rewrite"``; ``"native"`` where the table leaves it; ``"skip"`` where the table wants a rule and
-            none can be given.
+        action: ``"rewrite"``; ``"ambient"`` where it follows `use` blocks; ``"native"`` where the table leaves it;
+            ``"skip"`` where the table wants a rule and none can be given.
         rules: The rules it gets, the first for the gradient that comes in.
         forward: What replaces its forward, the canonical name of an operation or a function; or None.
         entry: The index of the table's entry that decided, or None.
@@ -55,6 +59,10 @@ class Decision:
     entry: int | None = None
     reason: str = ""
     modes: str = ""
+
+    def reads(self, name: str) -> bool:
+        """Whether a rule of it reads ``"x"`` or ``"y"``; an ambient one may."""
+        return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
 
 
 Decided: TypeAlias = list[tuple[Located, Decision]]
@@ -93,6 +101,12 @@ class Plan:
         meant = self.meant or self.hits
         return tuple(e for e, sites in zip(self.table.entries, meant, strict=True) if not sites)
 
+    @property
+    def shadowed(self) -> tuple[Entry, ...]:
+        """The entries all of whose sites an earlier one decides."""
+        counted = zip(self.table.entries, self.meant, self.hits, strict=True) if self.meant else ()
+        return tuple(entry for entry, sites, hits in counted if sites and not hits)
+
     def with_action(self, action: str) -> tuple[Decision, ...]:
         """The decisions of one action."""
         return tuple(decision for decision in self.decisions if decision.action == action)
@@ -113,12 +127,25 @@ class Plan:
 
         return as_dict(self)
 
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON."""
+        from .report import as_dict, as_json
+
+        return as_json(as_dict(self), indent)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What is decided otherwise in another plan, of this model or of another one: ``print`` it."""
+        from .diff import diff
+
+        return diff(self, other)
+
 
 def make_plan(
     capture: Capture,
     table: RuleTable,
     leaf_modules: Sequence[type[nn.Module]] = (),
     parameters: bool = False,
+    ambient: bool = False,
 ) -> tuple[Plan, list[Decided]]:
     """Decide every site of a capture.
 
@@ -127,6 +154,7 @@ def make_plan(
         table: The table.
         leaf_modules: The module classes that the caller wanted kept whole.
         parameters: List the parameters even if no entry of the table can mean one.
+        ambient: Let activations and parameters that no entry decides follow `use` blocks.
 
     Returns:
         The plan, and for every graph of the capture its sites with the decisions.
@@ -137,7 +165,7 @@ def make_plan(
     types = table.types_in(capture.root)
     decided = [_decide_all(v.graph, capture.root, table, types) for v in capture.variants]
     nowhere: Decided = []
-    if parameters or table.wants_parameters:
+    if parameters or ambient or table.wants_parameters:
         found: list[Parameter] = []
         for variant, pairs in zip(capture.variants, decided, strict=True):
             aliasing = Aliasing(variant.graph, capture.root)
@@ -146,6 +174,8 @@ def make_plan(
             found += here
         unused = unused_parameters(capture.root, found)
         nowhere.extend((place, _decide(place, table)) for place in unused)
+    if ambient:
+        decided = [[(p, _ambient(p, d)) for p, d in pairs] for pairs in decided]
     modes: dict[Decision, list[str]] = {}
     for variant, pairs in zip(capture.variants, decided, strict=True):
         for _, decision in pairs:
@@ -175,6 +205,15 @@ def make_plan(
         meant=tuple(len({p.site for p in places if e.matches(p)}) for e in table.entries),
     )
     return plan, decided
+
+
+def _ambient(place: Located, decision: Decision) -> Decision:
+    """What becomes of a decision where sites that no entry decides follow `use` blocks."""
+    kind = place.site.kind
+    meant = kind == "parameter" or (place.op is not None and SCOPES[kind] in place.op.groups)
+    if decision.action != "native" or decision.entry is not None or place.obstacle or not meant:
+        return decision
+    return replace(decision, action="ambient", reason="native outside of use() blocks")
 
 
 def _decide_all(
@@ -213,7 +252,7 @@ def _decide_parameter(place: Parameter, table: RuleTable, aliasing: Aliasing) ->
 def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Opaque]:
     """Backward hooks of modules whose backward is replaced: no gradient passes through the module any more."""
     for place, decision in decided:
-        if decision.action == "rewrite" and isinstance(place, Operation):
+        if decision.action in ("rewrite", "ambient") and isinstance(place, Operation):
             module = called_module(place.node, root)
             if module is not None and has_backward_hooks(module):
                 what = f"the backward hooks of {type(module).__name__}"

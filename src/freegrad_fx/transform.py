@@ -23,6 +23,7 @@ def transform(
     model: nn.Module,
     rules: RulesLike | None = None,
     *,
+    ambient: bool | None = None,
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
@@ -40,6 +41,8 @@ def transform(
             autograd.Functions, its values rules, or None to keep the native backward. A class goes before an op, an
             op before a group. A module of a class named so is kept whole; it must not write into its input, unless
             it has a true attribute `inplace`.
+        ambient: Let activations and parameters that no rule is given to follow `use` blocks. By default, if `rules` is
+            None: ``transform(model)`` is native until a block is entered.
         strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
             site that cannot be given its rule, code that was kept whole, and what the graph loses.
         concrete_args: Values of arguments of the forward that the graph is made for. An argument with a default is
@@ -68,9 +71,15 @@ def transform(
         >>> print(fg.report(gm).decisions[0].site.name)
         1:relu[0]
     """
-    table = RuleTable.of(rules)
+    table = RuleTable() if rules is None else RuleTable.of(rules)
     captured, plan, sites = _planned(
-        model, table, leaf_modules, concrete_args, example_inputs, dynamic_shapes
+        model,
+        table,
+        leaf_modules,
+        concrete_args,
+        example_inputs,
+        dynamic_shapes,
+        ambient=rules is None if ambient is None else ambient,
     )
     _complain(plan, strict)
     for variant, decided in zip(captured.variants, sites, strict=True):
@@ -85,6 +94,7 @@ def explain(
     model: nn.Module,
     rules: RulesLike | None = None,
     *,
+    ambient: bool | None = None,
     strict: bool = False,
     concrete_args: Mapping[str, Any] | None = None,
     leaf_modules: Sequence[type[nn.Module]] = (),
@@ -96,6 +106,7 @@ def explain(
     Args:
         model: As for `transform`.
         rules: As for `transform`; without, the plan lists the sites.
+        ambient: As for `transform`, but False by default.
         strict: As for `transform`; likewise `concrete_args` and `leaf_modules`.
         concrete_args: See `transform`.
         leaf_modules: See `transform`.
@@ -108,7 +119,7 @@ def explain(
     Raises:
         TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
     """
-    table = RuleTable.of({} if rules is None else rules)
+    table = RuleTable() if rules is None else RuleTable.of(rules)
     _, plan, _ = _planned(
         model,
         table,
@@ -117,6 +128,7 @@ def explain(
         example_inputs,
         dynamic_shapes,
         parameters=rules is None,
+        ambient=bool(ambient),
     )
     _complain(plan, strict)
     return plan
@@ -128,12 +140,13 @@ def _planned(
     leaf_modules: Any,
     *how_to_capture: Any,
     parameters: bool = False,
+    ambient: bool = False,
 ) -> tuple[Capture, Plan, list[Decided]]:
     """Capture a model and plan it: what `transform` and `explain` have in common."""
     check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
     captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
-    return captured, *make_plan(captured, table, leaves, parameters)
+    return captured, *make_plan(captured, table, leaves, parameters, ambient)
 
 
 def _complain(plan: Plan, strict: bool) -> None:
