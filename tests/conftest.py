@@ -50,6 +50,12 @@ def _skip_without_compiler(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def _reports_are_as_wide_as_they_like(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Printed plans fit the terminal, and tests are run in all kinds of them."""
+    monkeypatch.setenv("COLUMNS", "1000")
+
+
+@pytest.fixture(autouse=True)
 def _same_start_for_every_test() -> Iterator[None]:
     """Give each test the same random numbers, and no compiled code of the test before it."""
     torch.manual_seed(0)

@@ -1,0 +1,132 @@
+"""What is decided otherwise in one plan than in another. Knows plans and how to lay them out; decides nothing."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from .plan import Decision, Plan
+from .report import aligned, as_json, backward_of, html_table, site_as_dict, terminal_width
+
+__all__ = ["PlanDiff", "diff"]
+
+_COLUMNS = ("site", "before", "after")
+
+
+@dataclass(frozen=True)
+class PlanDiff:
+    """The sites of two plans that differ; true where there are any.
+
+    A site is the same one where kind, path, op, call and mode are. Two decisions differ where the action, the rules or
+    the forward do, or the reason for a skip; which entry decided makes no difference.
+
+    Attributes:
+        models: The names of the two models' classes.
+        changed: The sites of both plans that are decided otherwise, with both decisions.
+        removed: The sites that only the first plan has. A parameter that is native in one plan and not listed in the
+            other is no difference.
+        added: The sites that only the second plan has.
+        same: How many sites are decided alike.
+    """
+
+    models: tuple[str, str]
+    changed: tuple[tuple[Decision, Decision], ...]
+    removed: tuple[Decision, ...]
+    added: tuple[Decision, ...]
+    same: int
+
+    def __bool__(self) -> bool:
+        return bool(self.changed or self.removed or self.added)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, width: int | None = None) -> str:
+        """An aligned table of what differs.
+
+        Args:
+            width: How many characters a line may have; 0 for any number. By default those of the terminal.
+        """
+        width = terminal_width() if width is None else width
+        rows = [_COLUMNS, *self._rows()]
+        return (
+            f"{self._totals()}\n\n{aligned(rows, width, _COLUMNS[1:])}" if self else self._totals()
+        )
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(self._totals())}</p>{html_table([_COLUMNS, *self._rows()])}"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The differences as plain data."""
+        return {
+            "models": self.models,
+            "changed": [[site_as_dict(a), site_as_dict(b)] for a, b in self.changed],
+            "removed": [site_as_dict(decision) for decision in self.removed],
+            "added": [site_as_dict(decision) for decision in self.added],
+            "same": self.same,
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The differences as JSON."""
+        return as_json(self.to_dict(), indent)
+
+    def _totals(self) -> str:
+        models = " → ".join(dict.fromkeys(self.models))
+        counts = (
+            (len(self.changed), "changed"),
+            (len(self.removed), "only before"),
+            (len(self.added), "only after"),
+            (self.same, "the same"),
+        )
+        return f"{models}: {', '.join(f'{count} {word}' for count, word in counts if count) or 'no sites'}."
+
+    def _rows(self) -> Iterable[tuple[str, str, str]]:
+        for before, after in self.changed:
+            yield _site(before), backward_of(before), backward_of(after)
+        for before in self.removed:
+            yield _site(before), backward_of(before), _missing(before)
+        for after in self.added:
+            yield _site(after), _missing(after), backward_of(after)
+
+
+def diff(before: Plan, after: Plan) -> PlanDiff:
+    """Compare two plans, site by site."""
+    first, second = _by_site(before), _by_site(after)
+    both = [(first[key], second[key]) for key in first if key in second]
+    changed = tuple(pair for pair in both if _outcome(pair[0]) != _outcome(pair[1]))
+    return PlanDiff(
+        (before.model, after.model),
+        changed,
+        _only_in(first, second),
+        _only_in(second, first),
+        len(both) - len(changed),
+    )
+
+
+def _only_in(plan: dict[Any, Decision], other: dict[Any, Decision]) -> tuple[Decision, ...]:
+    return tuple(
+        decision
+        for key, decision in plan.items()
+        if key not in other and (decision.site.kind, decision.action) != ("parameter", "native")
+    )
+
+
+def _missing(decision: Decision) -> str:
+    """What to say of a site that the other plan does not have. Without an entry for them, parameters are not listed."""
+    parameter = decision.site.kind == "parameter"
+    return "native: no entry is for parameters" if parameter else "no such site"
+
+
+def _by_site(plan: Plan) -> dict[Any, Decision]:
+    return {(decision.site.key, decision.modes): decision for decision in plan.decisions}
+
+
+def _outcome(decision: Decision) -> Any:
+    reason = decision.reason if decision.action == "skip" else ""
+    return (decision.action, decision.rules, decision.forward, reason)
+
+
+def _site(decision: Decision) -> str:
+    return decision.site.name + (f" (in {decision.modes})" if decision.modes else "")
