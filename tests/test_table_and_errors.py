@@ -135,6 +135,8 @@ class Family(nn.Module):
             "softmax": lambda x: x.softmax(-1),
             "log_softmax": lambda x: x.log_softmax(-1),
             "softmin": lambda x: F.softmin(x, -1),
+            "binarize": fg.activations.binarize,
+            "ternarize": fg.activations.ternarize,
         }
         return sum(calls.get(op, lambda x, op=op: getattr(torch, op)(x))(x) for op in self.ops)
 
@@ -430,10 +432,13 @@ def test_what_is_no_rule_is_refused_with_the_remedy(rule: Any) -> None:
         assert "@freegrad_fx.register('name')" in message
 
 
-def test_a_transform_without_rules_is_for_later() -> None:
-    with pytest.raises(NotImplementedError, match=r"without rules is not supported yet"):
-        fg.transform(Net())
-    assert {d.action for d in fg.explain(Net()).decisions} == {"native"}  # it lists the sites
+def test_to_explain_a_model_without_rules_lists_its_sites() -> None:
+    sites = [d.site for d in fg.explain(Net()).decisions]
+    assert [s.name for s in sites if s.kind == "activation"] == SITES
+    assert {s.name for s in sites if s.kind == "parameter"} == {
+        n for n, _ in Net().named_parameters()
+    }
+    assert {d.action for d in fg.explain(Net()).decisions} == {"native"}
 
 
 def test_a_rule_of_the_output_has_to_come_first() -> None:

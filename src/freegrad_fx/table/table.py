@@ -78,13 +78,15 @@ class RuleTable:
                 names, classes (of modules or of autograd.Functions), groups, ``"params"`` and ``"all"`` to rules.
                 Classes come before ops, ops before groups, groups before ``"all"``; a rule None keeps the native
                 backward. Or the path of a TOML file, see `from_toml`; as text it ends in ``.toml``. Or a table, which
-                is returned.
+                is returned; or None, for an empty table.
 
         Raises:
             TableError: A key is no op, group or class; or the file is no table.
             RuleError: A rule is unknown, or a parameter of it has no value.
             OSError: The file cannot be read.
         """
+        if rules is None:
+            return cls()
         if isinstance(rules, RuleTable):
             return rules
         if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
@@ -92,11 +94,6 @@ class RuleTable:
         if isinstance(rules, Mapping):
             ordered = sorted(rules.items(), key=lambda item: _specificity(item[0]))
             return cls(Entry.of(_selector(key), rule) for key, rule in ordered)
-        if rules is None:
-            raise NotImplementedError(
-                "transform() without rules is not supported yet. Give it a rule name, a Rule or a dict; "
-                "freegrad_fx.rules.available() lists the names."
-            )
         return cls([Entry.of(_selector("activations"), rules)])
 
     @classmethod
