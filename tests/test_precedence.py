@@ -114,11 +114,12 @@ class Tree(nn.Module):
 
 
 leaves = st.sampled_from([Leaf, Special]).map(lambda kind: kind())
-trees = st.recursive(
-    leaves,
-    lambda inner: st.builds(Tree, st.lists(inner, min_size=1, max_size=3), st.booleans()),
-    max_leaves=5,
+trees = st.lists(
+    leaves | st.builds(Tree, st.lists(leaves, min_size=1, max_size=2), st.booleans()),
+    min_size=2,
+    max_size=3,
 )
+models = leaves | st.builds(Tree, trees, st.sampled_from([True, True, False]))
 
 GROUP = {
     "activations": {"relu", "gelu", "tanh"},
@@ -146,7 +147,18 @@ CALLS: list[tuple[Any, Callable[[int], bool]]] = [
     (slice(None, None, 2), lambda call: call % 2 == 0),
     (slice(1, 2), lambda call: call == 1),
 ]
-OPS = ["relu", "gelu", "tanh", "softmax", "round", "activations", "quantizers", "all", "params"]
+OPS = [
+    "relu",
+    "gelu",
+    "tanh",
+    "softmax",
+    "round",
+    "activations",
+    "quantizers",
+    "all",
+    "params",
+    "params",
+]
 TYPES: list[tuple[Any, type]] = [
     *((kind, kind) for kind in (nn.ReLU, Leaf, Special, Tree, nn.Linear)),
     ("torch.nn.GELU", nn.GELU),
@@ -201,8 +213,8 @@ def naive_decision(table: list[dict[str, Any]], site: fg.Site, model: nn.Module)
     return None
 
 
-@given(model=trees, table=st.lists(fields, max_size=5))
-@settings(max_examples=150)
+@given(model=models, table=st.lists(fields, min_size=1, max_size=5))
+@settings(max_examples=300)
 def test_the_entry_that_decides_is_that_of_a_naive_reading(
     model: nn.Module, table: list[dict[str, Any]]
 ) -> None:
