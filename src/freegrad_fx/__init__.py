@@ -5,6 +5,7 @@
 """
 
 from . import activations, ops, rules
+from .backend import Backend, backend, compile
 from .captured import CapturedModule
 from .context import native, use
 from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
@@ -18,6 +19,7 @@ from .transform import explain, transform
 __version__ = "0.1.0"
 
 __all__ = [
+    "Backend",
     "CaptureError",
     "CapturedModule",
     "Composition",
@@ -31,6 +33,8 @@ __all__ = [
     "Site",
     "TableError",
     "activations",
+    "backend",
+    "compile",
     "compose",
     "explain",
     "get",

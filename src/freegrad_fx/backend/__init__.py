@@ -1,0 +1,401 @@
+"""The same pass behind `torch.compile`: for programs that no symbolic tracer can flatten.
+
+Dynamo hands a backend one graph after the other, in which every module is opened. Each is rewritten by the stages that
+`transform` has, and goes on to another backend, which compiles it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import warnings
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..errors import FreegradWarning, PlanError, RuleError
+from ..plan import Plan
+from ..provenance import is_users
+from ..rules.rule import get
+from ..sites import Located
+from ..table import Entry, RulesLike, RuleTable
+from . import frames
+from .pieces import Calls, Occurrence, Piece
+from .programs import Program
+from .session import Session
+
+__all__ = ["Backend", "backend", "compile"]
+
+_COMPILER_OPTIONS = ("mode", "options", "dynamic")
+_REMEDY = (
+    "Dynamo left that code to Python; TORCH_LOGS=graph_breaks,recompiles says why. Make it compile, or transform the "
+    "module that holds it"
+)
+
+
+class Backend:
+    """A backend for `torch.compile` that puts rules into what it compiles. Made by `backend`.
+
+    Args:
+        table: The rules.
+        inner: What compiles the rewritten graphs.
+        strict: Raise where the default is a warning.
+        options: Options for `inner`.
+    """
+
+    def __init__(
+        self, table: RuleTable, inner: Any, strict: bool, options: Mapping[str, Any]
+    ) -> None:
+        self.table = table
+        self.inner = inner
+        self.strict = strict
+        self._options = dict(options)
+        self._programs: dict[nn.Module | None, Program] = {}
+        self._taken_up: weakref.WeakSet[Occurrence] = weakref.WeakSet()
+        self._problems: dict[str, bool] = {}  # whether each has been said
+        self._calls = 0
+        self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
+        self._local = threading.local()
+        # Dynamo looks for this name, and enters around every call what it returns
+        self.backend_ctx_ctor = self._follow
+
+    def __repr__(self) -> str:
+        return f"freegrad_fx.backend({self.table!r}, inner={self.inner!r})"
+
+    # -- what PyTorch asks
+
+    @property
+    def __name__(self) -> str:
+        """The name of the backend. `torch.compile`, which asks for it, is handed what is to be entered around calls."""
+        asking = sys._getframe(1).f_locals.get("self")
+        if isinstance(asking, torch._TorchCompileWrapper):
+            asking.backend_ctx_ctor = self.backend_ctx_ctor  # type: ignore[attr-defined]
+        return "freegrad_fx"
+
+    def __call__(
+        self, gm: fx.GraphModule, example_inputs: Any, **options: Any
+    ) -> Callable[..., Any]:
+        """Rewrite a graph of Dynamo's, and compile it."""
+        compiler = _compiler(self.inner, {**self._options, **options})
+        compilation = torch._guards.CompileContext.current_compile_id()
+        if compilation is not None and compilation.compiled_autograd_id is not None:
+            return compiler(gm, example_inputs)  # type: ignore[no-any-return]
+        session = self.session
+        try:
+            piece = self._rewritten(gm, session)
+        except (PlanError, RuleError) as error:
+            if session is not None:
+                session.error = error
+            raise
+        compiled = compiler(gm, example_inputs)
+
+        def run(*args: Any) -> Any:
+            session = self.session
+            if session is None:
+                return compiled(*args)
+            return session.run(piece, compiled, args)
+
+        return run
+
+    def reset(self) -> None:
+        """Forget what has been captured. `torch._dynamo.reset` calls it."""
+        self._programs.clear()
+        self._problems.clear()
+        self._calls = 0
+
+    # -- the report
+
+    def report(self, model: nn.Module | None = None) -> Plan:
+        """What has been rewritten so far, what has not, and why. It grows as graphs are captured and run.
+
+        Args:
+            model: Which of the models that were compiled, where there are several.
+
+        Raises:
+            PlanError: Nothing has run yet, or there are several models and none is named.
+        """
+        found = self._programs
+        if model is not None:
+            found = {root: program for root, program in found.items() if root is model}
+        if len(found) == 1:
+            return next(iter(found.values())).plan
+        names = ", ".join(program.name for program in self._programs.values())
+        raise PlanError(
+            f"this backend has captured several models ({names}); say which: report(model)"
+            if found
+            else f"this backend has captured nothing of that model yet; it has captured: {names or 'nothing'}"
+        )
+
+    # -- what its sessions ask
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The calls that run in this thread, the innermost last."""
+        found: list[Session] = self._local.__dict__.setdefault("sessions", [])
+        return found
+
+    @property
+    def session(self) -> Session | None:
+        """The innermost call that runs in this thread."""
+        return self.sessions[-1] if self.sessions else None
+
+    def program_of(self, root: nn.Module | None) -> Program:
+        """The program of a model; of None, that of functions."""
+        if root not in self._programs:
+            name = type(root).__name__
+            if root is None:
+                name = "a function" if self.session is None else self.session.name
+            self._programs[root] = Program(root, name, self.table)
+        return self._programs[root]
+
+    def entry_for(self, place: Located) -> Entry | None:
+        """The entry of the table that decides a site."""
+        index = self.table.decide(place)
+        return None if index is None else self.table.entries[index]
+
+    def take_up(self, piece: Piece, occurrence: Occurrence) -> None:
+        """Take up in the report what runs."""
+        if occurrence in self._taken_up:
+            return
+        if occurrence.entries != piece.entries:
+            names = ", ".join(place.site.name for _, place, _ in occurrence.sites)
+            raise PlanError(
+                f"a graph that was captured for other sites runs for {names}, which the table gives other rules"
+            )
+        self._taken_up.add(occurrence)
+        for program, place, decision in occurrence.sites:
+            program.add(place, decision)
+            if decision.action == "skip":
+                self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
+        piece.program.note(opaque=piece.opaque)
+        if self.strict:
+            for note in piece.opaque:
+                self._complain(f"not looked into: {note}")
+
+    def missed(self, program: Program, place: Located) -> None:
+        """Say that a site has run where no rule could be given to it."""
+        site = place.site
+        at = f" ({site.source})" if site.source else ""
+        where = f"ran outside of the captured graphs of {program.name}{at}"
+        text = f"{site.name} {where}, with its native backward. {_REMEDY}"
+        program.miss(place)
+        if self.strict:
+            raise PlanError(f"strict: {text}")
+        self._complain(text)
+
+    def after(self, session: Session) -> None:
+        """After a call: say what the caller asked for and has not got."""
+        self._calls += 1
+        if self._calls == 1:
+            self._check_entries(session)
+        new = [text for text, said in self._problems.items() if not said]
+        self._problems.update(dict.fromkeys(new, True))
+        if new and self.strict:
+            raise PlanError("strict: " + "; ".join(new))
+        for text in new:
+            warnings.warn(text, FreegradWarning, stacklevel=_users_level())
+
+    # -- our own
+
+    def _follow(self) -> contextlib.AbstractContextManager[None]:
+        """Make the call that begins, and all later ones of the same function, a session."""
+        frame = frames.compiled_call()
+        if frame is not None and not hasattr(frame.f_locals["fn"], "_freegrad_fx"):
+            frames.wrap_compiled(frame, self._in_a_session)
+        return contextlib.nullcontext()
+
+    def _in_a_session(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        # Dynamo is to compile neither what happens around the call, nor the call as one function with it
+        begin = torch._dynamo.disable(Session)  # type: ignore[no-untyped-call]
+        end = torch._dynamo.disable(Session.end)  # type: ignore[no-untyped-call]
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            session = begin(self, function, sys._getframe())
+            try:
+                result = function(*args, **kwargs)
+            except BaseException:
+                end(session, failed=True)
+                raise
+            end(session, failed=False)
+            return result
+
+        torch._dynamo.eval_frame.skip_code(call.__code__)
+        call._freegrad_fx = True  # type: ignore[attr-defined]
+        return call
+
+    def _complain(self, text: str) -> None:
+        self._problems.setdefault(text, False)
+
+    def _check_entries(self, session: Session) -> None:
+        plans = [program.plan for program in self._programs.values()]
+        names = ", ".join(plan.model for plan in plans) or session.name
+        if not session.ran:
+            self._complain(
+                f"Dynamo captured no graph of {names}: all of it ran in Python. {_REMEDY}"
+            )
+        ops = sorted({d.site.op for plan in plans for d in plan.decisions})
+        for index, entry in enumerate(self.table.entries):
+            if not any(plan.meant[index] for plan in plans):
+                self._complain(
+                    f"the entry {entry.selector!r} matched nothing in the first call of {names}; the ops it has are: "
+                    f"{', '.join(ops) or 'none'}"
+                )
+
+    def _rewritten(self, gm: fx.GraphModule, session: Session | None) -> Piece:
+        self._require_rules()
+        for program in self._programs.values():
+            program.refresh()
+        if session is None:
+            return Piece(gm, self.table, frames.setting(None, None), Counter(), self.program_of)
+        pending = Counter(session.pending)
+        setting = session.setting()
+        piece = Piece(gm, self.table, setting, session.calls + pending, self.program_of)
+        session.pending.update(piece.at(setting, session.calls + pending).counts)
+        if self._depends_on_place:
+            self._guard(piece, pending)
+        return piece
+
+    def _require_rules(self) -> None:
+        """Raise `RuleError` if a rule has been registered anew: graphs would call another one than was asked for."""
+        for entry in self.table.entries:
+            for rule in entry.rules or ():
+                if get(rule.name).function is not rule.function:
+                    raise RuleError(
+                        f"rule {rule.name!r} has been registered anew since this backend was made. Make a new one, and "
+                        f"compile with it."
+                    )
+
+    def _guard(self, piece: Piece, pending: Calls) -> None:
+        """Let Dynamo compile anew where the code of a piece runs for sites that have other rules."""
+        from torch._dynamo.source import GlobalStateSource
+
+        def same_rules(_: Any) -> bool:
+            session = self.session
+            if session is None:
+                return True
+            try:
+                here = piece.at(session.setting(), session.calls + pending)
+            except AttributeError:  # a module of another structure
+                return False
+            return here.entries == piece.entries
+
+        def create(builder: Any, guard: Any) -> None:
+            parts = ["freegrad_fx: the table decides the same for these sites"]
+            builder.guard_manager.root.add_lambda_guard(same_rules, parts, guard.user_stack)
+
+        context = torch._guards.TracingContext.try_get()
+        if context is not None:
+            context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(create))
+
+
+def _depends_on_place(entry: Entry) -> bool:
+    """Whether an entry asks for more than what an operation is, so that one code may need several rules."""
+    sites = entry.sites
+    return bool(sites.module or sites.type or sites.parameter or sites.call or sites.where)
+
+
+def _compiler(inner: Any, options: Mapping[str, Any]) -> Callable[..., Any]:
+    mode, settings = options.get("mode"), options.get("options")
+    dynamic = options.get("dynamic")
+    if inner == "inductor":
+        mode = "default" if mode is None and settings is None else mode
+        return torch._TorchCompileInductorWrapper(mode, settings, dynamic)  # type: ignore[no-untyped-call]
+    return torch._TorchCompileWrapper(inner, mode, settings, dynamic)  # type: ignore[no-untyped-call]
+
+
+def _users_level() -> int:
+    """The `stacklevel` of a warning in the caller of this function's caller that blames the user's code."""
+    for level, frame in enumerate(frames.frames()):
+        if is_users(frame.f_code):
+            return level
+    return 1
+
+
+def backend(
+    rules: RulesLike,
+    inner: str | Callable[..., Any] = "inductor",
+    *,
+    strict: bool = False,
+    **options: Any,
+) -> Backend:
+    """Make a backend for `torch.compile` that gives activations and parameters a decoupled backward.
+
+    Formula: that of `transform`, for every site of every graph that Dynamo captures:
+    ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
+
+    It is for programs that no tracer can flatten: control flow on data, detection models, `generate`, methods. The
+    model keeps its class, and code that Dynamo cannot capture runs in Python: a site in it keeps its native backward,
+    which is a warning that names it.
+
+    Args:
+        rules: As for `transform`. Sites have the same owner paths, ops, names and call indices.
+        inner: What compiles the rewritten graphs: the name of a backend, or one.
+        strict: Raise `PlanError` where the default is a warning: for an entry that matched nothing in the first call,
+            a site that cannot be given its rule, and one that ran outside of the captured graphs.
+        **options: `mode`, `options` and `dynamic`, for `inner`.
+
+    Returns:
+        The backend. Its `report()` tells what has been done; it grows as graphs are captured.
+
+    Raises:
+        RuleError: A rule is unknown or not fully bound.
+        PlanError: A key names no op or group; or, while something is compiled, a rule cannot serve a site.
+        TypeError: An option is none of those above.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> backend = fg.backend({"relu": "straight_through"}, inner="aot_eager")
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU())
+        >>> _ = torch.compile(model, backend=backend)(torch.randn(2, 4))
+        >>> print(backend.report().decisions[0].site.name)
+        1:relu[0]
+    """
+    if others := options.keys() - {*_COMPILER_OPTIONS}:
+        raise TypeError(
+            f"backend() takes for inner the options {', '.join(_COMPILER_OPTIONS)}; got {', '.join(sorted(others))}. "
+            f"What is for torch.compile is given to it: torch.compile(model, backend=freegrad_fx.backend(...), ...)."
+        )
+    return Backend(RuleTable.of(rules), inner, strict, options)
+
+
+def compile(
+    model: Any,
+    rules: RulesLike,
+    *,
+    strict: bool = False,
+    backend: str | Callable[..., Any] = "inductor",
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+    **others: Any,
+) -> Any:
+    """Compile a model, or a function, whose activations and parameters have a decoupled backward.
+
+    Formula: that of `transform`; the short form of ``torch.compile(model, backend=freegrad_fx.backend(rules), ...)``.
+
+    Args:
+        model: A module or a function. It is not changed.
+        rules: As for `transform`.
+        strict: As for `backend`.
+        backend: What compiles the rewritten graphs.
+        mode: For that backend; likewise `options`.
+        options: See `mode`.
+        **others: What else `torch.compile` takes: `fullgraph`, `dynamic`, ...
+
+    Returns:
+        What `torch.compile` returns.
+
+    Raises:
+        TypeError: As for `backend`; likewise RuleError and PlanError.
+    """
+    compiler = Backend(
+        RuleTable.of(rules),
+        backend,
+        strict,
+        {"mode": mode, "options": options, "dynamic": others.get("dynamic")},
+    )
+    return torch.compile(model, backend=compiler, **others)

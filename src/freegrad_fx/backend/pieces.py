@@ -1,0 +1,319 @@
+"""One graph that Dynamo captured: where its nodes come from, its sites and their decisions, and its rewriting.
+
+Dynamo opens every module, and says of a node which modules were being called. The code that it makes for one module
+runs for every other one of its class, unless a guard forbids it: so a piece can say what its sites are called, and what
+the table decides for them, when it runs elsewhere in the program. Knows nothing of what runs when.
+"""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
+
+from torch import Tensor, fx, nn
+from torch._ops import HigherOrderOperator
+
+from ..capture import Capture, Opaque
+from ..captured import Variant
+from ..plan import Decision, make_plan
+from ..provenance import META, Origin, is_users_file, origin
+from ..rewrite import rewrite
+from ..sites import Located, Operation, Parameter, find_sites
+from ..table import RuleTable
+from .frames import Setting
+from .programs import Program, class_of
+
+__all__ = ["Calls", "Occurrence", "Piece"]
+
+Calls: TypeAlias = "Counter[tuple[Program, str, str]]"
+"""How many sites of a program, owner path and op there have been."""
+
+
+@dataclass(frozen=True, eq=False)
+class Occurrence:
+    """The sites of a piece where it runs.
+
+    Attributes:
+        sites: Every site as it is called there, with its program and the decision for it.
+        entries: For every site the index of the entry of the table that decides it there.
+        counts: How many sites of each kind it has.
+    """
+
+    sites: tuple[tuple[Program, Located, Decision], ...]
+    entries: tuple[int | None, ...]
+    counts: Calls
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A site as it was captured."""
+
+    program: Program
+    place: Located
+    decision: Decision
+    anchored: (
+        str | None
+    )  # the path of its owner, or its name, from the module whose code the piece is
+
+
+class Piece:
+    """A graph of Dynamo's, rewritten.
+
+    Args:
+        gm: The graph; it is changed.
+        table: The rules.
+        setting: Where it is captured.
+        before: How many sites came before it.
+        program_of: The program of a model.
+
+    Attributes:
+        program: The program that it is captured in.
+        opaque: What is in it that no rule can reach.
+        entries: For every site the index of the entry of the table that decided it.
+
+    Raises:
+        PlanError: The table gives a rule to a site that the rule cannot serve.
+    """
+
+    def __init__(
+        self,
+        gm: fx.GraphModule,
+        table: RuleTable,
+        setting: Setting,
+        before: Calls,
+        program_of: Callable[[nn.Module | None], Program],
+    ) -> None:
+        self._table = table
+        self._program_of = program_of
+        self._occurrences: dict[Any, Occurrence] = {}
+        homes = _homes(gm, setting, program_of)
+        for node, home in homes.items():
+            node.meta[META] = home.origin(node)
+        modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
+        _number(homes, modules, before)
+        self.program = program_of(setting.top())
+        self.opaque = list(_closed(homes))
+        decided: dict[fx.Node, tuple[Located, Decision]] = {}
+        for module in modules:
+            capture = Capture(module, self.program.name, (Variant({}, module.graph),))
+            plan, (pairs,) = make_plan(capture, table)
+            self.opaque += [note for note in plan.opaque if note not in self.opaque]
+            decided.update({_node(place): (place, decision) for place, decision in pairs})
+            rewrite(module.graph, module, pairs)
+            module.graph.lint()
+            module.recompile()
+        anchor = self.program.owner(setting.modules)
+        inside = _inside(anchor)
+        self._places = [
+            _Place(home.program, *decided[node], inside.get(id(home.parameter_or_owner)))
+            for node, home in homes.items()
+            if node in decided
+        ]
+        self.entries = tuple(placed.decision.entry for placed in self._places)
+
+    def at(self, setting: Setting, before: Calls) -> Occurrence:
+        """What its sites are where it runs.
+
+        Args:
+            setting: Where it runs.
+            before: How many sites came before it.
+        """
+        program = self._program_of(setting.top())
+        anchor = program.owner(setting.modules)
+        named = [_renamed(placed, program, anchor) for placed in self._places]
+        keys = [(p, place.site.path, place.site.op) for p, place in named]
+        first = tuple(before[key] for key in keys)
+        known = self._occurrences.get((anchor, first))
+        if known is not None:
+            return known
+        counts: Calls = Counter()
+        sites, entries = [], []
+        for (owner, place), key, placed in zip(named, keys, self._places, strict=True):
+            if isinstance(place, Operation):
+                call = before[key] + counts[key]
+                place = replace(place, site=replace(place.site, call=call))
+                counts[key] += 1
+            sites.append((owner, place, replace(placed.decision, site=place.site)))
+            entries.append(self._table.decide(place))
+        found = Occurrence(tuple(sites), tuple(entries), counts)
+        self._occurrences[anchor, first] = found
+        return found
+
+
+def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tuple[Program, Located]:
+    """A site under the name that it has where the code of its piece runs for another module."""
+    place, site = placed.place, placed.place.site
+    if placed.anchored is None or anchor is None:
+        return placed.program, place
+    if isinstance(place, Parameter):
+        names = program.names(anchor.get_parameter(placed.anchored))
+        site = replace(site, path=names[0].rpartition(".")[0], names=names)
+    else:
+        site = replace(site, path=program.path(anchor.get_submodule(placed.anchored)))
+    return program, replace(place, site=site)
+
+
+def _node(place: Located) -> fx.Node:
+    return place.reads[0] if isinstance(place, Parameter) else place.node  # type: ignore[attr-defined]
+
+
+# --- where nodes come from ---
+
+
+@dataclass(frozen=True)
+class _Home:
+    """Where a node comes from."""
+
+    graph_module: fx.GraphModule  # the graph that it is in
+    program: Program
+    owner: nn.Module | None
+    parameter: Tensor | None = None
+
+    @property
+    def parameter_or_owner(self) -> Any:
+        return self.owner if self.parameter is None else self.parameter
+
+    def origin(self, node: fx.Node) -> Origin:
+        names = () if self.parameter is None else self.program.names(self.parameter)
+        return Origin(self.program.path(self.owner), _source(node), class_of(self.owner), names)
+
+
+def _homes(
+    gm: fx.GraphModule, setting: Setting, program_of: Callable[[nn.Module | None], Program]
+) -> dict[fx.Node, _Home]:
+    """Where every node comes from, in the order in which they run."""
+    modules = _Modules(setting)
+    homes: dict[fx.Node, _Home] = {}
+    for node, graph_module in _nodes(gm):
+        called = modules.of(node)
+        program = program_of(setting.top(*called))
+        owner = program.owner((*setting.modules, *called))
+        homes[node] = _Home(graph_module, program, owner)
+    programs = dict.fromkeys(home.program for home in homes.values())
+    for node in homes:
+        if (example := _example(node)) is None:
+            continue
+        for program in programs:
+            if names := program.names(example):
+                homes[node] = _Home(gm, program, program.holder(names[0]), example)
+    return homes
+
+
+class _Modules:
+    """Finds the modules that Dynamo names by their identity."""
+
+    def __init__(self, setting: Setting) -> None:
+        tops = [m for m in (setting.root, *setting.modules) if m is not None]
+        self._known = {id(module): module for top in tops for module in top.modules()}
+        self._searched = False
+
+    def of(self, node: fx.Node) -> list[nn.Module]:
+        """The modules that were being called when a node was made, the outermost first, as far as they exist."""
+        found = []
+        for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            # a second call of a module is marked by an @
+            module = self._find(int(key.partition("@")[0]))
+            if module is not None and type(module) is kind:
+                found.append(module)
+        return found
+
+    def _find(self, identity: int) -> nn.Module | None:
+        if identity not in self._known and not self._searched:
+            # What a compiled function calls is known to Dynamo alone
+            self._searched = True
+            alive = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
+            self._known.update((id(module), module) for module in alive)
+        return self._known.get(identity)
+
+
+def _example(node: fx.Node) -> Tensor | None:
+    """The parameter that an input of a graph is."""
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    example = None if argument is None else argument.example
+    return example if isinstance(example, nn.Parameter) else None
+
+
+_FRAME = re.compile(r'^  File "(.*)", line (\d+), in ', re.MULTILINE)
+
+
+def _source(node: fx.Node) -> str:
+    """``file:line`` of the user's code; the last of the frames is the innermost."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    users = [f"{file}:{line}" for file, line in frames if is_users_file(file)]
+    return users[-1] if users else ""
+
+
+def _inside(anchor: nn.Module | None) -> dict[int, str]:
+    """The paths of modules and the names of parameters inside of a module, by identity."""
+    if anchor is None:
+        return {}
+    named = [*anchor.named_modules(), *anchor.named_parameters()]
+    return {id(thing): path for path, thing in named}
+
+
+def _number(
+    homes: Mapping[fx.Node, _Home], modules: tuple[fx.GraphModule, ...], before: Calls
+) -> None:
+    """Count the calls of sites over several graphs, in the order in which their nodes run."""
+    calls = Counter(before)
+    sites = {p.node: p.site for module in modules for p in find_sites(module.graph, module)}
+    for node, home in homes.items():
+        if node in sites:
+            key = home.program, sites[node].path, sites[node].op
+            node.meta[META] = replace(origin(node), call=calls[key])
+            calls[key] += 1
+
+
+# --- graphs in graphs ---
+
+# These run the graph that they are given, once, where they stand.
+_OPEN = frozenset(
+    {
+        "tag_activation_checkpoint",
+        "wrap",
+        "wrap_activation_checkpoint",
+        "wrap_with_autocast",
+        "wrap_with_set_grad_enabled",
+    }
+)
+
+
+def _nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
+    """The nodes of a graph and of the graphs that it runs, in the order in which they run."""
+    for node in gm.graph.nodes:
+        if _operator(node) in _OPEN:
+            yield from (pair for body in _bodies(node, gm)[:1] for pair in _nodes(body))
+        yield node, gm
+
+
+def _operator(node: fx.Node) -> str:
+    """The name of the operator that runs graphs, which a node calls; ``""`` for other nodes."""
+    if isinstance(node.target, HigherOrderOperator):
+        return str(node.target.name())  # type: ignore[no-untyped-call]
+    return ""
+
+
+def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[fx.GraphModule]:
+    named = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
+    found = [getattr(gm, str(name), None) for name in named]
+    return [body for body in found if isinstance(body, fx.GraphModule)]
+
+
+def _closed(homes: Mapping[fx.Node, _Home]) -> Iterator[Opaque]:
+    """The operators that run graphs in which a rule would not act, as far as these compute activations."""
+    for node, home in homes.items():
+        name = _operator(node)
+        if not name or name in _OPEN:
+            continue
+        where = origin(node)
+        if name == "autograd_function_apply":
+            what, reason = "an autograd.Function", "keeps the backward it has"
+        elif any(find_sites(body.graph, body) for body in _bodies(node, home.graph_module)):
+            what, reason = f"torch.{name}", "its branches are graphs of their own"
+        else:
+            continue
+        yield Opaque(where.owner, what, reason, where.source)

@@ -1,0 +1,113 @@
+"""What was compiled: a model, the names of its modules and parameters, and what has been found in it so far.
+
+Dynamo hands out a model in pieces, and again for other shapes and modes. A `Program` is the sum of the pieces.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from ..capture import Opaque
+from ..plan import Decision, Plan
+from ..sites import Located
+from ..table import RuleTable
+
+__all__ = ["Program", "class_of"]
+
+
+class Program:
+    """One model, or the code of a compiled function that is in no model, as far as it has been captured.
+
+    Args:
+        root: The model, or None.
+        name: What reports call it.
+        table: The rules.
+
+    Attributes:
+        root: The model, or None.
+        name: What reports call it.
+    """
+
+    def __init__(self, root: nn.Module | None, name: str, table: RuleTable) -> None:
+        self.root = root
+        self.name = name
+        self._table = table
+        self._decisions: dict[Decision, None] = {}
+        self._meant: dict[int, set[tuple[str, str, str, int]]] = defaultdict(set)
+        self._opaque: dict[Opaque, None] = {}
+        self._lost: dict[Opaque, None] = {}
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Read the names of modules and parameters anew."""
+        self._paths: dict[nn.Module, str] = {}
+        self._names: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
+        if self.root is None:
+            return
+        self._paths = {module: path for path, module in self.root.named_modules()}
+        for name, parameter in self.root.named_parameters(remove_duplicate=False):
+            _, names = self._names.get(id(parameter), (parameter, ()))
+            self._names[id(parameter)] = parameter, (*names, name)
+
+    def owner(self, modules: Iterable[nn.Module]) -> nn.Module | None:
+        """The innermost of some modules, given from the outermost on, that the model holds; else the model."""
+        known = [module for module in modules if module in self._paths]
+        return known[-1] if known else self.root
+
+    def path(self, module: nn.Module | None) -> str:
+        """The dotted path of a module, the first where it has several; ``""`` where it has none."""
+        return "" if module is None else self._paths.get(module, "")
+
+    def names(self, parameter: Tensor) -> tuple[str, ...]:
+        """The dotted names of a parameter; none where it is not the model's."""
+        return self._names.get(id(parameter), (parameter, ()))[1]
+
+    def holder(self, name: str) -> nn.Module | None:
+        """The module that holds a parameter of a dotted name."""
+        return None if self.root is None else self.root.get_submodule(name.rpartition(".")[0])
+
+    def parameters(self) -> Iterable[tuple[Tensor, tuple[str, ...]]]:
+        """The parameters, with their dotted names."""
+        return self._names.values()
+
+    def add(self, place: Located, decision: Decision) -> None:
+        """Take up a site."""
+        self._decisions[decision] = None
+        for index, entry in enumerate(self._table.entries):
+            if entry.matches(place):
+                self._meant[index].add(place.site.key)
+
+    def note(self, opaque: Iterable[Opaque]) -> None:
+        """Take up what was not looked into."""
+        self._opaque.update(dict.fromkeys(opaque))
+
+    def miss(self, place: Located) -> None:
+        """Take up a site that ran outside of the captured graphs."""
+        site = place.site
+        reason = "it ran outside of the captured graphs, with its native backward"
+        self._lost[Opaque(site.path, f"{site.name} ({site.spelling})", reason, site.source)] = None
+
+    @property
+    def plan(self) -> Plan:
+        """What has been done so far."""
+        return Plan(
+            model=self.name,
+            decisions=tuple(sorted(self._decisions, key=lambda d: d.site.kind == "parameter")),
+            table=self._table,
+            opaque=tuple(self._opaque),
+            lost=tuple(self._lost),
+            meant=tuple(len(self._meant[index]) for index in range(len(self._table.entries))),
+        )
+
+
+def class_of(module: nn.Module | None) -> type[Any]:
+    """The class of a module as its author wrote it."""
+    if module is None:
+        return nn.Module
+    kind: type[Any] = getattr(module, "_model_class", None) or type_before_parametrizations(module)
+    return kind

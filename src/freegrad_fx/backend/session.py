@@ -1,0 +1,150 @@
+"""One call of a compiled program: counts the sites that have run, and sees what runs outside of the captured graphs."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from ..activations import OPS
+from ..provenance import Origin, caller
+from ..sites import Located
+from . import frames
+from .frames import Setting
+from .pieces import Calls, Piece
+from .programs import Program, class_of
+from .watch import Watch, activation_call, located, located_parameter, possible_activations
+
+if TYPE_CHECKING:
+    from . import Backend
+
+__all__ = ["Session"]
+
+
+class Session:
+    """One call of what was compiled with a backend. It begins when it is made.
+
+    Args:
+        backend: The backend.
+        function: What was compiled.
+        frame: The frame that calls it.
+
+    Attributes:
+        name: What was compiled.
+        calls: How many sites have run.
+        pending: How many sites have been captured in graphs that have not run yet.
+        ran: How many captured graphs have run.
+        error: What went wrong while a graph was rewritten.
+    """
+
+    def __init__(self, backend: Backend, function: Callable[..., Any], frame: FrameType) -> None:
+        self._backend = backend
+        self._root = frames.compiled_module(function)
+        self._frame: FrameType | None = frame
+        self._activation: FrameType | None = None
+        self._watch = Watch(self._seen)
+        self.name: str = getattr(function, "__qualname__", "a function")
+        self.calls: Calls = Counter()
+        self.pending: Calls = Counter()
+        self.ran = 0
+        self.error: Exception | None = None
+        backend.sessions.append(self)
+        self._watch.__enter__()  # type: ignore[no-untyped-call]
+
+    def end(self, failed: bool) -> None:
+        """The call is over.
+
+        Args:
+            failed: Whether it raised.
+
+        Raises:
+            PlanError: A rule could not serve a site; under `strict`, what is otherwise a warning.
+            RuleError: A rule is not what it was when the backend was made.
+        """
+        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._backend.sessions.pop()
+        self._frame = self._activation = None
+        if self.error is not None:
+            raise self.error
+        if not failed:
+            self._backend.after(self)
+
+    def setting(self) -> Setting:
+        """Where the code that is running stands in the program."""
+        return frames.setting(self._root, self._frame)
+
+    def run(self, piece: Piece, compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Run a captured graph."""
+        occurrence = piece.at(self.setting(), self.calls)
+        self._backend.take_up(piece, occurrence)
+        self.calls.update(occurrence.counts)
+        self.pending.clear()
+        self.ran += 1
+        return self._watch.unseen(compiled, args)
+
+    def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Look at an operation that runs outside of the captured graphs."""
+        learns = torch.is_grad_enabled() and func is not torch.ops.aten.detach.default
+        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        learning = [t for t in tensors if learns and t.requires_grad]
+        called = activation_call()
+        possible = possible_activations(func)
+        if called is None and not possible and not learning:
+            return
+        setting = self.setting()
+        program = self._backend.program_of(setting.top())
+        for parameter in learning:
+            if names := program.names(parameter):
+                self._parameter(program, parameter, names)
+        if called is not None:
+            frame, name = called
+            if frame is self._activation:
+                return  # a further step of it
+            self._activation = frame
+            if name not in possible:
+                target, given = OPS[name].function, (tensors[0],)
+                self._activations(program, setting, [(target, given, {})], bool(learning))
+                return
+        if possible:
+            builtins = [OPS[name].function for name in possible if func not in OPS[name].aten]
+            calls: list[tuple[Any, Any, Any]] = [(func, args, kwargs)]
+            calls += [(f, (tensors[0],), {}) for f in builtins]
+            self._activations(program, setting, calls, bool(learning))
+
+    def _activations(
+        self, program: Program, setting: Setting, calls: list[tuple[Any, Any, Any]], learning: bool
+    ) -> None:
+        """Count one call of an activation, and say if a rule was meant for it, under whichever of its names."""
+        owner = program.owner(setting.modules)
+        where = Origin(program.path(owner), caller(), class_of(owner))
+        names = [
+            place
+            for target, given, keywords in calls
+            if (place := located(target, given, keywords, where)) is not None
+        ]
+        wanted: Located | None = None
+        for place in names:
+            key = program, place.site.path, place.site.op
+            place = replace(place, site=replace(place.site, call=self.calls[key]))
+            entry = self._backend.entry_for(place)
+            if entry is not None and entry.rules is not None and (learning or entry.forward):
+                wanted = wanted or place
+        self.calls.update((program, place.site.path, place.site.op) for place in names[:1])
+        if wanted is not None:
+            self._backend.missed(program, wanted)
+
+    def _parameter(self, program: Program, parameter: Tensor, names: tuple[str, ...]) -> None:
+        """Say if a rule was meant for a parameter that is used."""
+        owner = program.holder(names[0])
+        where = Origin(program.path(owner), "", class_of(owner), names)
+        place = located_parameter(parameter, where)
+        entry = self._backend.entry_for(place)
+        if entry is not None and entry.rules is not None:
+            place = replace(place, site=replace(place.site, source=caller()))
+            self._backend.missed(program, place)

@@ -1,0 +1,149 @@
+"""Sees what a compiled program runs outside of its captured graphs, where no rule can act.
+
+Dynamo leaves code to Python wherever it cannot follow it, and says so in a log at most. A dispatch mode that tells
+PyTorch to compile as if it was not there sees every operation of such code, whatever the reason was. Knows nothing of
+programs and rules.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from ..activations import OPS
+from ..provenance import META, Origin, is_users
+from ..sites import Located, find_parameters, find_sites
+from .frames import frames
+
+__all__ = ["Watch", "activation_call", "located", "located_parameter", "possible_activations"]
+
+
+class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Hands every operation that runs under it to a function.
+
+    Args:
+        seen: Called with the operation and its arguments, before it runs.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, seen: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._seen = seen
+        self._paused = 0
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Dynamo compiles as if this mode was not there."""
+        return True
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Show an operation, then run it."""
+        kwargs = kwargs or {}
+        if not self._paused:
+            self._seen(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def unseen(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+        """Call a function without looking at what it runs."""
+        innermost = _get_current_dispatch_mode() is self
+        if innermost:  # what runs then is spared the way through this mode
+            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._paused += 1
+        try:
+            return function(*args)
+        finally:
+            self._paused -= 1
+            if innermost:
+                self.__enter__()  # type: ignore[no-untyped-call]
+
+
+# --- which activation an operation of ATen is ---
+
+
+def possible_activations(func: Any) -> tuple[str, ...]:
+    """The names of the activations that an operation of ATen is, or that ATen computes by it."""
+    return _operations().get(func, ())
+
+
+@functools.cache
+def _operations() -> dict[Any, tuple[str, ...]]:
+    found: dict[Any, dict[str, None]] = {o: {op.name: None} for op in OPS.values() for o in op.aten}
+    for op in OPS.values():
+        if op.function is not None and not hasattr(op.function, "__code__"):
+            with _Record() as record, torch.no_grad():
+                op.function(torch.ones(1))
+            for func in record.operations:
+                found.setdefault(func, {})[op.name] = None
+    return {func: tuple(names) for func, names in found.items()}
+
+
+class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Lists the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operations: list[Any] = []
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        self.operations.append(func)
+        return func(*args, **(kwargs or {}))
+
+
+@functools.cache
+def _written_in_python() -> dict[CodeType, str]:
+    """The functions of PyTorch that are activations and Python code, such as `F.softsign`."""
+    return {
+        function.__code__: op.name
+        for op in OPS.values()
+        for function in op.functions
+        if hasattr(function, "__code__")
+    }
+
+
+def activation_call() -> tuple[FrameType, str] | None:
+    """The call of an activation that is Python code of PyTorch's and is running, with its name."""
+    known = _written_in_python()
+    for frame in frames():
+        if is_users(frame.f_code):
+            return None
+        if frame.f_code in known:
+            return frame, known[frame.f_code]
+    return None
+
+
+# --- the same stages for one operation ---
+
+
+def located(target: Any, args: Any, kwargs: Any, where: Origin) -> Located | None:
+    """The site that one operation is; None where it is none."""
+    graph = fx.Graph()
+
+    def as_node(value: Any) -> Any:
+        return graph.placeholder("x") if isinstance(value, Tensor) else value
+
+    nodes, keywords = pytree.tree_map(as_node, (args, kwargs))
+    node = graph.call_function(target, nodes, keywords)
+    node.meta[META] = where
+    sites = find_sites(graph, nn.Module())
+    return sites[0] if sites else None
+
+
+def located_parameter(parameter: Tensor, where: Origin) -> Located:
+    """The site that a parameter is."""
+    graph = fx.Graph()
+    node = graph.placeholder("parameter")
+    node.meta.update({META: where, "val": parameter})
+    (place,) = find_parameters(graph, nn.Module())
+    return place
