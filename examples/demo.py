@@ -28,7 +28,7 @@ from rich.table import Table
 from torch import Tensor, fx, nn
 
 import freegrad_fx as fg
-from _digits import load_digits
+from _data import load_digits
 from _torchvision import torchvision
 from _training import Epoch, train
 

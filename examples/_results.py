@@ -1,0 +1,157 @@
+"""The results of an experiment: as JSON, as a table and as curves. It knows nothing of models."""
+
+import json
+import math
+import statistics
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich import box
+from rich.table import Table
+from torch import Tensor
+
+from _training import Epoch
+
+__all__ = ["OURS", "PEER", "Results", "Run", "draw", "spread", "table"]
+
+OURS, PEER = "freegrad_fx", "freegrad"
+
+HEADINGS = ("forward / backward", "with", "seeds", "accuracy, %", "loss", "s/epoch")
+
+# Okabe and Ito's: readers who see fewer colours can tell them apart too.
+COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One variant, trained with one package from one seed."""
+
+    variant: str
+    library: str
+    seed: int
+    epochs: list[Epoch]
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        return self.variant, self.library, self.seed
+
+    def to_dict(self) -> dict[str, Any]:
+        """Six digits are enough. A loss that is not finite is null: JSON has no number for it."""
+        columns = {
+            name: [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+            for name, values in zip(Epoch._fields, zip(*self.epochs, strict=True), strict=True)
+        }
+        return {"variant": self.variant, "library": self.library, "seed": self.seed} | columns
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> "Run":
+        columns = [[math.nan if v is None else v for v in data[name]] for name in Epoch._fields]
+        epochs = [Epoch(*values) for values in zip(*columns, strict=True)]
+        return cls(data["variant"], data["library"], data["seed"], epochs)
+
+
+@dataclass
+class Results:
+    """What was run, on what, and what came of it."""
+
+    about: dict[str, Any]
+    runs: list[Run] = field(default_factory=list)
+
+    @classmethod
+    def read(cls, path: Path) -> "Results":
+        content = json.loads(path.read_text("utf-8"))
+        return cls(content["about"], [Run.of(run) for run in content["runs"]])
+
+    def write(self, path: Path) -> None:
+        """Write JSON, a run in a line. A reader never meets a file that is half written."""
+        runs = ",\n".join(json.dumps(run.to_dict(), allow_nan=False) for run in self.runs)
+        about = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=False)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(".part")
+        unfinished.write_text(f'{{"about": {about},\n"runs": [\n{runs}\n]}}\n', "utf-8")
+        unfinished.replace(path)
+
+    def groups(self) -> dict[tuple[str, str], list[Run]]:
+        """The runs of every variant and package, their seeds in order."""
+        groups: dict[tuple[str, str], list[Run]] = {}
+        for run in sorted(self.runs, key=lambda run: run.seed):
+            groups.setdefault((run.variant, run.library), []).append(run)
+        return groups
+
+    def rows(self) -> list[tuple[str, ...]]:
+        """A row for every variant and package: what it reached in its last epoch, and the time."""
+        return [
+            (
+                variant,
+                library,
+                str(len(runs)),
+                spread([100 * run.epochs[-1].accuracy for run in runs], ".2f"),
+                spread([run.epochs[-1].loss for run in runs], ".4f"),
+                f"{statistics.median(epoch.seconds for run in runs for epoch in run.epochs):.3g}",
+            )
+            for (variant, library), runs in self.groups().items()
+        ]
+
+    def difference(self) -> float:
+        """How far the accuracies of the two packages are apart at most, over all their epochs."""
+        groups = self.groups()
+        return max(
+            abs(one.accuracy - other.accuracy)
+            for (variant, library), theirs in groups.items()
+            if library == PEER
+            for run, peer_run in zip(groups[variant, OURS], theirs, strict=True)
+            for one, other in zip(run.epochs, peer_run.epochs, strict=True)
+        )
+
+
+def spread(values: list[float], form: str) -> str:
+    """Mean ± standard deviation, that of a sample; the mean alone where there is one value."""
+    mean = f"{statistics.fmean(values):{form}}"
+    return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
+
+
+def table(results: Results) -> Table:
+    shown = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for column in shown.columns:
+        column.no_wrap = True
+        column.justify = "right" if column.header in HEADINGS[2:] else "left"
+    for row in results.rows():
+        shown.add_row(*row)
+    return shown
+
+
+def draw(results: Results, path: Path) -> None:
+    """Draw how every variant learnt: the mean over the seeds and the range around it."""
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    loss, accuracy = figure.subplots(1, 2)
+    groups = results.groups()
+    variants = list(dict.fromkeys(variant for variant, _ in groups))
+    for (variant, library), runs in groups.items():
+        colour = COLOURS[variants.index(variant) % len(COLOURS)]
+        style, label = ("-", variant) if library == OURS else (":", f"{variant}, {library}")
+        for axes, name, factor in ((loss, "loss", 1), (accuracy, "accuracy", 100)):
+            values = torch.tensor([[factor * getattr(e, name) for e in r.epochs] for r in runs])
+            draw_mean_and_range(axes, values, style, colour, label)
+    loss.set(title="Training set", ylabel="loss", yscale="log")
+    accuracy.set(title="Held-out set", ylabel="accuracy, %")
+    for axes in (loss, accuracy):
+        axes.set_xlabel("epoch")
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = loss.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    figure.suptitle(f"{results.about['title']}, {results.about['data']}", fontsize="medium")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=100)
+
+
+def draw_mean_and_range(axes: Axes, values: Tensor, style: str, colour: str, label: str) -> None:
+    epochs = torch.arange(values.shape[1]) + 1
+    axes.plot(epochs, values.mean(dim=0), style, color=colour, label=label)
+    low, high = values.amin(dim=0), values.amax(dim=0)
+    axes.fill_between(epochs, low, high, color=colour, alpha=0.15, linewidth=0)
