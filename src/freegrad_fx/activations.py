@@ -142,7 +142,8 @@ for _schema, _implementation in {
     "ternarize(Tensor self, float? threshold=None) -> Tensor": _ternarize,
 }.items():
     _library.define(_schema)
-    _library.impl(_schema.partition("(")[0], _implementation, "CompositeImplicitAutograd")
+    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+        _library.impl(_schema.partition("(")[0], _implementation, _key)
 
 _FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, torch._C._nn)
 _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)

@@ -230,6 +230,11 @@ def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
 LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
+def of_library(function: Any) -> bool:
+    """Whether one of them defines a function; a builtin that says nothing of its module is torch's."""
+    return (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES
+
+
 def named_in_place(name: str) -> bool:
     """Whether a function or method writes into its first argument by PyTorch's convention for names."""
     return name.endswith("_") and not name.endswith("__")
@@ -248,6 +253,8 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         found = [value for n in written if isinstance(value := given.get(n), fx.Node)]
         return found[0] if found else None
+    if node.target in (F.embedding, F.embedding_bag):
+        return _renormalised(node)
     if node.op == "call_method":
         name = str(node.target)
         writes = named_in_place(name)
@@ -261,6 +268,13 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
         return out
     inputs = [*node.args[first_argument(node) :], *node.kwargs.values()]
     return next((a for a in inputs if isinstance(a, fx.Node)), None) if writes else None
+
+
+def _renormalised(node: fx.Node) -> fx.Node | None:
+    """The table of a lookup that, given a `max_norm`, writes into the rows that it reads."""
+    weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+    limit = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
+    return weight if isinstance(weight, fx.Node) and limit is not None else None
 
 
 def _positional_inplace(node: fx.Node) -> bool:

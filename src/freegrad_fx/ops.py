@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import importlib
 import threading
+import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
 from typing import Any
@@ -286,6 +287,7 @@ def _is_plain(module: nn.Module, names: Collection[str]) -> bool:
         not kind.__module__.startswith("torch.nn.modules.")
         or any(hooks)
         or has_backward_hooks(module)
+        or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
     ):
         return False
     parts = _by_part(dict.fromkeys(names))
@@ -326,10 +328,13 @@ _functions: dict[str, Callable[..., Any]] = {}
 def function_key(function: Callable[..., Any]) -> str:
     """The text by which a graph names a class or function of the user's: ``module:qualified name``.
 
-    One that cannot be imported (it was made inside a function) is known in this process alone; a second one of the
-    same name gets a number.
+    One that cannot be imported (it was made inside a function, or is an object that can be called) is known in this
+    process alone; a second one of the same name gets a number.
     """
-    base = f"{function.__module__}:{function.__qualname__}"
+    bound = isinstance(getattr(function, "__func__", None), types.FunctionType)
+    named = hasattr(function, "__qualname__") and not bound
+    kind = function if named else type(function)
+    base = f"{kind.__module__}:{kind.__qualname__}{'' if named else '()'}"
     key, number = base, 1
     while _functions.setdefault(key, function) is not function:
         number += 1
@@ -348,16 +353,30 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     return function_of(function).apply(*args, **kwargs)
 
 
-def apply_forward(x: Tensor, function: str, /, **parameters: Any) -> Tensor:
+def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) -> Tensor:
     """Call the function of the user's that `function` names (see `function_key`), in the place of a site's own forward.
+
+    Args:
+        x: The tensor.
+        function: The name of the function.
+        *before: What it is given in front of `x`.
+        **parameters: What it is given by keyword.
 
     Raises:
         RuntimeError: It is not known in this process and cannot be imported.
         TypeError: It returned something else than a tensor of the shape of `x`.
+        RuleError: It changed `x` in place.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(apply_forward, (x,), x, function, **parameters)
-    result = function_of(function)(x, **parameters)
+        return handle_torch_function(apply_forward, (x,), x, function, *before, **parameters)
+    counts = not torch.compiler.is_compiling() and not x.is_inference()
+    version = x._version if counts else 0
+    result = function_of(function)(*before, x, **parameters)
+    if counts and x._version != version:
+        raise RuleError(
+            f"the forward {function!r} changes its argument in place, which is the model's own tensor. Make it a pure "
+            f"function: x.sign(), not x.sign_()."
+        )
     if not isinstance(result, Tensor) or result.shape != x.shape:
         got = (
             f"shape {tuple(result.shape)}" if isinstance(result, Tensor) else type(result).__name__

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -9,13 +10,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from torch import Tensor, fx, nn
 
 from .activations import OPS
-from .aliasing import Aliasing
+from .aliasing import Aliasing, named_in_place, of_library
 from .capture import Capture, Opaque
 from .context import SCOPES
 from .errors import PlanError, unknown
 from .nodes import called_module, called_path
 from .ops import has_backward_hooks
-from .rules.rule import Rule
+from .rules.rule import Rule, shown
 from .sites import (
     Located,
     Operation,
@@ -314,10 +315,31 @@ def _check_rules(place: Located, entry: Entry) -> None:
             )
 
 
+def _works_in_place(forward: Callable[..., Tensor]) -> bool:
+    """Whether a function of torch writes into its argument by its name or its `inplace`."""
+    function: Any = forward
+    while isinstance(function, functools.partial):
+        if function.keywords.get("inplace", False):
+            return True
+        function = function.func
+    return of_library(function) and named_in_place(getattr(function, "__name__", ""))
+
+
 def _check_replaceable(place: Located, forward: Forward) -> None:
     """Raise `PlanError` if the forward of a site cannot be replaced by another."""
     where = f"site {place.site.name} ({place.site.spelling})"
     replaceable = [op.name for op in OPS.values() if op.function is not None and op.keeps_shape]
+    if isinstance(forward, nn.Module | type):
+        kind = "class" if isinstance(forward, type) else "module"
+        raise PlanError(
+            f"a forward is a function of a tensor, got the {kind} {forward!r}, at {where}. Its parameters and mode "
+            f"would not be the model's: give a function, such as torch.tanh."
+        )
+    if not isinstance(forward, str) and _works_in_place(forward):
+        raise PlanError(
+            f"the forward {shown(forward)} writes into its argument, which is the model's own tensor, at {where}. "
+            f"Give the function that does not: torch.sign, not torch.sign_."
+        )
     if isinstance(forward, str) and forward not in replaceable:
         raise PlanError(unknown("forward", forward, replaceable, f"Asked for at {where}."))
     if place.op is not None and not place.op.keeps_shape:

@@ -8,6 +8,7 @@ a forward.
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -15,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from .activations import OPS
-from .aliasing import LIBRARIES, Aliasing
+from .aliasing import Aliasing, of_library
 from .captured import sets_grad_mode
 from .context import SCOPES
 from .nodes import called_module, called_path
@@ -261,18 +263,26 @@ class _Surgery:
     def forward(self, x: fx.Node, forward: Forward) -> fx.Node:
         """What replaces the forward, of x."""
         function: Any = OPS[forward].function if isinstance(forward, str) else forward
+        before: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
         while isinstance(function, functools.partial):
+            before = (*function.args, *before)
             keywords = {**function.keywords, **keywords}
             function = function.func
-        if (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES:
-            return self.node("call_function", function, (x,), keywords)
-        return self.node("call_function", apply_forward, (x, function_key(function)), keywords)
+        if not all(map(_can_be_written, tree_leaves((before, keywords)))):
+            function, before, keywords = forward, (), {}
+        before, keywords = tree_map_only(Tensor, self.tensor, (before, keywords))
+        if isinstance(function, types.MethodDescriptorType):  # Tensor.sign
+            return self.node("call_method", function.__name__, (*before, x), keywords)
+        if of_library(function) and not isinstance(function, functools.partial):
+            return self.node("call_function", function, (*before, x), keywords)
+        key = function_key(function)
+        return self.node("call_function", apply_forward, (x, key, *before), keywords)
 
     def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None) -> fx.Node:
         """A `decoupled` of y and x; without a rule it is ambient."""
         if rule is None:
-            kwargs = {**self.ambient, "site": self.site.name}
+            kwargs: dict[str, Any] = {**self.ambient, "site": self.site.name}
             return self.node("call_function", decoupled, (y, x), kwargs)
         values = {
             name: self.tensor(value) if isinstance(value, Tensor) else value
@@ -296,6 +306,12 @@ class _Surgery:
         node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta.update(self.meta)
         return node
+
+
+def _can_be_written(value: Any) -> bool:
+    """Whether the code of a graph can hold a value."""
+    plain = (int, float, complex, bool, str, type(None), torch.dtype, torch.device)
+    return isinstance(value, Tensor) or type(value) in plain
 
 
 _RULE_PARAMETER = "rule_parameter_"
