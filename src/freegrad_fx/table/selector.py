@@ -7,6 +7,7 @@ import functools
 import inspect
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -318,9 +319,11 @@ def _ops_in(names: tuple[str, ...]) -> frozenset[str]:
 
 @functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
-    if pattern.startswith("re:"):
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
         return re.compile(pattern.removeprefix("re:"))
-    return re.compile(fnmatch.translate(pattern))
 
 
 def _any_match(patterns: Iterable[str], names: Iterable[str]) -> bool:
