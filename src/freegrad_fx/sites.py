@@ -162,7 +162,9 @@ def find_sites(
         if spelling is None:
             continue
         where = origin(node)
-        path = called_path(node) if module is not None else where.owner
+        # An origin that tells the class tells the path too: the graph may call modules by names of its own
+        own = module is None or where.owner_type is not None
+        path = where.owner if own else called_path(node)
         name = spelling.op.name if isinstance(spelling, Spelling) else _class_name(called)
         owner = where.owner_type or _class_at(root, path)
         site = Site(

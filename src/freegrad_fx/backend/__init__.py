@@ -59,10 +59,17 @@ class Backend:
         self._taken_up: weakref.WeakSet[Occurrence] = weakref.WeakSet()
         self._problems: dict[str, bool] = {}  # whether each has been said
         self._calls = 0
+        _refuse_functions(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
         # Dynamo looks for this name, and enters around every call what it returns
         self.backend_ctx_ctor = self._follow
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Backend:
+        return self  # a copy of a compiled model is a further model that it compiles
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Backend, (self.table, self.inner, self.strict, self._options)
 
     def __repr__(self) -> str:
         return f"freegrad_fx.backend({self.table!r}, inner={self.inner!r})"
@@ -86,6 +93,13 @@ class Backend:
         if compilation is not None and compilation.compiled_autograd_id is not None:
             return compiler(gm, example_inputs)  # type: ignore[no-any-return]
         session = self.session
+        if session is None:
+            warnings.warn(
+                "this backend is called by something else than a function that torch.compile returned: it cannot see "
+                "what runs outside of the graphs, and call indices begin anew in each of them",
+                FreegradWarning,
+                stacklevel=2,
+            )
         try:
             piece = self._rewritten(gm, session)
         except (PlanError, RuleError) as error:
@@ -215,6 +229,8 @@ class Backend:
         end = torch._dynamo.disable(Session.end)  # type: ignore[no-untyped-call]
 
         def call(*args: Any, **kwargs: Any) -> Any:
+            if self.session is not None and self.session.has(function):
+                return function(*args, **kwargs)
             session = begin(self, function, sys._getframe())
             try:
                 result = function(*args, **kwargs)
@@ -297,6 +313,17 @@ def _depends_on_place(entry: Entry) -> bool:
     """Whether an entry asks for more than what an operation is, so that one code may need several rules."""
     sites = entry.sites
     return bool(sites.module or sites.type or sites.parameter or sites.call or sites.where)
+
+
+def _refuse_functions(table: RuleTable) -> None:
+    """Raise `PlanError` for an entry that means the calls of a `torch.autograd.Function`."""
+    for entry in table.entries:
+        for kind in entry.sites.classes_in(nn.Module()):
+            if issubclass(kind, torch.autograd.Function):
+                raise PlanError(
+                    f"the entry {entry.selector!r} means the calls of the autograd.Function {kind.__name__}, which "
+                    f"Dynamo takes apart. Leave it out (it keeps the backward it has), or use transform()."
+                )
 
 
 def _compiler(inner: Any, options: Mapping[str, Any]) -> Callable[..., Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import gc
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -26,6 +26,7 @@ from ..sites import Located, Operation, Parameter, find_sites
 from ..table import RuleTable
 from .frames import Setting
 from .programs import Program, class_of
+from .whole import Call, captured_tensor, fold, refusal, unfold
 
 __all__ = ["Calls", "Occurrence", "Piece"]
 
@@ -90,20 +91,25 @@ class Piece:
         self._table = table
         self._program_of = program_of
         self._occurrences: dict[Any, Occurrence] = {}
-        homes = _homes(gm, setting, program_of)
+        self.program = program_of(setting.top())
+        modules = _Modules(setting)
+        whole = _fold(gm, table, setting, self.program, modules)
+        homes = _homes(gm, setting, program_of, modules)
         for node, home in homes.items():
             node.meta[META] = home.origin(node)
-        modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
-        _number(homes, modules, before)
-        self.program = program_of(setting.top())
+        graph_modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
+        _number(homes, graph_modules, table, before)
         self.opaque = list(_closed(homes))
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
-        for module in modules:
+        for module in graph_modules:
             capture = Capture(module, self.program.name, (Variant({}, module.graph),))
             plan, (pairs,) = make_plan(capture, table)
             self.opaque += [note for note in plan.opaque if note not in self.opaque]
             decided.update({_node(place): (place, decision) for place, decision in pairs})
             rewrite(module.graph, module, pairs)
+            for node in whole[module]:
+                if not node._erased:  # a call whose forward has been replaced is gone
+                    unfold(module, node)
             module.graph.lint()
             module.recompile()
         anchor = self.program.owner(setting.modules)
@@ -183,10 +189,12 @@ class _Home:
 
 
 def _homes(
-    gm: fx.GraphModule, setting: Setting, program_of: Callable[[nn.Module | None], Program]
+    gm: fx.GraphModule,
+    setting: Setting,
+    program_of: Callable[[nn.Module | None], Program],
+    modules: _Modules,
 ) -> dict[fx.Node, _Home]:
     """Where every node comes from, in the order in which they run."""
-    modules = _Modules(setting)
     homes: dict[fx.Node, _Home] = {}
     for node, graph_module in _nodes(gm):
         called = modules.of(node)
@@ -213,12 +221,16 @@ class _Modules:
 
     def of(self, node: fx.Node) -> list[nn.Module]:
         """The modules that were being called when a node was made, the outermost first, as far as they exist."""
+        return [module for _, module in self.calls(node)]
+
+    def calls(self, node: fx.Node) -> list[tuple[str, nn.Module]]:
+        """The same, with the key of the call."""
         found = []
         for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
             # a second call of a module is marked by an @
             module = self._find(int(key.partition("@")[0]))
             if module is not None and type(module) is kind:
-                found.append(module)
+                found.append((key, module))
         return found
 
     def _find(self, identity: int) -> nn.Module | None:
@@ -232,9 +244,8 @@ class _Modules:
 
 def _example(node: fx.Node) -> Tensor | None:
     """The parameter that an input of a graph is."""
-    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
-    example = None if argument is None else argument.example
-    return example if isinstance(example, nn.Parameter) else None
+    tensor = captured_tensor(node)
+    return tensor if isinstance(tensor, nn.Parameter) else None
 
 
 _FRAME = re.compile(r'^  File "(.*)", line (\d+), in ', re.MULTILINE)
@@ -256,16 +267,56 @@ def _inside(anchor: nn.Module | None) -> dict[int, str]:
 
 
 def _number(
-    homes: Mapping[fx.Node, _Home], modules: tuple[fx.GraphModule, ...], before: Calls
+    homes: Mapping[fx.Node, _Home],
+    graph_modules: tuple[fx.GraphModule, ...],
+    table: RuleTable,
+    before: Calls,
 ) -> None:
     """Count the calls of sites over several graphs, in the order in which their nodes run."""
     calls = Counter(before)
-    sites = {p.node: p.site for module in modules for p in find_sites(module.graph, module)}
+    sites = {
+        place.node: place.site
+        for module in graph_modules
+        for place in find_sites(module.graph, module, table.types_in(module))
+    }
     for node, home in homes.items():
         if node in sites:
             key = home.program, sites[node].path, sites[node].op
             node.meta[META] = replace(origin(node), call=calls[key])
             calls[key] += 1
+
+
+# --- calls that are kept whole ---
+
+
+def _fold(
+    gm: fx.GraphModule, table: RuleTable, setting: Setting, program: Program, modules: _Modules
+) -> dict[fx.GraphModule, list[fx.Node]]:
+    """Make one node of every call of a class that the table names."""
+    folded: dict[fx.GraphModule, list[fx.Node]] = defaultdict(list)
+    kinds = tuple(table.types_in(program.root or gm))
+    if not kinds:
+        return folded
+    for module in setting.modules:
+        if isinstance(module, kinds):
+            raise refusal(module, program.path(module), "Dynamo captures it in several graphs")
+    calls: dict[tuple[fx.GraphModule, str], list[fx.Node]] = defaultdict(list)
+    called: dict[str, nn.Module] = {}
+    for node, graph_module in _nodes(gm):
+        if node.op in ("placeholder", "get_attr", "output"):
+            continue  # Dynamo writes the first use of an input to it
+        outermost = next((c for c in modules.calls(node) if isinstance(c[1], kinds)), None)
+        if outermost is not None:
+            key, module = outermost
+            called[key] = module
+            calls[graph_module, key].append(node)
+    for number, ((graph_module, key), nodes) in enumerate(calls.items()):
+        stack = dict(nodes[0].meta["nn_module_stack"])
+        for further in list(stack)[list(stack).index(key) + 1 :]:
+            del stack[further]
+        call = Call(called[key], program.path(called[key]), stack, tuple(nodes))
+        folded[graph_module].append(fold(graph_module, call, number))
+    return folded
 
 
 # --- graphs in graphs ---

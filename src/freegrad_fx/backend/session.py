@@ -75,6 +75,11 @@ class Session:
         if not failed:
             self._backend.after(self)
 
+    def has(self, function: Callable[..., Any]) -> bool:
+        """Whether something compiled is a part of the model that this session runs."""
+        module = frames.compiled_module(function)
+        return module is not None and self._root is not None and module in self._root.modules()
+
     def setting(self) -> Setting:
         """Where the code that is running stands in the program."""
         return frames.setting(self._root, self._frame)
