@@ -1,0 +1,131 @@
+"""Keeps the calls of chosen classes whole, in graphs in which Dynamo has opened every module.
+
+The nodes of a call become one node while sites are found and rewritten, and themselves again afterwards. Knows nothing
+of rules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..aliasing import written_argument
+from ..errors import PlanError
+
+__all__ = ["Call", "captured_tensor", "fold", "refusal", "unfold"]
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a module.
+
+    Attributes:
+        module: The module.
+        name: Its dotted path, for errors.
+        stack: The entries of `nn_module_stack` up to the module.
+        nodes: What the call computes, in order.
+    """
+
+    module: nn.Module
+    name: str
+    stack: Mapping[str, Any]
+    nodes: tuple[fx.Node, ...]
+
+
+def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
+    """Make one node of a call.
+
+    Args:
+        gm: The module of the graph; it is changed.
+        call: The call.
+        number: Tells calls apart.
+
+    Returns:
+        The node. Its first argument is the tensor that the call is given, the others are parameters, buffers and sizes.
+
+    Raises:
+        PlanError: More or less than one tensor goes in or comes out, or the call writes into the one that goes in.
+    """
+    inside = set(call.nodes)
+    inputs = dict.fromkeys(
+        value for node in call.nodes for value in node.all_input_nodes if value not in inside
+    )
+    state = {id(tensor) for tensor in (*call.module.parameters(), *call.module.buffers())}
+    given = [v for v in inputs if _is_tensor(v) and id(captured_tensor(v)) not in state]
+    outputs = [node for node in call.nodes if any(user not in inside for user in node.users)]
+    if len(given) != 1:
+        raise refusal(call.module, call.name, f"{len(given) or 'no'} tensors go into the call")
+    if len(outputs) != 1 or not _is_tensor(outputs[0]):
+        raise refusal(call.module, call.name, "the call does not return one tensor")
+    (x,), (y,) = given, outputs
+    if any(written_argument(node, gm) is x for node in call.nodes):
+        raise refusal(call.module, call.name, "the call writes into the tensor that it is given")
+    body = fx.Graph()
+    order = (x, *(value for value in inputs if value is not x))
+    copies = {value: body.placeholder(value.name) for value in order}
+    for node in call.nodes:
+        copies[node] = body.node_copy(node, copies.__getitem__)
+    body.output(copies[y])
+    name = f"_freegrad_fx_call_{number}"
+    gm.add_submodule(name, _instance(type(call.module), fx.GraphModule(gm, body)))
+    with gm.graph.inserting_after(call.nodes[-1]):
+        whole = gm.graph.call_module(name, order)
+    whole.meta = {**y.meta, "nn_module_stack": dict(call.stack)}
+    y.replace_all_uses_with(whole, delete_user_cb=lambda user: user not in inside)
+    for node in reversed(call.nodes):
+        gm.graph.erase_node(node)
+    return whole
+
+
+def refusal(module: nn.Module, path: str, reason: str) -> PlanError:
+    """The error for a call that cannot be kept whole."""
+    kind = type(module).__name__
+    return PlanError(
+        f"the class {kind} is to be kept whole, and the call of {path or 'the root'} cannot be: {reason}. Dynamo opens "
+        f"every module, and what its graph tells of a call is what goes in and comes out. Name the ops inside of "
+        f"{kind} instead, or use transform()."
+    )
+
+
+def unfold(gm: fx.GraphModule, whole: fx.Node) -> None:
+    """Put the nodes of a call in the place of the one that `fold` made."""
+    name = str(whole.target)
+    body: fx.GraphModule = gm.get_submodule(name).get_submodule("body")  # type: ignore[assignment]
+    copies: dict[fx.Node, Any] = {}
+    arguments = iter(whole.args)
+    with gm.graph.inserting_before(whole):
+        for node in body.graph.nodes:
+            if node.op == "placeholder":
+                copies[node] = next(arguments)
+            elif node.op == "output":
+                whole.replace_all_uses_with(copies[node.args[0]])
+            else:
+                copies[node] = gm.graph.node_copy(node, copies.__getitem__)
+    gm.graph.erase_node(whole)
+    gm.delete_submodule(name)
+
+
+def captured_tensor(node: fx.Node) -> Any:
+    """The tensor that an input of a graph of Dynamo's is; None where it is not known."""
+    argument = node.meta.get("grapharg") if node.op == "placeholder" else None
+    return None if argument is None else argument.example
+
+
+def _is_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("example_value"), Tensor)
+
+
+def _instance(kind: type[nn.Module], body: fx.GraphModule) -> nn.Module:
+    """A module of a subclass, which runs a graph."""
+
+    def forward(self: Any, *args: Any) -> Any:
+        return self.body(*args)
+
+    made = type(kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__})
+    module: nn.Module = object.__new__(made)
+    nn.Module.__init__(module)
+    module.body = body
+    return module
