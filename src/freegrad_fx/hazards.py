@@ -6,13 +6,15 @@ Knows nothing of rules and graphs.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 
 import torch
+from torch import nn
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .errors import FreegradWarning
 
-__all__ = ["records_forward_alone", "refuse_compiled_transform"]
+__all__ = ["records_forward_alone", "refuse_compiled_transform", "refuse_sharded_parts"]
 
 
 def records_forward_alone() -> bool:
@@ -54,6 +56,27 @@ def refuse_compiled_transform() -> None:
             "Do not compile the transform: put @torch.compiler.disable on the function that calls it, or compile "
             "without fullgraph=True, which then runs this part uncompiled."
         )
+
+
+def refuse_sharded_parts(module: nn.Module, names: Iterable[str]) -> None:
+    """Raise `RuntimeError` if `fully_shard` was called on a part of a model whose parameters have rules.
+
+    Such a part gathers its parameters when it is called, behind the rules, and would then learn natively.
+
+    Args:
+        module: A module that is called with other tensors in the place of some parameters.
+        names: Their names.
+    """
+    for name in names:
+        part = module
+        for step in (*name.split(".")[:-1], ""):
+            if hasattr(part, "set_reshard_after_backward"):  # an FSDPModule
+                raise RuntimeError(
+                    f"the rule for the parameter {name!r} of {type(part).__name__} would be ignored: fully_shard makes "
+                    f"that module gather its parameters when it is called, behind the rule. Shard the transformed "
+                    f"model as a whole, fully_shard(gm), and not this part of it; rules on activations go with both."
+                )
+            part = getattr(part, step) if step else part
 
 
 def _in_functorch() -> bool:

@@ -33,7 +33,7 @@ from torch.overrides import (
 
 from .context import ambient_rules, explicit_rules_act
 from .errors import CaptureError, RuleError
-from .hazards import records_forward_alone, refuse_compiled_transform
+from .hazards import records_forward_alone, refuse_compiled_transform, refuse_sharded_parts
 from .rules.rule import Rule, get
 
 __all__ = [
@@ -267,6 +267,7 @@ def call_with(
     traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
     if traced:
         return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
+    refuse_sharded_parts(module, parameters)
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
     if _is_plain(module, parameters):
