@@ -322,7 +322,9 @@ def _compiled(pattern: str) -> re.Pattern[str]:
     if not pattern.startswith("re:"):
         return re.compile(fnmatch.translate(pattern))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of sets that a later Python may read otherwise
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of sets that a later Python may read otherwise
         return re.compile(pattern.removeprefix("re:"))
 
 

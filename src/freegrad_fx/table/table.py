@@ -117,7 +117,8 @@ class RuleTable:
                 text = Path(source).read_bytes().decode("utf-8-sig")
             else:
                 text = source
-            return cls(load_table(loads(text), allow_imports, entry_place(text)))
+            data = loads(text)
+            return cls(load_table(data, allow_imports, entry_place(text, data)))
         except UnicodeDecodeError as error:
             raise TableError(f"{where}it is not UTF-8 text: {error}") from error
         except TableError as error:

@@ -29,18 +29,15 @@ def loads(text: str) -> dict[str, Any]:
         raise TableError(f"it is no TOML: {error}") from error
 
 
-def entry_place(text: str) -> Callable[[int], str]:
-    """What to call the entries of a text: by number, and by line where the heads are all to be seen."""
-    heads = [
-        n for n, line in enumerate(text.splitlines(), 1) if re.match(r"\s*\[\[\s*rule\s*]]", line)
-    ]
+def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
+    """What to call the entries of a text that holds a table: by number, and by line where all heads are to be seen."""
+    head = re.compile(r"\s*\[\[\s*rule\s*]]")
+    lines = [number for number, line in enumerate(text.splitlines(), 1) if head.match(line)]
+    entries = table.get("rule")
+    certain = isinstance(entries, list) and len(entries) == len(lines)
 
     def place(number: int) -> str:
-        return (
-            f"entry {number} (line {heads[number - 1]})"
-            if number <= len(heads)
-            else f"entry {number}"
-        )
+        return f"entry {number} (line {lines[number - 1]})" if certain else f"entry {number}"
 
     return place
 
