@@ -75,13 +75,15 @@ class Experiment:
         compiled: bool = False,
     ) -> Iterator[Epoch]:
         """Train a variant, an epoch for each item that is taken."""
-        device = data.train_inputs.device
         torch.manual_seed(seed)
-        model = variant.model(self.model(), library).to(device)
+        model = variant.model(self.model(), library).to(data.train_inputs.device)
         # Rules that draw random numbers draw the same ones, whatever making the model has drawn.
         torch.manual_seed(seed)
+        if compiled:
+            torch.compiler.reset()  # there is a limit to how often one forward is compiled
+            model = torch.compile(model)
         return train(
-            torch.compile(model) if compiled else model,
+            model,
             data,
             epochs=epochs,
             seed=seed,
