@@ -1,0 +1,120 @@
+"""What `test_distributed` runs in each of its processes: a transformed model under DDP and FSDP, on gloo.
+
+``python distributed.py RANK FOLDER``; what every scenario found is written to ``FOLDER/RANK.pt``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+import freegrad_fx as fg
+
+WORLD = 2
+WIDTH = 600  # so that each of the first two layers fills a bucket of 1 MB
+TABLE: dict[str, Any] = {"relu": fg.rules.fast_sigmoid(slope=2.0), "params": fg.rules.scale(s=3.0)}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(WIDTH, WIDTH)
+        self.second = nn.Linear(WIDTH, WIDTH)
+        self.third = nn.Linear(WIDTH, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(torch.relu(self.second(torch.relu(self.first(x)))))
+
+
+def make() -> Net:
+    torch.manual_seed(0)
+    return Net()
+
+
+def sample(rank: int) -> Tensor:
+    return torch.randn(4, WIDTH, generator=torch.Generator().manual_seed(rank))
+
+
+def gradients(run: Callable[[Tensor], Tensor], model: nn.Module, rank: int) -> dict[str, Tensor]:
+    run(sample(rank)).square().sum().backward()
+    found = {}
+    for name, parameter in model.named_parameters():
+        g = parameter.grad
+        found[name] = g.full_tensor() if isinstance(g, DTensor) else g
+        parameter.grad = None
+    return found
+
+
+def ddp(rank: int, backend: str | None, table: dict[str, Any] = TABLE) -> dict[str, Any]:
+    gm = fg.transform(make(), table)
+    model = DistributedDataParallel(gm, bucket_cap_mb=1)
+    counter = CompileCounterWithBackend(backend or "eager")
+    run = model if backend is None else torch.compile(model, backend=counter)
+    found = [gradients(run, gm, rank) for _ in range(2)]  # buckets are built anew after the first
+    return {"gradients": found[1], "first": found[0], "graphs": counter.frame_count}
+
+
+def fsdp(
+    rank: int, parts: bool, backend: str | None, table: dict[str, Any] = TABLE
+) -> dict[str, Any]:
+    gm = fg.transform(make(), table)
+    if parts:
+        fully_shard(gm.first)
+        fully_shard(gm.second)
+    fully_shard(gm)
+    run = gm if backend is None else torch.compile(gm, backend=backend)
+    return {"gradients": gradients(run, gm, rank)}
+
+
+def sharded_before(rank: int) -> dict[str, Any]:
+    model = make()
+    fully_shard(model)
+    gm = fg.transform(model, TABLE)
+    return {"gradients": gradients(gm, gm, rank)}
+
+
+ACTIVATIONS = {"relu": TABLE["relu"]}
+SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
+    "DDP": lambda rank: ddp(rank, None),
+    "DDP, eager back end": lambda rank: ddp(rank, "eager"),
+    "DDP, compiled": lambda rank: ddp(rank, "aot_eager"),
+    "FSDP": lambda rank: fsdp(rank, False, None),
+    "FSDP, compiled": lambda rank: fsdp(rank, False, "aot_eager"),
+    "FSDP of parts, activations": lambda rank: fsdp(rank, True, None, ACTIVATIONS),
+    "FSDP of parts": lambda rank: fsdp(rank, True, None),
+    "FSDP of parts, compiled": lambda rank: fsdp(rank, True, "aot_eager"),
+    "FSDP, then transform": sharded_before,
+}
+
+
+def main(rank: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
+    )
+    results: dict[str, Any] = {}
+    for name, scenario in SCENARIOS.items():
+        torch._dynamo.reset()
+        try:
+            results[name] = scenario(rank)
+        except Exception:
+            results[name] = {"error": traceback.format_exc()}
+    torch.save(results, folder / f"{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

@@ -1,0 +1,114 @@
+"""Transformed models under DistributedDataParallel and fully_shard: two processes on this machine, over gloo.
+
+The gradient that every process has to end up with is the mean of those that plain, single-process autograd gives for
+the processes' samples; a rule sees the gradient of its own process.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import distributed
+import models
+
+pytestmark = pytest.mark.skipif(
+    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
+    reason="this build of torch has no gloo",
+)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found."""
+    folder = tmp_path_factory.mktemp("processes")
+    processes = [
+        subprocess.Popen(
+            [sys.executable, distributed.__file__, str(rank), str(folder)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(distributed.WORLD)
+    ]
+    try:
+        printed = [process.communicate(timeout=240)[0] for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(distributed.WORLD)]
+
+
+def expected(on_parameters: bool) -> dict[str, Tensor]:
+    """The mean of the gradients of the model edited by hand."""
+    model = distributed.make()
+    relu = models.naive(F.relu, models.fast_sigmoid(2.0))
+
+    def by_hand(x: Tensor) -> Tensor:
+        return model.third(relu(model.second(relu(model.first(x)))))
+
+    each = [distributed.gradients(by_hand, model, rank) for rank in range(distributed.WORLD)]
+    factor = 3.0 if on_parameters else 1.0
+    return {name: factor * torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
+
+
+def assert_found(results: list[dict[str, Any]], scenario: str, on_parameters: bool = True) -> None:
+    for result in results:
+        assert "error" not in result[scenario], result[scenario]["error"]
+        torch.testing.assert_close(result[scenario]["gradients"], expected(on_parameters))
+
+
+def test_the_rules_make_a_difference_here() -> None:
+    model = distributed.make()
+    native = distributed.gradients(model, model, 0)
+    assert not any(torch.allclose(native[name], g) for name, g in expected(True).items())
+
+
+@pytest.mark.parametrize("scenario", ["DDP", "DDP, eager back end", "DDP, compiled"])
+def test_data_parallel_training_averages_the_gradients_of_the_rules(
+    found: list[dict[str, Any]], scenario: str
+) -> None:
+    """Case 31."""
+    assert_found(found, scenario)
+    for result in found:
+        torch.testing.assert_close(result[scenario]["first"], result[scenario]["gradients"])
+
+
+def test_the_compiler_has_split_the_graph_into_the_buckets(found: list[dict[str, Any]]) -> None:
+    """Else the case above would prove nothing about the optimizer of compiled DDP."""
+    assert all(result["DDP, compiled"]["graphs"] >= 2 for result in found)
+
+
+@pytest.mark.parametrize("scenario", ["FSDP", "FSDP, compiled"])
+def test_a_sharded_model_keeps_the_rules_of_its_parameters(
+    found: list[dict[str, Any]], scenario: str
+) -> None:
+    """Case 32."""
+    assert_found(found, scenario)
+
+
+def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[str, Any]]) -> None:
+    assert_found(found, "FSDP of parts, activations", on_parameters=False)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "remedy"),
+    [
+        ("FSDP of parts", "RuntimeError: the rule for the parameter 'weight' .* would be ignored"),
+        ("FSDP of parts, compiled", "would be ignored: fully_shard makes that module gather"),
+        ("FSDP, then transform", "CaptureError: .* cannot be copied: .*FSDP"),
+    ],
+)
+def test_what_sharding_would_let_learn_natively_is_refused(
+    found: list[dict[str, Any]], scenario: str, remedy: str
+) -> None:
+    for result in found:
+        assert re.search(remedy, result[scenario]["error"])
