@@ -1,0 +1,339 @@
+"""A plan, printed, as a notebook table, as data and beside another plan."""
+
+from __future__ import annotations
+
+import functools
+import json
+import math
+import shutil
+from html.parser import HTMLParser
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+from freegrad_fx.report import aligned, as_text
+from freegrad_fx.rules import rule as rule_module
+
+
+@pytest.fixture(autouse=True)
+def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.projection_of_the_block, self.activation = nn.Linear(4, 4), nn.ReLU(inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.activation(self.projection_of_the_block(x)) + F.gelu(x)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(Block(), Block())
+        self.encoder[1].projection_of_the_block.weight = self.encoder[
+            0
+        ].projection_of_the_block.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.softmax(self.encoder(x), -1)
+
+
+RULES = fg.RuleTable(
+    [
+        fg.on("relu", module="encoder.0.*").backward(
+            fg.compose(fg.rules.clip_norm(max_norm=1.0), fg.rules.noise(sigma=0.01), "reverse")
+        ),
+        fg.on("relu").backward("rectangular", a=-1.0, b=1.0),
+        fg.on("relu", module="encoder.1.*").backward("scale"),
+        fg.on(parameter="*.weight").backward("scale", s=2.0),
+        fg.on("gelu").backward(None),
+    ]
+)
+WIDTHS = [60, 80, 100, 120, 200, 0]
+
+
+# --- printed ---
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_a_plan_fits_the_width_and_keeps_every_decision(width: int) -> None:
+    totals, table, remarks = as_text(fg.explain(Net(), RULES), width).split("\n\n")
+    assert not width or max(map(len, f"{table}\n{remarks}".splitlines())) <= width
+    assert totals == "Net, 8 sites: 3 rewritten, 5 left native."
+    assert column(table, "backward", "line").replace(" ", "") == "".join(
+        [
+            "clip_norm(max_norm=1.0,eps=1e-12)→noise(sigma=0.01)→reverse(alpha=1.0)",
+            "native:gelu=None",
+            "rectangular(a=-1.0,b=1.0)",
+            "native:gelu=None",
+            "native:noentrymatches",
+            "scale(s=2.0)",
+            "native:noentrymatches" * 2,
+        ]
+    )
+
+
+def column(table: str, name: str, following: str) -> str:
+    """The cells of a column as one text."""
+    head, _, *lines = table.splitlines()
+    return "".join(line[head.index(name) : head.index(following)] for line in lines)
+
+
+@pytest.mark.parametrize("columns", ["70", "130"])
+def test_print_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    plan = fg.explain(Net(), RULES)
+    for text in (str(plan), str(plan.diff(fg.explain(Net(), "scale")))):
+        assert max(map(len, text.splitlines())) <= int(columns)
+    assert str(plan) == as_text(plan, int(columns))
+
+
+def test_what_goes_to_a_file_is_as_wide_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback: _no_terminal(*fallback))
+    plan = fg.explain(Net(), RULES)
+    assert str(plan) == as_text(plan, 0)
+
+
+def _no_terminal(columns: int, lines: int) -> Any:
+    import os
+
+    return os.terminal_size((columns, lines))
+
+
+def test_a_row_says_where_what_and_which_entry() -> None:
+    head, _, *rows = as_text(fg.explain(Net(), RULES), 0).split("\n\n")[1].splitlines()
+    assert head.split() == ["path", "call", "op", "spelling", "backward", "line", "entry"]
+    (first,) = (row for row in rows if row.startswith("encoder.1.activation"))
+    assert first.split()[:5] == [
+        "encoder.1.activation",
+        "0",
+        "relu",
+        "nn.ReLU(inplace=True)",
+        "rectangular(a=-1.0,",
+    ]
+    assert "test_report.py:" in first
+    assert first.endswith("  relu")
+    (tied,) = (row for row in rows if "scale(s=2.0)" in row)
+    assert tied.startswith(
+        "encoder.0.projection_of_the_block.weight = encoder.1.projection_of_the_block.weight"
+    )
+    assert tied.endswith("parameter=*.weight")
+
+
+def test_entries_without_sites_are_flagged_each_for_what_it_is() -> None:
+    table = RULES + fg.RuleTable([fg.on("tanh").backward("scale")])
+    with pytest.warns(fg.FreegradWarning, match="'tanh' matches nothing"):
+        plan = fg.explain(Net(), table)
+    assert plan.hits == (1, 1, 0, 1, 2, 0)
+    assert [e.selector for e in plan.shadowed] == ["relu, module=encoder.1.*"]
+    assert [e.selector for e in plan.unmatched] == ["tanh"]
+    text = str(plan)
+    assert "Entry 'relu, module=encoder.1.*': all its sites are another entry's." in text
+    assert "Entry 'tanh': MATCHES NOTHING." in text
+    flags = [(e["hits"], e["unmatched"], e["shadowed"]) for e in plan.to_dict()["entries"]]
+    assert flags == [
+        (1, False, False),
+        (1, False, False),
+        (0, False, True),
+        (1, False, False),
+        (2, False, False),
+        (0, True, False),
+    ]
+
+
+def test_an_entry_written_twice_is_shadowed_by_itself() -> None:
+    entry = fg.on("relu").backward("scale")
+    plan = fg.explain(Net(), fg.RuleTable([entry, entry]))
+    assert plan.hits == (2, 0)
+    assert [e["shadowed"] for e in plan.to_dict()["entries"]] == [False, True]
+
+
+cells = st.text(st.characters(categories=["L", "N", "P"]), max_size=30) | st.sampled_from(
+    ["a b c d e f g h i j k"]
+)
+
+
+@given(
+    st.lists(st.tuples(cells, cells, cells), max_size=5),
+    st.integers(60, 120),
+)
+@settings(max_examples=200)
+def test_a_table_is_aligned_within_its_width(rows: list[Any], width: int) -> None:
+    head = ("first", "second", "third")
+    text = aligned([head, *rows], width, wrapped=("second",))
+    lines = text.splitlines()
+    assert max(map(len, lines)) <= width
+    assert not any(line.endswith(" ") for line in lines)
+    for start in (lines[0].index("second"), lines[0].index("third")):
+        assert all(line[start - 2 : start].strip() == "" for line in lines)
+    wrapped = column(text, "second", "third").split()
+    assert "".join(wrapped) == "".join("".join(row[1] for row in rows).split())
+
+
+# --- for notebooks and programs ---
+
+
+class _Balanced(HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: Any) -> None:
+        self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += f"{data} "
+
+
+def test_a_notebook_shows_all_of_it() -> None:
+    plan, other = fg.explain(Net(), RULES), fg.explain(Net(), "scale")
+    for html, words in (
+        (plan._repr_html_(), ["parameter=*.weight", "rectangular(a=-1.0, b=1.0)", "<root>"]),
+        (plan.diff(other)._repr_html_(), ["4 changed", "native: no entry is for parameters"]),
+    ):
+        page = _Balanced()
+        page.feed(html)
+        page.close()
+        assert not page.open
+        assert all(word in page.text for word in words)
+
+
+def round_up(x: Tensor) -> Tensor:
+    return x.ceil()
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        fg.on("relu").backward("clip_norm", max_norm=math.inf),
+        fg.on("relu").backward("scale", s=torch.tensor(3.0)),
+        fg.on("relu").backward("scale", s=torch.ones(4)),
+        fg.on("params").backward("centralize", dim=(0, 1)),
+        fg.on("relu", forward=round_up).backward("scale"),
+        fg.on("relu", forward=functools.partial(torch.clamp, min=0.0)).backward("scale"),
+        fg.on("relu", forward=lambda x: x, where=lambda site: True).backward("scale"),
+    ],
+    ids=repr,
+)
+def test_a_plan_is_json_whatever_its_rules_hold(entry: Any) -> None:
+    plan = fg.explain(Net(), fg.RuleTable([entry]))
+    for text in (plan.to_json(), plan.to_json(indent=2), plan.diff(fg.explain(Net())).to_json()):
+        json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    data = json.loads(plan.to_json())
+    assert data["entries"][0]["hits"] > 0
+    assert {site["action"] for site in data["sites"]} == {"rewrite", "native"}
+    assert str(plan)
+    assert plan._repr_html_()
+
+
+def test_data_says_of_a_parameter_which_ones_they_are() -> None:
+    data = fg.explain(Net(), RULES).to_dict()
+    (tied,) = (site for site in data["sites"] if len(site["names"]) == 2)
+    assert tied["kind"] == "parameter"
+    assert tied["path"] == "encoder.0.projection_of_the_block"
+    assert tied["type"] == "torch.nn.modules.linear.Linear"
+    assert tied["rules"] == [{"rule": "scale", "params": {"s": 2.0}}]
+    assert tied["entry"] == 3
+
+
+def test_an_infinite_number_is_text_in_json_alone() -> None:
+    plan = fg.explain(Net(), {"relu": fg.rules.clip_norm(max_norm=math.inf)})
+    assert plan.to_dict()["sites"][0]["rules"][0]["params"]["max_norm"] == math.inf
+    assert json.loads(plan.to_json())["sites"][0]["rules"][0]["params"]["max_norm"] == "inf"
+
+
+# --- beside another plan ---
+
+
+def sites(decisions: Any) -> list[str]:
+    return [decision.site.name for decision in decisions]
+
+
+def test_a_plan_differs_from_another_where_its_decisions_do() -> None:
+    before = fg.explain(Net(), {"relu": "scale", "gelu": "reverse", "softmax": None})
+    after = fg.explain(
+        Net(), {"relu": "scale", nn.ReLU: "scale", "gelu": fg.rules.reverse(alpha=2.0)}
+    )
+    diff = before.diff(after)
+    assert diff
+    assert sites(a for a, _ in diff.changed) == ["encoder.0:gelu[0]", "encoder.1:gelu[0]"]
+    assert [(a.rules[0].bound["alpha"], b.rules[0].bound["alpha"]) for a, b in diff.changed] == [
+        (1.0, 2.0)
+    ] * 2
+    assert (diff.removed, diff.added, diff.same) == ((), (), 3)
+    assert str(diff).splitlines() == [
+        "Net: 2 changed, 3 the same.",
+        "",
+        "site               before              after",
+        "-----------------  ------------------  ------------------",
+        "encoder.0:gelu[0]  reverse(alpha=1.0)  reverse(alpha=2.0)",
+        "encoder.1:gelu[0]  reverse(alpha=1.0)  reverse(alpha=2.0)",
+    ]
+
+
+def test_a_plan_does_not_differ_from_itself_or_from_another_way_to_say_it() -> None:
+    plan = fg.explain(Net(), {"relu": "scale"})
+    same = fg.explain(Net(), fg.RuleTable([fg.on("relu", module="encoder.*").backward("scale")]))
+    for other in (plan, same):
+        assert not plan.diff(other)
+        assert str(plan.diff(other)) == "Net: 5 the same."
+
+
+def test_sites_of_one_plan_alone_are_listed() -> None:
+    before = fg.explain(Net(), {"relu": "scale"})
+    after = fg.explain(Net(), {Block: "scale", "params": fg.rules.scale(s=3.0)})
+    diff = before.diff(after)
+    assert sites(diff.removed) == [
+        "encoder.0.activation:relu[0]",
+        "encoder.0:gelu[0]",
+        "encoder.1.activation:relu[0]",
+        "encoder.1:gelu[0]",
+    ]
+    assert {s for s in sites(diff.added) if "Block" in s} == {
+        "encoder.0:Block[0]",
+        "encoder.1:Block[0]",
+    }
+    assert "4 only before" in str(diff)
+    text = str(after.diff(before))
+    assert "no such site" in text
+    assert diff.to_dict()["same"] == diff.same == 1
+
+
+def test_a_parameter_that_is_native_in_both_is_no_difference() -> None:
+    before = fg.explain(Net(), {"relu": "scale"})
+    after = fg.explain(Net(), RULES[3:4] + fg.RuleTable.of({"relu": "scale"}))
+    diff = before.diff(after)
+    assert sites(diff.added) == ["encoder.0.projection_of_the_block.weight"]
+    assert "native: no entry is for parameters" in str(diff)
+    assert not diff.removed
+    assert not diff.changed
+
+
+def test_a_forward_makes_a_difference() -> None:
+    before = fg.explain(Net(), {"relu": "arctan"})
+    after = fg.explain(Net(), {"relu": fg.rules.arctan(forward="heaviside")})
+    assert sites(a for a, _ in before.diff(after).changed) == [
+        "encoder.0.activation:relu[0]",
+        "encoder.1.activation:relu[0]",
+    ]
+    assert "FORWARD heaviside" in str(before.diff(after))
+
+
+def test_plans_of_two_models_are_compared_by_the_names_of_their_sites() -> None:
+    diff = fg.explain(nn.Sequential(nn.ReLU()), "scale").diff(
+        fg.explain(nn.ModuleList([nn.ReLU()])[0], "scale")
+    )
+    assert str(diff).startswith("Sequential → ReLU: 1 only before, 1 only after.")
