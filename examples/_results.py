@@ -116,12 +116,13 @@ def spread(values: list[float], form: str) -> str:
 
 
 def table(results: Results) -> Table:
-    shown = Table(*HEADINGS, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in shown.columns:
-        column.no_wrap = True
-        column.justify = "right" if column.header in HEADINGS[2:] else "left"
-    for row in results.rows():
-        shown.add_row(*row)
+    """Show the rows; those of the other package stand below ours, so that 80 columns are enough."""
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column(HEADINGS[0], no_wrap=True)
+    for heading in HEADINGS[2:]:
+        shown.add_column(heading, no_wrap=True, justify="right")
+    for variant, library, *values in results.rows():
+        shown.add_row(variant if library == OURS else f"  with {library}", *values)
     return shown
 
 
@@ -141,10 +142,12 @@ def draw(results: Results, path: Path) -> None:
     accuracy.set(title="Held-out set", ylabel="accuracy, %")
     for axes in (loss, accuracy):
         axes.set_xlabel("epoch")
+        axes.xaxis.get_major_locator().set_params(integer=True)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = loss.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False)
+    columns = len(variants)  # a package in a line
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{results.about['title']}, {results.about['data']}", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=100)
