@@ -344,7 +344,7 @@ def test_only_what_the_signature_names_is_saved() -> None:
         [],
         ["x"],
         ["y"],
-        ["x", "y"],
+        ["y", "x"],
     ]
     assert both.inputs == ("y", "x")
     one, two, three = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)

@@ -10,6 +10,8 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
+from torch._C import _len_torch_dispatch_stack
+from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .errors import FreegradWarning
@@ -22,6 +24,13 @@ def records_forward_alone() -> bool:
 
     `make_fx` is warned of too, but records the rules where the gradients are computed inside the traced function.
     """
+    if not (
+        _len_torch_dispatch_stack()
+        or _len_torch_dispatch_stack_pre_dispatch()
+        or torch.compiler.is_exporting()
+        or torch._C._get_tracing_state() is not None
+    ):
+        return False  # what nearly every call comes to, in a tenth of the time
     if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
         warnings.warn(
             "the backward rules of this model stay behind: torch.export, torch.onnx.export and torch.jit.trace "

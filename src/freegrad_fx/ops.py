@@ -19,7 +19,7 @@ import threading
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import reduce
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -131,10 +131,11 @@ def decoupled(
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
     if not torch.is_grad_enabled() or not _rules_act(ambient) or records_forward_alone():
         return y
-    refuse_compiled_transform()
     if not ambient:
         found = get(rule)
-        return _decouple(y, x, found, site, {**dict(found.values), **parameters})
+        if len(parameters) < len(found.parameters):
+            parameters = {**dict(found.values), **parameters}
+        return _decouple(y, x, found, site, parameters)
     first, *others = ambient_rules(ambient)
     # An identity for every rule but the first, the last rule nearest to x
     for other in reversed(others):
@@ -142,9 +143,12 @@ def decoupled(
     return _decouple(y, x, first, site, dict(first.values))
 
 
-def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: Mapping[str, Any]) -> Tensor:
-    values = _distinct(x, parameters.values())
-    return _Decoupled.apply(y, x, rule, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
+def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: dict[str, Any]) -> Tensor:
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        refuse_compiled_transform()
+        values = _distinct(x, parameters.values())
+        return _Composable.apply(y, x, rule, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
+    return _apply(y, x, (rule, site, parameters))  # type: ignore[no-any-return]
 
 
 def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
@@ -161,92 +165,160 @@ def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
 class _Decoupled(torch.autograd.Function):
     """The identity on `y` in the forward, a rule on `x` in the backward."""
 
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, call: tuple[Rule, str, dict[str, Any]]) -> Tensor:
+        # `y` itself or a view of it would make autograd refuse in-place operations on the result
+        output = y.detach()
+        _save(ctx, x, output, *call)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return *_backward(ctx, *grads), None
+
+
+# What Function.apply comes to where no transform of torch.func is active
+_apply: Callable[..., Any] = super(torch.autograd.Function, _Decoupled).apply
+
+
+class _Composable(torch.autograd.Function):
+    """`_Decoupled` once more, as the transforms of torch.func and the compiler take it; several times as slow."""
+
     generate_vmap_rule = True
 
     @staticmethod
     def forward(
         y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], *values: Any
     ) -> Tensor:
-        # `y` itself or a view of it would make autograd refuse in-place operations on the result
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, x, rule, site, names, *values = inputs
-        ctx.rule = rule
-        ctx.site = site
-        ctx.parameters = dict(zip(names, values, strict=True))
-        tensors = [name for name, value in ctx.parameters.items() if isinstance(value, Tensor)]
-        ctx.tensors = tuple(tensors)
-        ctx.x_shape = x.shape
-        ctx.x_dtype = x.dtype
-        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
-        ctx.save_for_backward(
-            x if "x" in rule.inputs else None,
-            output if "y" in rule.inputs else None,
-            *(ctx.parameters.pop(name) for name in tensors),
-        )
+        _save(ctx, x, output, rule, site, dict(zip(names, values, strict=True)))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad,) = grads
-        x, y, *tensors = ctx.saved_tensors
-        parameters = {**ctx.parameters, **dict(zip(ctx.tensors, tensors, strict=True))}
-        # no compiler takes a sparse gradient
-        if not torch.compiler.is_compiling() and grad.layout != torch.strided:
-            grad = _coalesced(grad, ctx)
-        saved = {name: value for name, value in (("x", x), ("y", y)) if name in ctx.rule.inputs}
-        versions = _versions(grad, x, y)
-        result = ctx.rule.function(grad, **saved, **parameters)
-        if versions != _versions(grad, x, y):
-            raise RuleError(
-                f"rule {ctx.rule.name!r} at site {ctx.site!r} changes its arguments in place, which other gradients "
-                f"are computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
-            )
-        result = _checked(result, grad, ctx)
-        return (grad, result, None, None, None, *(None for _ in parameters))
+        unlearned = (None,) * len(ctx.needs_input_grad[2:])
+        return (*_backward(ctx, *grads), *unlearned)
 
 
-def _coalesced(grad: Tensor, ctx: Any) -> Tensor:
-    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
-    if not ctx.rule.sparse or grad.layout != torch.sparse_coo:
+def _save(
+    ctx: Any, x: Tensor, output: Tensor, rule: Rule, site: str, parameters: dict[str, Any]
+) -> None:
+    tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else []
+    ctx.call = _Call(rule, site, parameters, tensors, x.shape, x.dtype)
+    if rule.inputs or tensors:
+        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
+        inputs = [x if name == "x" else output for name in rule.inputs]
+        ctx.save_for_backward(*inputs, *map(parameters.__getitem__, tensors))
+
+
+class _Call(NamedTuple):
+    """What a backward has to know besides tensors."""
+
+    rule: Rule
+    site: str
+    parameters: dict[str, Any]
+    tensors: list[str]
+    x_shape: torch.Size
+    x_dtype: torch.dtype
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
+    """The gradients of y and of x."""
+    if not ctx.needs_input_grad[1]:
+        return grad, None
+    call: _Call = ctx.call
+    rule, parameters = call.rule, call.parameters
+    saved: tuple[Tensor, ...] = ctx.saved_tensors
+    if call.tensors:
+        values = saved[len(rule.inputs) :]
+        parameters = {**parameters, **dict(zip(call.tensors, values, strict=True))}
+    inputs = saved[: len(rule.inputs)]
+    if torch.compiler.is_compiling():  # it sees writes by itself, and takes no sparse gradient
+        inputs = tuple(_after(tensor, grad) for tensor in inputs)
+        return grad, _checked(rule.function(grad, *inputs, **parameters), grad, call)
+    if grad.layout is not torch.strided:
+        grad = _coalesced(grad, call)
+    before = _versions(grad, inputs)
+    result: Any = NotImplemented
+    if rule.fused is not None and not call.tensors and _runs_alone(grad):
+        result = rule.fused(grad, *inputs, **parameters)
+    if result is NotImplemented:
+        result = rule.function(grad, *inputs, **parameters)
+    if before != _versions(grad, inputs):
         raise RuleError(
-            f"rule {ctx.rule.name!r} cannot take the gradient at site {ctx.site!r}, whose layout is {grad.layout}. "
+            f"rule {rule.name!r} at site {call.site!r} changes its arguments in place, which other gradients are "
+            f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
+        )
+    return grad, _checked(result, grad, call)
+
+
+def _runs_alone(grad: Tensor) -> bool:
+    """Whether nothing differentiates, batches or records what is computed from a gradient now."""
+    return type(grad) is Tensor and not (
+        torch.is_grad_enabled()
+        or torch._C._functorch.is_functorch_wrapped_tensor(grad)
+        or torch._C._functorch.is_legacy_batchedtensor(grad)
+        or torch._C._len_torch_dispatch_stack()
+    )
+
+
+def _after(tensor: Tensor, grad: Tensor) -> Tensor:
+    """The same values, as if they depended on the gradient.
+
+    A compiler then computes masks of them in the backward. Left to itself it computes them in the forward and saves
+    them as booleans, which Inductor's code for CPUs writes one by one, ten times slower than the rest together.
+    """
+    if grad.device.type != "cpu" or tensor.shape != grad.shape:
+        return tensor
+    return torch.where(grad == grad, tensor, tensor)
+
+
+def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
+    """How often the tensors were written into, together."""
+    count = 0 if grad.is_inference() else grad._version
+    for tensor in inputs:
+        count += 0 if tensor.is_inference() else tensor._version
+    return count
+
+
+def _coalesced(grad: Tensor, call: _Call) -> Tensor:
+    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
+    if not call.rule.sparse or grad.layout != torch.sparse_coo:
+        raise RuleError(
+            f"rule {call.rule.name!r} cannot take the gradient at site {call.site!r}, whose layout is {grad.layout}. "
             f"Make it dense, nn.Embedding(..., sparse=False) say, or register the rule with sparse=True if it treats "
             f"every entry by itself and keeps zeros."
         )
     return grad.coalesce()
 
 
-def _versions(*tensors: Tensor | None) -> list[int]:
-    """How often each tensor was written into; nothing while a compiler traces, which sees writes by itself."""
-    if torch.compiler.is_compiling():
-        return []
-    return [t._version for t in tensors if t is not None and not t.is_inference()]
-
-
-def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
+def _checked(result: Any, grad: Tensor, call: _Call) -> Tensor:
     """Return a rule's result in the dtype of `x`, or raise `RuleError` where it is no gradient for `x`."""
-    where = f" at site {ctx.site!r}" if ctx.site else ""
+    if type(result) is Tensor and result.dtype is call.x_dtype and result.shape == call.x_shape:
+        return result
+    where = f" at site {call.site!r}" if call.site else ""
     if not isinstance(result, Tensor):
         raise RuleError(
-            f"rule {ctx.rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
+            f"rule {call.rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
             f"A rule returns the gradient for x; for no gradient, torch.zeros_like(grad)."
         )
-    if result.shape != ctx.x_shape:
+    if result.shape != call.x_shape:
         raise RuleError(
-            f"rule {ctx.rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
-            f"for an input of shape {tuple(ctx.x_shape)}; grad has shape {tuple(grad.shape)}."
+            f"rule {call.rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
+            f"for an input of shape {tuple(call.x_shape)}; grad has shape {tuple(grad.shape)}."
         )
-    if result.dtype == ctx.x_dtype:
+    if result.dtype == call.x_dtype:
         return result
     # Under autocast an operation's output may have another dtype than its input: its rule may compute in either.
-    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, ctx.x_dtype)):
+    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, call.x_dtype)):
         raise RuleError(
-            f"rule {ctx.rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
-            f"{ctx.x_dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
+            f"rule {call.rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
+            f"{call.x_dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
         )
-    return result.to(ctx.x_dtype)
+    return result.to(call.x_dtype)
 
 
 def call_with(

@@ -37,7 +37,25 @@ from .provenance import META
 from .rules.rule import Rule
 from .sites import Operation, Parameter, Site
 
-__all__ = ["rewrite"]
+__all__ = ["rewrite", "without_ambient"]
+
+
+def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
+    """Take out what an earlier rewrite has put around ambient sites, so that a table can decide them.
+
+    Returns:
+        The operations that were ambient sites, and the names of the parameters that were.
+    """
+    found: set[fx.Node | str] = set()
+    for node in graph.nodes:
+        if node.target in (stop_gradient, kept, decoupled) and node.kwargs.get("ambient"):
+            value = node.args[0]
+            if node.target is decoupled:
+                parameter = node.kwargs["ambient"] == SCOPES["parameter"]
+                found.add(str(node.args[1].target) if parameter else value)
+            node.replace_all_uses_with(value)
+            graph.erase_node(node)
+    return found
 
 
 def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
@@ -187,7 +205,7 @@ class _Surgery:
             if write_back:
                 # `source` itself may be overwritten unless a rule needs it
                 stop = self.stop(start)
-                stop = self.clone(stop) if keep_x else stop
+                stop = self.keep(stop) if keep_x else stop
             else:
                 stop = self.clone(self.stop(x)) if on_copy else self.stop(x)
             if decision.forward is not None:

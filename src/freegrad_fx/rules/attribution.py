@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import fused
 from .rule import register
 
 __all__ = ["guided"]
@@ -12,6 +13,7 @@ __all__ = ["guided"]
 @register(
     "guided",
     reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop",
+    fused=fused.guided,
 )
 def guided(grad: Tensor, x: Tensor) -> Tensor:
     """max(grad, 0)·1[x > 0]"""

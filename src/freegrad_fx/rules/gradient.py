@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused
 from .rule import register
 
 __all__ = [
@@ -24,7 +25,7 @@ __all__ = [
 ]
 
 
-@register("d(ReLU)", reference="FreeGrad; the derivative of max(0, x)")
+@register("d(ReLU)", reference="FreeGrad; the derivative of max(0, x)", fused=fused.positive)
 def d_relu(grad: Tensor, x: Tensor) -> Tensor:
     """grad·1[x > 0]"""
     return grad * (x > 0)
@@ -40,13 +41,18 @@ def d_linear(grad: Tensor) -> Tensor:
     "rectangular",
     reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
     requires="a <= b",
+    fused=fused.window,
 )
 def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
     return grad * ((x >= a) & (x <= b))
 
 
-@register("triangular", reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574")
+@register(
+    "triangular",
+    reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574",
+    fused=fused.triangular,
+)
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
     width = width.clamp(min=1e-6) if isinstance(width, Tensor) else max(width, 1e-6)
@@ -96,6 +102,7 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     "noise",
     reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807",
     requires="sigma >= 0",
+    fused=fused.noise,
 )
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     """grad + N(0, sigma²)"""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused
 from .rule import register
 
 __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
@@ -15,19 +16,19 @@ __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
 _PAPER = "FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
 
 
-@register("full_jam", reference=_PAPER)
+@register("full_jam", reference=_PAPER, fused=fused.full_jam)
 def full_jam(grad: Tensor) -> Tensor:
     """grad·U(0, 1)"""
     return grad * torch.rand_like(grad)
 
 
-@register("positive_jam", reference=_PAPER)
+@register("positive_jam", reference=_PAPER, fused=fused.positive_jam)
 def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
     """grad·U(0, 1)·1[x ≥ 0]"""
     return grad * torch.rand_like(grad) * (x >= 0)
 
 
-@register("rectangular_jam", reference=_PAPER, requires="a <= b")
+@register("rectangular_jam", reference=_PAPER, requires="a <= b", fused=fused.window_jam)
 def rectangular_jam(grad: Tensor, x: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""
     return grad * torch.rand_like(grad) * ((x >= a) & (x <= b))

@@ -121,6 +121,7 @@ class Rule:
         sites: The kinds of sites that it can serve: ``"activation"``, ``"parameter"``.
         sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
             ``sparse=True``.
+        fused: The formula in fewer passes over memory, for eager mode; see `register`.
         values: `bound` once more, as pairs: inside `torch.func.functional_call`, torch.compile reads no mapping proxy.
 
     Example:
@@ -140,6 +141,7 @@ class Rule:
     requires: tuple[Constraint, ...] = ()
     sites: tuple[str, ...] = KINDS
     sparse: bool = False
+    fused: Callable[..., Tensor] | None = None
     values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -293,6 +295,7 @@ def register(
     requires: str = "",
     sites: str | tuple[str, ...] = KINDS,
     sparse: bool = False,
+    fused: Callable[..., Tensor] | None = None,
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
@@ -309,11 +312,14 @@ def register(
         requires: What has to hold of the parameters, as mathematics: ``"a <= b"``, ``"0 <= p < 1, eps > 0"``.
         sites: ``"activation"`` or ``"parameter"`` for a rule that can serve one kind of sites alone.
         sparse: True for a rule that maps a sparse gradient entry by entry.
+        fused: The same formula in fewer passes over memory, of the same signature. It runs in the place of the rule in
+            eager mode, where nothing is differentiated twice and no transform of torch.func is active, and may return
+            ``NotImplemented`` for arguments that it is not for. The formula itself is always right; this makes it fast.
         overwrite: Replace a rule of that name instead of refusing.
 
     Raises:
         RuleError: The name is taken, the signature is not in the vocabulary, `requires` or `sites` cannot be read, or
-            the defaults are not what the rule requires.
+            the defaults are not what the rule requires, or `fused` has another signature.
 
     Example:
         >>> import freegrad_fx as fg
@@ -339,6 +345,11 @@ def register(
                 f"a rule {name!r} is already registered. Choose another name, or say overwrite=True."
             )
         inputs, parameters = _read_signature(name, function)
+        if fused is not None and _names(fused) != _names(function):
+            raise RuleError(
+                f"fused={fused.__qualname__}{inspect.signature(fused)} has not the arguments of rule {name!r}, "
+                f"{inspect.signature(function)}"
+            )
         rule = Rule(
             name=name,
             function=function,
@@ -352,12 +363,17 @@ def register(
             requires=read_constraints(name, requires, parameters),
             sites=kinds,
             sparse=sparse,
+            fused=fused,
         )
         rule._require(rule.bound)
         _registry[name] = rule
         return rule
 
     return declare
+
+
+def _names(function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
 
 
 def _read_signature(

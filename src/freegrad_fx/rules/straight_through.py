@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from . import fused
 from .rule import register
 
 __all__ = ["clipped_straight_through", "straight_through"]
@@ -23,6 +24,7 @@ def straight_through(grad: Tensor) -> Tensor:
     "clipped_straight_through",
     reference="Hubara et al. 2016, arXiv:1602.02830; larq SteSign (XNOR-Net's bound is strict)",
     requires="bound >= 0",
+    fused=fused.clipped,
 )
 def clipped_straight_through(grad: Tensor, x: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive"""

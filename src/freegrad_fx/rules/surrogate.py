@@ -10,6 +10,7 @@ import math
 
 from torch import Tensor
 
+from . import fused
 from .rule import register
 
 __all__ = ["arctan", "fast_sigmoid"]
@@ -19,6 +20,7 @@ __all__ = ["arctan", "fast_sigmoid"]
     "fast_sigmoid",
     reference="Zenke & Ganguli 2018, doi:10.1162/neco_a_01086; snnTorch fast_sigmoid (Norse ignores its slope)",
     requires="slope >= 0",
+    fused=fused.fast_sigmoid,
 )
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     """grad / (1 + slope·|x|)²"""
@@ -30,6 +32,7 @@ def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     "arctan",
     reference="Fang et al. 2021, arXiv:2007.05785; snnTorch atan, SpikingJelly ATan",
     requires="alpha > 0",
+    fused=fused.arctan,
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""

@@ -1,0 +1,127 @@
+"""The built-in rules once more, in fewer passes over memory: what runs in eager mode, beside the plain formulas.
+
+Each function has the signature of the rule that it belongs to, and returns the same bits, or ``NotImplemented`` for
+arguments that it is not for. It may write into tensors that it has made itself: it is called
+where no second derivative is wanted and no transform of torch.func is active. Where ``x`` is NaN a masking kernel lets
+the gradient pass, as PyTorch's own relu does; a formula that multiplies makes it zero.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "arctan",
+    "clipped",
+    "fast_sigmoid",
+    "full_jam",
+    "guided",
+    "noise",
+    "positive",
+    "positive_jam",
+    "triangular",
+    "window",
+    "window_jam",
+]
+
+_aten = torch.ops.aten
+
+
+def positive(grad: Tensor, x: Tensor) -> Tensor:
+    """grad where x > 0"""
+    if grad.dtype != x.dtype:
+        return NotImplemented
+    result: Tensor = _aten.threshold_backward.default(grad, x, 0)
+    return result
+
+
+def guided(grad: Tensor, x: Tensor) -> Tensor:
+    """max(grad, 0) where x > 0"""
+    if grad.dtype != x.dtype:
+        return NotImplemented
+    result = grad.clamp(min=0)
+    _aten.threshold_backward.grad_input(result, x, 0, grad_input=result)
+    return result
+
+
+def window(grad: Tensor, x: Tensor, *, a: float, b: float) -> Tensor:
+    """grad where a ≤ x ≤ b"""
+    bounds = _outer(a, b, x.dtype)
+    if bounds is None or grad.dtype != x.dtype:
+        return NotImplemented
+    result: Tensor = _aten.hardtanh_backward.default(grad, x, *bounds)
+    return result
+
+
+def clipped(grad: Tensor, x: Tensor, *, bound: float) -> Tensor:
+    """grad where |x| ≤ bound"""
+    return window(grad, x, a=-bound, b=bound)
+
+
+def full_jam(grad: Tensor) -> Tensor:
+    """grad·U(0, 1)"""
+    return torch.rand_like(grad).mul_(grad)
+
+
+def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
+    """grad·U(0, 1) where x ≥ 0"""
+    bounds = _outer(0.0, 0.0, x.dtype)
+    if bounds is None or grad.dtype != x.dtype:
+        return NotImplemented
+    result = full_jam(grad)
+    _aten.threshold_backward.grad_input(result, x, bounds[0], grad_input=result)
+    return result
+
+
+def window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Tensor:
+    """grad·U(0, 1) where a ≤ x ≤ b"""
+    bounds = _outer(a, b, x.dtype)
+    if bounds is None or grad.dtype != x.dtype:
+        return NotImplemented
+    result = full_jam(grad)
+    _aten.hardtanh_backward.grad_input(result, x, *bounds, grad_input=result)
+    return result
+
+
+def noise(grad: Tensor, *, sigma: float) -> Tensor:
+    """grad + N(0, sigma²)"""
+    return torch.randn_like(grad).mul_(sigma).add_(grad)
+
+
+def triangular(grad: Tensor, x: Tensor, *, width: float) -> Tensor:
+    """grad·max(0, 1 − |x|/width)"""
+    slope = x.abs().div_(-max(width, 1e-6)).add_(1).clamp_(min=0)
+    return slope.mul_(grad) if slope.dtype == grad.dtype else NotImplemented
+
+
+def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
+    """grad / (1 + slope·|x|)²"""
+    if grad.dtype != x.dtype:
+        return NotImplemented
+    root = x.abs().mul_(slope).add_(1)
+    return torch.div(grad, root, out=torch.empty_like(grad)).div_(root)
+
+
+def arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
+    if grad.dtype != x.dtype:
+        return NotImplemented
+    denominator = x.mul(math.pi / 2 * alpha).pow_(2).add_(1)
+    return grad.mul(alpha / 2).div_(denominator)
+
+
+@functools.lru_cache(maxsize=1024)
+def _outer(a: float, b: float, dtype: torch.dtype) -> tuple[float, float] | None:
+    """The numbers of a dtype next to a window, outside: PyTorch's kernels take a window without its ends."""
+    if dtype not in (torch.float32, torch.float64, torch.bfloat16):
+        return None
+    ends = torch.tensor([a, b], dtype=dtype)
+    if not ends.isfinite().all():
+        return None
+    outside = torch.tensor([-math.inf, math.inf], dtype=dtype)
+    low, high = torch.nextafter(ends, outside).tolist()
+    return low, high

@@ -1,0 +1,169 @@
+"""Fused forms of rules: the same bits as the formula, in fewer passes, and only where they may stand in for it."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+import freegrad_fx as fg
+from freegrad_fx.rules import rule as rule_module
+
+FUSED = [name for name in fg.rules.available() if fg.get(name).fused is not None]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+# Entries on the bounds of windows and next to them, where a kernel without its ends could differ
+EDGES = [0.0, -0.0, 0.5, -0.5, 1.0, -1.0, 0.3, -0.3, math.inf, -math.inf, 1e-45, -1e-45, 1e38]
+
+
+def samples(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    edges = torch.tensor(EDGES, dtype=torch.float64).to(dtype)
+    ends = torch.tensor([0.5, -0.5, 0.3, 1.0], dtype=torch.float64).to(dtype)
+    if dtype is not torch.float16:  # torch has no nextafter of it
+        edges = torch.cat([edges, *(ends.nextafter(ends + s) for s in (1, -1))])
+    x = torch.cat([edges, torch.randn(1001, dtype=torch.float64).to(dtype)])
+    return torch.randn_like(x), x
+
+
+def parameters(name: str) -> list[dict[str, Any]]:
+    return {
+        "rectangular": [
+            {},
+            {"a": 0.3, "b": 0.3},
+            {"a": -math.inf, "b": 0.3},
+            {"a": -0.3, "b": 1.0},
+        ],
+        "rectangular_jam": [{}, {"a": -0.3, "b": 0.5}, {"a": 0.3, "b": math.inf}],
+        "clipped_straight_through": [{}, {"bound": 0.3}, {"bound": 0.0}],
+        "triangular": [{}, {"width": 0.3}, {"width": 0.0}],
+        "fast_sigmoid": [{}, {"slope": 0.3}],
+        "arctan": [{}, {"alpha": 0.3}],
+        "noise": [{}, {"sigma": 0.0}],
+    }.get(name, [{}])
+
+
+def given_to(rule: fg.Rule, x: Tensor) -> tuple[Tensor, ...]:
+    return (x,) if rule.inputs else ()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_form_is_the_formula_bit_for_bit(name: str, dtype: torch.dtype) -> None:
+    grad, x = samples(dtype)
+    before = grad.clone(), x.clone()
+    for values in parameters(name):
+        rule = fg.get(name)(**values)
+        torch.manual_seed(1)
+        expected = rule.function(grad, *given_to(rule, x), **rule.bound)
+        torch.manual_seed(1)
+        actual = rule.fused(grad, *given_to(rule, x), **rule.bound)
+        if actual is not NotImplemented:
+            assert actual.dtype == expected.dtype
+            torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert torch.equal(grad, before[0])
+    assert torch.equal(x, before[1])
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_the_fused_form_is_there_for_the_usual_case(name: str) -> None:
+    rule = fg.get(name)
+    grad, x = torch.randn(3, 4), torch.randn(3, 4)
+    assert isinstance(rule.fused(grad, *given_to(rule, x), **rule.bound), Tensor)
+
+
+@given(
+    st.floats(-3, 3, width=32),
+    st.floats(0, 3, width=32),
+    st.lists(st.floats(width=32, allow_nan=False), max_size=8),
+)
+def test_any_window_has_its_ends(a: float, width: float, entries: list[float]) -> None:
+    rule = fg.rules.rectangular(a=a, b=a + width)
+    x = torch.tensor([*entries, a, a + width, -a])
+    grad = torch.ones_like(x)
+    expected = rule.function(grad, x, **rule.bound)
+    actual = rule.fused(grad, x, **rule.bound)
+    assert torch.equal(actual, expected)
+
+
+def test_every_dimension_and_layout() -> None:
+    rule = fg.rules.rectangular
+    for x in (torch.tensor(0.2), torch.empty(0), torch.empty(2, 0, 3), torch.randn(5, 6).t()):
+        grad = torch.randn_like(x)
+        for g in (grad, torch.ones(()).expand(x.shape)):
+            assert torch.equal(rule.fused(g, x, **rule.bound), rule.function(g, x, **rule.bound))
+
+
+# --- when it runs ---
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A rule whose formula and whose fused form say that they ran."""
+    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
+    ran: list[str] = []
+
+    def fused(grad: Tensor, x: Tensor, *, s: float) -> Tensor:
+        ran.append("fused")
+        return grad * x * s if s < 10 else NotImplemented
+
+    @fg.register("counted", fused=fused)
+    def formula(grad: Tensor, x: Tensor, *, s: float = 2.0) -> Tensor:
+        ran.append("formula")
+        return grad * x * s
+
+    return ran
+
+
+def site(x: Tensor, **values: Any) -> Tensor:
+    y = torch.relu(fg.ops.stop_gradient(x))
+    return fg.ops.decoupled(y, x, rule="counted", **values)
+
+
+def test_it_runs_in_a_plain_backward(counted: list[str]) -> None:
+    x = torch.randn(4, requires_grad=True)
+    (grad,) = torch.autograd.grad(site(x).sum(), x)
+    assert counted == ["fused"]
+    assert torch.equal(grad, 2 * x)
+
+
+def vectors_at_once(x: Tensor) -> Any:
+    y = site(x)
+    return torch.vmap(lambda v: torch.autograd.grad(y, x, v, retain_graph=True))(torch.eye(4))
+
+
+@pytest.mark.parametrize(
+    "differentiate",
+    [
+        lambda x: torch.autograd.grad(site(x).sum(), x, create_graph=True),
+        lambda x: torch.func.grad(lambda x: site(x).sum())(x),
+        lambda x: torch.func.jacrev(site)(x),
+        lambda x: torch.autograd.grad(site(x), x, torch.eye(4), is_grads_batched=True),
+        vectors_at_once,
+        lambda x: torch.autograd.grad(site(x, s=torch.tensor(2.0)).sum(), x),
+    ],
+    ids=["create_graph", "func.grad", "jacrev", "batched", "vmap", "tensor parameter"],
+)
+def test_the_formula_runs_wherever_more_is_asked(counted: list[str], differentiate: Any) -> None:
+    differentiate(torch.randn(4, requires_grad=True))
+    assert set(counted) == {"formula"}
+
+
+def test_what_it_declines_the_formula_computes(counted: list[str]) -> None:
+    x = torch.randn(4, requires_grad=True)
+    (grad,) = torch.autograd.grad(site(x, s=11.0).sum(), x)
+    assert counted == ["fused", "formula"]
+    assert torch.equal(grad, 11 * x)
+
+
+def test_it_has_the_arguments_of_its_rule() -> None:
+    with pytest.raises(fg.RuleError, match=r"fused=.* has not the arguments of rule 'other'"):
+
+        @fg.register("other", fused=lambda grad: grad)
+        def other(grad: Tensor, x: Tensor) -> Tensor:
+            return grad * x
