@@ -19,6 +19,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
+from .context import in_the_blocks_of_now
 from .errors import CaptureError
 from .ops import require_specialised
 from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
@@ -212,6 +213,8 @@ class CapturedModule(fx.GraphModule):
         new = self.__copy__()
         # as nn.Module does: replicas hold plain tensors, which are assigned under the parameters' names
         new.__dict__.update(_parameters={}, _is_replica=True)
+        # it runs in a thread of its own
+        new.__dict__["forward"] = in_the_blocks_of_now(new.forward)
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -5,60 +5,170 @@ Knows rules; knows nothing of graphs. The state belongs to the thread, as the gr
 
 from __future__ import annotations
 
+import functools
+import inspect
 import threading
-from collections.abc import Mapping
-from contextlib import ContextDecorator
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ContextDecorator, contextmanager
+from contextvars import ContextVar
+from typing import Any, Self, TypeVar
+
+import torch
+from torch.utils import checkpoint
 
 from .errors import RuleError, unknown
 from .rules.rule import Rule, RuleLike, compose, get
 
-__all__ = ["SCOPES", "ambient_rules", "explicit_rules_act", "native", "use"]
+__all__ = [
+    "SCOPES",
+    "Block",
+    "ambient_rules",
+    "explicit_rules_act",
+    "in_the_blocks_of_now",
+    "native",
+    "outside_of_blocks",
+    "use",
+]
 
 SCOPES = {"activation": "activations", "parameter": "params"}
 """The scope of an ambient rule, by the kind of the sites in it."""
 
+Called = TypeVar("Called", bound=Callable[..., Any])
+
 
 class _State(threading.local):
+    """What is in force in a thread; the first three follow from the blocks."""
+
     def __init__(self) -> None:
         # Dynamo guards what stands on the object, not on its class
         self.explicit = True
         self.activations: tuple[Rule, ...] = ()
         self.params: tuple[Rule, ...] = ()
+        self.blocks: tuple[Block, ...] = ()
 
 
 _state = _State()
-_interned: dict[tuple[Rule, ...], tuple[Rule, ...]] = {}
+
+# The same blocks once more, as an asynchronous task sees them, so that a task never gets those of another one. It is
+# not the state itself because compiled code can be guarded by a thread's attributes alone.
+_entered: ContextVar[tuple[Block, ...]] = ContextVar("freegrad_fx_blocks", default=())
 
 
 def ambient_rules(scope: str) -> tuple[Rule, ...]:
-    """The rules in force in this thread for ``"activations"`` or ``"params"``; none where the backward is native."""
+    """The rules in force for ``"activations"`` or ``"params"``; none where the backward is native.
+
+    Raises:
+        RuntimeError: The thread is in the blocks of another asynchronous task.
+    """
+    _require_own_blocks()
     return _state.activations if scope == "activations" else _state.params
 
 
 def explicit_rules_act() -> bool:
-    """Whether the rules that a table has given to sites act in this thread."""
+    """Whether the rules that a table has given to sites act.
+
+    Raises:
+        RuntimeError: The thread is in the blocks of another asynchronous task.
+    """
+    _require_own_blocks()
     return _state.explicit
 
 
-class _Block(ContextDecorator):
-    """Changes the state of the thread for a block; blocks nest, and can be entered again."""
+def _require_own_blocks() -> None:
+    if not torch.compiler.is_compiling() and _entered.get() != _state.blocks:
+        raise RuntimeError(
+            "the use() and native() blocks of this asynchronous task are not those in force in its thread. A block "
+            "belongs to a thread: enter it in the task or thread that calls the model, around the call, and do not "
+            "await in it."
+        )
+
+
+def _put(blocks: tuple[Block, ...]) -> None:
+    """Let the thread be in these blocks, the innermost last."""
+    values: dict[str, Any] = {"explicit": True, **dict.fromkeys(SCOPES.values(), ())}
+    for block in blocks:
+        values.update(block.changes)
+    for name, value in values.items():
+        setattr(_state, name, value)
+    _state.blocks = blocks
+    _entered.set(blocks)
+
+
+@contextmanager
+def _in(blocks: tuple[Block, ...]) -> Iterator[None]:
+    before, seen = _state.blocks, _entered.get()
+    _put(blocks)
+    try:
+        yield
+    finally:
+        _put(before)
+        _entered.set(seen)
+
+
+def outside_of_blocks() -> Any:
+    """A context in which no block is in force."""
+    return _in(())
+
+
+def in_the_blocks_of_now(function: Called) -> Called:
+    """Return `function` so that it runs in the blocks that are in force now, whenever and in whatever thread."""
+    blocks = _state.blocks
+
+    @functools.wraps(function)
+    def inside(*args: Any, **kwargs: Any) -> Any:
+        with _in(blocks):
+            return function(*args, **kwargs)
+
+    return inside  # type: ignore[return-value]
+
+
+class Block(ContextDecorator):
+    """What `use` and `native` are: it changes the state of the thread. Blocks nest, and can be entered again."""
 
     def __init__(self, **changes: Any) -> None:
-        self._changes = changes
-        self._before: list[dict[str, Any]] = []
+        self.changes = changes
 
-    def __enter__(self) -> None:
-        self._before.append({name: getattr(_state, name) for name in self._changes})
-        for name, value in self._changes.items():
-            setattr(_state, name, value)
+    def __enter__(self) -> Self:
+        _require_own_blocks()
+        _put((*_state.blocks, self))
+        return self
 
     def __exit__(self, *_: object) -> None:
-        for name, value in self._before.pop().items():
-            setattr(_state, name, value)
+        """Leave the block, also where others that were entered later are still open.
+
+        Raises:
+            RuntimeError: It was not entered in this thread.
+        """
+        blocks = list(_state.blocks)
+        if self not in blocks:
+            raise RuntimeError(
+                f"this {type(self).__name__}() block was entered in another thread than it is left in, and is still "
+                f"in force there. Do not suspend a generator inside of a block."
+            )
+        del blocks[len(blocks) - 1 - blocks[::-1].index(self)]
+        _put(tuple(blocks))
+
+    def __call__(self, func: Called) -> Called:
+        """Return `func` so that each call of it runs in the block.
+
+        Raises:
+            TypeError: `func` is a class, or one whose body does not run when it is called: asynchronous, a generator.
+        """
+        suspended = (
+            inspect.isgeneratorfunction,
+            inspect.iscoroutinefunction,
+            inspect.isasyncgenfunction,
+        )
+        if not callable(func) or inspect.isclass(func) or any(asks(func) for asks in suspended):
+            raise TypeError(
+                f"{type(self).__name__}() decorates functions that run when they are called, which "
+                f"{getattr(func, '__qualname__', repr(func))} is not. Put the block into it, around the call of the "
+                f"model."
+            )
+        return super().__call__(func)
 
 
-class use(_Block):
+class use(Block):
     """Give every ambient site in a scope a rule, for the block.
 
     Formula: at every ambient site y = f(x) whose forward runs in the block, ∂x = rule(∂y, x, y).
@@ -66,8 +176,9 @@ class use(_Block):
     Ambient sites are those of ``transform(model)`` without rules, those that no entry decides in
     ``transform(model, rules, ambient=True)``, and `Activation` layers. The rule is bound when the forward runs: the
     backward may run after the block, or in another thread. Blocks nest, and the innermost one for a scope wins; rules
-    that a table gave to a site go before. The block is for its own thread, and like that of `torch.no_grad` it does
-    not follow an asynchronous task or a generator that is suspended inside of it. It can be used as a decorator.
+    that a table gave to a site go before. What `torch.utils.checkpoint` runs again in the backward runs in the blocks
+    of the first time. A block is for its own thread: a thread that is started in it has none. It can be used as a
+    decorator, and entered again.
 
     Args:
         rule: A rule name, a `Rule` or a composition.
@@ -91,12 +202,10 @@ class use(_Block):
         parts = compose(_bound(rule, params)).parts
         for part in parts:
             _check(part, parts, scopes)
-        # One object for equal rules, so that compiled code which was guarded by it is found again
-        rules = _interned.setdefault(parts, parts)
-        super().__init__(**dict.fromkeys(scopes, rules))
+        super().__init__(**dict.fromkeys(scopes, parts))
 
 
-class native(_Block):
+class native(Block):
     """Switch every rule off for the block: the gradients are those of the untransformed model, bit for bit.
 
     Rules given by tables and ambient ones are both off; a `use` inside the block switches ambient sites on again. A
@@ -147,3 +256,28 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
                 else "it must come first in a composition"
             )
             raise RuleError(f"rule {rule.name!r} needs the output y of an operation: {reason}")
+
+
+def _remember_in_checkpoints() -> None:
+    """Let what `torch.utils.checkpoint` runs again in the backward run in the blocks of its first time.
+
+    Otherwise it would record what the rules in force at the time of the backward need, or of its thread, which has
+    none: wrong gradients, without a word. `context_fn` would do, if nobody forgot it.
+    """
+    frame: Any = checkpoint._CheckpointFrame
+    function: Any = checkpoint.CheckpointFunction
+    start, forward = frame.__init__, function.forward
+
+    @functools.wraps(start)
+    def started(self: Any, recompute: Any, *args: Any, **kwargs: Any) -> None:
+        start(self, in_the_blocks_of_now(recompute), *args, **kwargs)
+
+    @functools.wraps(forward)
+    def reentrant(ctx: Any, run: Any, *args: Any) -> Any:
+        return forward(ctx, in_the_blocks_of_now(run), *args)
+
+    frame.__init__ = started
+    function.forward = staticmethod(reentrant)
+
+
+_remember_in_checkpoints()

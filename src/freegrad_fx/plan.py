@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -12,7 +12,6 @@ from torch import Tensor, fx, nn
 from .activations import OPS
 from .aliasing import Aliasing, named_in_place, of_library
 from .capture import Capture, Opaque
-from .context import SCOPES
 from .errors import PlanError, unknown
 from .nodes import called_module, called_path
 from .ops import has_backward_hooks
@@ -147,6 +146,7 @@ def make_plan(
     leaf_modules: Sequence[type[nn.Module]] = (),
     parameters: bool = False,
     ambient: bool = False,
+    ambient_before: Collection[fx.Node | str] = (),
 ) -> tuple[Plan, list[Decided]]:
     """Decide every site of a capture.
 
@@ -156,6 +156,7 @@ def make_plan(
         leaf_modules: The module classes that the caller wanted kept whole.
         parameters: List the parameters even if no entry of the table can mean one.
         ambient: Let activations and parameters that no entry decides follow `use` blocks.
+        ambient_before: Operations, and names of parameters, that do so whatever they are, unless an entry decides them.
 
     Returns:
         The plan, and for every graph of the capture its sites with the decisions.
@@ -166,7 +167,8 @@ def make_plan(
     types = table.types_in(capture.root)
     decided = [_decide_all(v.graph, capture.root, table, types) for v in capture.variants]
     nowhere: Decided = []
-    if parameters or ambient or table.wants_parameters:
+    named = any(isinstance(place, str) for place in ambient_before)
+    if parameters or ambient or table.wants_parameters or named:
         found: list[Parameter] = []
         for variant, pairs in zip(capture.variants, decided, strict=True):
             aliasing = Aliasing(variant.graph, capture.root)
@@ -175,8 +177,9 @@ def make_plan(
             found += here
         unused = unused_parameters(capture.root, found)
         nowhere.extend((place, _decide(place, table)) for place in unused)
-    if ambient:
-        decided = [[(p, _ambient(p, d)) for p, d in pairs] for pairs in decided]
+    decided = [
+        [(p, _ambient(p, d, ambient, ambient_before)) for p, d in pairs] for pairs in decided
+    ]
     modes: dict[Decision, list[str]] = {}
     for variant, pairs in zip(capture.variants, decided, strict=True):
         for _, decision in pairs:
@@ -208,11 +211,16 @@ def make_plan(
     return plan, decided
 
 
-def _ambient(place: Located, decision: Decision) -> Decision:
-    """What becomes of a decision where sites that no entry decides follow `use` blocks."""
-    kind = place.site.kind
-    meant = kind == "parameter" or (place.op is not None and SCOPES[kind] in place.op.groups)
-    if decision.action != "native" or decision.entry is not None or place.obstacle or not meant:
+def _ambient(
+    place: Located, decision: Decision, everywhere: bool, before: Collection[fx.Node | str]
+) -> Decision:
+    """What becomes of a decision where sites that no entry decides follow `use` blocks, or those that did before."""
+    meant, own = True, set[fx.Node | str](place.site.names)
+    if isinstance(place, Operation):
+        meant, own = place.op is not None and "activations" in place.op.groups, {place.node}
+    if decision.action != "native" or decision.entry is not None or place.obstacle:
+        return decision
+    if not (everywhere and meant) and own.isdisjoint(before):
         return decision
     return replace(decision, action="ambient", reason="native outside of use() blocks")
 

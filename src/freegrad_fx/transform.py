@@ -10,10 +10,11 @@ from torch import nn
 
 from .capture import Capture, capture, check_model
 from .captured import CapturedModule
+from .context import outside_of_blocks
 from .errors import FreegradWarning, PlanError
 from .plan import Decided, Plan, make_plan
 from .report import PLAN
-from .rewrite import rewrite
+from .rewrite import rewrite, without_ambient
 from .table import RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
@@ -145,8 +146,11 @@ def _planned(
     """Capture a model and plan it: what `transform` and `explain` have in common."""
     check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
-    captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
-    return captured, *make_plan(captured, table, leaves, parameters, ambient)
+    # torch.export would record what an ambient rule does now to the layers of the model that follow one
+    with outside_of_blocks():
+        captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
+    before = {place for variant in captured.variants for place in without_ambient(variant.graph)}
+    return captured, *make_plan(captured, table, leaves, parameters, ambient, before)
 
 
 def _complain(plan: Plan, strict: bool) -> None:

@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from ..aliasing import named_in_place
+from ..context import Block
 from ..errors import CaptureError
 from ..ops import apply_function, function_key, require_tensor
 from ..provenance import caller, is_users
@@ -202,17 +203,20 @@ def refused_functions() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def refused_contexts() -> Iterator[None]:
-    """`torch.autocast` and `torch.inference_mode` inside a forward would be lost: they refuse to be traced."""
+    """`torch.autocast`, `torch.inference_mode` and `use` in a forward would be lost: they refuse to be traced."""
     thread = threading.get_ident()
-    contexts: tuple[type[Any], ...] = (torch.autocast, torch.inference_mode)
+    contexts: tuple[type[Any], ...] = (torch.autocast, torch.inference_mode, Block)
     originals = [context.__enter__ for context in contexts]
 
     def refuse(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
         @functools.wraps(enter)
         def refusing(self: Any) -> Any:
-            if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
+            # a block of ours may be a decorator of the user's function
+            users = isinstance(self, Block) or is_users(sys._getframe(1).f_code)
+            if threading.get_ident() == thread and users:
+                package = type(self).__module__.partition(".")[0]
                 raise TypeError(
-                    f"torch.{type(self).__name__} inside a forward cannot be put into a graph"
+                    f"{package}.{type(self).__name__} inside a forward cannot be put into a graph"
                 )
             return enter(self)
 
