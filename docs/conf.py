@@ -27,6 +27,9 @@ autodoc_preserve_defaults = True
 autodoc_type_aliases = {
     "RuleLike": "freegrad_fx.rules.RuleLike",
     "RulesLike": "freegrad_fx.table.RulesLike",
+    "Names": "freegrad_fx.table.Names",
+    "Types": "freegrad_fx.table.Types",
+    "Calls": "freegrad_fx.table.Calls",
 }
 napoleon_numpy_docstring = False
 napoleon_use_rtype = False

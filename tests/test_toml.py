@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import string
 import tomllib
 import warnings
@@ -508,3 +509,18 @@ def test_no_file_raises_anything_but_the_one_error(content: bytes, tmp_path: Pat
     path.write_bytes(content)
     with contextlib.suppress(fg.TableError):
         fg.RuleTable.from_toml(path)
+
+
+# --- the README ---
+
+
+def test_the_readme_shows_the_same_table_in_python_and_in_toml() -> None:
+    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    section = readme.partition("<!-- table -->")[2].partition("<!-- end of table -->")[0]
+    blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
+    names: dict[str, Any] = {
+        "fg": fg,
+        "model": nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.GELU()),
+    }
+    exec(blocks["python"], names)
+    assert fg.RuleTable.from_toml(blocks["toml"]) == names["table"]

@@ -24,7 +24,7 @@ from .constraint import Constraint, read_constraints
 __all__ = ["Composition", "Forward", "Rule", "RuleLike", "available", "compose", "get", "register"]
 
 Forward: TypeAlias = str | Callable[[Tensor], Tensor]
-"""What replaces a site's forward: an op's canonical name, or a function of one tensor."""
+"""What replaces a site's forward, an op's canonical name or a function of one tensor."""
 
 INPUTS = ("x", "y")
 KINDS = ("activation", "parameter")

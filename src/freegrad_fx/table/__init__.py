@@ -5,7 +5,18 @@ write tables and read them. This package knows rules and the vocabulary; it has 
 """
 
 from .entry import FORWARDS, Entry, Selection, on
-from .selector import Selector
+from .selector import Calls, Names, Selector, Types
 from .table import RulesLike, RuleTable
 
-__all__ = ["FORWARDS", "Entry", "RuleTable", "RulesLike", "Selection", "Selector", "on"]
+__all__ = [
+    "FORWARDS",
+    "Calls",
+    "Entry",
+    "Names",
+    "RuleTable",
+    "RulesLike",
+    "Selection",
+    "Selector",
+    "Types",
+    "on",
+]

@@ -23,8 +23,11 @@ __all__ = ["Calls", "Names", "Selector", "Types", "brief", "call_text", "class_n
 
 Class: TypeAlias = type[Any]
 Names: TypeAlias = "str | list[str] | tuple[str, ...]"
+"""A text, or several of which any may hold."""
 Types: TypeAlias = "str | Class | list[str | Class] | tuple[str | Class, ...]"
+"""A class or the qualified name of one, or several."""
 Calls: TypeAlias = "int | slice | list[int | slice] | tuple[int | slice, ...]"
+"""The index of a call or a slice of indices, or several."""
 
 PARAMETERS = "params"
 ALL = "all"
