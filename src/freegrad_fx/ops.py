@@ -57,7 +57,8 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
 
     Formula: forward x, backward 0.
 
-    Where gradients are disabled it is `x` itself: some kernels ask whether a weight requires a gradient even then.
+    Where gradients are disabled it is `x` itself: some kernels ask whether a weight requires a gradient even then. A
+    program that is being exported may be run with gradients later, and cuts in any case.
 
     Args:
         x: Any tensor.
@@ -66,8 +67,8 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
     if has_torch_function_unary(x):
         return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
     # abs() and its like are written for numbers too, and a trace cannot tell
-    cut = isinstance(x, Tensor) and torch.is_grad_enabled() and _rules_act(ambient)
-    return x.detach() if cut else x
+    matters = torch.is_grad_enabled() or records_forward_alone()
+    return x.detach() if isinstance(x, Tensor) and matters and _rules_act(ambient) else x
 
 
 def kept(x: Tensor, *, ambient: str) -> Tensor:
@@ -129,7 +130,7 @@ def decoupled(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
         )
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
-    if not torch.is_grad_enabled() or not _rules_act(ambient) or records_forward_alone():
+    if not _rules_act(ambient) or warn_if_recorded() or not torch.is_grad_enabled():
         return y
     if not ambient:
         found = get(rule)
@@ -339,6 +340,8 @@ def call_with(
     traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
     if traced:
         return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
+    if _are_own(parameters, module):  # no rule acts
+        return module(*args, **kwargs)
     refuse_sharded_parts(module, parameters)
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
@@ -350,6 +353,14 @@ def call_with(
 
 
 _swapping = threading.RLock()
+
+
+def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
+    """Whether tensors are the parameters that a module has under their names anyway."""
+    named = (
+        (reduce(getattr, name.split("."), module), value) for name, value in parameters.items()
+    )
+    return all(own is value for own, value in named)
 
 
 def _is_plain(module: nn.Module, names: Collection[str]) -> bool:
