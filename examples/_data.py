@@ -97,7 +97,7 @@ def load(
         return _read(sources[choice], download)
     # A folder has to hold images: it can stand only where a data set of images can.
     if "mnist" in sources and Path(choice).is_dir():
-        return read_images((Path(choice),), Path(choice).name)
+        return read_images((Path(choice),), choice)
     folder = " or a folder of idx files" if "mnist" in sources else ""
     raise FileNotFoundError(
         f"no data set {choice!r}; this experiment takes {', '.join(sources)}{folder}"

@@ -75,7 +75,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_a_folder_of_idx_files_is_a_data_set(folder: Path) -> None:
     data = load(IMAGES, str(folder))
-    assert data.name == "tiny"
+    assert data.name == str(folder)
     assert data.train_inputs.shape == (3, 1, 28, 28)
     assert data.held_out_inputs.shape == (2, 1, 28, 28)
     assert data.train_inputs[0, 0, 0].tolist() == pytest.approx([n / 255 for n in range(28)])
