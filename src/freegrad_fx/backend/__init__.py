@@ -12,7 +12,7 @@ import threading
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -28,13 +28,14 @@ from . import frames
 from .pieces import Calls, Occurrence, Piece
 from .programs import Program
 from .session import Session
+from .watch import operations
 
 __all__ = ["Backend", "backend", "compile"]
 
 _COMPILER_OPTIONS = ("mode", "options", "dynamic")
 _REMEDY = (
-    "Dynamo left that code to Python; TORCH_LOGS=graph_breaks,recompiles says why. Make it compile, or transform the "
-    "module that holds it"
+    "Dynamo left that code to Python; TORCH_LOGS=graph_breaks,recompiles says why. Change the code so that it "
+    "compiles, or use transform()"
 )
 
 
@@ -57,11 +58,14 @@ class Backend:
         self._options = dict(options)
         self._programs: dict[nn.Module | None, Program] = {}
         self._taken_up: weakref.WeakSet[Occurrence] = weakref.WeakSet()
-        self._problems: dict[str, bool] = {}  # whether each has been said
-        self._calls = 0
+        # What is wrong, and whether it has been said
+        self._problems: dict[str, bool] = {}
+        self._missed: dict[tuple[Program, str], bool] = {}
+        self._checked = False
         _refuse_functions(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
+        operations()
         # Dynamo looks for this name, and enters around every call what it returns
         self.backend_ctx_ctor = self._follow
 
@@ -120,7 +124,8 @@ class Backend:
         """Forget what has been captured. `torch._dynamo.reset` calls it."""
         self._programs.clear()
         self._problems.clear()
-        self._calls = 0
+        self._missed.clear()
+        self._checked = False
 
     # -- the report
 
@@ -194,19 +199,35 @@ class Backend:
     def missed(self, program: Program, place: Located) -> None:
         """Say that a site has run where no rule could be given to it."""
         site = place.site
-        at = f" ({site.source})" if site.source else ""
-        where = f"ran outside of the captured graphs of {program.name}{at}"
-        text = f"{site.name} {where}, with its native backward. {_REMEDY}"
+        text = f"{site.name} ({site.source})" if site.source else site.name
         program.miss(place)
+        self._missed.setdefault((program, text), False)
         if self.strict:
-            raise PlanError(f"strict: {text}")
-        self._complain(text)
+            raise PlanError(f"strict: {_outside(program, [text])}")
+
+    def torn(self, parameters: Iterable[tuple[Program, str]]) -> None:
+        """Say that several graphs that run in one call use a parameter with a rule."""
+        for program, name in parameters:
+            self._complain(
+                f"the parameter {name} of {program.name} is used in several of the captured graphs that run in one "
+                f"call: its rule acts on the gradient from each of them, not on their sum. Remove the graph breaks "
+                f"between its uses, or use transform()"
+            )
 
     def after(self, session: Session) -> None:
         """After a call: say what the caller asked for and has not got."""
-        self._calls += 1
-        if self._calls == 1:
-            self._check_entries(session)
+        if not session.ran:
+            self._complain(f"no captured graph ran in a call of {session.name}. {_REMEDY}")
+        elif not self._checked:
+            self._checked = True
+            self._check_entries()
+        missed: dict[Program, list[str]] = {}
+        for (program, text), said in self._missed.items():
+            if not said:
+                missed.setdefault(program, []).append(text)
+        for program, texts in missed.items():
+            self._missed.update(dict.fromkeys(((program, text) for text in texts), True))
+            self._complain(_outside(program, texts))
         new = [text for text, said in self._problems.items() if not said]
         self._problems.update(dict.fromkeys(new, True))
         if new and self.strict:
@@ -228,12 +249,14 @@ class Backend:
         begin = torch._dynamo.disable(Session)  # type: ignore[no-untyped-call]
         end = torch._dynamo.disable(Session.end)  # type: ignore[no-untyped-call]
 
+        compiled = frames.capturable(function)
+
         def call(*args: Any, **kwargs: Any) -> Any:
             if self.session is not None and self.session.has(function):
-                return function(*args, **kwargs)
+                return compiled(*args, **kwargs)
             session = begin(self, function, sys._getframe())
             try:
-                result = function(*args, **kwargs)
+                result = compiled(*args, **kwargs)
             except BaseException:
                 end(session, failed=True)
                 raise
@@ -247,13 +270,9 @@ class Backend:
     def _complain(self, text: str) -> None:
         self._problems.setdefault(text, False)
 
-    def _check_entries(self, session: Session) -> None:
+    def _check_entries(self) -> None:
         plans = [program.plan for program in self._programs.values()]
-        names = ", ".join(plan.model for plan in plans) or session.name
-        if not session.ran:
-            self._complain(
-                f"Dynamo captured no graph of {names}: all of it ran in Python. {_REMEDY}"
-            )
+        names = ", ".join(plan.model for plan in plans)
         ops = sorted({d.site.op for plan in plans for d in plan.decisions})
         for index, entry in enumerate(self.table.entries):
             if not any(plan.meant[index] for plan in plans):
@@ -313,6 +332,13 @@ def _depends_on_place(entry: Entry) -> bool:
     """Whether an entry asks for more than what an operation is, so that one code may need several rules."""
     sites = entry.sites
     return bool(sites.module or sites.type or sites.parameter or sites.call or sites.where)
+
+
+def _outside(program: Program, sites: list[str]) -> str:
+    return (
+        f"outside of the captured graphs of {program.name} ran, with their native backward: {', '.join(sites)}. "
+        f"{_REMEDY}"
+    )
 
 
 def _refuse_functions(table: RuleTable) -> None:

@@ -17,7 +17,15 @@ from typing import Any
 import torch
 from torch import nn
 
-__all__ = ["Setting", "compiled_call", "compiled_module", "frames", "setting", "wrap_compiled"]
+__all__ = [
+    "Setting",
+    "capturable",
+    "compiled_call",
+    "compiled_module",
+    "frames",
+    "setting",
+    "wrap_compiled",
+]
 
 _CALL: CodeType = nn.Module._call_impl.__code__
 _EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
@@ -94,6 +102,18 @@ def wrap_compiled(frame: FrameType, wrapper: Callable[[Callable[..., Any]], Any]
         f"torch {torch.__version__} calls compiled functions in another way than the releases that freegrad_fx is "
         f"tested with, so that its backend cannot follow them. Use transform(), or a release that is tested."
     )
+
+
+def capturable(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo captures.
+
+    It looks into the frames of PyTorch's own modules only if they are called from a frame that it captures.
+    `torch.compile` makes one around such a module, `nn.Module.compile` does not.
+    """
+    module = getattr(function, "__self__", None)
+    if isinstance(module, nn.Module) and torch._dynamo.trace_rules.check(module.forward):
+        return torch._dynamo.external_utils.wrap_inline(function)
+    return function
 
 
 def compiled_module(function: Callable[..., Any]) -> nn.Module | None:

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 
@@ -42,11 +43,13 @@ class Occurrence:
         sites: Every site as it is called there, with its program and the decision for it.
         entries: For every site the index of the entry of the table that decides it there.
         counts: How many sites of each kind it has.
+        parameters: The names of the parameters to which rules are given.
     """
 
     sites: tuple[tuple[Program, Located, Decision], ...]
     entries: tuple[int | None, ...]
     counts: Calls
+    parameters: tuple[tuple[Program, str], ...]
 
 
 @dataclass(frozen=True)
@@ -104,6 +107,8 @@ class Piece:
         for module in graph_modules:
             capture = Capture(module, self.program.name, (Variant({}, module.graph),))
             plan, (pairs,) = make_plan(capture, table)
+            transformed = set(_transformed(module.graph))
+            pairs = [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
             self.opaque += [note for note in plan.opaque if note not in self.opaque]
             decided.update({_node(place): (place, decision) for place, decision in pairs})
             rewrite(module.graph, module, pairs)
@@ -112,6 +117,7 @@ class Piece:
                     unfold(module, node)
             module.graph.lint()
             module.recompile()
+        _name_sources(gm)
         anchor = self.program.owner(setting.modules)
         inside = _inside(anchor)
         self._places = [
@@ -145,7 +151,12 @@ class Piece:
                 counts[key] += 1
             sites.append((owner, place, replace(placed.decision, site=place.site)))
             entries.append(self._table.decide(place))
-        found = Occurrence(tuple(sites), tuple(entries), counts)
+        parameters = tuple(
+            (owner, place.site.name)
+            for owner, place, decision in sites
+            if isinstance(place, Parameter) and decision.action == "rewrite"
+        )
+        found = Occurrence(tuple(sites), tuple(entries), counts, parameters)
         self._occurrences[anchor, first] = found
         return found
 
@@ -165,6 +176,34 @@ def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tupl
 
 def _node(place: Located) -> fx.Node:
     return place.reads[0] if isinstance(place, Parameter) else place.node  # type: ignore[attr-defined]
+
+
+def _name_sources(gm: fx.GraphModule) -> None:
+    """Say where the tensors come from that are parameters of rules: AOTAutograd asks of every one it finds."""
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is not None:
+        for name, _ in gm.named_buffers():
+            sources.setdefault(name, torch._dynamo.source.ConstantSource(f"freegrad_fx_{name}"))
+
+
+# --- transforms of torch.func ---
+
+
+def _transformed(graph: fx.Graph) -> Iterator[fx.Node]:
+    """The nodes that run inside of a transform of `torch.func`, where PyTorch drops the backward of a rule."""
+    depth = 0
+    for node in graph.nodes:
+        name = getattr(node.target, "__name__", "")
+        depth += name.endswith("_increment_nesting") - name.endswith("_decrement_nesting")
+        if depth and node.op != "placeholder":
+            yield node
+
+
+def _kept(place: Located, decision: Decision) -> Decision:
+    if decision.action != "rewrite":
+        return decision
+    reason = "it is inside of a transform of torch.func, whose compiled form would drop the rule"
+    return Decision(place.site, "skip", entry=decision.entry, reason=reason)
 
 
 # --- where nodes come from ---

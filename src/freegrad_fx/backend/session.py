@@ -49,7 +49,10 @@ class Session:
         self._frame: FrameType | None = frame
         self._activation: FrameType | None = None
         self._watch = Watch(self._seen)
-        self.name: str = getattr(function, "__qualname__", "a function")
+        self._parameters: set[tuple[Program, str]] = set()
+        self.name = type(self._root).__name__
+        if self._root is None:
+            self.name = getattr(function, "__qualname__", "a function")
         self.calls: Calls = Counter()
         self.pending: Calls = Counter()
         self.ran = 0
@@ -91,6 +94,10 @@ class Session:
         self.calls.update(occurrence.counts)
         self.pending.clear()
         self.ran += 1
+        if occurrence.parameters and torch.is_grad_enabled():
+            again = self._parameters.intersection(occurrence.parameters)
+            self._backend.torn(again)
+            self._parameters.update(occurrence.parameters)
         return self._watch.unseen(compiled, args)
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -22,7 +22,14 @@ from ..provenance import META, Origin, is_users
 from ..sites import Located, find_parameters, find_sites
 from .frames import frames
 
-__all__ = ["Watch", "activation_call", "located", "located_parameter", "possible_activations"]
+__all__ = [
+    "Watch",
+    "activation_call",
+    "located",
+    "located_parameter",
+    "operations",
+    "possible_activations",
+]
 
 
 class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -72,16 +79,18 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def possible_activations(func: Any) -> tuple[str, ...]:
     """The names of the activations that an operation of ATen is, or that ATen computes by it."""
-    return _operations().get(func, ())
+    return operations().get(func, ())
 
 
 @functools.cache
-def _operations() -> dict[Any, tuple[str, ...]]:
+def operations() -> dict[Any, tuple[str, ...]]:
+    """All of them. To be asked first where no mode is active: inside of one, operators are not taken apart."""
     found: dict[Any, dict[str, None]] = {o: {op.name: None} for op in OPS.values() for o in op.aten}
     for op in OPS.values():
         if op.function is not None and not hasattr(op.function, "__code__"):
+            x = torch.ones(1)
             with _Record() as record, torch.no_grad():
-                op.function(torch.ones(1))
+                op.function(x)
             for func in record.operations:
                 found.setdefault(func, {})[op.name] = None
     return {func: tuple(names) for func, names in found.items()}
