@@ -222,7 +222,9 @@ class CapturedModule(fx.GraphModule):
         return _load_module, (self._model_class, type(self).__name__, self._state(), variants)
 
     def _state(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in _MACHINERY}
+        # What compile() leaves there runs this module, not the one that the state is for
+        own = _MACHINERY | {"_compiled_call_impl"}
+        return {key: value for key, value in self.__dict__.items() if key not in own}
 
 
 def _check_names(root: nn.Module) -> None:

@@ -16,22 +16,25 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .errors import FreegradWarning
 
-__all__ = ["records_forward_alone", "refuse_compiled_transform", "refuse_sharded_parts"]
+__all__ = [
+    "records_forward_alone",
+    "refuse_compiled_transform",
+    "refuse_sharded_parts",
+    "warn_if_recorded",
+]
 
 
 def records_forward_alone() -> bool:
-    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call; it warns if so.
+    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call."""
+    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+
+
+def warn_if_recorded() -> bool:
+    """The answer of `records_forward_alone`, with a warning where it is yes.
 
     `make_fx` is warned of too, but records the rules where the gradients are computed inside the traced function.
     """
-    if not (
-        _len_torch_dispatch_stack()
-        or _len_torch_dispatch_stack_pre_dispatch()
-        or torch.compiler.is_exporting()
-        or torch._C._get_tracing_state() is not None
-    ):
-        return False  # what nearly every call comes to, in a tenth of the time
-    if torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None:
+    if records_forward_alone():
         warnings.warn(
             "the backward rules of this model stay behind: torch.export, torch.onnx.export and torch.jit.trace "
             "record the forward alone. What they make computes the same values, and is for inference: trained, it "
@@ -41,7 +44,9 @@ def records_forward_alone() -> bool:
             stacklevel=3,
         )
         return True
-    if get_proxy_mode() is not None and not _functionalised():
+    if not (_len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()):  # type: ignore[no-untyped-call]
+        return False  # what nearly every call comes to, in a tenth of the time
+    if torch.is_grad_enabled() and get_proxy_mode() is not None and not _functionalised():
         warnings.warn(
             "make_fx records the forward of a model with backward rules. The rules are in its graph only if the "
             "gradients, too, are computed inside the function that it traces: make_fx(lambda p, x: "
@@ -95,4 +100,5 @@ def _in_functorch() -> bool:
 # Dynamo calls them while it traces, and takes the answer for a constant. (torch.compiler.assume_constant_result does
 # the same, and imports the whole compiler.)
 records_forward_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
+warn_if_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
 _in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -33,7 +33,12 @@ from torch.overrides import (
 
 from .context import ambient_rules, explicit_rules_act
 from .errors import CaptureError, RuleError
-from .hazards import records_forward_alone, refuse_compiled_transform, refuse_sharded_parts
+from .hazards import (
+    records_forward_alone,
+    refuse_compiled_transform,
+    refuse_sharded_parts,
+    warn_if_recorded,
+)
 from .rules.rule import Rule, get
 
 __all__ = [
