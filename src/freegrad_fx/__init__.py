@@ -9,6 +9,7 @@ from .backend import Backend, backend, compile
 from .captured import CapturedModule
 from .context import native, use
 from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
+from .modules import Activation
 from .plan import Decision, Plan
 from .report import report
 from .rules import Composition, Rule, compose, get, register
@@ -19,6 +20,7 @@ from .transform import explain, transform
 __version__ = "0.1.0"
 
 __all__ = [
+    "Activation",
     "Backend",
     "CaptureError",
     "CapturedModule",

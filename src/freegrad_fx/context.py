@@ -27,6 +27,7 @@ __all__ = [
     "in_the_blocks_of_now",
     "native",
     "outside_of_blocks",
+    "parts_for",
     "use",
 ]
 
@@ -199,10 +200,7 @@ class use(Block):
         scope: str | tuple[str, ...] = "activations",
     ) -> None:
         scopes = _scopes(scope)
-        parts = compose(_bound(rule, params)).parts
-        for part in parts:
-            _check(part, parts, scopes)
-        super().__init__(**dict.fromkeys(scopes, parts))
+        super().__init__(**dict.fromkeys(scopes, parts_for(scopes, rule, params)))
 
 
 class native(Block):
@@ -216,10 +214,20 @@ class native(Block):
         super().__init__(explicit=False, activations=(), params=())
 
 
-def _bound(rule: RuleLike, params: Mapping[str, Any] | None) -> RuleLike:
-    if params is None or not params:
-        return rule
-    return get(rule)(**params) if isinstance(rule, str) else rule(**params)
+def parts_for(
+    scopes: tuple[str, ...], rule: RuleLike, params: Mapping[str, Any] | None = None
+) -> tuple[Rule, ...]:
+    """The parts of a rule with some values for its parameters, for sites whose forward stays as it is.
+
+    Raises:
+        RuleError: It is unknown, not fully bound, names a forward, or cannot serve every site in these scopes.
+    """
+    if params:
+        rule = get(rule)(**params) if isinstance(rule, str) else rule(**params)
+    parts = compose(rule).parts
+    for part in parts:
+        _check(part, parts, scopes)
+    return parts
 
 
 def _scopes(scope: str | tuple[str, ...]) -> tuple[str, ...]:
@@ -236,7 +244,7 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
     rule.require_bound()
     if rule.forward is not None:
         raise RuleError(
-            f"an ambient rule leaves the forward as it is, and {rule!r} replaces it. Give it to transform() instead."
+            f"{rule!r} replaces a forward, which transform() alone can do: give it to that, or leave forward= out."
         )
     if not rule.keeps_shape:
         raise RuleError(

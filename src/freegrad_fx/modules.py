@@ -1,0 +1,128 @@
+"""`Activation`: a layer whose backward can be decoupled without a transform. Knows nothing of graphs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .activations import OPS
+from .context import in_the_blocks_of_now, parts_for
+from .errors import RuleError, unknown
+from .ops import decoupled, stop_gradient
+from .rules.rule import RuleLike
+
+__all__ = ["Activation"]
+
+# FreeGrad's names. The other forwards have those of the vocabulary.
+_FREEGRAD = {
+    "Linear": "identity",
+    "ReLU": "relu",
+    "ReLU6": "relu6",
+    "LeakyReLU": "leaky_relu",
+    "ELU": "elu",
+    "Tanh": "tanh",
+    "Logistic": "sigmoid",
+    "SiLU": "silu",
+    "GELU": "gelu",
+    "Softplus": "softplus",
+    "Heaviside": "heaviside",
+}
+_FORWARDS = {
+    **{op.name: op.name for op in OPS.values() if op.function is not None and op.keeps_shape},
+    **_FREEGRAD,
+}
+
+
+class Activation(nn.Module):
+    """An activation whose backward follows `use` blocks, or a rule of its own.
+
+    Formula: y = f(x); ∂x = rule(∂y, x, y) where a rule acts, else f'(x)·∂y, with torch's own derivatives of every
+    order. Shapes: any; y has the shape of x.
+
+    A rule of its own goes before ambient ones, and `native` switches both off. In a model that is transformed, the
+    layer is a site like any other: a table's entry goes before ambient rules, and not before the layer's own rule.
+
+    Args:
+        forward: One of FreeGrad's names, ``"Linear"``, ``"ReLU"``, ``"ReLU6"``, ``"LeakyReLU"``, ``"ELU"``,
+            ``"Tanh"``, ``"Logistic"``, ``"SiLU"``, ``"GELU"``, ``"Softplus"``, ``"Heaviside"``, or the canonical name
+            of an op that takes one tensor and keeps its shape: ``"mish"``, ``"round"``.
+        rule: A rule name, a `Rule` or a composition.
+        params: Values for the rule's parameters.
+        **parameters: Of the forward, under torch's names: ``negative_slope=0.2``.
+
+    Raises:
+        RuleError: The rule is unknown, not fully bound, names a forward, or cannot serve an activation.
+        TypeError: The forward takes no such parameters.
+        ValueError: The forward is unknown.
+
+    Source: FreeGrad, ``freegrad.wrappers.Activation``.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> act = fg.Activation("ReLU")
+        >>> x = torch.tensor([-1.0, 2.0], requires_grad=True)
+        >>> with fg.use("scale", {"s": 3.0}):
+        ...     y = act(x)
+        >>> torch.autograd.grad(y.sum(), x)
+        (tensor([3., 3.]),)
+    """
+
+    def __init__(
+        self,
+        forward: str = "ReLU",
+        *,
+        rule: RuleLike | None = None,
+        params: Mapping[str, Any] | None = None,
+        **parameters: Any,
+    ) -> None:
+        super().__init__()
+        if forward not in _FORWARDS:
+            raise ValueError(unknown("forward", forward, _FORWARDS))
+        self.name = forward
+        self.parameters_of_forward = parameters
+        try:
+            self._function(torch.empty(1, 1, device="meta"))
+        except (RuntimeError, TypeError, ValueError) as error:
+            raise TypeError(f"Activation({forward!r}) cannot be computed: {error}") from error
+        if rule is None and params:
+            raise RuleError(
+                "params are those of a rule: Activation(..., rule='scale', params={'s': 2.0})"
+            )
+        self.rules = () if rule is None else parts_for(("activations",), rule, params)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return f(x)."""
+        site = f"Activation({self.name!r})"
+        if _FORWARDS[self.name] == "identity":
+            x = x.clone()  # what is written into the result must not reach x behind autograd's back
+        if not self.rules:
+            y = self._function(stop_gradient(x, ambient="activations"))
+            return decoupled(y, x, ambient="activations", site=site)
+        first, *others = self.rules
+        source = x
+        # An identity for every rule but the first, the last rule nearest to x
+        for other in reversed(others):
+            cut = stop_gradient(source)
+            source = decoupled(cut, source, rule=other.name, site=site, **dict(other.values))
+        y = self._function(stop_gradient(x))
+        return decoupled(y, source, rule=first.name, site=site, **dict(first.values))
+
+    def _function(self, x: Tensor) -> Tensor:
+        function: Any = OPS[_FORWARDS[self.name]].function
+        result: Tensor = function(x, **self.parameters_of_forward)
+        return result
+
+    def _replicate_for_data_parallel(self) -> Any:
+        new = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
+        # it runs in a thread of its own
+        new.__dict__["forward"] = in_the_blocks_of_now(new.forward)
+        return new
+
+    def extra_repr(self) -> str:
+        """The forward, its parameters, and the rules."""
+        given = [f"{name}={value!r}" for name, value in self.parameters_of_forward.items()]
+        own = [f"rule={' then '.join(map(repr, self.rules))}"] if self.rules else []
+        return ", ".join([repr(self.name), *given, *own])
