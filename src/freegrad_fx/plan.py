@@ -193,7 +193,6 @@ def make_plan(
         calls = find_opaque(variant.graph, capture.root, types, leaf_modules)
         opaque += [c for c in calls if c not in opaque and c.path not in whole]
         lost += [n for n in _silent_hooks(pairs, capture.root) if n not in lost]
-    places = [place for pairs in (*decided, nowhere) for place, _ in pairs]
     plan = Plan(
         model=capture.class_name,
         decisions=(
@@ -206,9 +205,21 @@ def make_plan(
         table=table,
         opaque=tuple(opaque),
         lost=tuple(lost),
-        meant=tuple(len({p.site for p in places if e.matches(p)}) for e in table.entries),
+        meant=_meant([pair for pairs in (*decided, nowhere) for pair in pairs], table),
     )
     return plan, decided
+
+
+def _meant(decided: Decided, table: RuleTable) -> tuple[int, ...]:
+    """For every entry the number of sites it matches: those that it decides, and others that an earlier one does."""
+    sites: list[set[Site]] = [set() for _ in table.entries]
+    for place, decision in decided:
+        if decision.entry is not None:
+            sites[decision.entry].add(place.site)
+            for index in range(decision.entry + 1, len(table.entries)):
+                if table.entries[index].matches(place):
+                    sites[index].add(place.site)
+    return tuple(map(len, sites))
 
 
 def _ambient(
@@ -346,7 +357,7 @@ def _check_replaceable(place: Located, forward: Forward) -> None:
     if not isinstance(forward, str) and _works_in_place(forward):
         raise PlanError(
             f"the forward {shown(forward)} writes into its argument, which is the model's own tensor, at {where}. "
-            f"Give the function that does not: torch.sign, not torch.sign_."
+            f"Give the function that does not: torch.relu, not torch.relu_."
         )
     if isinstance(forward, str) and forward not in replaceable:
         raise PlanError(unknown("forward", forward, replaceable, f"Asked for at {where}."))
