@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -50,7 +51,7 @@ class Entry:
             raise TableError(f"entry {str(sites)!r} and its rule name different forwards: {both}")
         return cls(sites, tuple(replace(p, forward=None) for p in rules), next(iter(named), None))
 
-    @property
+    @functools.cached_property
     def selector(self) -> str:
         """What it selects, in words."""
         return str(self.sites)

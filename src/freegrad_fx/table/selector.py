@@ -82,10 +82,26 @@ class Selector:
         """Whether it means the calls of classes: a type, and neither op nor parameter."""
         return not self.op
 
-    @property
+    @functools.cached_property
     def wants_parameters(self) -> bool:
         """Whether it can match a parameter."""
         return bool({PARAMETERS, ALL} & {*self.op})
+
+    # A plan asks every entry about every site: what can be computed once is.
+
+    @functools.cached_property
+    def _ops(self) -> frozenset[str]:
+        """The ops that names and groups stand for. A group that has the name of an op has the op in it."""
+        groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: ()}
+        return frozenset(op for name in self.op for op in groups.get(name, (name,)))
+
+    @functools.cached_property
+    def _modules(self) -> list[re.Pattern[str]]:
+        return [_compiled(pattern) for pattern in self.module]
+
+    @functools.cached_property
+    def _names(self) -> list[re.Pattern[str]]:
+        return [_compiled(pattern) for pattern in self.parameter]
 
     def matches(self, located: Located) -> bool:
         """Whether it means this site.
@@ -94,27 +110,25 @@ class Selector:
             TableError: `where` raises an exception.
         """
         site = located.site
-        if not self._means_kind(located):
+        if site.kind == "parameter":
+            if not self.wants_parameters:
+                return False
+            if self.parameter and not _any_match(self._names, site.names):
+                return False
+        elif self.parameter:
             return False
-        if self.module and not _any_match(self.module, _owner_paths(site)):
+        elif self.op:
+            if located.op is None or located.op.name not in self._ops:
+                return False
+        elif located.called is None or not self._is_of_type(located.called):
             return False
-        if self.type and not self.by_class and not self._is_of_type(located.owner):
+        if self.module and not _any_match(self._modules, _owner_paths(site)):
+            return False
+        if self.type and self.op and not self._is_of_type(located.owner):
             return False
         if self.call and not any(_is_call(call, site.call) for call in self.call):
             return False
         return self.where is None or self._asks(self.where, site)
-
-    def _means_kind(self, located: Located) -> bool:
-        site = located.site
-        if site.kind == "parameter":
-            return self.wants_parameters and (
-                not self.parameter or _any_match(self.parameter, site.names)
-            )
-        if self.parameter:
-            return False
-        if self.by_class:
-            return located.called is not None and self._is_of_type(located.called)
-        return located.op is not None and located.op.name in _ops_in(self.op)
 
     def _is_of_type(self, kind: Class) -> bool:
         return any(wanted in kind.__mro__ for t in self.type for wanted in _classes(t, kind))
@@ -313,14 +327,6 @@ def brief(value: Any) -> str:
 # --- matching ---
 
 
-@functools.cache
-def _ops_in(names: tuple[str, ...]) -> frozenset[str]:
-    """The ops that names and groups stand for. A group that has the name of an op has the op in it."""
-    groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: frozenset()}
-    return frozenset(op for name in names for op in groups.get(name, (name,)))
-
-
-@functools.lru_cache(maxsize=4096)
 def _compiled(pattern: str) -> re.Pattern[str]:
     if not pattern.startswith("re:"):
         return re.compile(fnmatch.translate(pattern))
@@ -331,13 +337,19 @@ def _compiled(pattern: str) -> re.Pattern[str]:
         return re.compile(pattern.removeprefix("re:"))
 
 
-def _any_match(patterns: Iterable[str], names: Iterable[str]) -> bool:
-    return any(_compiled(pattern).fullmatch(name) for pattern in patterns for name in names)
+def _any_match(patterns: Iterable[re.Pattern[str]], names: Iterable[str]) -> bool:
+    for pattern in patterns:
+        for name in names:
+            if pattern.fullmatch(name):
+                return True
+    return False
 
 
 def _owner_paths(site: Site) -> tuple[str, ...]:
     """The path of the owner; of a tied parameter, of each of them."""
-    return tuple(name.rpartition(".")[0] for name in site.names) or (site.path,)
+    if len(site.names) < 2:
+        return (site.path,)
+    return tuple(name.rpartition(".")[0] for name in site.names)
 
 
 def _is_call(wanted: int | slice, index: int) -> bool:

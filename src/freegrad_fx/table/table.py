@@ -168,8 +168,8 @@ class RuleTable:
 
     def decide(self, located: Located) -> int | None:
         """The index of the entry that decides a site, or None."""
-        matching = (index for index, entry in enumerate(self.entries) if entry.matches(located))
-        return next(matching, None)
+        entries = enumerate(self.entries)
+        return next((index for index, e in entries if e.sites.matches(located)), None)
 
     def __add__(self, other: object) -> RuleTable:
         """The entries of this table, then those of the other."""
