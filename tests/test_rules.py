@@ -382,7 +382,7 @@ def unknown_input(grad: Tensor, z: Tensor) -> Tensor:
     return grad
 
 
-def context_first(ctx: Any, grad: Tensor, x: Tensor) -> Tensor:
+def context_first(ctx: Any, grad: Tensor) -> Tensor:
     return grad
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ..errors import RuleError, unknown
 from .constraint import Constraint, read_constraints
+from .freegrad import adapted
 
 __all__ = ["Composition", "Forward", "Rule", "RuleLike", "available", "compose", "get", "register"]
 
@@ -33,7 +34,8 @@ RESERVED = ("grad", *INPUTS, "rule", "site", "forward")
 
 _VOCABULARY = (
     "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input) and `y` (its output), "
-    "then, after `*`, its parameters with their defaults: def rule(grad, x, *, slope: float = 25.0)."
+    "then, after `*`, its parameters with their defaults: def rule(grad, x, *, slope: float = 25.0). Or as FreeGrad's "
+    "rules are: def rule(ctx, grad_out, tin, slope=25.0)."
 )
 
 
@@ -122,6 +124,7 @@ class Rule:
         sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
             ``sparse=True``.
         fused: The formula in fewer passes over memory, for eager mode; see `register`.
+        takes_more: Whether it takes parameters that it does not declare, as FreeGrad's rules may.
         values: `bound` once more, as pairs: inside `torch.func.functional_call`, torch.compile reads no mapping proxy.
 
     Example:
@@ -142,6 +145,7 @@ class Rule:
     sites: tuple[str, ...] = KINDS
     sparse: bool = False
     fused: Callable[..., Tensor] | None = None
+    takes_more: bool = False
     values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -183,9 +187,10 @@ class Rule:
             )
         bound = dict(self.bound)
         for name, value in values.items():
-            if name not in self.parameters:
+            declared = self.parameters.get(name)
+            if declared is None and (not self.takes_more or name in RESERVED):
                 raise RuleError(unknown(f"parameter of rule {self.name!r}:", name, self.parameters))
-            bound[name] = self.parameters[name].check(self.name, value)
+            bound[name] = value if declared is None else declared.check(self.name, value)
         self._require(bound)
         return replace(
             self,
@@ -305,6 +310,9 @@ def register(
     a pure function of tensors: no in-place change of its arguments, no ``.item()``, no Python branch on data. It
     returns the gradient for ``x``, of the shape and dtype of ``x``.
 
+    FreeGrad's signature ``fn(ctx, grad_out, tin, **params)`` is taken too: ``ctx`` is None, ``tin`` is ``x``, for a
+    parameter its value, and what follows are parameters.
+
     Args:
         name: The name by which tables refer to the rule.
         reference: The paper or library that the formula comes from.
@@ -340,6 +348,7 @@ def register(
             raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))
 
     def declare(function: Callable[..., Tensor]) -> Rule:
+        function, takes_more = adapted(function)
         if name in _registry and not overwrite:
             raise RuleError(
                 f"a rule {name!r} is already registered. Choose another name, or say overwrite=True."
@@ -364,6 +373,7 @@ def register(
             sites=kinds,
             sparse=sparse,
             fused=fused,
+            takes_more=takes_more,
         )
         rule._require(rule.bound)
         _registry[name] = rule
