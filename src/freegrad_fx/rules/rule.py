@@ -30,7 +30,7 @@ Forward: TypeAlias = str | Callable[[Tensor], Tensor]
 INPUTS = ("x", "y")
 KINDS = ("activation", "parameter")
 NATIVE = "native"  # what a file writes for no rule, so that no rule can have this name
-RESERVED = ("grad", *INPUTS, "rule", "site", "forward")
+RESERVED = ("grad", *INPUTS, "rule", "site", "forward", "ambient")
 
 _VOCABULARY = (
     "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input) and `y` (its output), "
