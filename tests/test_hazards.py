@@ -298,6 +298,22 @@ def test_second_derivatives_of_compiled_models_are_refused_by_pytorch(
         second_derivatives(compiled(gm, "aot_eager"), x, gm)
 
 
+@pytest.mark.xfail(
+    strict=True, reason='PyTorch differentiates no autograd.Function twice under backend="eager"'
+)
+@pytest.mark.parametrize("rules", [True, False])
+def test_second_derivatives_under_the_debugging_back_end(
+    gm: fg.CapturedModule, x: Tensor, rules: bool
+) -> None:
+    """Known, and documented: with a Function of the user's own it is the same."""
+    by_hand = ByHand()
+    by_hand.load_state_dict(gm.state_dict())
+    wanted = second_derivatives(by_hand, x, by_hand)
+    model = gm if rules else by_hand
+    actual = second_derivatives(torch.compile(model, backend="eager"), x, model)
+    torch.testing.assert_close(actual, wanted)
+
+
 # --- checkpoints, compiled autograd ---
 
 
