@@ -4,7 +4,7 @@
 >>> gm = fg.transform(model, rules)      # doctest: +SKIP
 """
 
-from . import activations, ops, rules
+from . import activations, functional, ops, rules
 from .backend import Backend, backend, compile
 from .captured import CapturedModule
 from .context import native, use
@@ -39,6 +39,7 @@ __all__ = [
     "compile",
     "compose",
     "explain",
+    "functional",
     "get",
     "native",
     "on",

@@ -53,6 +53,7 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
+    "rule_behind",
     "stop_gradient",
 ]
 
@@ -259,6 +260,21 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
             f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
         )
     return grad, _checked(result, grad, call)
+
+
+def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
+    """The rule that a node of an autograd graph applies, its site, and the rule as a function of the gradient alone.
+
+    None for other nodes, and where the input of the site needs no gradient.
+    """
+    call = getattr(node, "call", None)
+    if not isinstance(call, _Call) or not node.needs_input_grad[1]:
+        return None
+    rule = call.rule
+    saved = [tensor.detach() for tensor in node.saved_tensors]
+    inputs, values = saved[: len(rule.inputs)], saved[len(rule.inputs) :]
+    parameters = {**call.parameters, **dict(zip(call.tensors, values, strict=True))}
+    return rule, call.site, lambda grad: rule.function(grad, *inputs, **parameters)
 
 
 def _runs_alone(grad: Tensor) -> bool:
