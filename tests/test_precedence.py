@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from freegrad_fx.rules import rule as rule_module
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tables.md").read_text("utf-8")
 
@@ -73,6 +74,15 @@ def test_the_page_names_the_sites_of_its_model() -> None:
     ]
     (tied,) = (s for s in sites if len(s.names) > 1)
     assert tied.names == ("layer1.fc.weight", "layer2.fc.weight")
+
+
+def test_the_page_s_rule_requires_what_the_page_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
+    names = dict(NAMES)
+    exec(next(block for block in python_in(PAGE) if '@fg.register("window"' in block), names)
+    with pytest.raises(fg.RuleError) as error:
+        names["window"](low=2.0)
+    assert f"*{error.value}*" in PAGE
 
 
 def test_the_page_shows_the_diff_that_is_printed() -> None:
@@ -224,5 +234,10 @@ def test_the_entry_that_decides_is_that_of_a_naive_reading(
         plan = fg.explain(model, rules)
     for decision in plan.decisions:
         assert decision.entry == naive_decision(table, decision.site, model), decision.site
-    decisions = [naive_decision(table, d.site, model) for d in plan.decisions]
-    assert plan.hits == tuple(decisions.count(number) for number in range(len(table)))
+    decided = [naive_decision(table, d.site, model) for d in plan.decisions]
+    matched = [
+        sum(naive_decision([entry], d.site, model) is not None for d in plan.decisions)
+        for entry in table
+    ]
+    assert plan.hits == tuple(decided.count(number) for number in range(len(table)))
+    assert plan.meant == tuple(matched)

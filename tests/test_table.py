@@ -139,6 +139,31 @@ def test_a_table_survives_copies_and_pickling() -> None:
     assert copy.deepcopy(table) == pickle.loads(pickle.dumps(table)) == table
 
 
+def is_first(site: fg.Site) -> bool:
+    return site.call == 0
+
+
+def test_a_model_can_be_saved_whatever_its_table_asks() -> None:
+    class Local(nn.ReLU):
+        pass
+
+    deep = fg.on("relu", where=lambda site: "." in site.path).backward("scale")
+    local, first = (
+        fg.on(type=Local).backward("noise"),
+        fg.on("gelu", where=is_first).backward("scale"),
+    )
+    with pytest.warns(fg.FreegradWarning, match="'Local' matches nothing"):
+        gm = fg.transform(Net(), fg.RuleTable([deep, local, first]))
+    assert fg.report(copy.deepcopy(gm)) == fg.report(gm)
+    loaded = fg.report(pickle.loads(pickle.dumps(gm)))
+    assert loaded.decisions == fg.report(gm).decisions
+    assert str(loaded) == str(fg.report(gm))
+    assert loaded.table[2] == first
+    assert fg.explain(nn.Sequential(Block(), Local()), loaded.table[1:]).hits == (1, 1)
+    with pytest.raises(fg.TableError, match="a function that cannot be imported is not saved"):
+        fg.explain(Net(), loaded.table)
+
+
 # --- the repr ---
 
 
@@ -383,6 +408,12 @@ def test_a_mistake_is_an_error_when_the_table_is_made(
 def test_an_error_in_a_table_is_a_plan_error_and_a_value_error() -> None:
     assert issubclass(fg.TableError, fg.PlanError)
     assert issubclass(fg.TableError, ValueError)
+
+
+@pytest.mark.parametrize("rules", [RELU, [RELU, GELU], fg.on("relu"), (RELU,)], ids=repr)
+def test_entries_without_a_table_are_refused_with_the_remedy(rules: Any) -> None:
+    with pytest.raises(fg.TableError, match=r"entries stand in a table: RuleTable\(\["):
+        fg.transform(Net(), rules)
 
 
 @pytest.mark.parametrize(

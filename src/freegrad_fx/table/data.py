@@ -206,7 +206,7 @@ def _dump(number: int, entry: Entry) -> dict[str, Any]:
 
 
 def _dump_entry(entry: Entry) -> dict[str, Any]:
-    fields = entry.sites.fields()
+    fields = entry.sites.given()
     if "where" in fields:
         raise _NotPlainError("`where` is a function; say it with module, type, parameter or call")
     for kind in _as_list(fields.get("type")):

@@ -61,7 +61,7 @@ class Entry:
         return self.sites.matches(located)
 
     def __repr__(self) -> str:
-        fields = self.sites.fields()
+        fields = self.sites.given()
         op = fields.pop("op", None)
         given = [repr(op)] if op is not None else []
         given += [f"{name}={_source(value)}" for name, value in fields.items()]

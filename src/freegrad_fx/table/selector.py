@@ -5,11 +5,12 @@ from __future__ import annotations
 import fnmatch
 import functools
 import inspect
+import pickle
 import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, TypeAlias
 
 import torch
@@ -154,7 +155,7 @@ class Selector:
             else:
                 yield wanted
 
-    def fields(self) -> dict[str, Any]:
+    def given(self) -> dict[str, Any]:
         """What `on` has to be given to make it: the fields that are not empty, a lone value without its tuple."""
         found = {
             "op": () if self.op == (PARAMETERS,) and self.parameter else self.op,
@@ -171,7 +172,7 @@ class Selector:
         return given if self.where is None else {**given, "where": self.where}
 
     def __str__(self) -> str:
-        parts = ["|".join(self.op)] if self.op and "op" in self.fields() else []
+        parts = ["|".join(self.op)] if self.op and "op" in self.given() else []
         types = "|".join(t if isinstance(t, str) else t.__name__ for t in self.type)
         parts += [types if self.by_class else f"type={types}"] if types else []
         parts += [
@@ -196,6 +197,35 @@ class Selector:
 
     def __hash__(self) -> int:
         return hash(self._key())
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Selector:
+        return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A transformed model is saved with its plan, and has to be, whatever the table asks."""
+        state = {field.name: getattr(self, field.name) for field in fields(self)}
+        state["type"] = tuple(
+            t if isinstance(class_name(t), str) or isinstance(t, str) else _qualified(t)
+            for t in self.type
+        )
+        try:
+            pickle.dumps(self.where)
+        except Exception:  # what the user's function or object raises
+            state["where"] = _NotSaved(getattr(self.where, "__qualname__", "a function"))
+        return state
+
+
+@dataclass(frozen=True)
+class _NotSaved:
+    """Stands for a `where` that could not be pickled."""
+
+    name: str
+
+    def __call__(self, site: Site) -> bool:
+        raise RuntimeError("a function that cannot be imported is not saved with its table")
+
+    def __repr__(self) -> str:
+        return self.name
 
 
 # --- reading the fields ---
@@ -372,11 +402,7 @@ def _classes(wanted: str | Class, kind: Class) -> list[Class]:
     if not isinstance(wanted, str):
         return [wanted] if wanted in kind.__mro__ else []
     public = imported(wanted)
-    return [
-        base
-        for base in kind.__mro__
-        if base is public or f"{base.__module__}.{base.__qualname__}" == wanted
-    ]
+    return [base for base in kind.__mro__ if base is public or _qualified(base) == wanted]
 
 
 def imported(name: str) -> Any:
@@ -397,5 +423,9 @@ def class_name(kind: str | Class) -> str | Class:
         return kind
     if vars(nn).get(kind.__name__) is kind:
         return f"torch.nn.{kind.__name__}"
-    name = f"{kind.__module__}.{kind.__qualname__}"
+    name = _qualified(kind)
     return name if imported(name) is kind else kind
+
+
+def _qualified(kind: Class) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"

@@ -28,7 +28,7 @@ RulesLike: TypeAlias = (
 )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class RuleTable:
     """Ordered entries. The first that matches a site decides; a site that none matches keeps its native backward.
 
@@ -89,6 +89,9 @@ class RuleTable:
             return cls()
         if isinstance(rules, RuleTable):
             return rules
+        lone = rules if isinstance(rules, list | tuple) else [rules]
+        if any(isinstance(entry, Entry | Selection) for entry in lone):
+            raise TableError("entries stand in a table: RuleTable([on(...).backward(...)])")
         if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
             return cls.from_toml(rules)
         if isinstance(rules, Mapping):
