@@ -584,8 +584,14 @@ def test_numpy_truth_values_are_no_numbers() -> None:
 def test_integers_and_tuples_are_taken_where_the_signature_says_so() -> None:
     assert type(fg.rules.centralize(dim=np.int32(1)).bound["dim"]) is int
     assert fg.rules.centralize(dim=(1, 2)).bound["dim"] == (1, 2)
+    assert [type(d) for d in fg.rules.centralize(dim=(np.int64(1), 2)).bound["dim"]] == [int, int]
     for wrong in (1.0, True, [1, 2]):
         with pytest.raises(TypeError, match="must be int or tuple"):
+            fg.rules.centralize(dim=wrong)
+    for wrong in ((1.0,), (1, True), ("a",), ((1,),)):
+        with pytest.raises(
+            TypeError, match="parameter 'dim' of rule 'centralize' must be int, got"
+        ):
             fg.rules.centralize(dim=wrong)
 
 

@@ -200,6 +200,10 @@ def test_a_file_that_is_no_table_is_an_error(text: str, words: str) -> None:
         ("backward = 'scale'\nparams = { s = true }", "must be float, got True"),
         ("backward = 'scale'\nparams = { s = nan }", "parameter 's' of rule 'scale' is NaN"),
         ("backward = 'scale'\nparams = { s = 1" + "0" * 400 + " }", "too large for a float"),
+        (
+            "backward = 'centralize'\nparams = { dim = ['a'] }",
+            "'dim' of rule 'centralize' must be int",
+        ),
         ("backward = 'scale'\nparams = [1]", "params is a table of the rule's parameters"),
         ("backward = 'noise'\nparams = { sigma = -1 }", "rule 'noise' requires sigma >= 0"),
         ("backward = 'native'\nparams = {}", "the native backward takes no params"),

@@ -62,7 +62,12 @@ class Parameter:
         accepted = self.types
         if isinstance(value, float) and math.isnan(value):
             raise RuleError(f"parameter {self.name!r} of rule {rule!r} is NaN, which is no number")
-        if accepted is None or type(value) in accepted:
+        if accepted is None:
+            return value
+        if isinstance(value, tuple) and tuple in accepted:
+            element = Parameter(self.name, _element_type(self.annotation))
+            return tuple(element.check(rule, item) for item in value)
+        if type(value) in accepted:
             return value
         # Python takes a bool for an int, and would so hide a mistake
         if not isinstance(value, bool):
@@ -94,14 +99,20 @@ class Parameter:
         return _accepted_types(self.annotation)
 
 
+def _alternatives(annotation: Any) -> tuple[Any, ...]:
+    union = typing.get_origin(annotation) in (typing.Union, types.UnionType)
+    return typing.get_args(annotation) if union else (annotation,)
+
+
+def _element_type(annotation: Any) -> Any:
+    """What ``tuple[int, ...]`` says of its elements; anything where it says nothing."""
+    given = [typing.get_args(p) for p in _alternatives(annotation) if typing.get_origin(p) is tuple]
+    return next((args[0] for args in given if args[1:] == (...,)), Any)
+
+
 def _accepted_types(annotation: Any) -> tuple[type, ...] | None:
     """The types an annotation names; None where it is not made of plain types, and anything is taken."""
-    parts = (
-        typing.get_args(annotation)
-        if typing.get_origin(annotation) in (typing.Union, types.UnionType)
-        else (annotation,)
-    )
-    parts = tuple(typing.get_origin(part) or part for part in parts)
+    parts = tuple(typing.get_origin(part) or part for part in _alternatives(annotation))
     plain = all(isinstance(part, type) and part not in (Any, object) for part in parts)
     return parts if plain else None
 
