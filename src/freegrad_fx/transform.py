@@ -38,10 +38,11 @@ def transform(
     Args:
         model: Any `nn.Module` whose forward can be traced. It is not changed.
         rules: A rule name, a `Rule` or a composition: for every activation. Or a dict: its keys are op names
-            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``) and classes of modules or of
-            autograd.Functions, its values rules, or None to keep the native backward. A class goes before an op, an
-            op before a group. A module of a class named so is kept whole; it must not write into its input, unless
-            it has a true attribute `inplace`.
+            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``), ``"params"``, ``"all"``, and
+            classes of modules or of autograd.Functions, its values rules, or None to keep the native backward. A class
+            goes before an op, an op before a group, a group before ``"all"``. A module of a class named so is kept
+            whole; it must not write into its input, unless it has a true attribute `inplace`. Or a `RuleTable`, or the
+            path of a TOML file that holds one.
         ambient: Let activations and parameters that no rule is given to follow `use` blocks. By default, if `rules` is
             None: ``transform(model)`` is native until a block is entered.
         strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
@@ -62,7 +63,8 @@ def transform(
     Raises:
         TypeError: `model` is no `nn.Module`, is compiled or scripted already, or a rule's parameter has a wrong type.
         RuleError: A rule is unknown or not fully bound.
-        PlanError: A key names no op or group; a rule cannot serve a site; under `strict`, see above.
+        PlanError: A rule cannot serve a site; under `strict`, see above.
+        TableError: A key names no op or group, or the file is no table. It is a PlanError.
         CaptureError: The model cannot be traced; the message says where and why.
 
     Example:
