@@ -94,10 +94,10 @@ def first_line(module: str) -> str:
 
 
 class RulesTable(SphinxDirective):
-    """All rules, a table for each family: the call with its defaults, the formula, the source."""
+    """All rules, a table for each family: the call with its defaults, what it requires, the formula, the source."""
 
     def run(self) -> list[nodes.Node]:
-        heads = ["Rule and defaults", "Gradient for x", "Saves", "Reference"]
+        heads = ["Rule and defaults", "Requires", "Gradient for x", "Saves", "Reference"]
         return [
             table(heads, [self.row(rule) for rule in family], first_line(module))
             for module, family in families().items()
@@ -106,7 +106,14 @@ class RulesTable(SphinxDirective):
     def row(self, rule: rules.Rule) -> list[nodes.Node]:
         defaults = ", ".join(f"{name}={value!r}" for name, value in rule.defaults.items())
         call = f"{rule.name}({defaults})" if defaults else rule.name
-        return [code(call), code(rule.formula), code(*rule.inputs), linked(rule.reference)]
+        requires = code(*(constraint.text for constraint in rule.requires))
+        return [
+            code(call),
+            requires,
+            code(rule.formula),
+            code(*rule.inputs),
+            linked(rule.reference),
+        ]
 
 
 class RulesReference(SphinxDirective):
