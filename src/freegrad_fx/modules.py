@@ -17,7 +17,7 @@ from .rules.rule import RuleLike
 __all__ = ["Activation"]
 
 # FreeGrad's names. The other forwards have those of the vocabulary.
-_FREEGRAD = {
+FREEGRAD = {
     "Linear": "identity",
     "ReLU": "relu",
     "ReLU6": "relu6",
@@ -32,7 +32,7 @@ _FREEGRAD = {
 }
 _FORWARDS = {
     **{op.name: op.name for op in OPS.values() if op.function is not None and op.keeps_shape},
-    **_FREEGRAD,
+    **FREEGRAD,
 }
 
 

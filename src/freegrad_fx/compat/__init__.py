@@ -1,0 +1,1 @@
+"""Other packages' interfaces on top of this one: `freegrad`."""

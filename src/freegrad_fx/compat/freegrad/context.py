@@ -1,0 +1,68 @@
+"""`use`: a block of code, and the rule that FreeGrad's layers follow in it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import Any, Self, TypeAlias
+
+from torch import Tensor
+
+from freegrad_fx.context import Block
+from freegrad_fx.rules import Rule
+
+from . import registry
+
+__all__ = ["use"]
+
+ScopeLike: TypeAlias = str | Iterable[str]
+
+
+class use(Block):
+    """Apply a rule to the layers whose forward runs in the block, or to parameters, in the backward that runs in it.
+
+    Blocks nest, and the innermost replaces those around it: its rule, its parameters and its scope.
+
+    Args:
+        rule: The name of a registered rule, or a callable ``fn(ctx, grad_out, tin, **params)``.
+        params: What the rule is called with.
+        scope: ``"activations"``, ``"params"`` or ``"all"``, or several of them. Other words mean nothing.
+
+    Raises:
+        RuleError: On entry: no rule of that name is registered.
+    """
+
+    def __init__(
+        self,
+        rule: str | registry.Rule,
+        params: dict[str, Any] | None = None,
+        scope: ScopeLike = "all",
+    ) -> None:
+        super().__init__()
+        self.rule = rule
+        self.params = params or {}
+        self.scope = (scope,) if isinstance(scope, str) else tuple(scope)
+
+    def __enter__(self) -> Self:
+        function = registry.get(self.rule)
+
+        def on_activation(grad: Tensor, x: Tensor, **params: Any) -> Tensor:
+            return function(None, grad, x, **params)
+
+        def on_parameter(grad: Tensor, **params: Any) -> Tensor:
+            return function(None, grad, None, **params)
+
+        self.changes = {
+            "activations": self._if_in_scope("activations", on_activation, ("x",)),
+            "params": self._if_in_scope("params", on_parameter, ()),
+        }
+        return super().__enter__()
+
+    def _if_in_scope(
+        self, scope: str, function: Callable[..., Tensor], inputs: tuple[str, ...]
+    ) -> tuple[Rule, ...]:
+        if scope not in self.scope and "all" not in self.scope:
+            return ()
+        params: Mapping[str, Any] = MappingProxyType(dict(self.params))
+        name = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", "rule")
+        return (Rule(name, function, inputs, MappingProxyType({}), params),)

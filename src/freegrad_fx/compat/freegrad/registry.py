@@ -1,0 +1,69 @@
+"""Rules by name. A rule is any callable ``fn(ctx, grad_out, tin, **params)``; ``ctx`` is None, as in FreeGrad."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar
+
+from torch import Tensor
+
+from freegrad_fx.errors import unknown
+
+__all__ = ["RuleError", "compose", "get", "register"]
+
+Rule: TypeAlias = Callable[..., Tensor]
+Registered = TypeVar("Registered", bound=Rule)
+
+_RULES: dict[str, Rule] = {}
+
+
+class RuleError(KeyError):
+    """A name is registered already, or is not registered."""
+
+    def __str__(self) -> str:
+        return str(self.args[0])  # a KeyError would show its repr
+
+
+def register(name: str) -> Callable[[Registered], Registered]:
+    """Register a rule ``fn(ctx, grad_out, tin, **params) -> grad_in``; the decorated function stays what it is.
+
+    Raises:
+        RuleError: The name is taken.
+    """
+
+    def declare(function: Registered) -> Registered:
+        if name in _RULES:
+            raise RuleError(f"a rule {name!r} is already registered. Choose another name.")
+        _RULES[name] = function
+        return function
+
+    return declare
+
+
+def get(rule: str | Rule) -> Rule:
+    """Return the rule of a name; a callable is returned as it is.
+
+    Raises:
+        RuleError: No rule of that name is registered.
+    """
+    if callable(rule):
+        return rule
+    if rule not in _RULES:
+        raise RuleError(unknown("rule", rule, _RULES))
+    return _RULES[rule]
+
+
+def compose(*rules: str | Rule) -> Rule:
+    """Chain rules: the gradient goes through the first one first. All of them are given the same parameters.
+
+    Raises:
+        RuleError: A name is not registered.
+    """
+    functions = [get(rule) for rule in rules]
+
+    def composed(ctx: Any, grad_out: Tensor, tin: Tensor | None, **params: Any) -> Tensor:
+        for function in functions:
+            grad_out = function(ctx, grad_out, tin, **params)
+        return grad_out
+
+    return composed
