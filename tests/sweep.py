@@ -231,6 +231,7 @@ def check_invariants(
     assert "training" not in vars(nn.Module), "the capture left a patch behind"
     for gm in transformed:
         assert isinstance(gm, fx.GraphModule)
+        gm.graph.lint()
         assert_same_state(gm, model)
         assert_modes(gm, model)
         assert not set(gm.modules()) & set(model.modules())

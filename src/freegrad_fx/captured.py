@@ -8,7 +8,9 @@ class inherits from the model's. This file knows nothing of rules.
 from __future__ import annotations
 
 import ast
+import contextlib
 import copy
+import threading
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +23,7 @@ from torch.utils import _pytree as pytree
 
 from .context import in_the_blocks_of_now
 from .errors import CaptureError
-from .ops import require_specialised
+from .ops import call_with, require_specialised
 from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 
 __all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
@@ -40,6 +42,7 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
     "_specs",
     "_in_spec",
     "_out_spec",
+    "_graph_lock",
 }
 
 
@@ -81,6 +84,7 @@ class CapturedModule(fx.GraphModule):
     _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
     _model_class: ClassVar[type[nn.Module] | None] = None
     _variants: tuple[Variant, ...]
+    _graph_lock: threading.RLock
 
     @classmethod
     def build(cls, root: nn.Module, variants: Sequence[Variant], class_name: str) -> CapturedModule:
@@ -151,17 +155,21 @@ class CapturedModule(fx.GraphModule):
             src = self._code.replace("self._in_spec", f"self._specs[{index}][0]")
             src = src.replace("self._out_spec", f"self._specs[{index}][1]")
             src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
-            forwards.append(
-                _forward_from_src(src, {**result.globals, "_flattened": _flattened}, {})
-            )
+            if src == self._code:
+                forwards.append(type(self).forward)  # which FX has just made
+            else:
+                names = {**result.globals, "_flattened": _flattened}
+                forwards.append(_forward_from_src(src, names, {}))
             codes.append(self._code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
+        # While one thread calls a module with other tensors for its parameters, no other may read these
+        alone = any(n.target is call_with for v in self._variants for n in v.graph.nodes)
         # The call that GraphModule wraps around its own handles errors in a way that torch.compile cannot trace
         del type(self).__call__
         specialised = self.__dict__.get(SPECIALISED, {})
-        if len(forwards) == 1 and not guard and not specialised:
+        if len(forwards) == 1 and not guard and not alone and not specialised:
             type(self).forward = forwards[0]
         else:
             type(self)._forwards = tuple(forwards)
@@ -169,10 +177,14 @@ class CapturedModule(fx.GraphModule):
                 result.src,
                 result.globals,
                 guard,
+                alone,
                 specialised,
                 self.__dict__.get(KEYWORD_ONLY, ()),
             )
         return result
+
+    def _one_thread(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._graph_lock
 
     def _active(self) -> int:
         if len(self._variants) == 1:
@@ -265,7 +277,8 @@ def _fill(
     new: CapturedModule, state: dict[str, Any], variants: tuple[Variant, ...]
 ) -> CapturedModule:
     machinery = {k: copy.copy(v) for k, v in _BLANK.items() if k in _MACHINERY}
-    new.__dict__.update({**machinery, "meta": {}, **state, "_variants": variants})
+    own = {"_variants": variants, "_graph_lock": threading.RLock()}
+    new.__dict__.update({**machinery, "meta": {}, **state, **own})
     new.recompile()
     return new
 
@@ -313,6 +326,7 @@ def _dispatcher(
     src: str,
     names: dict[str, Any],
     guard: bool,
+    alone: bool,
     specialised: Mapping[str, Any],
     keyword_only: Collection[str],
 ) -> Any:
@@ -322,6 +336,7 @@ def _dispatcher(
         src: The source of one of them.
         names: What that source refers to.
         guard: Restore the grad mode even if the graph raises between two changes of it.
+        alone: Let one thread run it at a time.
         specialised: Further arguments, with the one value that each may have.
         keyword_only: Arguments that are given by keyword.
     """
@@ -331,8 +346,10 @@ def _dispatcher(
     arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
     arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
     call = f"return type(self)._forwards[self._active()]({', '.join(arguments)})"
-    if guard:
-        call = f"with torch.set_grad_enabled(torch.is_grad_enabled()):\n        {call}"
+    contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
+    contexts += ["self._one_thread()"] * alone
+    if contexts:
+        call = f"with {', '.join(contexts)}:\n        {call}"
     remedy = "Put the argument into the example_inputs that the model is transformed with."
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
     own["_require_specialised"] = require_specialised

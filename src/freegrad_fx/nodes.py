@@ -9,7 +9,15 @@ from torch import fx, nn
 from .activations import Spelling, recognise
 from .ops import call_with
 
-__all__ = ["argument", "attribute", "called_module", "called_path", "first_argument", "spelled"]
+__all__ = [
+    "argument",
+    "attribute",
+    "called_module",
+    "called_path",
+    "first_argument",
+    "spelled",
+    "submodule",
+]
 
 
 def attribute(node: fx.Node, root: nn.Module) -> Any:
@@ -20,10 +28,18 @@ def attribute(node: fx.Node, root: nn.Module) -> Any:
     return found
 
 
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; what `get_submodule` returns, without its checks of every step."""
+    found: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        found = found._modules.get(name) if found is not None else None
+    return root.get_submodule(path) if found is None else found
+
+
 def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
     """The module that a node calls, as it is or with other tensors for its parameters; None for other calls."""
     if node.op == "call_module":
-        return root.get_submodule(str(node.target))
+        return submodule(root, str(node.target))
     if node.target is call_with:
         module = attribute(node.args[0], root)  # type: ignore[arg-type]
         return module if isinstance(module, nn.Module) else None

@@ -14,6 +14,7 @@ name and nothing of graphs.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import threading
 import types
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
+from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import (
     handle_torch_function,
     has_torch_function,
@@ -366,14 +367,30 @@ def call_with(
     refuse_sharded_parts(module, parameters)
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
-    if _is_plain(module, parameters):
-        return _view(module, parameters)(*args, **kwargs)
-    # It changes the module for the time of the call
-    with _swapping:
-        return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
+    before = {name: _version(value) for name, value in parameters.items()}
+    if _can_be_viewed(module, parameters):
+        result = _call_view(module, parameters, args, kwargs)
+    else:  # the module itself is changed for the time of the call
+        with _swapping:
+            result = torch.func.functional_call(
+                module, dict(parameters), args, kwargs, tie_weights=False
+            )
+    for name, value in parameters.items():
+        own: Any = reduce(getattr, name.split("."), module)
+        if _version(value) != before[name] and value.data_ptr() != own.data_ptr():
+            raise RuntimeError(
+                f"the forward of {type(module).__name__} writes into its parameter {name!r}, which is read through "
+                f"another forward here: the write is lost. Leave the parameter its own forward."
+            )
+    return result
 
 
 _swapping = threading.RLock()
+
+
+def _version(tensor: Tensor) -> int:
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return 0 if wrapped or tensor.is_inference() else tensor._version
 
 
 def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
@@ -384,31 +401,73 @@ def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
     return all(own is value for own, value in named)
 
 
-def _is_plain(module: nn.Module, names: Collection[str]) -> bool:
-    """Whether a module, and those in it that hold the parameters, are torch.nn's own, and no hook would see a view."""
-    kind = type_before_parametrizations(module)
-    hooks = (module._forward_hooks, module._forward_pre_hooks)
+def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether nothing but its own code runs in a module, so that a view of it does what the module does.
+
+    A hook would see the view instead of the module, a method that is kept as an attribute would see the module instead
+    of the view, and PyTorch caches parametrized weights by the identity of their module.
+    """
     if (
-        not kind.__module__.startswith("torch.nn.modules.")
-        or any(hooks)
+        module._forward_hooks
+        or module._forward_pre_hooks
         or has_backward_hooks(module)
         or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        or isinstance(module, torch.jit.ScriptModule)
+        or is_parametrized(module)
+        or not (_of_torch(module) or all(map(_knows_no_module, module.__dict__.values())))
     ):
         return False
     parts = _by_part(dict.fromkeys(names))
-    return all(_is_plain(getattr(module, part), inside) for part, inside in parts.items())
+    return all(_can_be_viewed(getattr(module, part), inside) for part, inside in parts.items())
 
 
-def _view(module: nn.Module, parameters: Mapping[str, Tensor]) -> nn.Module:
-    """A module with other tensors for some parameters, and everything else shared."""
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _knows_no_module(attribute: Any) -> bool:
+    if isinstance(attribute, types.FunctionType):
+        return attribute.__closure__ is None
+    return not isinstance(attribute, types.MethodType | functools.partial | nn.Module)
+
+
+def _call_view(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a view of a module: the same class and attributes, with other tensors for some parameters."""
+    views: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
+    view = _view(module, parameters, views)
+    try:
+        return view(*args, **kwargs)
+    finally:
+        for viewed, own, state in views:  # what the forward assigned to attributes
+            for name, value in own.__dict__.items():
+                if value is not state.get(name):
+                    viewed.__dict__[name] = value
+
+
+def _view(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    views: list[tuple[nn.Module, nn.Module, dict[str, Any]]],
+) -> nn.Module:
     view: nn.Module = object.__new__(type(module))
     own = {name: value for name, value in parameters.items() if "." not in name}
-    parts = {n: _view(getattr(module, n), inside) for n, inside in _by_part(parameters).items()}
-    view.__dict__ = {
+    inside = _by_part(parameters)
+    parts = {name: _view(getattr(module, name), p, views) for name, p in inside.items()}
+    state = {
         **module.__dict__,
         "_parameters": {**module._parameters, **own},
         "_modules": {**module._modules, **parts},
     }
+    view.__dict__ = state
+    if not _of_torch(module):
+        for value in own.values():
+            value._is_param = True  # for code that asks for an nn.Parameter
+        views.append((module, view, dict(state)))
     return view
 
 

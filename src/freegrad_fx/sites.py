@@ -20,7 +20,15 @@ from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizat
 from .activations import Op, Spelling
 from .aliasing import LIBRARIES, has_forward_hooks
 from .capture import Opaque, tensors_in
-from .nodes import argument, attribute, called_module, called_path, first_argument, spelled
+from .nodes import (
+    argument,
+    attribute,
+    called_module,
+    called_path,
+    first_argument,
+    spelled,
+    submodule,
+)
 from .ops import apply_function, decoupled, function_of, stop_gradient
 from .provenance import Origin, origin
 
@@ -319,7 +327,7 @@ def _decoupled_already(reads: Sequence[fx.Node], name: str) -> str:
 
 
 def _class_at(root: nn.Module, path: str) -> type[nn.Module]:
-    module = root.get_submodule(path)
+    module = submodule(root, path)
     model_class = getattr(module, "_model_class", None)
     return model_class or type_before_parametrizations(module)
 

@@ -87,7 +87,6 @@ def transform(
     _complain(plan, strict)
     for variant, decided in zip(captured.variants, sites, strict=True):
         rewrite(variant.graph, captured.root, decided)
-        variant.graph.lint()
     result = CapturedModule.build(captured.root, captured.variants, captured.class_name)
     result.__dict__[PLAN] = plan
     return result
