@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import PlanError, RuleError, TableError, unknown
 from ..rules.rule import NATIVE, Forward, Parameter, Rule, RuleLike, available, compose, get
 from .entry import Entry, on
-from .selector import brief, call_text
+from .fields import brief, call_text
 
 __all__ = ["dump_table", "load_table"]
 

@@ -12,7 +12,8 @@ from ..activations import OPS
 from ..errors import RuleError, TableError, unknown
 from ..rules.rule import Composition, Forward, Rule, RuleLike, get, shown
 from ..sites import Located, Site
-from .selector import Calls, Names, Selector, Types
+from .fields import Calls, Names, Types
+from .selector import Selector
 
 __all__ = ["FORWARDS", "Entry", "Selection", "on"]
 

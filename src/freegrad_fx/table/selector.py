@@ -2,38 +2,37 @@
 
 from __future__ import annotations
 
-import fnmatch
 import functools
-import inspect
 import pickle
 import re
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, fields
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 from torch import nn
 
-from ..activations import GROUPS, OPS
-from ..errors import TableError, unknown
+from ..activations import GROUPS
+from ..errors import TableError
 from ..sites import Located, Site
+from .classes import Class, class_name, imported, matching_classes, qualified
+from .fields import (
+    ALL,
+    PARAMETERS,
+    Calls,
+    Names,
+    Types,
+    brief,
+    call_text,
+    compiled,
+    read_call,
+    read_ops,
+    read_pattern,
+    read_type,
+    several,
+)
 
-__all__ = ["Calls", "Names", "Selector", "Types", "brief", "call_text", "class_name", "imported"]
-
-Class: TypeAlias = type[Any]
-Names: TypeAlias = "str | list[str] | tuple[str, ...]"
-"""A text, or several of which any may hold."""
-Types: TypeAlias = "str | Class | list[str | Class] | tuple[str | Class, ...]"
-"""A class or the qualified name of one, or several."""
-Calls: TypeAlias = "int | slice | list[int | slice] | tuple[int | slice, ...]"
-"""The index of a call or a slice of indices, or several."""
-
-PARAMETERS = "params"
-ALL = "all"
-OP_NAMES = (*OPS, *GROUPS, PARAMETERS, ALL)
-"""What can stand in the field `op`."""
+__all__ = ["Selector"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,11 +69,11 @@ class Selector:
         if where is not None and not callable(where):
             raise TableError(f"where is a function of a Site, got {brief(where)}")
         return cls(
-            _read_ops(op, by_type=type is not None, by_parameter=parameter is not None),
-            _several("module", module, _read_pattern),
-            _several("type", type, _read_type),
-            _several("parameter", parameter, _read_pattern),
-            _several("call", call, _read_call),
+            read_ops(op, by_type=type is not None, by_parameter=parameter is not None),
+            several("module", module, read_pattern),
+            several("type", type, read_type),
+            several("parameter", parameter, read_pattern),
+            several("call", call, read_call),
             where,
         )
 
@@ -98,11 +97,11 @@ class Selector:
 
     @functools.cached_property
     def _modules(self) -> list[re.Pattern[str]]:
-        return [_compiled(pattern) for pattern in self.module]
+        return [compiled(pattern) for pattern in self.module]
 
     @functools.cached_property
     def _names(self) -> list[re.Pattern[str]]:
-        return [_compiled(pattern) for pattern in self.parameter]
+        return [compiled(pattern) for pattern in self.parameter]
 
     def matches(self, located: Located) -> bool:
         """Whether it means this site.
@@ -132,7 +131,7 @@ class Selector:
         return self.where is None or self._asks(self.where, site)
 
     def _is_of_type(self, kind: Class) -> bool:
-        return any(wanted in kind.__mro__ for t in self.type for wanted in _classes(t, kind))
+        return any(matching_classes(wanted, kind) for wanted in self.type)
 
     def _asks(self, where: Callable[[Site], Any], site: Site) -> bool:
         try:
@@ -148,7 +147,7 @@ class Selector:
         for wanted in self.type if self.by_class else ():
             if isinstance(wanted, str):
                 for module in model.modules():
-                    yield from _classes(wanted, type(module))
+                    yield from matching_classes(wanted, type(module))
                 kind = imported(wanted)
                 if isinstance(kind, type) and issubclass(kind, nn.Module | torch.autograd.Function):
                     yield kind
@@ -205,7 +204,7 @@ class Selector:
         """A transformed model is saved with its plan, and has to be, whatever the table asks."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         state["type"] = tuple(
-            t if isinstance(class_name(t), str) or isinstance(t, str) else _qualified(t)
+            t if isinstance(class_name(t), str) or isinstance(t, str) else qualified(t)
             for t in self.type
         )
         try:
@@ -228,145 +227,6 @@ class _NotSaved:
         return self.name
 
 
-# --- reading the fields ---
-
-
-def _several(field: str, given: Any, read: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    """The values of a field, of which one alone needs no list."""
-    if given is None:
-        return ()
-    values = tuple(read(field, v) for v in (given if isinstance(given, list | tuple) else [given]))
-    if not values:
-        raise TableError(f"{field} is an empty list, which no site can match; leave it out")
-    for index, value in enumerate(values):
-        if value in values[:index]:
-            raise TableError(f"{field} has {value!r} twice")
-    return values
-
-
-def _read_ops(given: Any, by_type: bool, by_parameter: bool) -> tuple[str, ...]:
-    ops = _several("op", given, _read_op)
-    if by_parameter:
-        if others := [op for op in ops if op not in (PARAMETERS, ALL)]:
-            raise TableError(
-                f"parameter selects parameters, op={others[0]!r} does not; leave one of the two out"
-            )
-        return (PARAMETERS,)
-    return ops or (() if by_type else ("activations",))
-
-
-def _read_op(field: str, op: Any) -> str:
-    if isinstance(op, str) and op in OP_NAMES:
-        return op
-    remedy = "Patterns for paths go into `module`, names of parameters into `parameter`."
-    if isinstance(op, type):
-        remedy = f"A class goes into `type`: on(type={op.__name__})."
-    name = op if isinstance(op, str) else brief(op)
-    raise TableError(unknown("op or group", name, OP_NAMES, remedy))
-
-
-def _read_pattern(field: str, pattern: Any) -> str:
-    if not isinstance(pattern, str):
-        raise TableError(
-            f"{field} is a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {brief(pattern)}"
-        )
-    if pattern.startswith("re:"):
-        try:
-            _compiled(pattern)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise TableError(f"{field} {pattern!r} is no regular expression: {error}") from None
-    elif _open_bracket(pattern):
-        raise TableError(
-            f"{field} {pattern!r} is no glob: a '[' has no ']'. A set of characters is [abc]; for '[' itself write [[]."
-        )
-    return pattern
-
-
-def _open_bracket(glob: str) -> bool:
-    """Whether a '[' begins a set of characters that nothing ends. A ']' that stands first is one of the set."""
-    start = glob.find("[")
-    while start >= 0:
-        first = start + 1 + (glob[start + 1 : start + 2] == "!")
-        end = glob.find("]", first + 1)
-        if end < 0:
-            return True
-        start = glob.find("[", end)
-    return False
-
-
-_FORM_OF_A_TYPE = (
-    "type is a class of modules or of autograd.Functions, or the qualified name of one"
-)
-
-
-def _read_type(field: str, kind: Any) -> str | Class:
-    if isinstance(kind, str):
-        return _read_type_name(kind)
-    if inspect.isclass(kind) and issubclass(kind, nn.Module | torch.autograd.Function):
-        return kind
-    raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {brief(kind)}")
-
-
-def _read_type_name(name: str) -> str:
-    parts = name.split(".")
-    if len(parts) < 2 or not all(parts):
-        hint = f" Did you mean 'torch.nn.{name}'?" if hasattr(nn, name) else ""
-        raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {name!r}.{hint}")
-    if name.startswith("torch.") and not isinstance(imported(name), type):
-        names = [f"torch.nn.{n}" for n, kind in vars(nn).items() if isinstance(kind, type)]
-        raise TableError(unknown("type", name, names))
-    return name
-
-
-_FORM_OF_A_CALL = "call is the index of a call (0 is the first), or a slice of indices"
-
-
-def _read_call(field: str, call: Any) -> int | slice:
-    if isinstance(call, int) and not isinstance(call, bool):
-        _refuse_negative(call)
-        return call
-    if not isinstance(call, slice):
-        raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
-    for bound in (call.start, call.stop, call.step):
-        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool)):
-            raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
-        _refuse_negative(bound or 0)
-    if call.step == 0:
-        raise TableError(f"the step of a slice of calls is 1 or more, got {brief(call)}")
-    return slice(call.start or 0, call.stop, call.step or 1)
-
-
-def _refuse_negative(index: int) -> None:
-    if index < 0:
-        raise TableError(
-            f"{_FORM_OF_A_CALL}, got {brief(index)}; calls are counted from the first, as the number of them is not "
-            f"known when the table is made"
-        )
-
-
-def brief(value: Any) -> str:
-    """A value in an error: on one line, and never an error itself."""
-    try:
-        text = f"{value.__name__}()" if inspect.isroutine(value) else repr(value)
-    except Exception:  # a number of more digits than Python writes, or a repr of the user's
-        text = "a value"
-    text = text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
-    return f"{text} of type {type(value).__name__}"
-
-
-# --- matching ---
-
-
-def _compiled(pattern: str) -> re.Pattern[str]:
-    if not pattern.startswith("re:"):
-        return re.compile(fnmatch.translate(pattern))
-    with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # of sets that a later Python may read otherwise
-        return re.compile(pattern.removeprefix("re:"))
-
-
 def _any_match(patterns: Iterable[re.Pattern[str]], names: Iterable[str]) -> bool:
     for pattern in patterns:
         for name in names:
@@ -387,45 +247,3 @@ def _is_call(wanted: int | slice, index: int) -> bool:
         return index == wanted
     stop = index + 1 if wanted.stop is None else wanted.stop
     return index in range(wanted.start, stop, wanted.step)
-
-
-def call_text(call: Any) -> str:
-    """A slice as people write it, ``1:3``; anything else as it is."""
-    if not isinstance(call, slice):
-        return str(call)
-    step = "" if call.step == 1 else f":{call.step}"
-    return f"{call.start or ''}:{'' if call.stop is None else call.stop}{step}"
-
-
-def _classes(wanted: str | Class, kind: Class) -> list[Class]:
-    """The class that is wanted, if `kind` is it or a subclass of it."""
-    if not isinstance(wanted, str):
-        return [wanted] if wanted in kind.__mro__ else []
-    public = imported(wanted)
-    return [base for base in kind.__mro__ if base is public or _qualified(base) == wanted]
-
-
-def imported(name: str) -> Any:
-    """What a dotted name stands for in the modules that are imported; None if it is none. Runs no code."""
-    parts = name.split(".")
-    for cut in range(len(parts) - 1, 0, -1):
-        found: Any = sys.modules.get(".".join(parts[:cut]))
-        if found is not None:
-            for part in parts[cut:]:
-                found = getattr(found, "__dict__", {}).get(part)
-            return found
-    return None
-
-
-def class_name(kind: str | Class) -> str | Class:
-    """The name under which a class is found, ``torch.nn.ReLU``; the class itself where no name leads to it."""
-    if isinstance(kind, str):
-        return kind
-    if vars(nn).get(kind.__name__) is kind:
-        return f"torch.nn.{kind.__name__}"
-    name = _qualified(kind)
-    return name if imported(name) is kind else kind
-
-
-def _qualified(kind: Class) -> str:
-    return f"{kind.__module__}.{kind.__qualname__}"

@@ -18,7 +18,8 @@ from ..rules.rule import RuleLike
 from ..sites import Located
 from .data import dump_table, load_table
 from .entry import Entry, Selection
-from .selector import ALL, OP_NAMES, PARAMETERS, Selector
+from .fields import ALL, OP_NAMES, PARAMETERS
+from .selector import Selector
 from .toml import dumps, entry_place, loads
 
 __all__ = ["RuleTable", "RulesLike"]

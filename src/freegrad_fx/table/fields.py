@@ -1,0 +1,192 @@
+"""What a user writes into the fields of `on`: read, brought into one form, or refused with the remedy."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import nn
+
+from ..activations import GROUPS, OPS
+from ..errors import TableError, unknown
+from .classes import Class, imported
+
+__all__ = [
+    "ALL",
+    "OP_NAMES",
+    "PARAMETERS",
+    "Calls",
+    "Names",
+    "Types",
+    "brief",
+    "call_text",
+    "compiled",
+    "read_call",
+    "read_ops",
+    "read_pattern",
+    "read_type",
+    "several",
+]
+
+Names: TypeAlias = "str | list[str] | tuple[str, ...]"
+"""A text, or several of which any may hold."""
+Types: TypeAlias = "str | Class | list[str | Class] | tuple[str | Class, ...]"
+"""A class or the qualified name of one, or several."""
+Calls: TypeAlias = "int | slice | list[int | slice] | tuple[int | slice, ...]"
+"""The index of a call or a slice of indices, or several."""
+
+PARAMETERS = "params"
+ALL = "all"
+OP_NAMES = (*OPS, *GROUPS, PARAMETERS, ALL)
+"""What can stand in the field `op`."""
+
+
+def several(field: str, given: Any, read: Callable[[str, Any], Any]) -> tuple[Any, ...]:
+    """The values of a field, of which one alone needs no list."""
+    if given is None:
+        return ()
+    values = tuple(read(field, v) for v in (given if isinstance(given, list | tuple) else [given]))
+    if not values:
+        raise TableError(f"{field} is an empty list, which no site can match; leave it out")
+    for index, value in enumerate(values):
+        if value in values[:index]:
+            raise TableError(f"{field} has {value!r} twice")
+    return values
+
+
+def read_ops(given: Any, by_type: bool, by_parameter: bool) -> tuple[str, ...]:
+    """The ops that are meant, also where none is given. Raises `TableError` for what is no op."""
+    ops = several("op", given, _read_op)
+    if by_parameter:
+        if others := [op for op in ops if op not in (PARAMETERS, ALL)]:
+            raise TableError(
+                f"parameter selects parameters, op={others[0]!r} does not; leave one of the two out"
+            )
+        return (PARAMETERS,)
+    return ops or (() if by_type else ("activations",))
+
+
+def _read_op(field: str, op: Any) -> str:
+    if isinstance(op, str) and op in OP_NAMES:
+        return op
+    remedy = "Patterns for paths go into `module`, names of parameters into `parameter`."
+    if isinstance(op, type):
+        remedy = f"A class goes into `type`: on(type={op.__name__})."
+    name = op if isinstance(op, str) else brief(op)
+    raise TableError(unknown("op or group", name, OP_NAMES, remedy))
+
+
+def read_pattern(field: str, pattern: Any) -> str:
+    """A glob or a regular expression as it is. Raises `TableError` for what is neither."""
+    if not isinstance(pattern, str):
+        raise TableError(
+            f"{field} is a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {brief(pattern)}"
+        )
+    if pattern.startswith("re:"):
+        try:
+            compiled(pattern)
+        except (re.error, OverflowError, RecursionError) as error:
+            raise TableError(f"{field} {pattern!r} is no regular expression: {error}") from None
+    elif _open_bracket(pattern):
+        raise TableError(
+            f"{field} {pattern!r} is no glob: a '[' has no ']'. A set of characters is [abc]; for '[' itself write [[]."
+        )
+    return pattern
+
+
+def _open_bracket(glob: str) -> bool:
+    """Whether a '[' begins a set of characters that nothing ends. A ']' that stands first is one of the set."""
+    start = glob.find("[")
+    while start >= 0:
+        first = start + 1 + (glob[start + 1 : start + 2] == "!")
+        end = glob.find("]", first + 1)
+        if end < 0:
+            return True
+        start = glob.find("[", end)
+    return False
+
+
+_FORM_OF_A_TYPE = (
+    "type is a class of modules or of autograd.Functions, or the qualified name of one"
+)
+
+
+def read_type(field: str, kind: Any) -> str | Class:
+    """A class or a name of one as it is. Raises `TableError` for what cannot be one."""
+    if isinstance(kind, str):
+        return _type_named(kind)
+    if inspect.isclass(kind) and issubclass(kind, nn.Module | torch.autograd.Function):
+        return kind
+    raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {brief(kind)}")
+
+
+def _type_named(name: str) -> str:
+    parts = name.split(".")
+    if len(parts) < 2 or not all(parts):
+        hint = f" Did you mean 'torch.nn.{name}'?" if hasattr(nn, name) else ""
+        raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {name!r}.{hint}")
+    if name.startswith("torch.") and not isinstance(imported(name), type):
+        names = [f"torch.nn.{n}" for n, kind in vars(nn).items() if isinstance(kind, type)]
+        raise TableError(unknown("type", name, names))
+    return name
+
+
+_FORM_OF_A_CALL = "call is the index of a call (0 is the first), or a slice of indices"
+
+
+def read_call(field: str, call: Any) -> int | slice:
+    """An index, or a slice whose start and step are numbers. Raises `TableError` for what is neither."""
+    if isinstance(call, int) and not isinstance(call, bool):
+        _refuse_negative(call)
+        return call
+    if not isinstance(call, slice):
+        raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
+    for bound in (call.start, call.stop, call.step):
+        if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool)):
+            raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
+        _refuse_negative(bound or 0)
+    if call.step == 0:
+        raise TableError(f"the step of a slice of calls is 1 or more, got {brief(call)}")
+    return slice(call.start or 0, call.stop, call.step or 1)
+
+
+def _refuse_negative(index: int) -> None:
+    if index < 0:
+        raise TableError(
+            f"{_FORM_OF_A_CALL}, got {brief(index)}; calls are counted from the first, as the number of them is not "
+            f"known when the table is made"
+        )
+
+
+def brief(value: Any) -> str:
+    """A value in an error: on one line, and never an error itself."""
+    try:
+        text = f"{value.__name__}()" if inspect.isroutine(value) else repr(value)
+    except Exception:  # a number of more digits than Python writes, or a repr of the user's
+        text = "a value"
+    text = text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
+    return f"{text} of type {type(value).__name__}"
+
+
+def compiled(pattern: str) -> re.Pattern[str]:
+    """A pattern of either kind as a regular expression for the whole name."""
+    if not pattern.startswith("re:"):
+        return re.compile(fnmatch.translate(pattern))
+    with warnings.catch_warnings():
+        warnings.simplefilter(
+            "ignore", FutureWarning
+        )  # of sets that a later Python may read otherwise
+        return re.compile(pattern.removeprefix("re:"))
+
+
+def call_text(call: Any) -> str:
+    """A slice as people write it, ``1:3``; anything else as it is."""
+    if not isinstance(call, slice):
+        return str(call)
+    step = "" if call.step == 1 else f":{call.step}"
+    return f"{call.start or ''}:{'' if call.stop is None else call.stop}{step}"
