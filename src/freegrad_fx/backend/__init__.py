@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..context import explicit_rules_act
 from ..errors import FreegradWarning, PlanError, RuleError
 from ..plan import Plan
 from ..provenance import is_users
@@ -216,9 +217,9 @@ class Backend:
 
     def after(self, session: Session) -> None:
         """After a call: say what the caller asked for and has not got."""
-        if not session.ran:
+        if not session.ran and not self._missed:
             self._complain(f"no captured graph ran in a call of {session.name}. {_REMEDY}")
-        elif not self._checked:
+        elif session.ran and not self._checked:
             self._checked = True
             self._check_entries()
         missed: dict[Program, list[str]] = {}
@@ -286,32 +287,47 @@ class Backend:
         for program in self._programs.values():
             program.refresh()
         if session is None:
-            return Piece(gm, self.table, frames.setting(None, None), Counter(), self.program_of)
+            piece = Piece(gm, self.table, frames.setting(None, None), Counter(), self.program_of)
+            self._guard(piece, Counter())
+            return piece
         pending = Counter(session.pending)
         setting = session.setting()
         piece = Piece(gm, self.table, setting, session.calls + pending, self.program_of)
         session.pending.update(piece.at(setting, session.calls + pending).counts)
-        if self._depends_on_place:
-            self._guard(piece, pending)
+        self._guard(piece, pending)
         return piece
+
+    def _registered_anew(self) -> str | None:
+        """The name of a rule whose formula is another one than when the backend was made."""
+        rules = (rule for entry in self.table.entries for rule in entry.rules or ())
+        return next(
+            (rule.name for rule in rules if get(rule.name).function is not rule.function), None
+        )
 
     def _require_rules(self) -> None:
         """Raise `RuleError` if a rule has been registered anew: graphs would call another one than was asked for."""
-        for entry in self.table.entries:
-            for rule in entry.rules or ():
-                if get(rule.name).function is not rule.function:
-                    raise RuleError(
-                        f"rule {rule.name!r} has been registered anew since this backend was made. Make a new one, and "
-                        f"compile with it."
-                    )
+        name = self._registered_anew()
+        if name is not None:
+            raise RuleError(
+                f"rule {name!r} has been registered anew since this backend was made. Make a new one, and compile with "
+                f"it."
+            )
 
     def _guard(self, piece: Piece, pending: Calls) -> None:
-        """Let Dynamo compile anew where the code of a piece runs for sites that have other rules."""
+        """Let Dynamo compile anew where a graph would not do any more what it was compiled for.
+
+        It has not seen what was put into the graph: neither that rules may be off, nor that they have names, nor that
+        the same code may run for sites that have other rules.
+        """
         from torch._dynamo.source import GlobalStateSource
 
+        act = explicit_rules_act()
+
         def same_rules(_: Any) -> bool:
+            if explicit_rules_act() is not act or self._registered_anew() is not None:
+                return False
             session = self.session
-            if session is None:
+            if not self._depends_on_place or session is None:
                 return True
             try:
                 here = piece.at(session.setting(), session.calls + pending)
@@ -320,7 +336,7 @@ class Backend:
             return here.entries == piece.entries
 
         def create(builder: Any, guard: Any) -> None:
-            parts = ["freegrad_fx: the table decides the same for these sites"]
+            parts = ["freegrad_fx: the same rules act on these sites"]
             builder.guard_manager.root.add_lambda_guard(same_rules, parts, guard.user_stack)
 
         context = torch._guards.TracingContext.try_get()

@@ -93,6 +93,9 @@ class Piece:
     ) -> None:
         self._table = table
         self._program_of = program_of
+        self._names: dict[
+            Any, tuple[list[tuple[Program, Located]], list[Any], tuple[Any, ...]]
+        ] = {}
         self._occurrences: dict[Any, Occurrence] = {}
         self.program = program_of(setting.top())
         modules = _Modules(setting)
@@ -136,10 +139,13 @@ class Piece:
         """
         program = self._program_of(setting.top())
         anchor = program.owner(setting.modules)
-        named = [_renamed(placed, program, anchor) for placed in self._places]
-        keys = [(p, place.site.path, place.site.op) for p, place in named]
-        first = tuple(before[key] for key in keys)
-        known = self._occurrences.get((anchor, first))
+        if (program, anchor) not in self._names:
+            named = [_renamed(placed, program, anchor) for placed in self._places]
+            keys = [(p, place.site.path, place.site.op) for p, place in named]
+            self._names[program, anchor] = named, keys, tuple(dict.fromkeys(keys))
+        named, keys, distinct = self._names[program, anchor]
+        first = tuple(before[key] for key in distinct) if before else None
+        known = self._occurrences.get((program, anchor, first))
         if known is not None:
             return known
         counts: Calls = Counter()
@@ -157,7 +163,7 @@ class Piece:
             if isinstance(place, Parameter) and decision.action == "rewrite"
         )
         found = Occurrence(tuple(sites), tuple(entries), counts, parameters)
-        self._occurrences[anchor, first] = found
+        self._occurrences[program, anchor, first] = found
         return found
 
 
