@@ -629,3 +629,22 @@ def test_compiled_graphs_without_gradients_hold_no_rule(small: Small, x: Tensor)
         run(x)
     names = [str(node.target) for graph in counter.graphs for node in graph.graph.nodes]
     assert not any("autograd_function" in name for name in names)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "rule",
+    ["straight_through", fg.rules.scale(s=2.0), fg.rules.rectangular(a=-1.0, b=1.0)],
+    ids=str,
+)
+def test_what_is_frozen_when_it_is_compiled_may_learn_later(
+    small: Small, x: Tensor, rule: Any, backend: str
+) -> None:
+    """With gradients enabled and nothing in front of the rule that requires one."""
+    gm = fg.transform(small, {"relu": rule})
+    run = compiled(gm, backend)
+    small.first.requires_grad_(False)
+    assert_same(gradients(run, x, small.second), gradients(gm, x, small.second))
+    small.first.requires_grad_(True)
+    by_hand = small_by_hand(small, lambda g, x: chained(fg.get(rule), g, x, x.relu()))
+    assert_same(gradients(run, x, small), gradients(by_hand, x, small))

@@ -197,6 +197,18 @@ def test_an_exported_model_never_learns_natively_where_a_rule_stood(
     assert learnt == {"second.weight", "second.bias"}
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_an_exported_model_with_rules_on_all_parameters_cannot_be_trained(
+    model: Net, x: Tensor, strict: bool
+) -> None:
+    gm = fg.transform(model, {"params": "scale"})
+    with pytest.warns(fg.FreegradWarning, match=STAYS_BEHIND):
+        program = torch.export.export(gm, (x,), strict=strict).module()
+    assert torch.equal(program(x), model(x))
+    with pytest.raises(RuntimeError, match="does not require grad"):
+        loss(program(x)).backward()
+
+
 def test_strict_warnings_refuse_an_export(gm: fg.CapturedModule, x: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", fg.FreegradWarning)
@@ -224,15 +236,18 @@ def test_the_rules_of_a_part_are_not_lost_in_a_capture_by_export(
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based")
 def test_an_onnx_export_warns(gm: fg.CapturedModule, x: Tensor, dynamo: bool) -> None:
     pytest.importorskip("onnxscript" if dynamo else "onnx")
+    gm.eval()
     with pytest.warns(fg.FreegradWarning, match=STAYS_BEHIND):
         torch.onnx.export(gm, (x,), io.BytesIO(), dynamo=dynamo, verbose=False)
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("rules", [RULES, {"params": "scale"}], ids=["activations", "parameters"])
 def test_a_torchscript_trace_computes_the_same_and_warns(
-    gm: fg.CapturedModule, x: Tensor, tmp_path: Path
+    model: Net, x: Tensor, tmp_path: Path, rules: Any
 ) -> None:
     """PyTorch would put a call into this process's Python there, which no file can hold."""
+    gm = fg.transform(model, rules)
     with pytest.warns(fg.FreegradWarning, match=STAYS_BEHIND):
         traced = torch.jit.trace(gm, x)
     traced.save(str(tmp_path / "traced.pt"))

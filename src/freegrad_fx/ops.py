@@ -155,7 +155,7 @@ def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: dict[str,
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         refuse_compiled_transform()
         values = _distinct(x, parameters.values())
-        return _Composable.apply(y, x, rule, site, tuple(parameters), *values)  # type: ignore[no-any-return, no-untyped-call]
+        return _Composable.apply(y, x, rule, site, tuple(parameters), tuple(values))  # type: ignore[no-any-return, no-untyped-call]
     return _apply(y, x, (rule, site, parameters))  # type: ignore[no-any-return]
 
 
@@ -194,15 +194,17 @@ class _Composable(torch.autograd.Function):
 
     generate_vmap_rule = True
 
+    # Where nothing requires a gradient, Dynamo counts the arguments to tell a forward like this from one with a `ctx`:
+    # their number has to be fixed
     @staticmethod
     def forward(
-        y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], *values: Any
+        y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], values: tuple[Any, ...]
     ) -> Tensor:
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, rule, site, names, *values = inputs
+        _, x, rule, site, names, values = inputs
         _save(ctx, x, output, rule, site, dict(zip(names, values, strict=True)))
 
     @staticmethod
