@@ -232,7 +232,7 @@ def test_the_rules_of_a_part_are_not_lost_in_a_capture_by_export(
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript-based")
 def test_an_onnx_export_warns(gm: fg.CapturedModule, x: Tensor, dynamo: bool) -> None:
     pytest.importorskip("onnxscript" if dynamo else "onnx")
