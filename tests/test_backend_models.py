@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -115,6 +116,7 @@ def non_maximum_suppression(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torchvision's own
 @pytest.mark.usefixtures("non_maximum_suppression")
 def test_a_detection_model_is_rewritten_across_its_graph_breaks() -> None:
     import torchvision
@@ -137,7 +139,9 @@ def test_a_detection_model_is_rewritten_across_its_graph_breaks() -> None:
         expected = gradients(model)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e, rtol=1e-4, atol=1e-5)
-    assert len(backend.report().with_action("rewrite")) == len(reference.calls)
+    rewritten = Counter(d.site.op for d in backend.report().with_action("rewrite"))
+    # the scores of the proposals carry no gradient: their sigmoid may run in Python
+    assert Counter(reference.calls) - rewritten <= Counter(sigmoid=1)
     assert not backend.report().lost
     model.eval()
     torch.compile(model, backend=backend)(images)

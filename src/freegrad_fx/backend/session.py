@@ -102,6 +102,8 @@ class Session:
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operation that runs outside of the captured graphs."""
+        if torch._guards.TracingContext.try_get() is not None:
+            return  # a compiler runs it on fake tensors
         learns = torch.is_grad_enabled() and func is not torch.ops.aten.detach.default
         tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         learning = [t for t in tensors if learns and t.requires_grad]
