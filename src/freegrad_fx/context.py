@@ -9,11 +9,13 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ContextDecorator, contextmanager
+from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import torch
+from torch._C._dynamo import eval_frame
 from torch.utils import checkpoint
 
 from .errors import RuleError, unknown
@@ -29,6 +31,7 @@ __all__ = [
     "native",
     "outside_of_blocks",
     "parts_for",
+    "surrounded",
     "use",
 ]
 
@@ -47,6 +50,7 @@ class _State(threading.local):
         self.activations: tuple[Rule, ...] = ()
         self.params: tuple[Rule, ...] = ()
         self.blocks: tuple[Block, ...] = ()
+        self.surroundings: tuple[_Surrounding, ...] = ()
 
 
 _state = _State()
@@ -129,15 +133,45 @@ def outside_of_blocks() -> Any:
 
 
 def in_the_blocks_of_now(function: Called) -> Called:
-    """Return `function` so that it runs in the blocks that are in force now, whenever and in whatever thread."""
-    blocks = _state.blocks
+    """Return `function` so that it runs in the blocks that are in force now, whenever and in whatever thread.
+
+    If it runs after what surrounds it now (see `surrounded`) was left, that is entered again.
+    """
+    blocks, surroundings = _state.blocks, _state.surroundings
 
     @functools.wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
-        with _in(blocks):
+        with ExitStack() as stack:
+            stack.enter_context(_in(blocks))
+            for surrounding in surroundings:
+                if surrounding.left:
+                    stack.enter_context(surrounded(surrounding.make))
             return function(*args, **kwargs)
 
     return inside  # type: ignore[return-value]
+
+
+@dataclass(eq=False)
+class _Surrounding:
+    make: Callable[[], AbstractContextManager[Any]]
+    left: bool = False
+
+
+@contextmanager
+def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """Run in a context, which what `torch.utils.checkpoint` runs again in the backward is run in once more.
+
+    Args:
+        make: Makes the context, each time anew.
+    """
+    this, before = _Surrounding(make), _state.surroundings
+    _state.surroundings = (*before, this)
+    try:
+        with make():
+            yield
+    finally:
+        this.left = True
+        _state.surroundings = before
 
 
 class Block(ContextDecorator):
@@ -184,6 +218,19 @@ class Block(ContextDecorator):
                 f"model."
             )
         return super().__call__(func)
+
+
+def _left_to_python(function: Any) -> None:
+    """Keep Dynamo out of a function, as torch.compiler.disable does, which imports the whole compiler."""
+    skip = eval_frame._FrameAction.SKIP
+    strategy = eval_frame._FrameExecStrategy(skip, skip)
+    eval_frame.set_code_exec_strategy(function.__code__, strategy)
+    function._torchdynamo_disable = True
+
+
+# Their effects would be Dynamo's to replay, which cannot see all of them
+_left_to_python(Block.__enter__)
+_left_to_python(Block.__exit__)
 
 
 class use(Block):
