@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
-from .activations import OPS
 from .aliasing import Aliasing, named_in_place, of_library
 from .capture import Capture, Opaque
 from .errors import PlanError, unknown
@@ -26,7 +25,7 @@ from .sites import (
     find_sites,
     unused_parameters,
 )
-from .table import Entry, RuleTable
+from .table import FORWARDS, Entry, RuleTable
 
 if TYPE_CHECKING:
     from .diff import PlanDiff
@@ -347,7 +346,6 @@ def _works_in_place(forward: Callable[..., Tensor]) -> bool:
 def _check_replaceable(place: Located, forward: Forward) -> None:
     """Raise `PlanError` if the forward of a site cannot be replaced by another."""
     where = f"site {place.site.name} ({place.site.spelling})"
-    replaceable = [op.name for op in OPS.values() if op.function is not None and op.keeps_shape]
     if isinstance(forward, nn.Module | type):
         kind = "class" if isinstance(forward, type) else "module"
         raise PlanError(
@@ -359,8 +357,8 @@ def _check_replaceable(place: Located, forward: Forward) -> None:
             f"the forward {shown(forward)} writes into its argument, which is the model's own tensor, at {where}. "
             f"Give the function that does not: torch.relu, not torch.relu_."
         )
-    if isinstance(forward, str) and forward not in replaceable:
-        raise PlanError(unknown("forward", forward, replaceable, f"Asked for at {where}."))
+    if isinstance(forward, str) and forward not in FORWARDS:
+        raise PlanError(unknown("forward", forward, FORWARDS, f"Asked for at {where}."))
     if place.op is not None and not place.op.keeps_shape:
         raise PlanError(
             f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}."

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -208,37 +208,32 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[Parameter]:
         root: The module whose submodules and parameters it uses.
     """
     names: dict[int, tuple[str, ...]] = {}
-    tensors: dict[tuple[str, ...], Tensor] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
-    reads: dict[tuple[str, ...], list[fx.Node]] = defaultdict(list)
-    calls: dict[tuple[str, ...], list[tuple[fx.Node, tuple[str, ...]]]] = defaultdict(list)
-    hidden: dict[tuple[str, ...], str] = {}
+    uses: dict[tuple[str, ...], _Uses] = {}
+    insides: dict[nn.Module, _Inside] = {}
     for node in graph.nodes:
         tensor = _parameter_read(node, root)
-        if tensor is not None:
-            key = origin(node).parameter or names.get(id(tensor), ())
-            tensors[key] = tensor
-            reads[key].append(node)
+        if tensor is not None and (own := origin(node).parameter or names.get(id(tensor), ())):
+            uses.setdefault(own, _Uses(tensor)).reads.append(node)
         module = called_module(node, root)
         if module is None:
             continue
-        inside: dict[int, list[str]] = defaultdict(list)
-        for name, parameter in module.named_parameters(remove_duplicate=False):
-            inside[id(parameter)].append(name)
-            tensors[names[id(parameter)]] = parameter
-        for identity, own in inside.items():
-            calls[names[identity]].append((node, tuple(own)))
-        for identity in names.keys() & _held_outside(module):
-            hidden[names[identity]] = (
+        inside = insides.get(module) or insides.setdefault(module, _Inside(module))
+        for parameter, local in inside.parameters:
+            use = uses.setdefault(names[id(parameter)], _Uses(parameter))
+            use.calls.append((node, local))
+            use.embeds += [m for m in inside.embeds if m.weight is parameter]
+        for identity in names.keys() & inside.held:
+            use = uses.setdefault(names[identity], _Uses(root.get_parameter(names[identity][0])))
+            use.obstacle = (
                 f"{called_path(node) or 'the root'} ({type(module).__name__}, kept whole) holds it in a list, a dict "
                 f"or an attribute, and may use it natively"
             )
-    tensors.pop((), None)
     order = {own: index for index, own in enumerate(dict.fromkeys(names.values()))}
     return [
-        _parameter(root, own, tensors[own], reads[own], calls[own], hidden.get(own, ""))
-        for own in sorted(tensors, key=lambda own: order.get(own, len(order)))
+        _parameter(root, own, uses[own])
+        for own in sorted(uses, key=lambda own: order.get(own, len(order)))
     ]
 
 
@@ -249,22 +244,39 @@ def unused_parameters(root: nn.Module, used: Iterable[Parameter]) -> list[Parame
     for name, parameter in root.named_parameters(remove_duplicate=False):
         names[id(parameter)].append(name)
     return [
-        _parameter(root, tuple(names[id(p)]), p, (), (), "no graph of the model uses it")
+        _parameter(root, tuple(names[id(p)]), _Uses(p, obstacle="no graph of the model uses it"))
         for p in root.parameters()
         if id(p) not in found
     ]
 
 
-def _parameter(
-    root: nn.Module,
-    names: tuple[str, ...],
-    tensor: Tensor,
-    reads: Sequence[fx.Node],
-    calls: Sequence[tuple[fx.Node, tuple[str, ...]]],
-    obstacle: str,
-) -> Parameter:
+@dataclass
+class _Uses:
+    """What is found out about a parameter; see `Parameter`."""
+
+    tensor: Tensor
+    reads: list[fx.Node] = field(default_factory=list)
+    calls: list[tuple[fx.Node, tuple[str, ...]]] = field(default_factory=list)
+    embeds: list[nn.Embedding | nn.EmbeddingBag] = field(default_factory=list)
+    obstacle: str = ""
+
+
+class _Inside:
+    """What is in a module that is called: parameters with their names, lookup tables, and tensors not registered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        local: dict[nn.Parameter, list[str]] = defaultdict(list)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            local[parameter].append(name)
+        parts = list(module.modules())
+        self.parameters = [(parameter, tuple(names)) for parameter, names in local.items()]
+        self.embeds = [m for m in parts if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self.held: set[int] = set().union(*map(_held_outside, parts))
+
+
+def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> Parameter:
     path, _, name = names[0].rpartition(".")
-    where = origin(reads[0]) if reads else Origin()
+    where = origin(uses.reads[0]) if uses.reads else Origin()
     owner = where.owner_type or _class_at(root, path)
     site = Site(
         kind="parameter",
@@ -275,20 +287,14 @@ def _parameter(
         type=_qualified(owner),
         names=names,
     )
-    called = {m for node, _ in calls if (m := called_module(node, root)) is not None}
-    tables = (part for module in called for part in module.modules())
     return Parameter(
         site=site,
         owner=owner,
-        obstacle=obstacle or _decoupled_already(reads, names[0]),
-        tensor=tensor,
-        reads=tuple(reads),
-        calls=tuple(calls),
-        embeds=tuple(
-            m
-            for m in tables
-            if isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.weight is tensor
-        ),
+        obstacle=uses.obstacle or _decoupled_already(uses.reads, names[0]),
+        tensor=uses.tensor,
+        reads=tuple(uses.reads),
+        calls=tuple(uses.calls),
+        embeds=tuple(uses.embeds),
     )
 
 
@@ -305,20 +311,18 @@ def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
 
 def _held_outside(module: nn.Module) -> set[int]:
     """The tensors, by identity, that a module of the user's holds otherwise than as its parameters and buffers."""
-    found: set[int] = set()
-    for part in module.modules():
-        if not type_before_parametrizations(part).__module__.startswith("torch."):
-            own = {k: v for k, v in part.__dict__.items() if k not in _REGISTERED}
-            found |= set(tensors_in(own))
-    return found
+    if type_before_parametrizations(module).__module__.startswith("torch."):
+        return set()
+    return set(tensors_in({k: v for k, v in module.__dict__.items() if k not in _REGISTERED}))
 
 
-_REGISTERED = ("_parameters", "_buffers", "_modules")
+# Hooks among them: that these refer to the model is no sign that they compute with its parameters
+_REGISTERED = frozenset(nn.Module().__dict__)
 
 
 def _decoupled_already(reads: Sequence[fx.Node], name: str) -> str:
     rules = [
-        str(user.kwargs["rule"])
+        _rule_of(user)
         for node in reads
         for user in node.users
         if user.target is decoupled and user.kwargs.get("site") == name
@@ -347,6 +351,10 @@ class _Custom:
     key: int | str
     inplace: bool
     writes_out: bool = False
+
+
+def _rule_of(node: fx.Node) -> str:
+    return str(node.kwargs.get("rule", "an ambient one"))
 
 
 _ALREADY = (
@@ -379,7 +387,7 @@ def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Cus
     while source.target == "clone":  # an operation in place may run on a copy of what is cut
         source = source.args[0]
     if source.target is stop_gradient:
-        rules = [str(user.kwargs["rule"]) for user in node.users if user.target is decoupled]
+        rules = [_rule_of(user) for user in node.users if user.target is decoupled]
         if rules:
             return _ALREADY.format(", ".join(rules))
         return "its input is cut from the autograd graph already"

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,7 +32,7 @@ __all__ = [
 _aten = torch.ops.aten
 
 
-def positive(grad: Tensor, x: Tensor) -> Tensor:
+def positive(grad: Tensor, x: Tensor) -> Any:
     """grad where x > 0"""
     if grad.dtype != x.dtype:
         return NotImplemented
@@ -39,7 +40,7 @@ def positive(grad: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def guided(grad: Tensor, x: Tensor) -> Tensor:
+def guided(grad: Tensor, x: Tensor) -> Any:
     """max(grad, 0) where x > 0"""
     if grad.dtype != x.dtype:
         return NotImplemented
@@ -48,7 +49,7 @@ def guided(grad: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def window(grad: Tensor, x: Tensor, *, a: float, b: float) -> Tensor:
+def window(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
     """grad where a ≤ x ≤ b"""
     bounds = _outer(a, b, x.dtype)
     if bounds is None or grad.dtype != x.dtype:
@@ -57,7 +58,7 @@ def window(grad: Tensor, x: Tensor, *, a: float, b: float) -> Tensor:
     return result
 
 
-def clipped(grad: Tensor, x: Tensor, *, bound: float) -> Tensor:
+def clipped(grad: Tensor, x: Tensor, *, bound: float) -> Any:
     """grad where |x| ≤ bound"""
     return window(grad, x, a=-bound, b=bound)
 
@@ -67,7 +68,7 @@ def full_jam(grad: Tensor) -> Tensor:
     return torch.rand_like(grad).mul_(grad)
 
 
-def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
+def positive_jam(grad: Tensor, x: Tensor) -> Any:
     """grad·U(0, 1) where x ≥ 0"""
     bounds = _outer(0.0, 0.0, x.dtype)
     if bounds is None or grad.dtype != x.dtype:
@@ -77,7 +78,7 @@ def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
     return result
 
 
-def window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Tensor:
+def window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
     """grad·U(0, 1) where a ≤ x ≤ b"""
     bounds = _outer(a, b, x.dtype)
     if bounds is None or grad.dtype != x.dtype:
@@ -92,13 +93,13 @@ def noise(grad: Tensor, *, sigma: float) -> Tensor:
     return torch.randn_like(grad).mul_(sigma).add_(grad)
 
 
-def triangular(grad: Tensor, x: Tensor, *, width: float) -> Tensor:
+def triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
     """grad·max(0, 1 − |x|/width)"""
     slope = x.abs().div_(-max(width, 1e-6)).add_(1).clamp_(min=0)
     return slope.mul_(grad) if slope.dtype == grad.dtype else NotImplemented
 
 
-def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
+def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Any:
     """grad / (1 + slope·|x|)²"""
     if grad.dtype != x.dtype:
         return NotImplemented
@@ -106,7 +107,7 @@ def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
     return torch.div(grad, root, out=torch.empty_like(grad)).div_(root)
 
 
-def arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+def arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
     if grad.dtype != x.dtype:
         return NotImplemented
