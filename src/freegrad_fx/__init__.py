@@ -5,9 +5,9 @@
 """
 
 from . import activations, functional, ops, rules
-from .backend import Backend, backend, compile
 from .captured import CapturedModule
 from .context import native, use
+from .dynamo import Backend, backend, compile
 from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
 from .modules import Activation
 from .plan import Decision, Plan
