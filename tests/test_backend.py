@@ -889,3 +889,21 @@ def test_threads_have_calls_of_their_own() -> None:
         for result in pool.map(lambda _: gradients(compiled, model, sample()), range(8)):
             assert_same(result, expected)
     assert len(names(backend.report())) == 5
+
+
+def test_report_takes_what_was_compiled_and_the_backend() -> None:
+    model = Model(lambda model, x: model.act(model.a(x)))
+    compiled = fg.compile(model, {"relu": "scale"}, backend="eager")
+    with pytest.raises(fg.PlanError, match="has captured nothing"):
+        fg.report(compiled)
+    compiled(sample())
+    assert names(fg.report(compiled)) == ["act:relu[0]"]
+    assert not [name for name in vars(model) if "freegrad" in name]
+    function = fg.compile(lambda x: torch.relu(x), {"relu": "scale"}, backend="eager")
+    function(sample())
+    assert names(fg.report(function)) == ["<root>:relu[0]"]
+    backend = fg.backend({"relu": "scale"}, inner="eager")
+    torch.compile(model, backend=backend)(sample())
+    assert fg.report(backend) == backend.report() != fg.report(function)
+    with pytest.raises(TypeError, match="got Model"):
+        fg.report(model)

@@ -815,7 +815,7 @@ def test_a_site_that_is_decoupled_already_is_skipped_with_the_reason() -> None:
     ids=["untransformed", "traced", "None"],
 )
 def test_only_what_was_transformed_has_a_report(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"report\(\) takes what transform\(\) returned, got "):
+    with pytest.raises(TypeError, match=r"report\(\) takes what transform\(\) or compile\(\) returned, "):
         fg.report(model)
 
 

@@ -12,9 +12,6 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from torch import nn
-
-from .captured import CapturedModule
 from .plan import Decision, Plan
 from .rules.rule import shown
 
@@ -33,25 +30,31 @@ __all__ = [
 ]
 
 PLAN = "_freegrad_fx_plan"
-"""The attribute of a transformed model that holds what was done to it."""
+"""The attribute that holds what was done, or a function that tells it."""
 
 _COLUMNS = ("path", "call", "op", "spelling", "backward", "line", "entry")
 
 
-def report(model: nn.Module) -> Plan:
-    """What was rewritten in a transformed model, what was not, and why.
+def report(model: Any) -> Plan:
+    """What was rewritten, what was not, and why.
+
+    Args:
+        model: What `transform` or `compile` returned, or a `backend`.
 
     Returns:
-        The plan that was carried out: ``print`` it, show it in a notebook, or take ``to_dict()``.
+        The plan that was carried out: ``print`` it, show it in a notebook, or take ``to_dict()``. That of compiled code
+        grows as graphs are captured.
 
     Raises:
-        TypeError: `model` does not come from `transform`.
+        TypeError: `model` comes from none of these.
+        PlanError: Of compiled code, nothing has run yet.
     """
-    plan = model.__dict__.get(PLAN) if isinstance(model, CapturedModule) else None
+    found = getattr(model, "__dict__", {}).get(PLAN)
+    plan = found() if callable(found) else found
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"report() takes what transform() returned, got {type(model).__name__}. A second trace of a transformed "
-            f"model keeps its rules, but not the report."
+            f"report() takes what transform() or compile() returned, or a backend, got {type(model).__name__}. A "
+            f"second trace of a transformed model keeps its rules, but not the report."
         )
     return plan
 

@@ -22,6 +22,7 @@ from ..context import explicit_rules_act
 from ..errors import FreegradWarning, PlanError, RuleError
 from ..plan import Plan
 from ..provenance import is_users
+from ..report import PLAN
 from ..rules.rule import get
 from ..sites import Located
 from ..table import Entry, RulesLike, RuleTable
@@ -66,6 +67,7 @@ class Backend:
         _refuse_functions(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
+        self.__dict__[PLAN] = self.report
         operations()
         # Dynamo looks for this name, and enters around every call what it returns
         self.backend_ctx_ctor = self._follow
@@ -456,7 +458,7 @@ def compile(
         **others: What else `torch.compile` takes: `fullgraph`, `dynamic`, ...
 
     Returns:
-        What `torch.compile` returns.
+        What `torch.compile` returns. `report` tells what has been done; it grows as graphs are captured.
 
     Raises:
         TypeError: As for `backend`; likewise RuleError and PlanError.
@@ -467,4 +469,7 @@ def compile(
         strict,
         {"mode": mode, "options": options, "dynamic": others.get("dynamic")},
     )
-    return torch.compile(model, backend=compiler, **others)
+    compiled = torch.compile(model, backend=compiler, **others)
+    # Not by setattr, which would write to the model
+    compiled.__dict__[PLAN] = compiler.report
+    return compiled
