@@ -21,7 +21,7 @@ from torch import fx, nn
 from torch.fx.graph_module import _forward_from_src
 from torch.utils import _pytree as pytree
 
-from .context import in_the_blocks_of_now
+from .context import in_the_blocks_of_now, surrounded
 from .errors import CaptureError
 from .ops import call_with, require_specialised
 from .serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
@@ -184,7 +184,9 @@ class CapturedModule(fx.GraphModule):
         return result
 
     def _one_thread(self) -> contextlib.AbstractContextManager[Any]:
-        return contextlib.nullcontext() if torch.compiler.is_compiling() else self._graph_lock
+        if torch.compiler.is_compiling():
+            return contextlib.nullcontext()
+        return surrounded(lambda: self._graph_lock)
 
     def _active(self) -> int:
         if len(self._variants) == 1:

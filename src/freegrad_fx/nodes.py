@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 from .activations import Spelling, recognise
@@ -32,7 +33,9 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     """The module at a dotted path; what `get_submodule` returns, without its checks of every step."""
     found: nn.Module | None = root
     for name in path.split(".") if path else ():
-        found = found._modules.get(name) if found is not None else None
+        if found is None or isinstance(found, torch.jit.ScriptModule):  # its `_modules` is no dict
+            return root.get_submodule(path)
+        found = found._modules.get(name)
     return root.get_submodule(path) if found is None else found
 
 

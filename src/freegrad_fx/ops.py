@@ -18,12 +18,14 @@ import functools
 import importlib
 import threading
 import types
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import reduce
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import stateless
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import (
     handle_torch_function,
@@ -32,7 +34,7 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
-from .context import ambient_rules, explicit_rules_act
+from .context import ambient_rules, explicit_rules_act, surrounded
 from .errors import CaptureError, RuleError
 from .hazards import (
     records_forward_alone,
@@ -373,10 +375,8 @@ def call_with(
     if _can_be_viewed(module, parameters):
         result = _call_view(module, parameters, args, kwargs)
     else:  # the module itself is changed for the time of the call
-        with _swapping:
-            result = torch.func.functional_call(
-                module, dict(parameters), args, kwargs, tie_weights=False
-            )
+        with surrounded(lambda: _swapped(module, parameters)):
+            result = module(*args, **kwargs)
     for name, value in parameters.items():
         own: Any = reduce(getattr, name.split("."), module)
         if _version(value) != before[name] and value.data_ptr() != own.data_ptr():
@@ -388,6 +388,15 @@ def call_with(
 
 
 _swapping = threading.RLock()
+
+
+@contextmanager
+def _swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have other tensors for some of its parameters; one thread at a time."""
+    _let_be_parameters(parameters.values())
+    # What functional_call is made of
+    with _swapping, stateless._reparametrize_module(module, dict(parameters), tie_weights=False):
+        yield
 
 
 def _version(tensor: Tensor) -> int:
@@ -416,7 +425,7 @@ def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
         or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
         or isinstance(module, torch.jit.ScriptModule)
         or is_parametrized(module)
-        or not (_of_torch(module) or all(map(_knows_no_module, module.__dict__.values())))
+        or not (_of_torch(module) or _knows_no_module(_own_attributes(module)))
     ):
         return False
     parts = _by_part(dict.fromkeys(names))
@@ -427,7 +436,19 @@ def _of_torch(module: nn.Module) -> bool:
     return type(module).__module__.startswith("torch.nn.modules.")
 
 
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
 def _knows_no_module(attribute: Any) -> bool:
+    if isinstance(attribute, dict):
+        attribute = attribute.values()
+    if isinstance(attribute, Collection) and not isinstance(attribute, str | bytes | Tensor):
+        # A long one is not looked through at every call
+        return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
     if isinstance(attribute, types.FunctionType):
         return attribute.__closure__ is None
     return not isinstance(attribute, types.MethodType | functools.partial | nn.Module)
@@ -440,37 +461,51 @@ def _call_view(
     kwargs: Mapping[str, Any],
 ) -> Any:
     """Call a view of a module: the same class and attributes, with other tensors for some parameters."""
-    views: list[tuple[nn.Module, nn.Module, dict[str, Any]]] = []
-    view = _view(module, parameters, views)
+    written: list[_Written] = []
+    view = _view(module, parameters, written, of_torch=True)
     try:
         return view(*args, **kwargs)
     finally:
-        for viewed, own, state in views:  # what the forward assigned to attributes
-            for name, value in own.__dict__.items():
-                if value is not state.get(name):
-                    viewed.__dict__[name] = value
+        for own, seen, before in written:  # what the forward assigned
+            for name in before.keys() - seen.keys():
+                own.pop(name, None)
+            for name, value in seen.items():
+                if name not in before or value is not before[name]:
+                    own[name] = value
+
+
+# A dict of a module, that of its view, and what this one was before the call
+_Written: TypeAlias = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
 def _view(
-    module: nn.Module,
-    parameters: Mapping[str, Tensor],
-    views: list[tuple[nn.Module, nn.Module, dict[str, Any]]],
+    module: nn.Module, parameters: Mapping[str, Tensor], written: list[_Written], of_torch: bool
 ) -> nn.Module:
     view: nn.Module = object.__new__(type(module))
+    of_torch = of_torch and _of_torch(module)
     own = {name: value for name, value in parameters.items() if "." not in name}
-    inside = _by_part(parameters)
-    parts = {name: _view(getattr(module, name), p, views) for name, p in inside.items()}
-    state = {
-        **module.__dict__,
-        "_parameters": {**module._parameters, **own},
-        "_modules": {**module._modules, **parts},
+    parts = {
+        name: _view(getattr(module, name), inside, written, of_torch)
+        for name, inside in _by_part(parameters).items()
     }
-    view.__dict__ = state
-    if not _of_torch(module):
-        for value in own.values():
-            value._is_param = True  # for code that asks for an nn.Parameter
-        views.append((module, view, dict(state)))
+    values = {**module._parameters, **own}
+    modules = {**module._modules, **parts}
+    view.__dict__ = {**module.__dict__, "_parameters": values, "_modules": modules}
+    if not of_torch:  # in which no code but the library's runs
+        _let_be_parameters(own.values())
+        pairs: list[tuple[Any, dict[str, Any]]] = [
+            (module.__dict__, view.__dict__),
+            (module._parameters, values),
+            (module._modules, modules),
+        ]
+        written.extend((original, seen, dict(seen)) for original, seen in pairs)
     return view
+
+
+def _let_be_parameters(tensors: Iterable[Tensor]) -> None:
+    """Let tensors be parameters for code that asks for an `nn.Parameter`."""
+    for tensor in tensors:
+        tensor._is_param = True
 
 
 def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

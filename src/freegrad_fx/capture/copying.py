@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Container
+import types
+from collections.abc import Container, Iterable
 from typing import Any
 
 import torch
@@ -57,7 +58,8 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             shared[id(module)] = module
-        _collect_tensors({k: v for k, v in module.__dict__.items() if k != "_modules"}, shared)
+        own = {k: v for k, v in module.__dict__.items() if k != "_modules"}
+        _collect_tensors(own, shared, set())
     try:
         return _sharing(model, _copied(model, dict(shared)))
     except CaptureError:
@@ -138,24 +140,36 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
 
 
 def tensors_in(value: Any) -> dict[int, Tensor]:
-    """The tensors, by identity, in a value: in containers, and in modules that are not registered."""
+    """The tensors, by identity, in a value: in containers, functions, and modules that are not registered."""
     found: dict[int, Tensor] = {}
-    _collect_tensors(value, found)
+    _collect_tensors(value, found, set())
     return found
 
 
-def _collect_tensors(value: Any, found: dict[int, Any]) -> None:
+def _collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
     if isinstance(value, Tensor):
         found[id(value)] = value
-    elif isinstance(value, dict):
-        for item in value.values():
-            _collect_tensors(item, found)
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, dict):
+        items = value.values()
     elif isinstance(value, list | tuple | set):
-        for item in value:
-            _collect_tensors(item, found)
+        items = value
+    elif isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != _EMPTY]
+        items = (*cells, value.__defaults__, value.__kwdefaults__)
     elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
-        for module in value.modules():  # one that is not registered, in a list say
-            _collect_tensors({k: v for k, v in module.__dict__.items() if k != "_modules"}, found)
+        # one that is not registered, in a list say
+        items = [v for m in value.modules() for k, v in m.__dict__.items() if k != "_modules"]
+    else:
+        return
+    if id(value) not in seen:  # a part may refer to its whole
+        seen.add(id(value))
+        for item in items:
+            _collect_tensors(item, found, seen)
+
+
+_EMPTY = types.CellType()
 
 
 def has_hooks(module: nn.Module) -> bool:
