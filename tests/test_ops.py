@@ -890,3 +890,16 @@ def test_a_function_that_cannot_be_found_is_an_error_with_the_remedy(key: str) -
         RuntimeError, match=r"cannot be imported here.*at the top level of a module"
     ):
         apply_function(key, torch.ones(2))
+
+
+def test_a_tensor_that_escaped_from_a_transform_learns() -> None:
+    w = torch.randn(3, requires_grad=True)
+    escaped = []
+
+    def loss(v: Tensor) -> Tensor:
+        escaped.append(v + w)
+        return v.sum()
+
+    torch.func.grad(loss)(torch.randn(3))
+    (grad,) = torch.autograd.grad(around(torch.relu, "scale", s=3.0)(escaped[0]).sum(), w)
+    assert torch.equal(grad, torch.full((3,), 3.0))

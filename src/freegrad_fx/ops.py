@@ -158,6 +158,8 @@ def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: dict[str,
         refuse_compiled_transform()
         values = _distinct(x, parameters.values())
         return _Composable.apply(y, x, rule, site, tuple(parameters), tuple(values))  # type: ignore[no-any-return, no-untyped-call]
+    # a tensor may have escaped from a transform that is over
+    y, x = torch._C._functorch.unwrap_if_dead(y), torch._C._functorch.unwrap_if_dead(x)
     return _apply(y, x, (rule, site, parameters))  # type: ignore[no-any-return]
 
 
