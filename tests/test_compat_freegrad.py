@@ -261,6 +261,13 @@ def test_hooks_put_the_gradients_of_parameters_through_the_rule(case: str, scope
         torch.testing.assert_close(found, wanted)
 
 
+def test_hooks_that_run_in_a_thread_of_torchs_own_warn() -> None:
+    model = nn.Linear(2, 2, device="meta")
+    ours.hook.attach_param_hooks(model)
+    with pytest.warns(fg.FreegradWarning, match=r"freegrad_fx\.transform\(model\)"):
+        model(torch.ones(1, 2, device="meta")).sum().backward()
+
+
 # --- functional ---
 
 

@@ -10,11 +10,16 @@ import asyncio
 import contextvars
 import copy
 import gc
+import os
 import pickle
+import subprocess
+import sys
+import textwrap
 import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -442,6 +447,18 @@ def test_a_task_that_inherits_a_block_is_told_where_it_is_not_in_force() -> None
 
     asyncio.run(main())
     assert contextvars.Context().run(gradients, gm, X) == gradients(NET, X)
+
+
+def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
+    program = """
+        import threading, freegrad_fx as fg
+        enter = lambda: fg.use("scale").__enter__()
+        thread = threading.Thread(target=enter)
+        thread.start(), thread.join(), enter()
+    """
+    root = str(Path(fg.__file__).parents[1])
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root})
 
 
 # --- what runs the forward elsewhere, or once more ---

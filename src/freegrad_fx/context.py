@@ -25,7 +25,6 @@ __all__ = [
     "SCOPES",
     "Block",
     "ambient_rules",
-    "ambient_rules_of_backward",
     "explicit_rules_act",
     "in_the_blocks_of_now",
     "native",
@@ -89,31 +88,15 @@ def _require_own_blocks() -> None:
         )
 
 
-def ambient_rules_of_backward(scope: str) -> tuple[Rule, ...]:
-    """The rules in force for a scope in the thread that started the backward; on a GPU it runs in another one."""
-    blocks = torch._C._get_obj_in_tls(_KEY) if torch._C._is_key_in_tls(_KEY) else ()
-    rules: tuple[Rule, ...] = _in_force(blocks)[scope]
-    return rules
-
-
-_KEY = "freegrad_fx_blocks"
-
-
 def _put(blocks: tuple[Block, ...]) -> None:
     """Let the thread be in these blocks, the innermost last."""
-    for name, value in _in_force(blocks).items():
-        setattr(_state, name, value)
-    _state.blocks = blocks
-    _entered.set(blocks)
-    # PyTorch hands on what stands here to the threads that run a backward
-    torch._C._stash_obj_in_tls(_KEY, blocks)
-
-
-def _in_force(blocks: tuple[Block, ...]) -> dict[str, Any]:
     values: dict[str, Any] = {"explicit": True, **dict.fromkeys(SCOPES.values(), ())}
     for block in blocks:
         values.update(block.changes)
-    return values
+    for name, value in values.items():
+        setattr(_state, name, value)
+    _state.blocks = blocks
+    _entered.set(blocks)
 
 
 @contextmanager
