@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from torch import Tensor, fx, nn
@@ -164,13 +165,16 @@ def make_plan(
         PlanError: An entry gives a rule to a site that the rule cannot serve.
     """
     types = table.types_in(capture.root)
-    decided = [_decide_all(v.graph, capture.root, table, types) for v in capture.variants]
+    aliasings = [cache(partial(Aliasing, v.graph, capture.root)) for v in capture.variants]
+    decided = [
+        _decide_operations(find_sites(variant.graph, capture.root, types), table, aliasing)
+        for variant, aliasing in zip(capture.variants, aliasings, strict=True)
+    ]
     nowhere: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
         found: list[Parameter] = []
-        for variant, pairs in zip(capture.variants, decided, strict=True):
-            aliasing = Aliasing(variant.graph, capture.root)
+        for variant, pairs, aliasing in zip(capture.variants, decided, aliasings, strict=True):
             here = find_parameters(variant.graph, capture.root)
             pairs.extend((place, _decide_parameter(place, table, aliasing)) for place in here)
             found += here
@@ -235,30 +239,31 @@ def _ambient(
     return replace(decision, action="ambient", reason="native outside of use() blocks")
 
 
-def _decide_all(
-    graph: fx.Graph, root: nn.Module, table: RuleTable, types: Sequence[type[Any]]
+def _decide_operations(
+    places: Sequence[Operation], table: RuleTable, aliasing: Callable[[], Aliasing]
 ) -> Decided:
     """The decisions for one graph. A place is not the same one in another graph for having the same name there."""
-    aliasing: Aliasing | None = None
     decided: Decided = []
-    for place in find_sites(graph, root, types):
+    for place in places:
         decision = _decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
             # It may return its input itself. A write into the result would then reach the input, behind autograd's back
-            aliasing = aliasing or Aliasing(graph, root)
-            if aliasing.written_after(
-                place.node, place.node, certainly=True
-            ) and aliasing.read_after(place.input, place.node):
+            memory = aliasing()
+            if memory.written_after(place.node, place.node, certainly=True) and memory.read_after(
+                place.input, place.node
+            ):
                 reason = "it may return its input, which is read after the result is written into"
                 decision = Decision(place.site, "skip", entry=decision.entry, reason=reason)
         decided.append((place, decision))
     return decided
 
 
-def _decide_parameter(place: Parameter, table: RuleTable, aliasing: Aliasing) -> Decision:
+def _decide_parameter(
+    place: Parameter, table: RuleTable, aliasing: Callable[[], Aliasing]
+) -> Decision:
     decision = _decide(place, table)
     if decision.forward is not None and (
-        place.renormalised or any(map(aliasing.written, place.reads))
+        place.renormalised or any(map(aliasing().written, place.reads))
     ):
         # the write would reach what the new forward computed, and not the parameter
         reason = (
