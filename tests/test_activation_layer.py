@@ -227,13 +227,22 @@ def test_a_copy_is_the_same_layer(how: Callable[[nn.Module], nn.Module]) -> None
 @pytest.mark.parametrize("examples", [None, (X,)], ids=["traced", "exported"])
 def test_in_a_transformed_model_it_is_a_site(examples: Any) -> None:
     model = nn.Sequential(fg.Activation("ReLU"), fg.Activation("Linear"), fg.Activation("Tanh"))
-    gm = fg.transform(model, {"relu": "rectangular"}, example_inputs=examples)
-    inner = naive(F.relu, rectangular)
-    assert torch.equal(gradient(gm), gradient(lambda x: torch.tanh(inner(x))))
-    if examples is None:  # torch.export sees torch's operations alone
+    gm = fg.transform(model, {"relu": "rectangular"}, ambient=True, example_inputs=examples)
+    relu = naive(F.relu, rectangular)
+    assert torch.equal(gradient(gm), gradient(lambda x: torch.tanh(relu(x))))
+    three = naive(torch.tanh, lambda g, x: 3 * g)
+    if examples is None:
+        with fg.use("scale", {"s": 3.0}):  # "Linear" follows too, which is no activation elsewhere
+            assert torch.equal(gradient(gm), 3 * gradient(lambda x: three(relu(x))))
+    else:
         with fg.use("scale", {"s": 3.0}):
-            three = naive(torch.tanh, lambda g, x: 3 * g)
-            assert torch.equal(gradient(gm), gradient(lambda x: three(inner(x) * 1).mul(1), X) * 3)
+            assert torch.equal(gradient(gm), gradient(lambda x: three(relu(x))))
+
+
+def test_an_export_does_not_cease_to_be_ambient_unnoticed() -> None:
+    for part in (fg.Activation("ReLU"), fg.transform(nn.Sequential(nn.Linear(4, 4)))):
+        with pytest.raises(fg.CaptureError, match="ambient=True"):
+            fg.transform(nn.Sequential(part, nn.Tanh()), {"tanh": "scale"}, example_inputs=(X,))
 
 
 def test_in_a_transformed_model_its_own_rule_stays() -> None:

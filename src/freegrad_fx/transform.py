@@ -10,11 +10,12 @@ from torch import nn
 
 from .capture import Capture, capture, check_model
 from .captured import CapturedModule
-from .context import outside_of_blocks
+from .context import outside_of_blocks, use
 from .errors import FreegradWarning, PlanError
 from .plan import Decided, Plan, make_plan
 from .report import PLAN
 from .rewrite import rewrite, without_ambient
+from .rules import d_linear
 from .table import RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
@@ -147,8 +148,9 @@ def _planned(
     """Capture a model and plan it: what `transform` and `explain` have in common."""
     check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
-    # torch.export would record what an ambient rule does now to the layers of the model that follow one
-    with outside_of_blocks():
+    # torch.export records what a block does to ambient parts of the model now, and refuses it. What is ambient in
+    # the end must be in no block then; what would cease to be, without a word, must be in one.
+    with outside_of_blocks() if ambient else use(d_linear, scope="all"):
         captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
     before = {place for variant in captured.variants for place in without_ambient(variant.graph)}
     return captured, *make_plan(captured, table, leaves, parameters, ambient, before)

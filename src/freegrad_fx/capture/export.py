@@ -353,7 +353,8 @@ def _export(
         except FreegradWarning as warning:
             raise CaptureError(
                 f"a part of {type(root).__name__} has backward rules already, which torch.export drops. Transform the "
-                f"model without example_inputs: symbolic tracing keeps them; or transform the original parts at once."
+                f"model without example_inputs: symbolic tracing keeps them; or transform the original parts at once. "
+                f"If its rules are those of use() blocks alone, ambient=True lets the whole model follow them."
             ) from warning
         except Exception as error:
             failure = error
