@@ -61,6 +61,8 @@ class _Decouple(torch.autograd.Function):
 class Interception(TorchFunctionMode):
     """While it is entered, every activation that Python code calls has another backward.
 
+    A backward that runs a checkpointed part again has to be in it too: that part is not told of the mode.
+
     Attributes:
         calls: The names of the activations called.
     """

@@ -67,8 +67,8 @@ def refuse_compiled_transform() -> None:
     if torch.compiler.is_compiling() and _in_functorch():
         raise RuntimeError(
             "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
-            "Do not compile the transform: put @torch.compiler.disable on the function that calls it, or compile "
-            "without fullgraph=True, which then runs this part uncompiled."
+            "Do not compile the transform: put @torch.compiler.disable on the function that calls it. What is around "
+            "it is still compiled."
         )
 
 

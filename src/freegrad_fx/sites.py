@@ -442,6 +442,8 @@ _ATTENTIONS = frozenset(
     {
         F.scaled_dot_product_attention,
         F.multi_head_attention_forward,
+        torch._native_multi_head_attention,
+        torch._transformer_encoder_layer_fwd,
         torch.ops.aten.scaled_dot_product_attention.default,
         torch.ops.aten.lstm.input,
         torch.ops.aten.gru.input,
