@@ -111,13 +111,13 @@ def _binarize(x: Tensor) -> Tensor:
 def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
     """Return 1 where x > threshold, −1 where x < −threshold, 0 between, and NaN where x is NaN.
 
-    Formula: sign(x)·1[|x| > Δ], in the shape and dtype of `x`; its own derivative is zero.
+    Formula: ``sign(x)·1[|x| > Δ]``, in the shape and dtype of `x`; its own derivative is zero.
 
     Args:
         x: Any tensor of floating point numbers.
-        threshold: Δ; by default 0.7·mean|x| over the whole tensor.
+        threshold: Δ; by default ``0.7·mean|x|`` over the whole tensor.
 
-    Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which has |x| ≥ Δ, and 0.05 for
+    Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which has ``|x| ≥ Δ``, and 0.05 for
     Δ unless it is told otherwise.
     """
     if has_torch_function_unary(x):

@@ -355,7 +355,7 @@ def call_with(
 ) -> Any:
     """Call a module with other tensors in the place of some of its parameters; the module keeps its own.
 
-    Formula: module(*args, **kwargs), where the parameter of each name in `parameters` has the value given.
+    Formula: ``module(*args, **kwargs)``, where the parameter of each name in `parameters` has the value given.
 
     Args:
         module: The module.
@@ -373,19 +373,24 @@ def call_with(
     refuse_sharded_parts(module, parameters)
     if torch.compiler.is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
-    before = {name: _version(value) for name, value in parameters.items()}
+    before = {name: (_version(value), _memory(value)) for name, value in parameters.items()}
     if _can_be_viewed(module, parameters):
         result = _call_view(module, parameters, args, kwargs)
     else:  # the module itself is changed for the time of the call
         with surrounded(lambda: _swapped(module, parameters)):
             result = module(*args, **kwargs)
     for name, value in parameters.items():
+        version, memory = before[name]
+        if (_version(value), _memory(value)) == (version, memory):
+            continue
         own: Any = reduce(getattr, name.split("."), module)
-        if _version(value) != before[name] and value.data_ptr() != own.data_ptr():
+        if memory != _memory(own):
             raise RuntimeError(
                 f"the forward of {type(module).__name__} writes into its parameter {name!r}, which is read through "
                 f"another forward here: the write is lost. Leave the parameter its own forward."
             )
+        if memory != _memory(value):  # weight.data = ..., as projections of weights are written
+            own.data = value.data
     return result
 
 
@@ -404,6 +409,12 @@ def _swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
 def _version(tensor: Tensor) -> int:
     wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
     return 0 if wrapped or tensor.is_inference() else tensor._version
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the values of a tensor are; 0 where it has none of its own."""
+    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+    return 0 if wrapped or type(tensor) not in (Tensor, nn.Parameter) else tensor.data_ptr()
 
 
 def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
