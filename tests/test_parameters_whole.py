@@ -395,20 +395,30 @@ class Writes(Whole):
         return clamps(self, x)
 
 
+class Projects(Whole):
+    def body(self, x: Tensor) -> Tensor:
+        self.gain.data = torch.renorm(self.gain.data[None], p=2, dim=0, maxnorm=0.3)[0]
+        return Whole.body(self, x)
+
+
+@pytest.mark.parametrize("whole", [Writes, Projects])
 @every_kind
-def test_a_write_into_a_parameter_reaches_it(kind: Any) -> None:
-    model, other = around(Writes(), kind), around(Writes(), kind)
+def test_a_write_into_a_parameter_reaches_it(kind: Any, whole: type[Whole]) -> None:
+    model, other = around(whole(), kind), around(whole(), kind)
     gm = transformed(other)
     assert_reversed(gm, model)
     for actual, expected in zip(other.parameters(), model.parameters(), strict=True):
         assert torch.equal(actual, expected)
 
 
+@pytest.mark.parametrize("whole", [Writes, Projects])
 @every_kind
-def test_a_write_into_a_parameter_that_is_read_through_a_forward_is_an_error(kind: Any) -> None:
+def test_a_write_into_a_parameter_that_is_read_through_a_forward_is_an_error(
+    kind: Any, whole: type[Whole]
+) -> None:
     entry = fg.on(parameter="*.gain", forward="binarize").backward("straight_through")
-    gm = transformed(around(Writes(), kind), fg.RuleTable([entry]))
-    with pytest.raises(RuntimeError, match=r"Writes writes into its parameter 'gain'.*is lost"):
+    gm = transformed(around(whole(), kind), fg.RuleTable([entry]))
+    with pytest.raises(RuntimeError, match=r"writes into its parameter 'gain'.*is lost"):
         gm(X)
 
 
