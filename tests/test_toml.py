@@ -134,6 +134,12 @@ def test_a_file_that_is_not_there_is_an_error_of_the_system(tmp_path: Path) -> N
             fg.explain(Net(), path)
 
 
+def test_what_can_be_no_path_is_text() -> None:
+    assert len(fg.RuleTable.from_toml("version = 1\n# rules.toml")) == 0
+    with pytest.raises(fg.TableError, match="it is no TOML"):
+        fg.RuleTable.from_toml("\0.toml")
+
+
 def test_a_version_and_entries_can_be_left_out() -> None:
     assert fg.RuleTable.from_toml("") == fg.RuleTable()
     assert fg.RuleTable.from_toml("# nothing yet\n") == fg.RuleTable()
@@ -184,6 +190,8 @@ def test_a_file_that_is_no_table_is_an_error(text: str, words: str) -> None:
         ("type = 'ReLU'\nbackward = 'scale'", "Did you mean 'torch.nn.ReLU'?"),
         ("type = 'torch.nn.RelU'\nbackward = 'scale'", "unknown type 'torch.nn.RelU'"),
         ("call = -1\nbackward = 'scale'", "counted from the first"),
+        ("call = 0x" + "f" * 5000 + "\nbackward = 'native'\nforward = 'tanh'", "that many calls"),
+        ("call = [1, 1_000_000_000]\nbackward = 'scale'", "no model has that many calls"),
         ("call = '1-3'\nbackward = 'scale'", "a slice of indices ('1:3'), got '1-3'"),
         ("call = '1:2:3:4'\nbackward = 'scale'", "a slice of indices"),
         ("call = '::0'\nbackward = 'scale'", "step of a slice of calls is 1 or more"),
@@ -246,6 +254,23 @@ def test_a_line_is_told_only_where_it_is_certain() -> None:
     text = "[[rule]]\nop = '''\n[[rule]]'''\nbackward = 'scale'"
     with pytest.raises(fg.TableError, match=r"^entry 1: unknown op"):
         fg.RuleTable.from_toml(text)
+
+
+@pytest.mark.parametrize("end", ["\x85", "\u2028", "\u2029"])
+def test_a_line_is_counted_as_an_editor_counts_it(end: str) -> None:
+    with pytest.raises(fg.TableError, match=r"^entry 1 \(line 2\): unknown op"):
+        fg.RuleTable.from_toml(f"# a{end}b\n[[rule]]\nop = 'rellu'\nbackward = 'scale'")
+
+
+@pytest.mark.parametrize("mark", ["", "\ufeff"])
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_text_is_read_as_editors_of_every_system_write_it(
+    mark: str, end: str, tmp_path: Path
+) -> None:
+    text = mark + EXAMPLE.replace("\n", end)
+    path = tmp_path / "mine.toml"
+    path.write_bytes(text.encode())
+    assert fg.RuleTable.from_toml(text) == fg.RuleTable.from_toml(path) == TABLE
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path: Path) -> None:

@@ -136,31 +136,35 @@ def _type_named(name: str) -> str:
     return name
 
 
+_MOST_CALLS = 10**9 - 1
 _FORM_OF_A_CALL = "call is the index of a call (0 is the first), or a slice of indices"
 
 
 def read_call(field: str, call: Any) -> int | slice:
     """An index, or a slice whose start and step are numbers. Raises `TableError` for what is neither."""
     if isinstance(call, int) and not isinstance(call, bool):
-        _refuse_negative(call)
+        _require_index(call)
         return call
     if not isinstance(call, slice):
         raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
     for bound in (call.start, call.stop, call.step):
         if bound is not None and (not isinstance(bound, int) or isinstance(bound, bool)):
             raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
-        _refuse_negative(bound or 0)
+        _require_index(bound or 0)
     if call.step == 0:
         raise TableError(f"the step of a slice of calls is 1 or more, got {brief(call)}")
     return slice(call.start or 0, call.stop, call.step or 1)
 
 
-def _refuse_negative(index: int) -> None:
+def _require_index(index: int) -> None:
     if index < 0:
         raise TableError(
             f"{_FORM_OF_A_CALL}, got {brief(index)}; calls are counted from the first, as the number of them is not "
             f"known when the table is made"
         )
+    # Every call can then be printed, and written to a file: Python writes no number of thousands of digits
+    if index > _MOST_CALLS:
+        raise TableError(f"{_FORM_OF_A_CALL}, got {brief(index)}; no model has that many calls")
 
 
 def brief(value: Any) -> str:

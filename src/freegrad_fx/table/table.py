@@ -120,7 +120,7 @@ class RuleTable:
                 where = f"{os.fspath(source)}: "
                 text = Path(source).read_bytes().decode("utf-8-sig")
             else:
-                text = source
+                text = source.removeprefix("\ufeff")
             data = loads(text)
             return cls(load_table(data, allow_imports, entry_place(text, data)))
         except UnicodeDecodeError as error:
@@ -203,7 +203,7 @@ class RuleTable:
 
 
 def _is_path(source: str) -> bool:
-    return isinstance(source, str) and source.endswith(".toml") and "\n" not in source
+    return isinstance(source, str) and source.endswith(".toml") and not {"\n", "\0"} & {*source}
 
 
 def _as_json(value: Any) -> Any:

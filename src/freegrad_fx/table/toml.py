@@ -32,7 +32,8 @@ def loads(text: str) -> dict[str, Any]:
 def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
     """What to call the entries of a text that holds a table: by number, and by line where all heads are to be seen."""
     head = re.compile(r"\s*\[\[\s*rule\s*]]")
-    lines = [number for number, line in enumerate(text.splitlines(), 1) if head.match(line)]
+    # not splitlines(), which ends lines at characters that end none in TOML, nor in an editor
+    lines = [number for number, line in enumerate(text.split("\n"), 1) if head.match(line)]
     entries = table.get("rule")
     certain = isinstance(entries, list) and len(entries) == len(lines)
 
