@@ -288,6 +288,43 @@ def test_dynamic_shapes_that_export_refuses_are_an_error_with_its_words() -> Non
         exported(Plain(), dynamic_shapes={"nonsense": {0: Dim("batch")}})
 
 
+class Kept(nn.Module):
+    """Its parameter reaches the forward by another way than its name."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.eye(6))
+        weight, self.way = self.weight, way
+        self.list, self.function = [weight], lambda x: x @ weight
+        self.views = [weight.view(36).view(6, 6)]
+        object.__setattr__(self, "attribute", weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        ways = {
+            "list": lambda: x @ self.list[0],
+            "function": lambda: self.function(x),
+            "view": lambda: x @ self.views[0],
+            "attribute": lambda: x @ self.attribute,
+        }
+        return ways[self.way]() + x @ self.weight
+
+
+@pytest.mark.parametrize("way", ["list", "function", "view", "attribute"])
+def test_a_parameter_that_export_would_make_a_constant_is_refused(way: str) -> None:
+    with pytest.raises(fg.CaptureError, match=r"shape \(6, 6\) that requires a gradient"):
+        fg.transform(Kept(way), {}, example_inputs=(rows(4),))
+
+
+def test_a_tensor_that_does_not_learn_may_be_kept_anywhere() -> None:
+    model = Kept("list")
+    model.list = [model.weight.detach()]
+    model.views = []
+    gm = fg.transform(model, {}, example_inputs=(rows(4),))
+    assert torch.equal(gm(rows(4)), model(rows(4)))
+    gm(rows(4)).sum().backward()
+    assert torch.equal(model.weight.grad, rows(4).sum(0)[:, None].expand(6, 6))
+
+
 class BakedBatch(Net):
     """It names its batch size, so that export cannot keep it open."""
 

@@ -33,6 +33,7 @@ from .patches import (
     RandomState,
     noted_assignments,
     noted_flags,
+    refused_constants,
     refused_contexts,
     refused_functions,
     refused_questions,
@@ -337,6 +338,7 @@ def _export(
                 refused_functions(),
                 refused_questions(),
                 refused_contexts(),
+                refused_constants(),
                 keywords_as_names(),
                 noted_assignments(root) as assigned,
             ):

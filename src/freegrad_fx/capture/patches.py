@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from torch import nn
+import torch._export.passes.lift_constants_pass as lift_constants
+from torch import fx, nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -25,6 +26,7 @@ from torch.utils import _pytree as pytree
 from ..aliasing import named_in_place
 from ..context import Block
 from ..errors import CaptureError
+from ..nodes import attribute
 from ..ops import apply_function, function_key, require_tensor
 from ..provenance import caller, is_users
 from .copying import is_python_state
@@ -37,6 +39,7 @@ __all__ = [
     "noted_assignments",
     "noted_flags",
     "patched",
+    "refused_constants",
     "refused_contexts",
     "refused_functions",
     "refused_questions",
@@ -199,6 +202,31 @@ def refused_functions() -> contextlib.AbstractContextManager[None]:
         return _apply(cls, *args, **kwargs)
 
     return _replaced_apply(apply, refuse)
+
+
+@contextlib.contextmanager
+def refused_constants() -> Iterator[None]:
+    """A tensor that learns and that no module has registered raises: export would make a constant of it."""
+    thread = threading.get_ident()
+    original = lift_constants.lift_constants_pass
+
+    def lift(graph_module: fx.GraphModule, *rest: Any) -> Any:
+        for node in graph_module.graph.nodes if threading.get_ident() == thread else ():
+            value = attribute(node, graph_module)
+            if isinstance(value, torch.Tensor) and value.requires_grad:
+                raise CaptureError(
+                    f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and that no "
+                    f"module has registered under the name by which it is used (kept in a list, a function or a "
+                    f"global?): torch.export would make it a constant, which never learns. Use nn.ParameterList or "
+                    f"nn.Parameter, or transform the model without example_inputs."
+                )
+        return original(graph_module, *rest)
+
+    lift_constants.lift_constants_pass = lift  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        lift_constants.lift_constants_pass = original
 
 
 @contextlib.contextmanager
