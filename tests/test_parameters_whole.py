@@ -178,6 +178,54 @@ def test_what_a_checkpoint_runs_again_has_the_rules(kind: Any, reentrant: bool, 
 
 @every_kind
 @pytest.mark.parametrize("reentrant", [False, True])
+def test_another_thread_may_run_the_backward(kind: Any, reentrant: bool) -> None:
+    model = around(Checkpointed(reentrant), kind)
+    native = accumulated(model)
+    gm = transformed(model)
+    model.zero_grad()
+    losses = [gm(X).square().sum() for _ in range(8)]
+
+    def work() -> None:
+        torch.autograd.backward(losses.pop())
+        gm(X)
+
+    threads = [threading.Thread(target=work) for _ in losses]
+    for thread in threads:
+        thread.start()
+        thread.join()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter.grad, 8 * -2 * native[name])
+
+
+@every_kind
+def test_threads_that_run_checkpoints_do_not_meet_in_the_model(kind: Any) -> None:
+    model = around(Checkpointed(reentrant=False), kind)
+    gm = transformed(model)
+    parameters = list(model.parameters())
+    inputs = [floats(4, 6) * (1 + number) for number in range(4)]
+
+    def gradients(model: nn.Module, x: Tensor) -> tuple[Tensor, ...]:
+        return torch.autograd.grad(model(x).square().sum(), parameters)
+
+    native, right = [gradients(model, x) for x in inputs], []
+
+    def work(x: Tensor, expected: tuple[Tensor, ...]) -> None:
+        for _ in range(10):
+            pairs = zip(gradients(gm, x), expected, strict=True)
+            right.append(all(torch.equal(actual, -2 * g) for actual, g in pairs))
+
+    threads = [
+        threading.Thread(target=work, args=pair) for pair in zip(inputs, native, strict=True)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert right == [True] * 40
+
+
+@every_kind
+@pytest.mark.parametrize("reentrant", [False, True])
 def test_what_a_checkpoint_runs_again_reads_the_weights_through_their_forward(
     kind: Any, reentrant: bool
 ) -> None:
@@ -335,6 +383,42 @@ def test_a_function_that_keeps_the_original_module_is_a_reported_skip(way: str) 
     assert skipped == ["1.gain", "1.fc.weight", "1.fc.bias"]
     for name, gradient in accumulated(gm).items():
         assert torch.equal(gradient, native[name] * (1 if name in skipped else -2))
+
+
+class Child(nn.Module):
+    """Knows the module that it is a part of, and uses a parameter of it."""
+
+    def __init__(self, parent: nn.Module) -> None:
+        super().__init__()
+        self.parent, self.fc = [parent], nn.Linear(6, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(x) * self.parent[0].gain
+
+
+class Parent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(floats(6))
+        self.child = Child(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.child(x) + self.gain
+
+
+@pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["symbolic", "export"])
+def test_a_part_that_knows_its_whole_is_traced_with_the_parameters_of_both(
+    example_inputs: Any,
+) -> None:
+    model = Parent()
+    assert_reversed(fg.transform(model, REVERSE, example_inputs=example_inputs), model)
+
+
+def test_a_part_that_knows_its_whole_and_is_kept_whole_is_reported() -> None:
+    model = Parent()
+    with pytest.warns(fg.FreegradWarning, match=r"keeps its backward: child \(Child, kept"):
+        gm = fg.transform(model, REVERSE, leaf_modules=[Child])
+    assert torch.equal(gm(X), model(X))
 
 
 def test_hooks_that_know_the_model_hide_no_parameter() -> None:
