@@ -61,7 +61,7 @@ class _Decouple(torch.autograd.Function):
 class Interception(TorchFunctionMode):
     """While it is entered, every activation that Python code calls has another backward.
 
-    A backward that runs a checkpointed part again has to be in it too: that part is not told of the mode.
+    It is no reference for checkpoints: what they run again in a backward runs without it, and the gradients are wrong.
 
     Attributes:
         calls: The names of the activations called.

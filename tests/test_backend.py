@@ -217,6 +217,12 @@ def test_options_for_torch_compile_are_refused_by_the_backend() -> None:
         fg.backend("scale", fullgraph=True)
 
 
+@pytest.mark.parametrize("make", [fg.backend, lambda rules: fg.compile(nn.ReLU(), rules)])
+def test_ambient_rules_are_refused_with_the_way_to_have_them(make: Any) -> None:
+    with pytest.raises(TypeError, match=r"torch\.compile\(transform\(model\)\)"):
+        make(None)
+
+
 def test_fullgraph_and_dynamic_shapes_reach_torch_compile() -> None:
     model = Model(lambda self, x: torch.relu(self.a(x)))
     compiled = fg.compile(model, RULE, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -653,6 +659,59 @@ def test_a_transform_of_torch_func_is_a_skip_with_the_reason() -> None:
     assert names(backend.report()) == ["<root>:tanh[0]"]
 
 
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.act = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(x)
+
+
+def through(x: Tensor) -> Tensor:
+    """A ReLU that the gradient passes through."""
+    return x + (torch.relu(x) - x).detach()
+
+
+def in_branches(self: Model, x: Tensor) -> Tensor:
+    def otherwise(x: Tensor) -> Tensor:
+        return torch.cond(x.sum() > -1, torch.sin, torch.tanh, (x,))
+
+    x = torch.relu(self.a(x))
+    return torch.relu(torch.cond(x.sum() > 0, self.act, otherwise, (x - 0.5,)))
+
+
+def test_a_site_in_a_branch_of_cond_keeps_its_backward_and_is_named() -> None:
+    model, x = Model(in_branches), sample()
+    model.act = Branch()
+    backend = fg.backend({"activations": "straight_through"}, inner="aot_eager")
+    compiled = torch.compile(model, backend=backend)
+    with pytest.warns(fg.FreegradWarning, match=r"is in torch\.cond, which runs graphs") as caught:
+        actual = gradients(compiled, model, x)
+    said = " ".join(str(warning.message) for warning in caught)
+    assert len(caught) == 2
+    assert "site act.act:relu[0]" in said
+    assert "site <root>:tanh[0]" in said
+    # calls are counted as if the branches were not there
+    assert names(backend.report()) == ["<root>:relu[0]", "<root>:relu[1]"]
+    by_hand = Model(lambda self, x: through(torch.relu(through(self.a(x)) - 0.5)))
+    by_hand.load_state_dict(model.state_dict())
+    assert_same(actual, gradients(by_hand, by_hand, x))
+    with pytest.raises(fg.PlanError, match=r"torch\.cond"):
+        fg.compile(model, "straight_through", backend="aot_eager", strict=True)(x)
+
+
+def test_an_encoder_layer_in_one_function_is_reported() -> None:
+    layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
+    backend = fg.backend({"relu": "scale"}, inner="eager")
+    compiled = torch.compile(Model(lambda self, x: torch.relu(layer(x[None]))), backend=backend)
+    with torch.no_grad():
+        compiled(sample())
+    (note,) = backend.report().opaque
+    assert note.what.endswith("_transformer_encoder_layer_fwd")
+    assert note.reason == "PyTorch computes activations inside of it"
+
+
 def test_an_entry_that_matched_nothing_in_the_first_call_is_a_warning() -> None:
     compiled = fg.compile(Model(graph_breaks), {"relu": "scale", "gelu": "scale"}, backend="eager")
     with pytest.warns(
@@ -737,6 +796,8 @@ def test_a_parameter_that_learns_again_gets_its_rule() -> None:
     compiled = torch.compile(model, backend=backend)
     compiled(sample())
     assert names(backend.report()) == ["a.bias"]
+    (frozen,) = backend.report().with_action("native")
+    assert frozen.reason.endswith("compiled anew once it learns")
     model.a.weight.requires_grad_(True)
     native = gradients(model, model, sample())
     actual = gradients(compiled, model, sample())

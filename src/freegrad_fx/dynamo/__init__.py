@@ -194,6 +194,8 @@ class Backend:
             program.add(place, decision)
             if decision.action == "skip":
                 self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
+        for text in piece.unreached:
+            self._complain(text)
         piece.program.note(opaque=piece.opaque)
         if self.strict:
             for note in piece.opaque:
@@ -359,6 +361,16 @@ def _outside(program: Program, sites: list[str]) -> str:
     )
 
 
+def _table(rules: RulesLike) -> RuleTable:
+    """The table that a user gives; raise `TypeError` for None, by which `transform` means ambient rules."""
+    if rules is None:
+        raise TypeError(
+            "rules is None, which lets a transformed model follow use() blocks. What Dynamo captures cannot: compile "
+            "the transformed model, torch.compile(transform(model)), or give the rules here."
+        )
+    return RuleTable.of(rules)
+
+
 def _refuse_functions(table: RuleTable) -> None:
     """Raise `PlanError` for an entry that means the calls of a `torch.autograd.Function`."""
     for entry in table.entries:
@@ -431,7 +443,7 @@ def backend(
             f"backend() takes for inner the options {', '.join(_COMPILER_OPTIONS)}; got {', '.join(sorted(others))}. "
             f"What is for torch.compile is given to it: torch.compile(model, backend=freegrad_fx.backend(...), ...)."
         )
-    return Backend(RuleTable.of(rules), inner, strict, options)
+    return Backend(_table(rules), inner, strict, options)
 
 
 def compile(
@@ -464,7 +476,7 @@ def compile(
         TypeError: As for `backend`; likewise RuleError and PlanError.
     """
     compiler = Backend(
-        RuleTable.of(rules),
+        _table(rules),
         backend,
         strict,
         {"mode": mode, "options": options, "dynamic": others.get("dynamic")},

@@ -20,7 +20,7 @@ from torch._ops import HigherOrderOperator
 
 from ..capture import Capture, Opaque
 from ..captured import Variant
-from ..plan import Decision, make_plan
+from ..plan import FROZEN, Decision, make_plan
 from ..provenance import META, Origin, is_users_file, origin
 from ..rewrite import rewrite
 from ..sites import Located, Operation, Parameter, find_sites
@@ -77,6 +77,7 @@ class Piece:
     Attributes:
         program: The program that it is captured in.
         opaque: What is in it that no rule can reach.
+        unreached: The names of the sites among it to which the table gives a rule, each with where it is.
         entries: For every site the index of the entry of the table that decided it.
 
     Raises:
@@ -106,6 +107,12 @@ class Piece:
         graph_modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
         _number(homes, graph_modules, table, before)
         self.opaque = list(_closed(homes))
+        self.unreached = [
+            f"site {place.site.name} ({place.site.source}) keeps its backward: it is in torch.{name}, which runs "
+            f"graphs of its own"
+            for name, place in _in_closed(homes, setting, modules)
+            if _given_a_rule(place, table)
+        ]
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
         for module in graph_modules:
             capture = Capture(module, self.program.name, (Variant({}, module.graph),))
@@ -113,7 +120,7 @@ class Piece:
             transformed = set(_transformed(module.graph))
             pairs = [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
             self.opaque += [note for note in plan.opaque if note not in self.opaque]
-            decided.update({_node(place): (place, decision) for place, decision in pairs})
+            decided.update({_node(place): (place, _guarded(decision)) for place, decision in pairs})
             rewrite(module.graph, module, pairs)
             for node in whole[module]:
                 if not node._erased:  # a call whose forward has been replaced is gone
@@ -178,6 +185,16 @@ def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tupl
     else:
         site = replace(site, path=program.path(anchor.get_submodule(placed.anchored)))
     return program, replace(place, site=site)
+
+
+def _guarded(decision: Decision) -> Decision:
+    """A decision as it is reported: Dynamo guards whether a parameter learns."""
+    if decision.reason is not FROZEN:
+        return decision
+    reason = (
+        "it is frozen (requires_grad=False), so it gets no gradient; compiled anew once it learns"
+    )
+    return replace(decision, reason=reason)
 
 
 def _node(place: Located) -> fx.Node:
@@ -399,6 +416,38 @@ def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[fx.GraphModule]:
     return [body for body in found if isinstance(body, fx.GraphModule)]
 
 
+def _all_bodies(node: fx.Node, gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """The graphs that an operator runs, and those that they run."""
+    for body in _bodies(node, gm):
+        yield body
+        for inner in body.graph.nodes:
+            if _operator(inner):
+                yield from _all_bodies(inner, body)
+
+
+def _in_closed(
+    homes: Mapping[fx.Node, _Home], setting: Setting, modules: _Modules
+) -> Iterator[tuple[str, Located]]:
+    """The sites in the graphs that such an operator runs, with its name."""
+    for node, home in homes.items():
+        name = _operator(node)
+        if not name or name in _OPEN or name == "autograd_function_apply":
+            continue
+        for body in _all_bodies(node, home.graph_module):
+            for inner in body.graph.nodes:
+                owner = home.program.owner(
+                    (*setting.modules, *modules.of(node), *modules.of(inner))
+                )
+                where = Origin(home.program.path(owner), _source(inner), class_of(owner))
+                inner.meta[META] = where
+            yield from ((name, place) for place in find_sites(body.graph, body))
+
+
+def _given_a_rule(place: Located, table: RuleTable) -> bool:
+    index = table.decide(place)
+    return index is not None and table.entries[index].rules is not None
+
+
 def _closed(homes: Mapping[fx.Node, _Home]) -> Iterator[Opaque]:
     """The operators that run graphs in which a rule would not act, as far as these compute activations."""
     for node, home in homes.items():
@@ -408,7 +457,7 @@ def _closed(homes: Mapping[fx.Node, _Home]) -> Iterator[Opaque]:
         where = origin(node)
         if name == "autograd_function_apply":
             what, reason = "an autograd.Function", "keeps the backward it has"
-        elif any(find_sites(body.graph, body) for body in _bodies(node, home.graph_module)):
+        elif any(find_sites(b.graph, b) for b in _all_bodies(node, home.graph_module)):
             what, reason = f"torch.{name}", "its branches are graphs of their own"
         else:
             continue
