@@ -376,6 +376,39 @@ def test_a_decoupled_parameter_is_not_decoupled_again_and_others_still_are() -> 
         assert torch.equal(ruled.gradients[name], factor * native.gradients[name])
 
 
+def test_a_decoupled_parameter_of_a_part_is_not_decoupled_again() -> None:
+    part = nn.Sequential(nn.Linear(6, 6), nn.Tanh())
+    once = fg.transform(part, {"params": fg.rules.scale(s=4.0)})
+    with pytest.warns(fg.FreegradWarning, match=r"0\.0\.\w+ keeps .* already decoupled, with"):
+        gm = fg.transform(nn.Sequential(once, nn.Linear(6, 3)), {"params": "reverse"})
+    x = floats(4, 6)
+    native, ruled = execute(nn.Sequential(part, gm.get_submodule("1")), x), execute(gm, x)
+    for name, gradient in native.gradients.items():
+        factor = {"0": 4, "1": -1}.get(name[0], 1)
+        assert torch.equal(ruled.gradients[name], factor * gradient), name
+
+
+class Shrinks(nn.Module):
+    """Writes into its parameter, so that a rule which reads the value needs a copy."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.weight.mul_(0.5)
+        return x * self.weight
+
+
+def test_a_decoupled_parameter_that_is_written_into_is_not_decoupled_again() -> None:
+    once = fg.transform(Shrinks(), {"params": fg.rules.rectangular(a=2.0, b=3.0)})
+    with pytest.warns(fg.FreegradWarning, match="already decoupled, with the rule 'rectangular'"):
+        twice = fg.transform(once, {"params": "reverse"})
+    twice(floats(4, 6)).sum().backward()
+    assert torch.equal(twice.weight.grad, torch.zeros(6))
+
+
 def test_which_parameters_a_table_means() -> None:
     model = CASES["transformer-classifier"].build().eval()
     entry = fg.on(parameter="*.weight", module="encoder.*")

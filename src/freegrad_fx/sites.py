@@ -29,7 +29,7 @@ from .nodes import (
     spelled,
     submodule,
 )
-from .ops import apply_function, decoupled, function_of, stop_gradient
+from .ops import apply_function, decoupled, function_of, kept, stop_gradient
 from .provenance import Origin, origin
 
 __all__ = [
@@ -290,7 +290,7 @@ def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> Paramete
     return Parameter(
         site=site,
         owner=owner,
-        obstacle=uses.obstacle or _decoupled_already(uses.reads, names[0]),
+        obstacle=uses.obstacle or _decoupled_already(uses.reads, names),
         tensor=uses.tensor,
         reads=tuple(uses.reads),
         calls=tuple(uses.calls),
@@ -320,12 +320,18 @@ def _held_outside(module: nn.Module) -> set[int]:
 _REGISTERED = frozenset(nn.Module().__dict__)
 
 
-def _decoupled_already(reads: Sequence[fx.Node], name: str) -> str:
+def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
+    """What an earlier transform did to a parameter, of the model or of a part, where it had the end of its name."""
+    users = dict.fromkeys(user for node in reads for user in node.users)
+    copies = [
+        user for user in users if user.target in ("clone", kept)
+    ]  # made for rules that read x
+    sites = [f".{name}" for name in names]
     rules = [
         _rule_of(user)
-        for node in reads
-        for user in node.users
-        if user.target is decoupled and user.kwargs.get("site") == name
+        for user in dict.fromkeys((*users, *(user for copied in copies for user in copied.users)))
+        if user.target is decoupled
+        and any(site.endswith(f".{user.kwargs.get('site')}") for site in sites)
     ]
     return _ALREADY.format(", ".join(rules)) if rules else ""
 
