@@ -319,6 +319,15 @@ def refusals() -> Iterator[Any]:
     )
     yield case("no forward", lambda: fg.on(forward=3), table, "name of an op or a function")
     yield case(
+        "no forward of a rule",
+        lambda: fg.on("relu").backward("arctan", forward=3),
+        table,
+        "name of an op or a function",
+    )
+    yield case(
+        "index beyond any model", lambda: fg.on(call=10**5000), table, "no model has that many"
+    )
+    yield case(
         "where is no question", lambda: fg.on(where="site"), table, "where is a function of a Site"
     )
     yield case(

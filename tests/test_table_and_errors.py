@@ -353,11 +353,9 @@ def test_a_rule_of_the_output_sees_the_replaced_output() -> None:
 
 
 def test_an_unknown_forward_is_answered_with_the_closest_first() -> None:
-    with pytest.raises(fg.PlanError) as error:
-        fg.transform(Net(), {"relu": fg.rules.arctan(forward="heavyside")})
-    message = str(error.value)
-    assert "unknown forward 'heavyside'. Did you mean 'heaviside'? Valid: heaviside, " in message
-    assert "Asked for at site relu:relu[0] (nn.ReLU(inplace=True))." in message
+    words = "unknown forward 'heavyside'. Did you mean 'heaviside'? Valid: heaviside, "
+    with pytest.raises(fg.TableError, match=words.replace("?", r"\?")):
+        fg.RuleTable.of({"gelu": fg.rules.arctan(forward="heavyside")})
 
 
 @pytest.mark.parametrize("forward", ["prelu", "threshold", "softmax", "clamp", "glu"])
@@ -815,7 +813,9 @@ def test_a_site_that_is_decoupled_already_is_skipped_with_the_reason() -> None:
     ids=["untransformed", "traced", "None"],
 )
 def test_only_what_was_transformed_has_a_report(model: Any) -> None:
-    with pytest.raises(TypeError, match=r"report\(\) takes what transform\(\) or compile\(\) returned, "):
+    with pytest.raises(
+        TypeError, match=r"report\(\) takes what transform\(\) or compile\(\) returned, "
+    ):
         fg.report(model)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .aliasing import Aliasing, named_in_place, of_library
 from .capture import Capture, Opaque
-from .errors import PlanError, unknown
+from .errors import PlanError
 from .nodes import called_module, called_path
 from .ops import has_backward_hooks
 from .rules.rule import Rule, shown
@@ -26,7 +26,7 @@ from .sites import (
     find_sites,
     unused_parameters,
 )
-from .table import FORWARDS, Entry, RuleTable
+from .table import Entry, RuleTable
 
 if TYPE_CHECKING:
     from .diff import PlanDiff
@@ -362,8 +362,6 @@ def _check_replaceable(place: Located, forward: Forward) -> None:
             f"the forward {shown(forward)} writes into its argument, which is the model's own tensor, at {where}. "
             f"Give the function that does not: torch.relu, not torch.relu_."
         )
-    if isinstance(forward, str) and forward not in FORWARDS:
-        raise PlanError(unknown("forward", forward, FORWARDS, f"Asked for at {where}."))
     if place.op is not None and not place.op.keeps_shape:
         raise PlanError(
             f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}."

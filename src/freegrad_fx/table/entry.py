@@ -50,7 +50,8 @@ class Entry:
         if len(named) > 1:
             both = " and ".join(sorted(map(shown, named)))
             raise TableError(f"entry {str(sites)!r} and its rule name different forwards: {both}")
-        return cls(sites, tuple(replace(p, forward=None) for p in rules), next(iter(named), None))
+        replacement = _read_forward(next(iter(named), None))
+        return cls(sites, tuple(replace(p, forward=None) for p in rules), replacement)
 
     @functools.cached_property
     def selector(self) -> str:
@@ -175,11 +176,17 @@ def on(
         >>> fg.on("relu", module=["layer3.*", "layer4.*"]).backward("rectangular", a=-1.0, b=1.0)
         on('relu', module=['layer3.*', 'layer4.*']).backward('rectangular', a=-1.0, b=1.0)
     """
+    sites = Selector.of(op, module, type, parameter, call, where)
+    return Selection(sites, _read_forward(forward))
+
+
+def _read_forward(forward: Any) -> Forward | None:
+    """A forward as it is. Raises `TableError` for what cannot be one."""
     if isinstance(forward, str) and forward not in FORWARDS:
         raise TableError(unknown("forward", forward, FORWARDS))
     if forward is not None and not isinstance(forward, str) and not callable(forward):
         raise TableError(f"forward is the name of an op or a function of a tensor, got {forward!r}")
-    return Selection(Selector.of(op, module, type, parameter, call, where), forward)
+    return forward  # type: ignore[no-any-return]
 
 
 def _rules(rule: RuleLike) -> tuple[Rule, ...]:
