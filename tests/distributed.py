@@ -1,4 +1,4 @@
-"""What `test_distributed` runs in each of its processes: a transformed model under DDP and FSDP, on gloo.
+"""What `test_distributed` runs in each of its processes: a model with rules under DDP and FSDP, on gloo.
 
 ``python distributed.py RANK FOLDER``; what every scenario found is written to ``FOLDER/RANK.pt``.
 """
@@ -25,6 +25,14 @@ import freegrad_fx as fg
 WORLD = 2
 WIDTH = 600  # so that each of the first two layers fills a bucket of 1 MB
 TABLE: dict[str, Any] = {"relu": fg.rules.fast_sigmoid(slope=2.0), "params": fg.rules.scale(s=3.0)}
+
+
+# The calls of the ReLU are in different buckets
+PLACES = fg.RuleTable([
+    fg.on("relu", call=1).backward("fast_sigmoid", slope=5.0),
+    fg.on("relu").backward("fast_sigmoid", slope=2.0),
+    fg.on(parameter="second.*").backward("scale", s=3.0),
+])  # fmt: skip
 
 
 class Net(nn.Module):
@@ -66,6 +74,22 @@ def ddp(rank: int, backend: str | None, table: dict[str, Any] = TABLE) -> dict[s
     return {"gradients": found[1], "first": found[0], "graphs": counter.frame_count}
 
 
+def ddp_behind(rank: int) -> dict[str, Any]:
+    """The model itself, with the pass behind the compiler: the optimizer hands it bucket by bucket."""
+    net = make()
+    counter = CompileCounterWithBackend("aot_eager")
+    backend = fg.backend(PLACES, inner=counter)
+    run = torch.compile(DistributedDataParallel(net, bucket_cap_mb=1), backend=backend)
+    found = [gradients(run, net, rank) for _ in range(2)]
+    sites = [decision.site.name for decision in backend.report(net).with_action("rewrite")]
+    return {
+        "gradients": found[1],
+        "first": found[0],
+        "graphs": counter.frame_count,
+        "sites": sites,
+    }
+
+
 def fsdp(
     rank: int, parts: bool, backend: str | None, table: dict[str, Any] = TABLE
 ) -> dict[str, Any]:
@@ -90,6 +114,7 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "DDP": lambda rank: ddp(rank, None),
     "DDP, eager back end": lambda rank: ddp(rank, "eager"),
     "DDP, compiled": lambda rank: ddp(rank, "aot_eager"),
+    "DDP, rules behind the compiler": ddp_behind,
     "FSDP": lambda rank: fsdp(rank, False, None),
     "FSDP, compiled": lambda rank: fsdp(rank, False, "aot_eager"),
     "FSDP of parts, activations": lambda rank: fsdp(rank, True, None, ACTIVATIONS),

@@ -1,4 +1,4 @@
-"""Transformed models under DistributedDataParallel and fully_shard: two processes on this machine, over gloo.
+"""Models with rules under DistributedDataParallel and fully_shard: two processes on this machine, over gloo.
 
 The gradient that every process has to end up with is the mean of those that plain, single-process autograd gives for
 the processes' samples; a rule sees the gradient of its own process.
@@ -6,14 +6,17 @@ the processes' samples; a rule sees the gradient of its own process.
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from filelock import FileLock  # which torch itself needs
 from torch import Tensor
 
 import distributed
@@ -27,8 +30,19 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each process found."""
-    folder = tmp_path_factory.mktemp("processes")
+    """What each process found; the workers of pytest-xdist wait for the first of them, and share it."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which all of them have
+    folder /= "processes"
+    with FileLock(folder.with_suffix(".lock")):
+        if not folder.exists():
+            folder.mkdir()
+            run_processes(folder)
+    return [torch.load(folder / f"{rank}.pt") for rank in range(distributed.WORLD)]
+
+
+def run_processes(folder: Path) -> None:
     processes = [
         subprocess.Popen(
             [sys.executable, distributed.__file__, str(rank), str(folder)],
@@ -44,32 +58,37 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(distributed.WORLD)]
 
 
-def expected(on_parameters: bool) -> dict[str, Tensor]:
-    """The mean of the gradients of the model edited by hand."""
+def expected(parameters: str = "", second_slope: float = 2.0) -> dict[str, Tensor]:
+    """The mean of the gradients of the model edited by hand.
+
+    Args:
+        parameters: What the names of the parameters with a rule begin with.
+        second_slope: That of the rule of the second ReLU.
+    """
     model = distributed.make()
-    relu = models.naive(F.relu, models.fast_sigmoid(2.0))
+    first = models.naive(F.relu, models.fast_sigmoid(2.0))
+    second = models.naive(F.relu, models.fast_sigmoid(second_slope))
 
     def by_hand(x: Tensor) -> Tensor:
-        return model.third(relu(model.second(relu(model.first(x)))))
+        return model.third(second(model.second(first(model.first(x)))))
 
     each = [distributed.gradients(by_hand, model, rank) for rank in range(distributed.WORLD)]
-    factor = 3.0 if on_parameters else 1.0
-    return {name: factor * torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
+    mean = {name: torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
+    return {name: 3.0 * g if name.startswith(parameters) else g for name, g in mean.items()}
 
 
-def assert_found(results: list[dict[str, Any]], scenario: str, on_parameters: bool = True) -> None:
+def assert_found(results: list[dict[str, Any]], scenario: str, **rules: Any) -> None:
     for result in results:
         assert "error" not in result[scenario], result[scenario]["error"]
-        torch.testing.assert_close(result[scenario]["gradients"], expected(on_parameters))
+        torch.testing.assert_close(result[scenario]["gradients"], expected(**rules))
 
 
 def test_the_rules_make_a_difference_here() -> None:
     model = distributed.make()
     native = distributed.gradients(model, model, 0)
-    assert not any(torch.allclose(native[name], g) for name, g in expected(True).items())
+    assert not any(torch.allclose(native[name], g) for name, g in expected().items())
 
 
 @pytest.mark.parametrize("scenario", ["DDP", "DDP, eager back end", "DDP, compiled"])
@@ -87,6 +106,19 @@ def test_the_compiler_has_split_the_graph_into_the_buckets(found: list[dict[str,
     assert all(result["DDP, compiled"]["graphs"] >= 2 for result in found)
 
 
+def test_the_pass_behind_the_compiler_counts_calls_over_the_buckets(
+    found: list[dict[str, Any]],
+) -> None:
+    """Case 31, with one table whose entries are for different buckets."""
+    scenario = "DDP, rules behind the compiler"
+    assert_found(found, scenario, parameters="second.", second_slope=5.0)
+    for result in (result[scenario] for result in found):
+        torch.testing.assert_close(result["first"], result["gradients"])
+        assert result["graphs"] >= 2
+        names = {"<root>:relu[0]", "<root>:relu[1]", "second.weight", "second.bias"}
+        assert set(result["sites"]) == names
+
+
 @pytest.mark.parametrize("scenario", ["FSDP", "FSDP, compiled"])
 def test_a_sharded_model_keeps_the_rules_of_its_parameters(
     found: list[dict[str, Any]], scenario: str
@@ -96,7 +128,7 @@ def test_a_sharded_model_keeps_the_rules_of_its_parameters(
 
 
 def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[str, Any]]) -> None:
-    assert_found(found, "FSDP of parts, activations", on_parameters=False)
+    assert_found(found, "FSDP of parts, activations", parameters="none")
 
 
 @pytest.mark.parametrize(
