@@ -420,6 +420,15 @@ def test_which_parameters_a_table_means() -> None:
         assert torch.equal(ruled.gradients[name], -gradient if meant else gradient), name
 
 
+@pytest.mark.parametrize("kind", [nn.Embedding, nn.Linear])
+def test_a_tied_parameter_is_one_of_every_class_that_holds_it(kind: type[nn.Module]) -> None:
+    table = fg.RuleTable([fg.on("params", type=kind, module=["embed", "head"]).backward("reverse")])
+    case = CASES["tied"]
+    model = case.build()
+    native, ruled = execute(model, case.inputs), execute(fg.transform(model, table), case.inputs)
+    assert torch.equal(ruled.gradients["embed.weight"], -native.gradients["embed.weight"])
+
+
 def test_all_means_activations_and_parameters() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.PReLU(6), nn.Linear(6, 3))
     x = floats(4, 6)

@@ -200,13 +200,13 @@ fields = fields.filter(
 def holds(field: str, value: Any, site: fg.Site, model: nn.Module) -> bool:
     names = site.names
     owners = [name.rpartition(".")[0] for name in names] or [site.path]
-    owner = type(model.get_submodule(site.path))
+    kinds = [type(model.get_submodule(owner)) for owner in owners]
     if field == "op":
         return site.op in GROUP.get(value, {value})
     if field == "module":
         return any(map(PATTERNS[value], owners))
     if field == "type":
-        return issubclass(owner, dict(TYPES)[value])
+        return any(issubclass(kind, dict(TYPES)[value]) for kind in kinds)
     if field == "parameter":
         return any(map(PATTERNS[value], names))
     return {repr(call): test for call, test in CALLS}[repr(value)](site.call)

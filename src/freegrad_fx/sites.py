@@ -87,14 +87,14 @@ class Located:
 
     Attributes:
         site: The site.
-        owner: The class of the module at the site's path.
+        owners: The class of the module at the site's path; of a tied parameter those of all modules that hold it.
         obstacle: Why no rule can be given to it; ``""`` where one can.
         op: Its line in the vocabulary; None for a parameter and for a call of a class that the table names.
         called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
     """
 
     site: Site
-    owner: type[nn.Module]
+    owners: tuple[type[nn.Module], ...]
     obstacle: str = ""
     op: Op | None = None
     called: type[Any] | None = None
@@ -188,7 +188,7 @@ def find_sites(
         found.append(
             Operation(
                 site=site,
-                owner=owner,
+                owners=(owner,),
                 obstacle=_obstacle(node, module, spelling),
                 op=spelling.op if isinstance(spelling, Spelling) else None,
                 called=called,
@@ -277,19 +277,20 @@ class _Inside:
 def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> Parameter:
     path, _, name = names[0].rpartition(".")
     where = origin(uses.reads[0]) if uses.reads else Origin()
-    owner = where.owner_type or _class_at(root, path)
+    holders = [n.rpartition(".")[0] for n in names]
+    owners = (where.owner_type,) if where.owner_type else tuple(_class_at(root, h) for h in holders)
     site = Site(
         kind="parameter",
         op="parameter",
         path=path,
         call=0,
-        spelling=f"{_short_name(owner)}.{name}",
-        type=_qualified(owner),
+        spelling=f"{_short_name(owners[0])}.{name}",
+        type=_qualified(owners[0]),
         names=names,
     )
     return Parameter(
         site=site,
-        owner=owner,
+        owners=owners,
         obstacle=uses.obstacle or _decoupled_already(uses.reads, names),
         tensor=uses.tensor,
         reads=tuple(uses.reads),

@@ -124,7 +124,7 @@ class Selector:
             return False
         if self.module and not _any_match(self._modules, _owner_paths(site)):
             return False
-        if self.type and self.op and not self._is_of_type(located.owner):
+        if self.type and self.op and not any(map(self._is_of_type, located.owners)):
             return False
         if self.call and not any(_is_call(call, site.call) for call in self.call):
             return False
