@@ -429,6 +429,12 @@ def test_a_tied_parameter_is_one_of_every_class_that_holds_it(kind: type[nn.Modu
     assert torch.equal(ruled.gradients["embed.weight"], -native.gradients["embed.weight"])
 
 
+def test_a_misspelt_parameter_is_answered_with_those_that_there_are() -> None:
+    table = fg.RuleTable([fg.on(parameter="*.wieght").backward("reverse")])
+    with pytest.raises(fg.PlanError, match=r"it has are, among others: .*used\.weight"):
+        fg.explain(HalfUsed(), table, strict=True)
+
+
 def test_all_means_activations_and_parameters() -> None:
     model = nn.Sequential(nn.Linear(6, 6), nn.PReLU(6), nn.Linear(6, 3))
     x = floats(4, 6)

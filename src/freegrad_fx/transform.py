@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import difflib
+import itertools
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,7 +18,7 @@ from .plan import Decided, Plan, make_plan
 from .report import PLAN
 from .rewrite import rewrite, without_ambient
 from .rules import d_linear
-from .table import RulesLike, RuleTable
+from .table import Entry, RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
 
@@ -158,10 +160,8 @@ def _planned(
 
 def _complain(plan: Plan, strict: bool) -> None:
     """Say what the caller asked for and does not get."""
-    ops = sorted({decision.site.op for decision in plan.decisions})
     problems = [
-        f"the entry {entry.selector!r} matches nothing in {plan.model}; the ops it has are: "
-        f"{', '.join(ops) or 'none'}"
+        f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry)}"
         for entry in plan.unmatched
     ]
     problems += [
@@ -174,3 +174,14 @@ def _complain(plan: Plan, strict: bool) -> None:
             raise PlanError("strict: " + "; ".join(problems))
     for problem in problems:
         warnings.warn(problem, FreegradWarning, stacklevel=3)
+
+
+def _there_are(plan: Plan, entry: Entry) -> str:
+    """What a model has of what an entry selects by: the parameters whose names are like its patterns, or the ops."""
+    if entry.sites.parameter:
+        names = [name for d in plan.decisions for name in d.site.names]
+        close = [difflib.get_close_matches(p, names, cutoff=0.3) for p in entry.sites.parameter]
+        found = list(dict.fromkeys(itertools.chain(*close))) or names[:3]
+        return f"parameters it has are, among others: {', '.join(found) or 'none'}"
+    ops = sorted({d.site.op for d in plan.decisions if d.site.kind == "activation"})
+    return f"ops it has are: {', '.join(ops) or 'none'}"
