@@ -487,3 +487,13 @@ def test_hooks_of_every_kind_get_the_real_module() -> None:
         gm(x)
     assert {gm.get_submodule(str(i)) for i in range(3)} <= set(seen)
     assert set(seen) <= set(gm.modules())
+
+
+def test_a_parameter_whose_only_user_is_replaced_is_skipped() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.PReLU())
+    rules = {nn.PReLU: fg.rules.scale(forward="tanh"), "params": "reverse"}
+    with pytest.warns(fg.FreegradWarning, match=r"1\.weight keeps .* what uses it is replaced"):
+        gm = fg.transform(model, rules)
+    got = {d.site.name: d.action for d in fg.report(gm).decisions}
+    assert got["1.weight"] == "skip"
+    assert got["0.weight"] == "rewrite"

@@ -15,7 +15,7 @@ from .capture import Capture, Opaque
 from .errors import PlanError
 from .nodes import called_module, called_path
 from .ops import has_backward_hooks
-from .rules.rule import Rule, shown
+from .rules.rule import Forward, Rule, shown
 from .sites import (
     Located,
     Operation,
@@ -32,9 +32,6 @@ if TYPE_CHECKING:
     from .diff import PlanDiff
 
 __all__ = ["Decided", "Decision", "Forward", "Plan", "make_plan"]
-
-Forward: TypeAlias = str | Callable[..., Tensor]
-"""What can stand in the place of a site's own forward: an op of the vocabulary, or a function of a tensor."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +173,14 @@ def make_plan(
         found: list[Parameter] = []
         for variant, pairs, aliasing in zip(capture.variants, decided, aliasings, strict=True):
             here = find_parameters(variant.graph, capture.root)
-            pairs.extend((place, _decide_parameter(place, table, aliasing)) for place in here)
+            replaced = {
+                place.node
+                for place, decision in pairs
+                if decision.forward is not None and isinstance(place, Operation)
+            }
+            pairs.extend(
+                (place, _decide_parameter(place, table, aliasing, replaced)) for place in here
+            )
             found += here
         unused = unused_parameters(capture.root, found)
         nowhere.extend((place, _decide(place, table)) for place in unused)
@@ -259,8 +263,15 @@ def _decide_operations(
 
 
 def _decide_parameter(
-    place: Parameter, table: RuleTable, aliasing: Callable[[], Aliasing]
+    place: Parameter,
+    table: RuleTable,
+    aliasing: Callable[[], Aliasing],
+    replaced: Collection[fx.Node],
 ) -> Decision:
+    users = {*(u for node in place.reads for u in node.users), *(node for node, _ in place.calls)}
+    if users and users.issubset(replaced):
+        unused = replace(place, obstacle="the forward of what uses it is replaced")
+        return _decide(unused, table)
     decision = _decide(place, table)
     if decision.forward is not None and (
         place.renormalised or any(map(aliasing().written, place.reads))

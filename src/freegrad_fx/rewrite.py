@@ -32,9 +32,9 @@ from .ops import (
     require_frozen,
     stop_gradient,
 )
-from .plan import FROZEN, Decided, Decision, Forward
+from .plan import FROZEN, Decided, Decision
 from .provenance import META
-from .rules.rule import Rule
+from .rules.rule import Forward, Rule
 from .sites import Operation, Parameter, Site
 
 __all__ = ["rewrite", "without_ambient"]
