@@ -116,9 +116,11 @@ class Backend:
         compiled = compiler(gm, example_inputs)
 
         def run(*args: Any) -> Any:
+            if torch._guards.TracingContext.try_get() is not None:
+                return compiled(*args)  # a compiler runs it on fake tensors
             session = self.session
-            if session is None or torch._guards.TracingContext.try_get() is not None:
-                return compiled(*args)  # the second: a compiler runs it on fake tensors
+            if session is None:
+                return compiled(*piece.decouple(args, {}))
             return session.run(piece, compiled, args)
 
         return run
@@ -216,7 +218,7 @@ class Backend:
             self._complain(
                 f"the parameter {name} of {program.name} is used in several of the captured graphs that run in one "
                 f"call: its rule acts on the gradient from each of them, not on their sum. Remove the graph breaks "
-                f"between its uses, or use transform()"
+                f"between its uses, compile the model itself and not what calls it, or use transform()"
             )
 
     def after(self, session: Session) -> None:
@@ -291,12 +293,14 @@ class Backend:
         for program in self._programs.values():
             program.refresh()
         if session is None:
-            piece = Piece(gm, self.table, frames.setting(None, None), Counter(), self.program_of)
+            here = frames.setting(None, None)
+            piece = Piece(gm, self.table, here, Counter(), self.program_of, alone=True)
             self._guard(piece, Counter())
             return piece
         pending = Counter(session.pending)
         setting = session.setting()
-        piece = Piece(gm, self.table, setting, session.calls + pending, self.program_of)
+        alone = not session.one_call or session.holds_all(gm, setting)
+        piece = Piece(gm, self.table, setting, session.calls + pending, self.program_of, alone)
         session.pending.update(piece.at(setting, session.calls + pending).counts)
         self._guard(piece, pending)
         return piece
@@ -416,7 +420,7 @@ def backend(
     which is a warning that names it.
 
     Args:
-        rules: As for `transform`. Sites have the same owner paths, ops, names and call indices.
+        rules: As for `transform`, but not None. Sites have the same owner paths, ops, names and call indices.
         inner: What compiles the rewritten graphs: the name of a backend, or one.
         strict: Raise `PlanError` where the default is a warning: for an entry that matched nothing in the first call,
             a site that cannot be given its rule, and one that ran outside of the captured graphs.
@@ -428,7 +432,7 @@ def backend(
     Raises:
         RuleError: A rule is unknown or not fully bound.
         PlanError: A key names no op or group; or, while something is compiled, a rule cannot serve a site.
-        TypeError: An option is none of those above.
+        TypeError: An option is none of those above; or `rules` is None.
 
     Example:
         >>> import torch, freegrad_fx as fg
@@ -462,7 +466,7 @@ def compile(
 
     Args:
         model: A module or a function. It is not changed.
-        rules: As for `transform`.
+        rules: As for `backend`.
         strict: As for `backend`.
         backend: What compiles the rewritten graphs.
         mode: For that backend; likewise `options`.

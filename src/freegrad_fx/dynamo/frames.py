@@ -19,6 +19,7 @@ from torch import nn
 
 __all__ = [
     "Setting",
+    "calls_module",
     "capturable",
     "compiled_call",
     "compiled_module",
@@ -122,6 +123,16 @@ def compiled_module(function: Callable[..., Any]) -> nn.Module | None:
     called = getattr(function, "__wrapped__", function)
     module = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
     return _model(module) if isinstance(module, nn.Module) else None
+
+
+def calls_module(function: Callable[..., Any]) -> bool:
+    """Whether what `torch.compile` compiled is the call of a module, and not another method or a function."""
+    called = getattr(function, "__wrapped__", function)
+    if isinstance(called, nn.Module):
+        return True
+    name = getattr(called, "__name__", "")
+    calls = ("forward", "_call_impl", "_wrapped_call_impl")
+    return isinstance(getattr(called, "__self__", None), nn.Module) and name in calls
 
 
 def _model(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
@@ -18,21 +18,25 @@ import torch
 from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator
 
+from ..aliasing import Aliasing
 from ..capture import Capture, Opaque
-from ..captured import Variant
-from ..plan import FROZEN, Decision, make_plan
+from ..captured import Variant, sets_grad_mode
+from ..plan import FROZEN, Decided, Decision, make_plan
 from ..provenance import META, Origin, is_users_file, origin
 from ..rewrite import rewrite
-from ..sites import Located, Operation, Parameter, find_sites
+from ..sites import Located, Operation, Parameter, find_parameters, find_sites
 from ..table import RuleTable
 from .frames import Setting
 from .programs import Program, class_of
 from .whole import Call, captured_tensor, fold, refusal, unfold
 
-__all__ = ["Calls", "Occurrence", "Piece"]
+__all__ = ["Calls", "Decoupled", "Occurrence", "Piece"]
 
 Calls: TypeAlias = "Counter[tuple[Program, str, str]]"
 """How many sites of a program, owner path and op there have been."""
+
+Decoupled: TypeAlias = dict[tuple[int, bool], tuple[Tensor, int, Tensor]]
+"""What rules made of parameters, which stand with it in their version of then; by identity and grad mode."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,13 +47,13 @@ class Occurrence:
         sites: Every site as it is called there, with its program and the decision for it.
         entries: For every site the index of the entry of the table that decides it there.
         counts: How many sites of each kind it has.
-        parameters: The names of the parameters to which rules are given.
+        parameters: The names of the parameters to which rules are given, and whether these are in the graph.
     """
 
     sites: tuple[tuple[Program, Located, Decision], ...]
     entries: tuple[int | None, ...]
     counts: Calls
-    parameters: tuple[tuple[Program, str], ...]
+    parameters: Mapping[tuple[Program, str], bool]
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,9 @@ class _Place:
     program: Program
     place: Located
     decision: Decision
-    anchored: (
-        str | None
-    )  # the path of its owner, or its name, from the module whose code the piece is
+    # The path of its owner, or its name, from the module whose code the piece is
+    anchored: str | None
+    inside: bool  # whether its rules are in the graph
 
 
 class Piece:
@@ -73,6 +77,7 @@ class Piece:
         setting: Where it is captured.
         before: How many sites came before it.
         program_of: The program of a model.
+        alone: Whether no other graph runs in the same call, so that the rules of parameters can be in it.
 
     Attributes:
         program: The program that it is captured in.
@@ -91,6 +96,7 @@ class Piece:
         setting: Setting,
         before: Calls,
         program_of: Callable[[nn.Module | None], Program],
+        alone: bool,
     ) -> None:
         self._table = table
         self._program_of = program_of
@@ -113,6 +119,8 @@ class Piece:
             for name, place in _in_closed(homes, setting, modules)
             if _given_a_rule(place, table)
         ]
+        self._given: dict[int, fx.GraphModule] = {}
+        self._sets_grad_mode = sets_grad_mode(gm.graph)
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
         for module in graph_modules:
             capture = Capture(module, self.program.name, (Variant({}, module.graph),))
@@ -121,6 +129,8 @@ class Piece:
             pairs = [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
             self.opaque += [note for note in plan.opaque if note not in self.opaque]
             decided.update({_node(place): (place, _guarded(decision)) for place, decision in pairs})
+            if module is gm and not alone:
+                pairs = self._take_out(gm, pairs)
             rewrite(module.graph, module, pairs)
             for node in whole[module]:
                 if not node._erased:  # a call whose forward has been replaced is gone
@@ -130,8 +140,15 @@ class Piece:
         _name_sources(gm)
         anchor = self.program.owner(setting.modules)
         inside = _inside(anchor)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        given = {inputs[index] for index in self._given}
         self._places = [
-            _Place(home.program, *decided[node], inside.get(id(home.parameter_or_owner)))
+            _Place(
+                home.program,
+                *decided[node],
+                inside.get(id(home.parameter_or_owner)),
+                node not in given,
+            )
             for node, home in homes.items()
             if node in decided
         ]
@@ -164,14 +181,64 @@ class Piece:
                 counts[key] += 1
             sites.append((owner, place, replace(placed.decision, site=place.site)))
             entries.append(self._table.decide(place))
-        parameters = tuple(
-            (owner, place.site.name)
-            for owner, place, decision in sites
+        parameters = {
+            (owner, place.site.name): placed.inside
+            for (owner, place, decision), placed in zip(sites, self._places, strict=True)
             if isinstance(place, Parameter) and decision.action == "rewrite"
-        )
+        }
         found = Occurrence(tuple(sites), tuple(entries), counts, parameters)
         self._occurrences[program, anchor, first] = found
         return found
+
+    def _take_out(self, gm: fx.GraphModule, pairs: Decided) -> Decided:
+        """Leave in the graph what no other graph of the same call can have a part in, and parameters it writes into."""
+        aliasing = Aliasing(gm.graph, gm)
+        inputs = gm.graph.find_nodes(op="placeholder")
+        inside: Decided = []
+        for place, decision in pairs:
+            if (
+                isinstance(place, Parameter)
+                and decision.action == "rewrite"
+                and not any(map(aliasing.written, place.reads))
+            ):
+                with_rules = _with_rules(place, decision)
+                self._given.update({inputs.index(node): with_rules for node in place.reads})
+            else:
+                inside.append((place, decision))
+        return inside
+
+    def decouple(self, args: Sequence[Any], known: Decoupled) -> list[Any]:
+        """The inputs of the graph, with what rules make of parameters in the place of those whose rules are not in it.
+
+        Args:
+            args: The inputs.
+            known: What other graphs of the same call were given; it is added to.
+        """
+        result = list(args)
+        enabled = torch.is_grad_enabled() or self._sets_grad_mode
+        for index, with_rules in self._given.items():
+            parameter = args[index]
+            key = id(parameter), enabled
+            # One that has been written into may be another for a new forward
+            if key not in known or known[key][1] != _version(parameter):
+                with torch.set_grad_enabled(enabled):
+                    known[key] = parameter, _version(parameter), with_rules(parameter)
+            result[index] = known[key][2]
+        return result
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _with_rules(place: Parameter, decision: Decision) -> fx.GraphModule:
+    """The function of a parameter that its rules are put into."""
+    graph, root = fx.Graph(), nn.Module()
+    node = graph.placeholder("parameter")
+    node.meta.update({META: origin(place.reads[0]), "val": place.tensor})
+    graph.output(node)
+    rewrite(graph, root, [(found, decision) for found in find_parameters(graph, root)])
+    return fx.GraphModule(root, graph)
 
 
 def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tuple[Program, Located]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from ..activations import OPS
@@ -17,7 +17,7 @@ from ..provenance import Origin, caller
 from ..sites import Located
 from . import frames
 from .frames import Setting
-from .pieces import Calls, Piece
+from .pieces import Calls, Decoupled, Piece
 from .programs import Program, class_of
 from .watch import Watch, activation_call, located, located_parameter, possible_activations
 
@@ -41,6 +41,7 @@ class Session:
         pending: How many sites have been captured in graphs that have not run yet.
         ran: How many captured graphs have run.
         error: What went wrong while a graph was rewritten.
+        one_call: Whether it is one call of a module, in which a rule acts once on the gradient of a parameter.
     """
 
     def __init__(self, backend: Backend, function: Callable[..., Any], frame: FrameType) -> None:
@@ -49,7 +50,10 @@ class Session:
         self._frame: FrameType | None = frame
         self._activation: FrameType | None = None
         self._watch = Watch(self._seen)
-        self._parameters: set[tuple[Program, str]] = set()
+        # Those that graphs have used, and whether their rules are in one of these
+        self._parameters: dict[tuple[Program, str], bool] = {}
+        self._decoupled: Decoupled = {}
+        self.one_call = frames.calls_module(function)
         self.name = type(self._root).__name__
         if self._root is None:
             self.name = getattr(function, "__qualname__", "a function")
@@ -83,6 +87,17 @@ class Session:
         module = frames.compiled_module(function)
         return module is not None and self._root is not None and module in self._root.modules()
 
+    def holds_all(self, gm: fx.GraphModule, setting: Setting) -> bool:
+        """Whether a graph that is captured now holds all that this call runs, as far as can be told.
+
+        Args:
+            gm: The graph.
+            setting: Where it is captured.
+        """
+        reason = getattr(gm, "compile_subgraph_reason", None)  # DDP's parts of a graph have none
+        ended = reason is not None and not reason.graph_break
+        return ended and not self.ran and not self.pending and len(setting.modules) <= 1
+
     def setting(self) -> Setting:
         """Where the code that is running stands in the program."""
         return frames.setting(self._root, self._frame)
@@ -95,10 +110,16 @@ class Session:
         self.pending.clear()
         self.ran += 1
         if occurrence.parameters and torch.is_grad_enabled():
-            again = self._parameters.intersection(occurrence.parameters)
-            self._backend.torn(again)
-            self._parameters.update(occurrence.parameters)
-        return self._watch.unseen(compiled, args)
+            self._use(occurrence.parameters)
+        known = self._decoupled if self.one_call else {}
+        return self._watch.unseen(lambda: compiled(*piece.decouple(args, known)), ())
+
+    def _use(self, parameters: Mapping[tuple[Program, str], bool]) -> None:
+        """Say which of the parameters that a graph uses have been used before, so that a rule acts on each part."""
+        used = self._parameters
+        inside = {p: inside or not self.one_call for p, inside in parameters.items()}
+        self._backend.torn(p for p in inside if p in used and (inside[p] or used[p]))
+        used.update({p: inside[p] or used.get(p, False) for p in inside})
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operation that runs outside of the captured graphs."""
