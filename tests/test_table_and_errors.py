@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import json
@@ -823,3 +824,54 @@ def test_a_second_trace_has_no_report_and_says_why() -> None:
     again = torch.fx.symbolic_trace(fg.transform(nn.ReLU(), "scale"))
     with pytest.raises(TypeError, match="A second trace of a transformed model keeps its rules"):
         fg.report(again)
+
+
+# --- what a user is told ---
+
+
+@pytest.mark.parametrize(
+    ("entry", "told"),
+    [
+        (fg.on("relu", module="blok.*"), r"sites of such ops have, among others: paths"),
+        (fg.on("relu", call=7), r"calls 0 to \d"),
+        (fg.on("params", type="nn.Linear"), r"classes torch\.nn\.modules\.linear\.Linear"),
+        (fg.on("relu", where=lambda site: False), r"`where` refuses every site"),
+        (fg.on("tanh"), r"ops it has are: clamp, "),
+        (fg.on(parameter="*.wieght"), r"parameters it has are, among others: \w+\.weight"),
+    ],
+    ids=["module", "call", "type", "where", "op", "parameter"],
+)
+def test_an_entry_that_matches_nothing_is_told_what_there_is(entry: Any, told: str) -> None:
+    with pytest.warns(fg.FreegradWarning, match=told):
+        fg.explain(Net(), fg.RuleTable([entry.backward("scale")]))
+
+
+@pytest.mark.parametrize("name", ["none", "None", "native", "null", None])
+def test_no_rule_is_not_mistaken_for_a_misspelt_one(name: Any) -> None:
+    with pytest.raises(fg.RuleError, match="keeps the native backward is None in a table"):
+        fg.get(name)
+
+
+def test_a_rule_inside_is_told_of_where_a_table_wants_the_native_backward() -> None:
+    inner = fg.transform(nn.Sequential(nn.ReLU()), "scale")
+    (decision,) = fg.explain(nn.Sequential(inner), {"relu": None}).decisions
+    assert decision.action == "native"
+    assert "already decoupled, with the rule 'scale'" in decision.reason
+
+
+def test_the_report_of_a_copy_shows_the_copy_s_tensor() -> None:
+    schedule = torch.tensor(1.0)
+    gm = fg.transform(nn.Sequential(nn.ReLU()), fg.rules.scale(s=schedule))
+    copied = copy.deepcopy(gm)
+    schedule.fill_(7.0)
+    for model, value in ((gm, 7.0), (copied, 1.0)):
+        (decision,) = fg.report(model).decisions
+        shown = decision.rules[0].bound["s"]
+        assert shown.item() == value
+        assert any(shown is buffer for buffer in model.buffers())
+
+
+def test_the_report_of_a_wrapped_model_is_that_of_the_model() -> None:
+    gm = fg.transform(Net(), "scale")
+    for wrapped in (torch.compile(gm, backend="eager"), nn.DataParallel(gm)):
+        assert fg.report(wrapped) is fg.report(gm)

@@ -302,7 +302,8 @@ def _decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "native", reason=place.obstacle or "no entry matches")
     entry = table.entries[index]
     if entry.rules is None:
-        return Decision(site, "native", entry=index, reason=f"{entry.selector} = None")
+        reason = place.obstacle or f"{entry.selector} = None"
+        return Decision(site, "native", entry=index, reason=reason)
     if place.obstacle:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
     _check_rules(place, entry)

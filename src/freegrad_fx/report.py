@@ -12,6 +12,8 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from torch import nn
+
 from .plan import Decision, Plan
 from .rules.rule import shown
 
@@ -39,7 +41,8 @@ def report(model: Any) -> Plan:
     """What was rewritten, what was not, and why.
 
     Args:
-        model: What `transform` or `compile` returned, or a `backend`.
+        model: What `transform` or `compile` returned, also wrapped by `torch.compile` or `DataParallel`, or a
+            `backend`.
 
     Returns:
         The plan that was carried out: ``print`` it, show it in a notebook, or take ``to_dict()``. That of compiled code
@@ -49,7 +52,10 @@ def report(model: Any) -> Plan:
         TypeError: `model` comes from none of these.
         PlanError: Of compiled code, nothing has run yet.
     """
-    found = getattr(model, "__dict__", {}).get(PLAN)
+    found, wrapped = None, model
+    while found is None and wrapped is not None:
+        found = getattr(wrapped, "__dict__", {}).get(PLAN)
+        wrapped = _wrapped_by(wrapped)
     plan = found() if callable(found) else found
     if not isinstance(plan, Plan):
         raise TypeError(
@@ -57,6 +63,12 @@ def report(model: Any) -> Plan:
             f"second trace of a transformed model keeps its rules, but not the report."
         )
     return plan
+
+
+def _wrapped_by(model: Any) -> nn.Module | None:
+    """The model that torch.compile, DataParallel and their kin have wrapped."""
+    parts = getattr(model, "__dict__", {}).get("_modules", {})
+    return parts.get("_orig_mod") or parts.get("module") if len(parts) == 1 else None
 
 
 # --- what is said ---

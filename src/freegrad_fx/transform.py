@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import itertools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -177,11 +177,33 @@ def _complain(plan: Plan, strict: bool) -> None:
 
 
 def _there_are(plan: Plan, entry: Entry) -> str:
-    """What a model has of what an entry selects by: the parameters whose names are like its patterns, or the ops."""
-    if entry.sites.parameter:
-        names = [name for d in plan.decisions for name in d.site.names]
-        close = [difflib.get_close_matches(p, names, cutoff=0.3) for p in entry.sites.parameter]
-        found = list(dict.fromkeys(itertools.chain(*close))) or names[:3]
-        return f"parameters it has are, among others: {', '.join(found) or 'none'}"
-    ops = sorted({d.site.op for d in plan.decisions if d.site.kind == "activation"})
-    return f"ops it has are: {', '.join(ops) or 'none'}"
+    """What a model has of what an entry selects by, the closest first."""
+    sites = entry.sites
+    meant = [
+        d.site
+        for d in plan.decisions
+        if (sites.wants_parameters if d.site.kind == "parameter" else d.site.op in sites.ops)
+    ]
+    if not meant:
+        ops = sorted({d.site.op for d in plan.decisions if d.site.kind == "activation"})
+        return f"ops it has are: {', '.join(ops) or 'none'}"
+    if sites.parameter:
+        names = [name for site in meant for name in site.names]
+        return f"parameters it has are, among others: {_closest(sites.parameter, names)}"
+    found = []
+    if sites.module:
+        found.append(f"paths {_closest(sites.module, [site.path or '<root>' for site in meant])}")
+    if sites.type:
+        kinds = [str(getattr(kind, "__name__", kind)) for kind in sites.type]
+        found.append(f"classes {_closest(kinds, [site.type for site in meant])}")
+    if sites.call:
+        found.append(f"calls 0 to {max(site.call for site in meant)}")
+    if not found:
+        return "function given as `where` refuses every site of such ops"
+    return f"sites of such ops have, among others: {'; '.join(found)}"
+
+
+def _closest(patterns: Iterable[str], names: Sequence[str]) -> str:
+    close = [difflib.get_close_matches(pattern, names, cutoff=0.3) for pattern in patterns]
+    found = list(dict.fromkeys([*itertools.chain(*close), *names]))
+    return ", ".join(found[:3]) or "none"

@@ -363,7 +363,7 @@ def _export(
     first = str(failure).strip().partition("\n")[0]
     raise CaptureError(
         f"{type(root).__name__} cannot be captured from the example inputs: torch.export says "
-        f"{type(failure).__name__}: {first[:300]}"
+        f"{type(failure).__name__}: {first[:300]}. freegrad_fx.compile(model, rules) takes any program."
     ) from failure
 
 

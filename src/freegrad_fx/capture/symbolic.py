@@ -179,8 +179,9 @@ def _traced(tracer: Tracer, root: nn.Module) -> fx.Graph:
             f"{type(root).__name__} cannot be captured: {tracer.explain(error)}\n"
             f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
             "The forward of the model itself does there what a symbolic trace cannot follow, such as a branch on the "
-            "values or shapes of its inputs. Give example_inputs=(...) to capture it by torch.export; or move that "
-            "part into a submodule: it is then kept whole, and the rest is rewritten."
+            "values or shapes of its inputs. Give example_inputs=(...) to capture it by torch.export; or compile it, "
+            "freegrad_fx.compile(model, rules), which takes any program; or move that part into a submodule: it is "
+            "then kept whole, and the rest is rewritten."
             + "".join(
                 f" If it needs keywords in **{c}: concrete_args={{{c!r}: torch.fx.PH}}."
                 for c in collects

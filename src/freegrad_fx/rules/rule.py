@@ -5,6 +5,7 @@ This file knows no rule by name and nothing of graphs. The built-in rules stand 
 
 from __future__ import annotations
 
+import copy
 import functools
 import inspect
 import math
@@ -258,7 +259,9 @@ class Rule:
         return _rebind, (self.name, dict(self.bound), self.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        return self
+        # a tensor is a buffer of the model that is being copied
+        tensors: Any = {name: v for name, v in self.bound.items() if isinstance(v, Tensor)}
+        return self(**copy.deepcopy(tensors, memo)) if tensors else self
 
 
 def shown(value: Any) -> str:
@@ -455,6 +458,11 @@ def get(rule: RuleLike) -> Rule:
         return _registry[rule]  # type: ignore[index]
     except (KeyError, TypeError):
         remedy = "A rule of your own is known once the module that registers it has been imported."
+        if str(rule).casefold() in ("none", "null", NATIVE):
+            raise RuleError(
+                f"{rule!r} is no rule. What keeps the native backward is None in a table, {NATIVE!r} in a file, and a "
+                f"native() block."
+            ) from None
         raise RuleError(unknown("rule", rule, _registry, remedy)) from None
 
 

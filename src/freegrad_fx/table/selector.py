@@ -90,7 +90,7 @@ class Selector:
     # A plan asks every entry about every site: what can be computed once is.
 
     @functools.cached_property
-    def _ops(self) -> frozenset[str]:
+    def ops(self) -> frozenset[str]:
         """The ops that names and groups stand for. A group that has the name of an op has the op in it."""
         groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: ()}
         return frozenset(op for name in self.op for op in groups.get(name, (name,)))
@@ -118,7 +118,7 @@ class Selector:
         elif self.parameter:
             return False
         elif self.op:
-            if located.op is None or located.op.name not in self._ops:
+            if located.op is None or located.op.name not in self.ops:
                 return False
         elif located.called is None or not self._is_of_type(located.called):
             return False
