@@ -36,12 +36,12 @@ def without_prefix(run: Execution) -> Execution:
 # --- torchvision ---
 
 SMALL = [
-    *(v for v in VISION if v.name in ("resnet18", "mobilenet_v3_small")),
+    *(v for v in VISION if v.name == "resnet18"),
     Vision("squeezenet1_1", train_size=64, size=64),
-    Vision("shufflenet_v2_x0_5"),
 ]
 LARGE = [
-    *(v for v in VISION if v.name not in ("resnet18", "mobilenet_v3_small", "inception_v3")),
+    *(v for v in VISION if v.name not in ("resnet18", "inception_v3")),
+    Vision("shufflenet_v2_x0_5"),
     Vision("mnasnet0_5"),
     Vision("convnext_tiny"),
 ]

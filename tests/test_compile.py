@@ -27,6 +27,8 @@ DEVICES = [
 ]
 BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+SLOWLY = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
+ON_INDUCTOR_SLOWLY = pytest.mark.parametrize("backend", ["eager", "aot_eager", SLOWLY])
 ON_EVERY_DEVICE = pytest.mark.parametrize("device", DEVICES)
 
 
@@ -142,7 +144,7 @@ def test_every_rule_on_activations_gives_the_gradients_of_plain_autograd(
 
 
 @ON_EVERY_DEVICE
-@ON_EVERY_BACKEND
+@ON_INDUCTOR_SLOWLY
 def test_every_rule_in_a_composition_gives_the_gradients_of_plain_autograd(
     backend: str, device: str
 ) -> None:
@@ -283,7 +285,7 @@ class Repeated(nn.Module):
         return x
 
 
-@ON_EVERY_BACKEND
+@ON_INDUCTOR_SLOWLY
 def test_a_model_captured_by_export_compiles(backend: str) -> None:
     model, x = Repeated(), torch.randn(4, 6)
     gm = fg.transform(model, "straight_through", example_inputs=(x,))
