@@ -41,9 +41,9 @@ class Run:
         return self.variant, self.library, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        """Six digits are enough. A loss that is not finite is null: JSON has no number for it."""
+        """Eight digits are enough. A loss that is not finite is null: JSON has no number for it."""
         columns = {
-            name: [float(f"{v:.6g}") if math.isfinite(v) else None for v in values]
+            name: [float(f"{v:.8g}") if math.isfinite(v) else None for v in values]
             for name, values in zip(Epoch._fields, zip(*self.epochs, strict=True), strict=True)
         }
         return {"variant": self.variant, "library": self.library, "seed": self.seed} | columns

@@ -394,3 +394,37 @@ def test_an_epoch_of_every_experiment_is_the_same_with_either_package(
             for library in ("freegrad_fx", "freegrad")
         )
         assert (ours.loss, ours.accuracy) == (theirs.loss, theirs.accuracy)
+
+
+# ---- The page that shows the full runs -----------------------------------------------------------
+
+DOCS = Path(__file__).parent.parent / "docs"
+FULL_RUNS = sorted((DOCS / "_static" / "experiments").glob("*.json"))
+COMPARED = sorted((DOCS / "_static" / "experiments").rglob("*.json"))
+
+
+@pytest.mark.parametrize("path", FULL_RUNS, ids=lambda path: path.stem)
+def test_the_page_shows_the_results_of_the_full_runs(path: Path) -> None:
+    page = (DOCS / "experiments.md").read_text("utf-8")
+    results = Results.read(path)
+    for variant, library, seeds, reached, loss, _ in results.rows():
+        if library == "freegrad_fx":
+            assert int(seeds) >= 5
+            assert f"| {variant} | {seeds} | {reached} | {loss} |" in page
+    assert f"_static/experiments/{path.stem}.png" in page
+
+
+@pytest.mark.parametrize("path", COMPARED, ids=lambda path: path.stem)
+def test_the_page_shows_the_times_of_both_packages(path: Path) -> None:
+    page = (DOCS / "experiments.md").read_text("utf-8")
+    results = Results.read(path)
+    seconds = {row[:2]: row[-1] for row in results.rows()}
+    for variant, library in seconds:
+        if library == "freegrad":
+            both = f"{seconds[variant, 'freegrad_fx']} | {seconds[variant, 'freegrad']}"
+            assert f"| {variant} | {both} |" in page
+            assert results.difference() == 0
+
+
+def test_there_is_a_full_run_of_every_experiment() -> None:
+    assert {Results.read(path).about["experiment"] for path in FULL_RUNS} == set(EXPERIMENTS)
