@@ -12,6 +12,7 @@ from hypothesis import settings
 
 # On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
 import _torchvision  # noqa: F401
+from freegrad_fx.rules import rule as rule_module
 
 # Times on a shared machine say nothing about an example, so no deadline. In CI the examples are the
 # same at every run: a red run is then the fault of the change under test.
@@ -53,6 +54,11 @@ def _skip_without_compiler(items: list[pytest.Item]) -> None:
 def _reports_are_as_wide_as_they_like(monkeypatch: pytest.MonkeyPatch) -> None:
     """Printed plans fit the terminal, and tests are run in all kinds of them."""
     monkeypatch.setenv("COLUMNS", "1000")
+
+
+@pytest.fixture(autouse=True)
+def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 @pytest.fixture(autouse=True)

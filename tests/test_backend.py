@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
 from sweep import RULES, Interception
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
@@ -28,11 +27,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 RULE, NAIVE = RULES["rectangular"]
 OUTSIDE = "outside of the captured graphs"
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 class Model(nn.Module):

@@ -17,7 +17,6 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import freegrad_fx as fg
 import reference
-from freegrad_fx.rules import rule as rule_module
 
 DEVICES = [
     "cpu",
@@ -30,11 +29,6 @@ ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 SLOWLY = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
 ON_INDUCTOR_SLOWLY = pytest.mark.parametrize("backend", ["eager", "aot_eager", SLOWLY])
 ON_EVERY_DEVICE = pytest.mark.parametrize("device", DEVICES)
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 def bound(name: str) -> fg.Rule:

@@ -31,7 +31,6 @@ from torch.utils.checkpoint import checkpoint
 import freegrad_fx as fg
 import models
 import test_inplace as inplace
-from freegrad_fx.rules import rule as rule_module
 from models import naive
 from sweep import Interception
 
@@ -40,11 +39,6 @@ RECTANGULAR = fg.rules.rectangular(a=-0.4, b=0.6)
 
 def rectangular(grad: Tensor, x: Tensor) -> Tensor:
     return grad * ((x >= -0.4) & (x <= 0.6))
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 @pytest.fixture(autouse=True)

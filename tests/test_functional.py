@@ -11,7 +11,6 @@ from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
 from freegrad_fx.functional import jvp, vjp
-from freegrad_fx.rules import rule as rule_module
 
 W = torch.randn(6, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 V = torch.randn(3, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
@@ -35,11 +34,6 @@ LINEAR: dict[str, tuple[object, Callable[[Tensor], Tensor]]] = {
         lambda z: 3.0 * (z > 0),
     ),
 }
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 def jacobian(slope: Callable[[Tensor], Tensor]) -> Tensor:

@@ -23,17 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
 import models
-from freegrad_fx.rules import rule as rule_module
 
 RULES = {"relu": fg.rules.fast_sigmoid(slope=2.0), "tanh": fg.rules.scale(s=3.0)}
 RELU = models.naive(F.relu, models.fast_sigmoid(2.0))
 TANH = models.naive(torch.tanh, models.scale(3.0))
 COMPILED = pytest.mark.parametrize("backend", ["eager", "aot_eager"])
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 class Net(nn.Module):

@@ -19,16 +19,10 @@ from torch.utils.checkpoint import checkpoint
 import freegrad_fx as fg
 import reference
 from freegrad_fx.ops import apply_function, decoupled, function_key, stop_gradient
-from freegrad_fx.rules import rule as rule_module
 
 BUILT_IN = [rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
 RANDOM = {"full_jam", "positive_jam", "rectangular_jam", "noise"}
 DETERMINISTIC = [name for name in BUILT_IN if name not in RANDOM]
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 @pytest.fixture

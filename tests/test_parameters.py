@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
 from models import Vision, assert_same_forward
 from parameter_models import CASES, Case, Formula, entrywise, floats, whole
 from sweep import Execution, assert_same_state, execute, fingerprint
@@ -50,11 +49,6 @@ def _projections_without_onednn() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="LSTM with projections")
         yield
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 def transformed(case: Case, model: nn.Module, rules: Any, export: bool) -> fg.CapturedModule:

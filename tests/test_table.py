@@ -17,13 +17,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
 from tables import tables
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 class Block(nn.Module):

@@ -19,7 +19,6 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
 from tables import tables
 
 EXAMPLE = """\
@@ -65,11 +64,6 @@ TABLE = fg.RuleTable(
         fg.on(["softmax", "all"]).backward(None),
     ]
 )
-
-
-@pytest.fixture(autouse=True)
-def _rules_of_a_test_end_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rule_module, "_registry", dict(rule_module._registry))
 
 
 # --- there and back ---
