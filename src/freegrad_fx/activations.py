@@ -26,6 +26,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
 __all__ = [
+    "FORWARDS",
     "GROUPS",
     "OPS",
     "Op",
@@ -248,6 +249,9 @@ _TABLE = (
 _CASES = {"hardtanh": ("relu6", {"min_val": 0.0, "max_val": 6.0})}
 
 OPS: Mapping[str, Op] = MappingProxyType({op.name: op for op in _TABLE})
+
+FORWARDS = tuple(op.name for op in _TABLE if op.function is not None and op.keeps_shape)
+"""The ops that can replace a forward: those of one tensor, which keep its shape."""
 
 GROUPS: Mapping[str, frozenset[str]] = MappingProxyType(
     {g: frozenset(op.name for op in _TABLE if g in op.groups) for g in (_A, _S, _Q)}

@@ -24,6 +24,7 @@ __all__ = [
     "Aliasing",
     "has_forward_hooks",
     "named_in_place",
+    "of_library",
     "written_argument",
 ]
 
@@ -221,8 +222,7 @@ def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
     if (called := called_module(node, root)) is not None:
         return not _of_torch(called)
     if node.op == "call_function":
-        module = (getattr(node.target, "__module__", None) or "torch").partition(".")[0]
-        return node.target is apply_function or module not in LIBRARIES
+        return node.target is apply_function or not of_library(node.target)
     return False
 
 

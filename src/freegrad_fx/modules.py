@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import OPS
+from .activations import FORWARDS, OPS
 from .context import in_the_blocks_of_now, parts_for
 from .errors import RuleError, unknown
 from .ops import decoupled, stop_gradient
@@ -30,10 +30,7 @@ FREEGRAD = {
     "Softplus": "softplus",
     "Heaviside": "heaviside",
 }
-_FORWARDS = {
-    **{op.name: op.name for op in OPS.values() if op.function is not None and op.keeps_shape},
-    **FREEGRAD,
-}
+_FORWARDS = {**{name: name for name in FORWARDS}, **FREEGRAD}
 
 
 class Activation(nn.Module):

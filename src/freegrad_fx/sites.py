@@ -18,7 +18,7 @@ from torch._ops import OpOverload
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .activations import Op, Spelling
-from .aliasing import LIBRARIES, has_forward_hooks
+from .aliasing import has_forward_hooks, of_library
 from .capture import Opaque, tensors_in
 from .nodes import (
     argument,
@@ -507,9 +507,8 @@ def find_opaque(
             if node.target in _ATTENTIONS:
                 reason = "PyTorch computes activations inside of it"
                 found[Opaque(where.owner, _text(node, None, False), reason, where.source)] = None
-            module_name = getattr(node.target, "__module__", None) or "torch"
-            if module_name.partition(".")[0] not in LIBRARIES:
-                name = f"{module_name}.{getattr(node.target, '__name__', node.target)}"
+            if not of_library(node.target):
+                name = f"{node.target.__module__}.{getattr(node.target, '__name__', node.target)}"
                 what, reason = f"function {name}, kept whole", "it is wrapped for torch.fx"
                 found[Opaque(where.owner, what, reason, where.source)] = None
     return list(found)

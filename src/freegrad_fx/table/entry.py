@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..activations import OPS
+from ..activations import FORWARDS
 from ..errors import RuleError, TableError, unknown
 from ..rules.rule import Composition, Forward, Rule, RuleLike, get, shown
 from ..sites import Located, Site
@@ -16,9 +16,6 @@ from .fields import Calls, Names, Types
 from .selector import Selector
 
 __all__ = ["FORWARDS", "Entry", "Selection", "on"]
-
-FORWARDS = tuple(op.name for op in OPS.values() if op.function is not None and op.keeps_shape)
-"""The ops that can replace a forward: those of one tensor, which keep its shape."""
 
 
 @dataclass(frozen=True)
