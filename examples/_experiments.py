@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from _data import Data, Source, load
+from _options import count
 from _results import OURS, PEER, Results, Run, draw, table
 from _training import Epoch, train
 
@@ -232,10 +233,3 @@ def options(experiment: Experiment, arguments: list[str] | None) -> argparse.Nam
     if chosen.compare and importlib.util.find_spec(PEER) is None:
         parser.error(f"--compare {PEER}: it is not installed; python -m pip install {PEER}==1.0.1")
     return chosen
-
-
-def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
-    return number

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from _data import load_digits
+from _options import count
 from _results import spread
 from _training import Epoch, train
 
@@ -126,13 +127,6 @@ def options() -> argparse.Namespace:
     chosen.epochs = chosen.epochs or (3 if chosen.quick else 20)
     chosen.seeds = chosen.seeds or (1 if chosen.quick else 5)
     return chosen
-
-
-def count(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"at least 1, not {number}")
-    return number
 
 
 def main() -> None:
