@@ -112,11 +112,18 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks, one after the other, and write out/benchmarks.json."""
+    """Run the benchmarks and write out/benchmarks.json; ``nox -s bench -- --quick`` tries that they run."""
     install_project(session, "bench")
     results = ROOT / "out" / "benchmarks.json"
     results.parent.mkdir(exist_ok=True)
     session.run("pytest", "benchmarks", f"--benchmark-json={results}", *session.posargs)
+
+
+@nox.session
+def compare(session: nox.Session) -> None:
+    """Compare with native PyTorch and the peers, and write out/compare.json; ``-- --help`` lists the options."""
+    install_project(session, "bench,peers")
+    session.run("python", "-m", "benchmarks.compare", *session.posargs)
 
 
 @nox.session
