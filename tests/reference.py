@@ -19,10 +19,11 @@ __all__ = ["ENTRYWISE", "JAMS", "WHOLE_TENSOR", "entrywise", "oracle"]
 
 
 # --- one entry of the gradient, from one entry of the gradient and of the input ---
+# g·1[...] is 0 outside, also for an infinite g: nothing passes, as in PyTorch's own derivative of relu.
 
 
 def d_relu(g: float, x: float) -> float:
-    return g * (1.0 if x > 0 else 0.0)
+    return g if x > 0 else 0.0
 
 
 def d_linear(g: float, x: float) -> float:
@@ -30,7 +31,7 @@ def d_linear(g: float, x: float) -> float:
 
 
 def rectangular(g: float, x: float, *, a: float = -0.5, b: float = 0.5) -> float:
-    return g * (1.0 if a <= x <= b else 0.0)
+    return g if a <= x <= b else 0.0
 
 
 def triangular(g: float, x: float, *, width: float = 1.0) -> float:
@@ -57,7 +58,7 @@ def straight_through(g: float, x: float) -> float:
 
 
 def clipped_straight_through(g: float, x: float, *, bound: float = 1.0) -> float:
-    return g * (1.0 if abs(x) <= bound else 0.0)
+    return g if abs(x) <= bound else 0.0
 
 
 def fast_sigmoid(g: float, x: float, *, slope: float = 25.0) -> float:
@@ -71,7 +72,7 @@ def arctan(g: float, x: float, *, alpha: float = 2.0) -> float:
 
 
 def guided(g: float, x: float) -> float:
-    return (0.0 if g < 0 else g) * (1.0 if x > 0 else 0.0)
+    return (0.0 if g < 0 else g) if x > 0 else 0.0
 
 
 ENTRYWISE: dict[str, Callable[..., float]] = {
@@ -133,11 +134,11 @@ def full_jam(g: float, x: float) -> float:
 
 
 def positive_jam(g: float, x: float) -> float:
-    return g * (1.0 if x >= 0 else 0.0)
+    return g if x >= 0 else 0.0
 
 
 def rectangular_jam(g: float, x: float, *, a: float = -5.0, b: float = 5.0) -> float:
-    return g * (1.0 if a <= x <= b else 0.0)
+    return g if a <= x <= b else 0.0
 
 
 JAMS: dict[str, Callable[..., float]] = {

@@ -138,7 +138,6 @@ def test_a_rule_that_cannot_be_followed_is_not_taken_for_linear() -> None:
 
 def test_what_hides_rules_is_refused() -> None:
     for hiding in (
-        torch.compile(act, backend="eager"),
         torch.compile(act, backend="aot_eager"),
         torch.vmap(act),
         lambda x: checkpoint(act, x, use_reentrant=True),

@@ -307,19 +307,12 @@ def test_second_derivatives_of_compiled_models_are_refused_by_pytorch(
         second_derivatives(compiled(gm, "aot_eager"), x, gm)
 
 
-@pytest.mark.xfail(
-    strict=True, reason='PyTorch differentiates no autograd.Function twice under backend="eager"'
-)
-@pytest.mark.parametrize("rules", [True, False])
-def test_second_derivatives_under_the_debugging_back_end(
-    gm: fg.CapturedModule, x: Tensor, rules: bool
-) -> None:
-    """Known, and documented: with a Function of the user's own it is the same."""
+def test_second_derivatives_under_the_debugging_back_end(gm: fg.CapturedModule, x: Tensor) -> None:
+    """Where PyTorch differentiates no autograd.Function of the user's twice."""
     by_hand = ByHand()
     by_hand.load_state_dict(gm.state_dict())
     wanted = second_derivatives(by_hand, x, by_hand)
-    model = gm if rules else by_hand
-    actual = second_derivatives(torch.compile(model, backend="eager"), x, model)
+    actual = second_derivatives(torch.compile(gm, backend="eager"), x, gm)
     torch.testing.assert_close(actual, wanted)
 
 
@@ -491,7 +484,6 @@ def fresh_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 @pytest.mark.inductor
 @pytest.mark.usefixtures("fresh_cache")
 def test_caches_never_serve_another_rule(model: Net, x: Tensor) -> None:
-    """With PyTorch's switch that lets models with custom Functions into the cache of AOTAutograd."""
     formulas: dict[str, Callable[..., Tensor]] = {
         "cosine": lambda grad, x: grad * x.cos(),
         "twice": lambda grad, x: grad * 2,
@@ -499,20 +491,19 @@ def test_caches_never_serve_another_rule(model: Net, x: Tensor) -> None:
     settings: list[tuple[str, Any]] = [("s", 2.0), ("s", 3.0)]
     settings += [("formula", name) for name in ("cosine", "twice", "cosine")]
     hits = []
-    with torch._functorch.config.patch(autograd_cache_allow_custom_autograd_functions=True):
-        for kind, value in settings:
-            if kind == "s":
-                rule, by_hand = fg.rules.scale(s=value), models.scale(value)
-            else:
-                rule = fg.register("changed", overwrite=True)(formulas[value])
-                by_hand = formulas[value]
-            torch._dynamo.reset()
-            counters.clear()
-            actual = gradients(compiled(fg.transform(model, {"tanh": rule}), "inductor"), x, model)
-            tanh = models.naive(torch.tanh, by_hand)
-            wanted = gradients(lambda x, f=tanh: model.second(f(model.first(x).relu())), x, model)
-            torch.testing.assert_close(actual, wanted)
-            hits.append(counters["aot_autograd"]["autograd_cache_hit"])
+    for kind, value in settings:
+        if kind == "s":
+            rule, by_hand = fg.rules.scale(s=value), models.scale(value)
+        else:
+            rule = fg.register("changed", overwrite=True)(formulas[value])
+            by_hand = formulas[value]
+        torch._dynamo.reset()
+        counters.clear()
+        actual = gradients(compiled(fg.transform(model, {"tanh": rule}), "inductor"), x, model)
+        tanh = models.naive(torch.tanh, by_hand)
+        wanted = gradients(lambda x, f=tanh: model.second(f(model.first(x).relu())), x, model)
+        torch.testing.assert_close(actual, wanted)
+        hits.append(counters["aot_autograd"]["autograd_cache_hit"])
     assert hits == [0, 0, 0, 0, 1]
 
 
@@ -524,7 +515,7 @@ from torch._dynamo.utils import counters
 
 factor = float(sys.argv[1])
 model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-fg.register("mine")(lambda grad: grad * factor)
+fg.register("mine")(eval(sys.argv[2]))
 x = torch.ones(2, 4)
 for p in model.parameters():
     nn.init.ones_(p)
@@ -536,15 +527,58 @@ print(model[0].bias.grad.tolist(), counters["aot_autograd"]["autograd_cache_hit"
 
 @pytest.mark.slow
 @pytest.mark.inductor
+@pytest.mark.parametrize(
+    ("formula", "switch"), [("lambda grad: grad * {}", "0"), ("lambda grad: grad * factor", "1")]
+)
 def test_another_process_finds_its_own_rule_in_the_cache(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, formula: str, switch: str
 ) -> None:
+    """A formula that reads a variable is cached with PyTorch's switch for custom Functions alone."""
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_AUTOGRAD_CACHE_ALLOW_CUSTOM_AUTOGRAD", switch)
     printed = [
         subprocess.run(
-            [sys.executable, "-c", PROGRAM, factor], capture_output=True, text=True, check=True
+            [sys.executable, "-c", PROGRAM, factor, formula.format(factor)],
+            capture_output=True,
+            text=True,
+            check=True,
         ).stdout.strip()
         for factor in ("2", "3", "2")
     ]
     assert printed == [f"{[2 * f] * 4} {hit}" for f, hit in ((2.0, 0), (3.0, 0), (2.0, 1))]
+
+
+FACTOR = 2.0
+
+
+def helper(grad: Tensor) -> Tensor:
+    return grad * 2
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_variable_that_a_formula_reads_is_never_ignored_by_compiled_code(
+    monkeypatch: pytest.MonkeyPatch, model: Net, x: Tensor, backend: str
+) -> None:
+    def factory(factor: float) -> tuple[Callable[[Tensor], Tensor], Callable[[float], None]]:
+        def change(new: float) -> None:
+            nonlocal factor
+            factor = new
+
+        return lambda grad: grad * factor, change
+
+    formula, change = factory(2.0)
+    fg.register("by a global")(lambda grad: grad * FACTOR)
+    fg.register("by a function")(lambda grad: helper(grad))
+    fg.register("by a closure")(formula)
+    for rule in ("by a global", "by a function", "by a closure"):
+        run = compiled(fg.transform(model, {"tanh": rule}), backend)
+        for factor in (2.0, 3.0, 2.0):
+            monkeypatch.setattr(sys.modules[__name__], "FACTOR", factor)
+            monkeypatch.setattr(sys.modules[__name__], "helper", times(factor))
+            change(factor)
+            wanted = fg.transform(model, {"tanh": fg.rules.scale(s=factor)})
+            torch.testing.assert_close(gradients(run, x, model), gradients(wanted, x, model))
+
+
+def times(factor: float) -> Callable[[Tensor], Tensor]:
+    return lambda grad: grad * factor

@@ -111,7 +111,7 @@ class RulesTable(SphinxDirective):
             code(call),
             requires,
             code(rule.formula),
-            code(*rule.inputs),
+            code(*("x or mask" if rule.mask and name == "x" else name for name in rule.inputs)),
             linked(rule.reference),
         ]
 

@@ -52,6 +52,7 @@ class Op:
     methods: tuple[str, ...]  # of torch.Tensor; "relu" stands for "relu_" too
     aten: tuple[OpOverload[..., Any], ...]  # out of place, in place, and with `out=`
     function: Callable[..., Tensor] | None  # f(x), to replace a forward; None: x is not enough
+    keeps_positive: bool = False  # the output is positive exactly where the input is
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # By name: a copy of a line is the line itself, and ATen overloads do not pickle.
@@ -158,6 +159,7 @@ def _op(
     functions: tuple[Callable[..., Any], ...] = (),
     elementwise: bool = True,
     keeps_shape: bool = True,
+    keeps_positive: bool = False,
     needs_more: bool = False,
 ) -> Op:
     """Make a line from the op's names in torch (`also`: the others) and the functions that no name finds."""
@@ -170,6 +172,7 @@ def _op(
         groups=frozenset([group] if group else []),
         elementwise=elementwise,
         keeps_shape=keeps_shape,
+        keeps_positive=keeps_positive,
         modules=modules,
         functions=tuple(dict.fromkeys(functions)),
         inplace_functions=tuple(_found(twins, _FUNCTIONS)),
@@ -196,8 +199,8 @@ _A, _S, _Q = "activations", "softmax", "quantizers"
 
 # Names that begin with an underscore are those that ATen's decompositions write.
 _TABLE = (
-    _op("relu", nn.ReLU, group=_A),
-    _op("relu6", nn.ReLU6, group=_A),
+    _op("relu", nn.ReLU, group=_A, keeps_positive=True),
+    _op("relu6", nn.ReLU6, group=_A, keeps_positive=True),
     _op("leaky_relu", nn.LeakyReLU, group=_A),
     _op("prelu", nn.PReLU, group=_A, also="_prelu_kernel", needs_more=True),
     _op("rrelu", nn.RReLU, group=_A, also="rrelu_with_noise"),

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from .context import use
+from .decoupling import rule_behind
 from .errors import RuleError
-from .ops import rule_behind
 from .rules.rule import RuleLike
 
 __all__ = ["jvp", "vjp"]

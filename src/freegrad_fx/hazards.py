@@ -26,7 +26,7 @@ __all__ = [
 
 def records_forward_alone() -> bool:
     """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call."""
-    return torch.compiler.is_exporting() or torch._C._get_tracing_state() is not None
+    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
 
 
 def warn_if_recorded() -> bool:

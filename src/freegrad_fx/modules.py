@@ -103,9 +103,9 @@ class Activation(nn.Module):
         # An identity for every rule but the first, the last rule nearest to x
         for other in reversed(others):
             cut = stop_gradient(source)
-            source = decoupled(cut, source, rule=other.name, site=site, **dict(other.values))
+            source = decoupled(cut, source, rule=other.name, site=site, **other.given)
         y = self._function(stop_gradient(x))
-        return decoupled(y, source, rule=first.name, site=site, **dict(first.values))
+        return decoupled(y, source, rule=first.name, site=site, **first.given)
 
     def _function(self, x: Tensor) -> Tensor:
         function: Any = OPS[_FORWARDS[self.name]].function

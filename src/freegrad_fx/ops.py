@@ -8,8 +8,7 @@ A parameter is decoupled in the same way, with no operation in between, and `cal
 in its place. `apply_function` stands for a call of a `torch.autograd.Function` of the user's own, `apply_forward` for
 one of a function that replaces a forward. All are plain functions that dispatch through ``__torch_function__``: a
 symbolic tracer keeps each as one node, which is why a rewritten graph survives pickling, a second trace and
-`torch.compile`. Behind `decoupled` stands the one `torch.autograd.Function` of this package. This file knows no rule by
-name and nothing of graphs.
+`torch.compile`. What `decoupled` comes to is in `decoupling`. This file knows no rule by name and nothing of graphs.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ import types
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +34,9 @@ from torch.overrides import (
 )
 
 from .context import ambient_rules, explicit_rules_act, surrounded
+from .decoupling import decouple
 from .errors import CaptureError, RuleError
-from .hazards import (
-    records_forward_alone,
-    refuse_compiled_transform,
-    refuse_sharded_parts,
-    warn_if_recorded,
-)
+from .hazards import records_forward_alone, refuse_sharded_parts, warn_if_recorded
 from .rules.rule import Rule, get
 
 __all__ = [
@@ -56,7 +51,6 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
-    "rule_behind",
     "stop_gradient",
 ]
 
@@ -96,7 +90,7 @@ def _rules_act(ambient: str) -> bool:
     return bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
 
 
-def _if_given(**keywords: str) -> dict[str, str]:
+def _if_given(**keywords: Any) -> dict[str, Any]:
     return {name: value for name, value in keywords.items() if value}
 
 
@@ -107,6 +101,8 @@ def decoupled(
     rule: str | Rule = "",
     ambient: str = "",
     site: str = "",
+    save: str = "",
+    fuse: bool = False,
     **parameters: Any,
 ) -> Tensor:
     """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
@@ -122,6 +118,9 @@ def decoupled(
         ambient: Instead of a rule: ``"activations"`` or ``"params"``, for the one that a `use` block of this scope
             gives while this runs; outside of such a block `y` itself is returned.
         site: The name of the place in the model, for error messages.
+        save: What is saved where the rule reads ``x``: ``"x"``; ``"mask"``, its mask alone; ``"y"``, the output, where
+            that has the same mask. By default what the rule says.
+        fuse: Let the backward run as one compiled kernel in eager mode.
         **parameters: The rule's parameters, all of them; what is missing is taken from the rule.
 
     Raises:
@@ -131,6 +130,7 @@ def decoupled(
     """
     if has_torch_function_variadic(y, x):
         given = _if_given(ambient=ambient) if ambient else {"rule": rule}
+        given = {**given, **_if_given(save=save, fuse=fuse)}
         return handle_torch_function(decoupled, (y, x), y, x, **given, site=site, **parameters)
     if not isinstance(y, Tensor):
         if not isinstance(x, Tensor):
@@ -145,209 +145,16 @@ def decoupled(
         found = get(rule)
         if len(parameters) < len(found.parameters):
             parameters = {**dict(found.values), **parameters}
-        return _decouple(y, x, found, site, parameters)
+        return decouple(y, x, found, site, parameters, save or found.save, fuse or found.fuse)
     first, *others = ambient_rules(ambient)
     # An identity for every rule but the first, the last rule nearest to x
     for other in reversed(others):
-        x = _decouple(x.detach(), x, other, site, dict(other.values))
-    return _decouple(y, x, first, site, dict(first.values))
+        x = _decoupled_by(other, x.detach(), x, site)
+    return _decoupled_by(first, y, x, site)
 
 
-def _decouple(y: Tensor, x: Tensor, rule: Rule, site: str, parameters: dict[str, Any]) -> Tensor:
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        refuse_compiled_transform()
-        values = _distinct(x, parameters.values())
-        return _Composable.apply(y, x, rule, site, tuple(parameters), tuple(values))  # type: ignore[no-any-return, no-untyped-call]
-    # a tensor may have escaped from a transform that is over
-    y, x = torch._C._functorch.unwrap_if_dead(y), torch._C._functorch.unwrap_if_dead(x)
-    return _apply(y, x, (rule, site, parameters))  # type: ignore[no-any-return]
-
-
-def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
-    """The values, none of them a tensor that was there before: torch.compile takes none twice for one Function."""
-    if not torch.compiler.is_compiling():
-        return values
-    found: list[Any] = [x]
-    for value in values:
-        twice = isinstance(value, Tensor) and any(value is other for other in found)
-        found.append(value.detach() if twice else value)
-    return found[1:]
-
-
-class _Decoupled(torch.autograd.Function):
-    """The identity on `y` in the forward, a rule on `x` in the backward."""
-
-    @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, call: tuple[Rule, str, dict[str, Any]]) -> Tensor:
-        # `y` itself or a view of it would make autograd refuse in-place operations on the result
-        output = y.detach()
-        _save(ctx, x, output, *call)
-        return output
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, *grads), None
-
-
-# What Function.apply comes to where no transform of torch.func is active
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Decoupled).apply
-
-
-class _Composable(torch.autograd.Function):
-    """`_Decoupled` once more, as the transforms of torch.func and the compiler take it; several times as slow."""
-
-    generate_vmap_rule = True
-
-    # Where nothing requires a gradient, Dynamo counts the arguments to tell a forward like this from one with a `ctx`:
-    # their number has to be fixed
-    @staticmethod
-    def forward(
-        y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], values: tuple[Any, ...]
-    ) -> Tensor:
-        return y.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, rule, site, names, values = inputs
-        _save(ctx, x, output, rule, site, dict(zip(names, values, strict=True)))
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        unlearned = (None,) * len(ctx.needs_input_grad[2:])
-        return (*_backward(ctx, *grads), *unlearned)
-
-
-def _save(
-    ctx: Any, x: Tensor, output: Tensor, rule: Rule, site: str, parameters: dict[str, Any]
-) -> None:
-    tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else []
-    ctx.call = _Call(rule, site, parameters, tensors, x.shape, x.dtype)
-    if rule.inputs or tensors:
-        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
-        inputs = [x if name == "x" else output for name in rule.inputs]
-        ctx.save_for_backward(*inputs, *map(parameters.__getitem__, tensors))
-
-
-class _Call(NamedTuple):
-    """What a backward has to know besides tensors."""
-
-    rule: Rule
-    site: str
-    parameters: dict[str, Any]
-    tensors: list[str]
-    x_shape: torch.Size
-    x_dtype: torch.dtype
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients of y and of x."""
-    if not ctx.needs_input_grad[1]:
-        return grad, None
-    call: _Call = ctx.call
-    rule, parameters = call.rule, call.parameters
-    saved: tuple[Tensor, ...] = ctx.saved_tensors
-    if call.tensors:
-        values = saved[len(rule.inputs) :]
-        parameters = {**parameters, **dict(zip(call.tensors, values, strict=True))}
-    inputs = saved[: len(rule.inputs)]
-    if torch.compiler.is_compiling():  # it sees writes by itself, and takes no sparse gradient
-        inputs = tuple(_after(tensor, grad) for tensor in inputs)
-        return grad, _checked(rule.function(grad, *inputs, **parameters), grad, call)
-    if grad.layout is not torch.strided:
-        grad = _coalesced(grad, call)
-    before = _versions(grad, inputs)
-    result: Any = NotImplemented
-    if rule.fused is not None and not call.tensors and _runs_alone(grad):
-        result = rule.fused(grad, *inputs, **parameters)
-    if result is NotImplemented:
-        result = rule.function(grad, *inputs, **parameters)
-    if before != _versions(grad, inputs):
-        raise RuleError(
-            f"rule {rule.name!r} at site {call.site!r} changes its arguments in place, which other gradients are "
-            f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
-        )
-    return grad, _checked(result, grad, call)
-
-
-def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
-    """The rule that a node of an autograd graph applies, its site, and the rule as a function of the gradient alone.
-
-    None for other nodes, and where the input of the site needs no gradient.
-    """
-    call = getattr(node, "call", None)
-    if not isinstance(call, _Call) or not node.needs_input_grad[1]:
-        return None
-    rule = call.rule
-    saved = [tensor.detach() for tensor in node.saved_tensors]
-    inputs, values = saved[: len(rule.inputs)], saved[len(rule.inputs) :]
-    parameters = {**call.parameters, **dict(zip(call.tensors, values, strict=True))}
-    return rule, call.site, lambda grad: rule.function(grad, *inputs, **parameters)
-
-
-def _runs_alone(grad: Tensor) -> bool:
-    """Whether nothing differentiates, batches or records what is computed from a gradient now."""
-    return type(grad) is Tensor and not (
-        torch.is_grad_enabled()
-        or torch._C._functorch.is_functorch_wrapped_tensor(grad)
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-        or torch._C._len_torch_dispatch_stack()
-    )
-
-
-def _after(tensor: Tensor, grad: Tensor) -> Tensor:
-    """The same values, as if they depended on the gradient.
-
-    A compiler then computes masks of them in the backward. Left to itself it computes them in the forward and saves
-    them as booleans, which Inductor's code for CPUs writes one by one, ten times slower than the rest together.
-    """
-    if grad.device.type != "cpu" or tensor.shape != grad.shape:
-        return tensor
-    return torch.where(grad == grad, tensor, tensor)
-
-
-def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
-    """How often the tensors were written into, together."""
-    count = 0 if grad.is_inference() else grad._version
-    for tensor in inputs:
-        count += 0 if tensor.is_inference() else tensor._version
-    return count
-
-
-def _coalesced(grad: Tensor, call: _Call) -> Tensor:
-    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
-    if not call.rule.sparse or grad.layout != torch.sparse_coo:
-        raise RuleError(
-            f"rule {call.rule.name!r} cannot take the gradient at site {call.site!r}, whose layout is {grad.layout}. "
-            f"Make it dense, nn.Embedding(..., sparse=False) say, or register the rule with sparse=True if it treats "
-            f"every entry by itself and keeps zeros."
-        )
-    return grad.coalesce()
-
-
-def _checked(result: Any, grad: Tensor, call: _Call) -> Tensor:
-    """Return a rule's result in the dtype of `x`, or raise `RuleError` where it is no gradient for `x`."""
-    if type(result) is Tensor and result.dtype is call.x_dtype and result.shape == call.x_shape:
-        return result
-    where = f" at site {call.site!r}" if call.site else ""
-    if not isinstance(result, Tensor):
-        raise RuleError(
-            f"rule {call.rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
-            f"A rule returns the gradient for x; for no gradient, torch.zeros_like(grad)."
-        )
-    if result.shape != call.x_shape:
-        raise RuleError(
-            f"rule {call.rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
-            f"for an input of shape {tuple(call.x_shape)}; grad has shape {tuple(grad.shape)}."
-        )
-    if result.dtype == call.x_dtype:
-        return result
-    # Under autocast an operation's output may have another dtype than its input: its rule may compute in either.
-    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, call.x_dtype)):
-        raise RuleError(
-            f"rule {call.rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
-            f"{call.x_dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
-        )
-    return result.to(call.x_dtype)
+def _decoupled_by(rule: Rule, y: Tensor, x: Tensor, site: str) -> Tensor:
+    return decouple(y, x, rule, site, dict(rule.values), rule.save, rule.fuse)
 
 
 def call_with(

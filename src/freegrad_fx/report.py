@@ -256,7 +256,7 @@ def as_dict(plan: Plan) -> dict[str, Any]:
 def site_as_dict(decision: Decision) -> dict[str, Any]:
     """A decision as plain data."""
     rules = [
-        {"rule": rule.name, "params": {name: _plain(v) for name, v in rule.bound.items()}}
+        {"rule": rule.name, "params": {name: _plain(v) for name, v in rule.given.items()}}
         for rule in decision.rules
     ]
     return {

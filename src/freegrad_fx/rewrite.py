@@ -11,6 +11,7 @@ import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -34,7 +35,8 @@ from .ops import (
 )
 from .plan import FROZEN, Decided, Decision
 from .provenance import META
-from .rules.rule import Forward, Rule
+from .rules.masks import positive
+from .rules.rule import SAVES, Forward, Rule
 from .sites import Operation, Parameter, Site
 
 __all__ = ["rewrite", "without_ambient"]
@@ -70,11 +72,8 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
     # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
-    judged = [
-        (place, decision, _memory(place, decision, aliasing))
-        for place, decision in wanted
-        if isinstance(place, Operation)
-    ]
+    operations = [(p, _saving_less(p, d, aliasing)) for p, d in wanted if isinstance(p, Operation)]
+    judged = [(place, d, _memory(place, d, aliasing)) for place, d in operations]
     parameters = [
         (place, decision, place.renormalised or any(map(aliasing.written, place.reads)))
         for place, decision in wanted
@@ -97,6 +96,25 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
             name = unlearned.site.name
             surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
+
+
+def _saving_less(place: Operation, decision: Decision, aliasing: Aliasing) -> Decision:
+    """The decision with the output in the place of the input, if the first rule asks of this only where it is positive.
+
+    What follows an operation keeps its output anyway, more often than not, and in place there is no input any more.
+    """
+    first, *others = decision.rules or (None,)
+    if (
+        first is None
+        or first.mask is not positive
+        or first.save != SAVES[0]
+        or decision.forward is not None
+        or place.op is None
+        or not place.op.keeps_positive
+        or aliasing.written_after(place.node, place.node)
+    ):
+        return decision
+    return replace(decision, rules=(replace(first, save="y"), *others))
 
 
 def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool, bool]:
@@ -306,7 +324,7 @@ class _Surgery:
             name: self.tensor(value) if isinstance(value, Tensor) else value
             for name, value in rule.bound.items()
         }
-        kwargs = {"rule": rule.name, "site": self.site.name, **values}
+        kwargs = {"rule": rule.name, "site": self.site.name, **rule.options, **values}
         return self.node("call_function", decoupled, (y, x), kwargs)
 
     def tensor(self, value: Tensor) -> fx.Node:

@@ -28,7 +28,7 @@ from ..activations import recognise
 from ..errors import CaptureError
 from ..ops import require_open, require_specialised
 from ..provenance import META, Origin, caller, innermost
-from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks, is_python_state
 from .patches import RandomState, patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
 from .result import Opaque
@@ -417,7 +417,9 @@ def _held_tensors(root: nn.Module) -> set[int]:
         value
         for module in root.modules()
         for name, value in module.__dict__.items()
-        if name not in ATTRIBUTES_OF_EVERY_MODULE and isinstance(value, list | tuple | dict)
+        if name not in ATTRIBUTES_OF_EVERY_MODULE
+        and isinstance(value, list | tuple | dict)
+        and not is_python_state(value)  # such as the strides of a convolution
     ]
     leaves = pytree.tree_leaves(attributes)
     return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}

@@ -27,6 +27,7 @@ from ..rewrite import rewrite
 from ..sites import Located, Operation, Parameter, find_parameters, find_sites
 from ..table import RuleTable
 from .frames import Setting
+from .lowering import lower
 from .programs import Program, class_of
 from .whole import Call, captured_tensor, fold, refusal, unfold
 
@@ -135,6 +136,7 @@ class Piece:
             for node in whole[module]:
                 if not node._erased:  # a call whose forward has been replaced is gone
                     unfold(module, node)
+            lower(module.graph)
             module.graph.lint()
             module.recompile()
         _name_sources(gm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fused
+from . import fused, masks
 from .rule import register
 
 __all__ = ["guided"]
@@ -13,8 +13,9 @@ __all__ = ["guided"]
 @register(
     "guided",
     reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop",
+    mask=masks.positive,
     fused=fused.guided,
 )
-def guided(grad: Tensor, x: Tensor) -> Tensor:
+def guided(grad: Tensor, mask: Tensor) -> Tensor:
     """max(grad, 0)·1[x > 0]"""
-    return grad.clamp(min=0) * (x > 0)
+    return masks.only_where(mask, grad.clamp(min=0))

@@ -34,10 +34,13 @@ _aten = torch.ops.aten
 def _can_mask(grad: Tensor, x: Tensor) -> bool:
     """Whether PyTorch's masking kernels do what a formula does, which lets nothing pass where x is NaN.
 
-    They let it pass. A sum finds a NaN in a fraction of their time; on other devices reading it would wait for them.
+    They let it pass. A sum finds a NaN in a fraction of their time, and a comparison, which takes longer for each
+    entry, begins sooner. On other devices reading the answer would wait for them.
     """
-    if grad.dtype != x.dtype or x.device.type != "cpu":
+    if grad.dtype is not x.dtype or not x.is_cpu:
         return False
+    if x.numel() <= 16384:
+        return torch.equal(x, x)
     total = x.sum().item()
     return total - total == 0  # neither NaN nor infinite
 
@@ -121,8 +124,8 @@ def arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
     if grad.dtype != x.dtype:
         return NotImplemented
-    denominator = x.mul(math.pi / 2 * alpha).pow_(2).add_(1)
-    return grad.mul(alpha / 2).div_(denominator)
+    denominator = x.square().mul_(math.pi**2 * alpha / 2).add_(2 / alpha)
+    return torch.div(grad, denominator, out=denominator)
 
 
 @functools.lru_cache(maxsize=1024)

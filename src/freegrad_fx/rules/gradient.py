@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, masks
 from .rule import register
 
 __all__ = [
@@ -25,10 +25,15 @@ __all__ = [
 ]
 
 
-@register("d(ReLU)", reference="FreeGrad; the derivative of max(0, x)", fused=fused.positive)
-def d_relu(grad: Tensor, x: Tensor) -> Tensor:
+@register(
+    "d(ReLU)",
+    reference="FreeGrad; the derivative of max(0, x)",
+    mask=masks.positive,
+    fused=fused.positive,
+)
+def d_relu(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·1[x > 0]"""
-    return grad * (x > 0)
+    return masks.only_where(mask, grad)
 
 
 @register("d(Linear)", reference="FreeGrad; the derivative of the identity", sparse=True)
@@ -41,11 +46,12 @@ def d_linear(grad: Tensor) -> Tensor:
     "rectangular",
     reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
     requires="a <= b",
+    mask=masks.window,
     fused=fused.window,
 )
-def rectangular(grad: Tensor, x: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
+def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
-    return grad * ((x >= a) & (x <= b))
+    return masks.only_where(mask, grad)
 
 
 @register(

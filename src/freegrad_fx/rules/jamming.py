@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import fused
+from . import fused, masks
 from .rule import register
 
 __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
@@ -22,13 +22,19 @@ def full_jam(grad: Tensor) -> Tensor:
     return grad * torch.rand_like(grad)
 
 
-@register("positive_jam", reference=_PAPER, fused=fused.positive_jam)
-def positive_jam(grad: Tensor, x: Tensor) -> Tensor:
+@register("positive_jam", reference=_PAPER, mask=masks.nonnegative, fused=fused.positive_jam)
+def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·U(0, 1)·1[x ≥ 0]"""
-    return grad * torch.rand_like(grad) * (x >= 0)
+    return masks.only_where(mask, grad * torch.rand_like(grad))
 
 
-@register("rectangular_jam", reference=_PAPER, requires="a <= b", fused=fused.window_jam)
-def rectangular_jam(grad: Tensor, x: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
+@register(
+    "rectangular_jam",
+    reference=_PAPER,
+    requires="a <= b",
+    mask=masks.window,
+    fused=fused.window_jam,
+)
+def rectangular_jam(grad: Tensor, mask: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""
-    return grad * torch.rand_like(grad) * ((x >= a) & (x <= b))
+    return masks.only_where(mask, grad * torch.rand_like(grad))

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..errors import RuleError, unknown
 from .constraint import Constraint, read_constraints
+from .fingerprint import fingerprint
 from .freegrad import adapted
 
 __all__ = ["Composition", "Forward", "Rule", "RuleLike", "available", "compose", "get", "register"]
@@ -29,14 +30,17 @@ Forward: TypeAlias = str | Callable[[Tensor], Tensor]
 """What replaces a site's forward, an op's canonical name or a function of one tensor."""
 
 INPUTS = ("x", "y")
+MASK = "mask"  # what a formula names that reads x through a mask alone
+SAVES = ("x", MASK)
 KINDS = ("activation", "parameter")
 NATIVE = "native"  # what a file writes for no rule, so that no rule can have this name
-RESERVED = ("grad", *INPUTS, "rule", "site", "forward", "ambient")
+OPTIONS = ("save", "fuse")  # how a rule runs, beside its parameters
+RESERVED = ("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS)
 
 _VOCABULARY = (
-    "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input) and `y` (its output), "
-    "then, after `*`, its parameters with their defaults: def rule(grad, x, *, slope: float = 25.0). Or as FreeGrad's "
-    "rules are: def rule(ctx, grad_out, tin, slope=25.0)."
+    "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input; or `mask`, what the "
+    "function given as mask= makes of it) and `y` (its output), then, after `*`, its parameters with their defaults: "
+    "def rule(grad, x, *, slope: float = 25.0). Or as FreeGrad's rules are: def rule(ctx, grad_out, tin, slope=25.0)."
 )
 
 
@@ -135,7 +139,15 @@ class Rule:
         sites: The kinds of sites that it can serve: ``"activation"``, ``"parameter"``.
         sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
             ``sparse=True``.
+        mask: What the formula reads of ``x``, where that is a mask alone: a function of ``x`` and parameters.
+        mask_reads: The parameters that the mask depends on.
+        gate: The formula, called as ``gate(grad, mask, [y], **parameters)``, where it reads a mask.
         fused: The formula in fewer passes over memory, for eager mode; see `register`.
+        save: What is saved for the backward where the formula reads ``x``: that, or ``"mask"``. (Where a mask is the
+            same of the output, a rewritten graph saves ``"y"``.)
+        fuse: Whether its backward runs as one compiled kernel in eager mode.
+        token: A text that stands for the formula, another one for another formula; ``""`` where no text can.
+        own: Whether it is one of this package, whose formulas are tested to change no argument.
         takes_more: Whether it takes parameters that it does not declare, as FreeGrad's rules may.
         values: `bound` once more, as pairs: inside `torch.func.functional_call`, torch.compile reads no mapping proxy.
 
@@ -156,7 +168,14 @@ class Rule:
     requires: tuple[Constraint, ...] = ()
     sites: tuple[str, ...] = KINDS
     sparse: bool = False
+    mask: Callable[..., Tensor] | None = None
+    mask_reads: tuple[str, ...] = ()
+    gate: Callable[..., Tensor] | None = None
     fused: Callable[..., Tensor] | None = None
+    save: str = "x"
+    fuse: bool = False
+    token: str = ""
+    own: bool = False
     takes_more: bool = False
     values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
 
@@ -178,7 +197,33 @@ class Rule:
         """The rule alone: a rule is a composition of one."""
         return (self,)
 
-    def __call__(self, /, *args: Any, forward: Forward | None = None, **values: Any) -> Rule:
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Which of ``"x"`` and ``"y"`` it is given: the output for the input, where the one stands for the other."""
+        return tuple(
+            dict.fromkeys(self.save if self.save in INPUTS and i == "x" else i for i in self.inputs)
+        )
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """How it runs, as far as that is not the usual way."""
+        found: dict[str, Any] = {} if self.save == SAVES[0] else {"save": self.save}
+        return {**found, "fuse": True} if self.fuse else found
+
+    @property
+    def given(self) -> dict[str, Any]:
+        """What was bound by keyword: the parameters and the options."""
+        return {**self.bound, **self.options}
+
+    def __call__(
+        self,
+        /,
+        *args: Any,
+        forward: Forward | None = None,
+        save: str | None = None,
+        fuse: bool | None = None,
+        **values: Any,
+    ) -> Rule:
         """Return the rule with other values for some of its parameters.
 
         Args:
@@ -186,10 +231,15 @@ class Rule:
             forward: The canonical name of an operation that is to replace the forward of the sites this rule
                 is given to, for instance ``"heaviside"`` for a surrogate gradient, or a function of a tensor. This
                 changes the forward.
+            save: ``"mask"``: save where the gradient passes, 1 byte for each entry, instead of the operation's input;
+                for rules whose formula reads a mask alone. ``"x"`` is the usual way. What is saved changes no gradient.
+            fuse: Let the backward run as one kernel, which `torch.compile` makes of the formula, in eager mode. The
+                first backward waits for the compiler, and a random rule draws other random numbers.
             **values: Parameters of the rule. A tensor can stand for a number, and is not compared with others.
 
         Raises:
-            RuleError: The rule has no parameter of that name, or the values are not what the rule requires.
+            RuleError: The rule has no parameter of that name, the values are not what the rule requires, or there is no
+                mask that it could save.
             TypeError: A value has the wrong type, or is positional.
         """
         if args:
@@ -208,7 +258,25 @@ class Rule:
             self,
             bound=types.MappingProxyType(bound),
             forward=self.forward if forward is None else forward,
+            save=self.save if save is None else self._checked_save(save),
+            fuse=self.fuse if fuse is None else self._checked_fuse(fuse),
         )
+
+    def _checked_save(self, save: Any) -> str:
+        if save not in SAVES:
+            raise RuleError(unknown(f"thing to save for rule {self.name!r}:", save, SAVES))
+        if save == MASK and self.mask is None:
+            able = ", ".join(name for name, rule in _registry.items() if rule.mask is not None)
+            raise RuleError(
+                f"rule {self.name!r} reads more than a mask, and has none to save. Leave save='mask' out; rules that "
+                f"have one are {able}, and those registered with mask=."
+            )
+        return str(save)
+
+    def _checked_fuse(self, fuse: Any) -> bool:
+        if not isinstance(fuse, bool):
+            raise TypeError(f"fuse of rule {self.name!r} must be True or False, got {fuse!r}")
+        return fuse
 
     def backward(self, grad: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
         """Compute the gradient that the rule hands on: the formula, and nothing else."""
@@ -218,6 +286,16 @@ class Rule:
                 raise RuleError(f"rule {self.name!r} needs {name!r}")
         self.require_bound()
         return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
+
+    def mask_of(self, x: Tensor, parameters: Mapping[str, Any]) -> Tensor:
+        """The mask that the formula reads of ``x``, for these parameters.
+
+        Raises:
+            RuleError: It reads no mask.
+        """
+        if self.mask is None:
+            raise RuleError(f"rule {self.name!r} reads more of x than a mask")
+        return self.mask(x, **{name: parameters[name] for name in self.mask_reads})
 
     def _require(self, bound: Mapping[str, Any]) -> None:
         for constraint in self.requires:
@@ -240,7 +318,7 @@ class Rule:
             (name, id(value) if isinstance(value, Tensor) else value, isinstance(value, Tensor))
             for name, value in sorted(self.bound.items())
         )
-        return (self.name, self.function, values, self.forward)
+        return (self.name, self.function, values, self.forward, self.save, self.fuse)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rule) and self._key() == other._key()
@@ -249,14 +327,14 @@ class Rule:
         return hash((self.name, self.function, tuple(sorted(self.bound)), self.forward))
 
     def __repr__(self) -> str:
-        values = [f"{name}={shown(value)}" for name, value in self.bound.items()]
+        values = [f"{name}={shown(value)}" for name, value in self.given.items()]
         if self.forward is not None:
             values.append(f"forward={shown(self.forward)}")
         head = self.name if self.name.isidentifier() else f"get({self.name!r})"
         return f"{head}({', '.join(values)})" if values else head
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _rebind, (self.name, dict(self.bound), self.forward)
+        return _rebind, (self.name, self.given, self.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
         # a tensor is a buffer of the model that is being copied
@@ -304,6 +382,7 @@ class Composition:
 RuleLike: TypeAlias = str | Rule | Composition
 
 _registry: dict[str, Rule] = {}
+_formulas: dict[str, Rule] = {}  # by token; one that was registered anew may still be in use
 
 
 def register(
@@ -314,6 +393,7 @@ def register(
     requires: str = "",
     sites: str | tuple[str, ...] = KINDS,
     sparse: bool = False,
+    mask: Callable[..., Tensor] | None = None,
     fused: Callable[..., Tensor] | None = None,
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
@@ -334,6 +414,9 @@ def register(
         requires: What has to hold of the parameters, as mathematics: ``"a <= b"``, ``"0 <= p < 1, eps > 0"``.
         sites: ``"activation"`` or ``"parameter"`` for a rule that can serve one kind of sites alone.
         sparse: True for a rule that maps a sparse gradient entry by entry.
+        mask: For a rule that asks of ``x`` only where the gradient passes: a function of ``x`` and, by keyword, of
+            parameters of the rule, that returns booleans. The signature of the rule then has ``mask`` in the place of
+            ``x``, and ``save="mask"`` can store it in 1 byte for each entry.
         fused: The same formula in fewer passes over memory, of the same signature. It runs in the place of the rule in
             eager mode, where nothing is differentiated twice and no transform of torch.func is active, and may return
             ``NotImplemented`` for arguments that it is not for. The formula itself is always right; this makes it fast.
@@ -341,7 +424,7 @@ def register(
 
     Raises:
         RuleError: The name is taken, the signature is not in the vocabulary, `requires` or `sites` cannot be read, or
-            the defaults are not what the rule requires, or `fused` has another signature.
+            the defaults are not what the rule requires, or `mask` or `fused` has another signature.
 
     Example:
         >>> import freegrad_fx as fg
@@ -368,6 +451,17 @@ def register(
                 f"a rule {name!r} is already registered. Choose another name, or say overwrite=True."
             )
         inputs, parameters = _read_signature(name, function)
+        gate = function if MASK in inputs else None
+        if (gate is None) is not (mask is None):
+            raise RuleError(
+                f"rule {name!r} names `mask` in its signature and is registered without mask=, or the other way round: "
+                f"@register({name!r}, mask=function_of_x) goes with def rule(grad, mask)."
+            )
+        mask_reads: tuple[str, ...] = ()
+        if gate is not None and mask is not None:
+            mask_reads = _mask_reads(name, mask, parameters)
+            function = _gated(gate, mask, mask_reads)
+            inputs = tuple("x" if given == MASK else given for given in inputs)
         if fused is not None and _names(fused) != _names(function):
             raise RuleError(
                 f"fused={fused.__qualname__}{inspect.signature(fused)} has not the arguments of rule {name!r}, "
@@ -386,14 +480,71 @@ def register(
             requires=read_constraints(name, requires, parameters),
             sites=kinds,
             sparse=sparse,
+            mask=mask,
+            mask_reads=mask_reads,
+            gate=gate,
             fused=fused,
+            token=_token(name, gate or function, mask),
+            own=_is_own(gate or function),
             takes_more=takes_more,
         )
         rule._require(rule.bound)
-        _registry[name] = rule
+        _registry[name] = _formulas[rule.token] = rule
         return rule
 
     return declare
+
+
+def _mask_reads(
+    name: str, mask: Callable[..., Tensor], parameters: Mapping[str, Parameter]
+) -> tuple[str, ...]:
+    """The parameters of a rule that a mask depends on. Raises `RuleError` if it asks for anything else."""
+    _, *others = inspect.signature(mask).parameters.values()
+    for asked in others:
+        if asked.kind is not asked.KEYWORD_ONLY or asked.name not in parameters:
+            raise RuleError(
+                f"mask={mask.__qualname__} of rule {name!r} asks for {asked.name!r}; it takes x and, by keyword, "
+                f"parameters of the rule: {', '.join(parameters) or 'there are none'}."
+            )
+    return tuple(asked.name for asked in others)
+
+
+def _gated(
+    gate: Callable[..., Tensor], mask: Callable[..., Tensor], mask_reads: tuple[str, ...]
+) -> Callable[..., Tensor]:
+    """The function of ``x`` that a function of a mask of ``x`` is."""
+
+    @functools.wraps(gate)
+    def function(grad: Tensor, x: Tensor, *others: Tensor, **values: Any) -> Tensor:
+        return gate(grad, mask(x, **{key: values[key] for key in mask_reads}), *others, **values)
+
+    signature = inspect.signature(gate)
+    named = [p.replace(name="x") if p.name == MASK else p for p in signature.parameters.values()]
+    function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+    return function
+
+
+def _token(name: str, formula: Callable[..., Tensor], mask: Callable[..., Tensor] | None) -> str:
+    """A text that stands for a formula: another one has another text, in every process.
+
+    Caches of compiled code go by it, those on disk too. ``""`` for one that reads variables, whose values may change.
+    """
+    if _is_own(formula):
+        return name
+    content = fingerprint(formula, mask)
+    return f"{name}@{content}" if content else ""
+
+
+def _is_own(formula: Callable[..., Tensor]) -> bool:
+    """Whether a formula stands in this package."""
+    module = getattr(formula, "__module__", None) or ""
+    own = module.partition(".")[0] == __name__.partition(".")[0]
+    return own and "<locals>" not in formula.__qualname__
+
+
+def of_token(token: str) -> Rule:
+    """The rule whose formula a token stands for, with its defaults."""
+    return _formulas[token]
 
 
 def _names(function: Callable[..., Any]) -> list[tuple[str, Any]]:
@@ -435,12 +586,16 @@ def _read_signature(
                 raise RuleError(
                     f"the first argument of rule {name!r} is {argument!r}. {_VOCABULARY}"
                 )
-            if position > 0 and argument not in INPUTS:
+            if position > 0 and argument not in (*INPUTS, MASK):
                 raise RuleError(f"rule {name!r} asks for {argument!r}. {_VOCABULARY}")
             if position > 0:
                 inputs.append(argument)
         else:
             raise RuleError(f"rule {name!r} has the argument `{spec}`. {_VOCABULARY}")
+    if {"x", MASK}.issubset(inputs) or inputs[:2] == ["y", MASK]:
+        raise RuleError(
+            f"in rule {name!r}, `mask` stands in the place of `x`, first. {_VOCABULARY}"
+        )
     if "grad" not in signature.parameters:
         raise RuleError(f"rule {name!r} takes no `grad`. {_VOCABULARY}")
     return tuple(inputs), parameters

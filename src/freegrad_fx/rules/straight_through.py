@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fused
+from . import fused, masks
 from .rule import register
 
 __all__ = ["clipped_straight_through", "straight_through"]
@@ -24,8 +24,9 @@ def straight_through(grad: Tensor) -> Tensor:
     "clipped_straight_through",
     reference="Hubara et al. 2016, arXiv:1602.02830; larq SteSign (XNOR-Net's bound is strict)",
     requires="bound >= 0",
+    mask=masks.ball,
     fused=fused.clipped,
 )
-def clipped_straight_through(grad: Tensor, x: Tensor, *, bound: float = 1.0) -> Tensor:
+def clipped_straight_through(grad: Tensor, mask: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive"""
-    return grad * (x.abs() <= bound)
+    return masks.only_where(mask, grad)

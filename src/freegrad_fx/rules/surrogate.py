@@ -36,4 +36,5 @@ def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
-    return grad * (alpha / 2) / (1 + (math.pi / 2 * alpha * x) ** 2)
+    # both divided by alpha/2
+    return grad / (math.pi**2 * alpha / 2 * x.square() + 2 / alpha)

@@ -15,7 +15,17 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import PlanError, RuleError, TableError, unknown
-from ..rules.rule import NATIVE, Forward, Parameter, Rule, RuleLike, available, compose, get
+from ..rules.rule import (
+    NATIVE,
+    OPTIONS,
+    Forward,
+    Parameter,
+    Rule,
+    RuleLike,
+    available,
+    compose,
+    get,
+)
 from .entry import Entry, on
 from .fields import brief, call_text
 
@@ -141,8 +151,10 @@ def _load_rule(name: str, values: Any, allow_imports: bool) -> Rule:
     if not isinstance(rule, Rule):
         raise TableError(f"{name!r} is no Rule, but {brief(rule)}")
     declared = rule.parameters
-    _refuse_unknown(f"parameter of rule {rule.name!r}:", values, declared)
-    return rule(**{name: _load_value(declared[name], value) for name, value in values.items()})
+    _refuse_unknown(f"parameter of rule {rule.name!r}:", values, (*declared, *OPTIONS))
+    return rule(
+        **{n: _load_value(declared[n], v) if n in declared else v for n, v in values.items()}
+    )
 
 
 def _is_reference(name: str) -> bool:
@@ -238,7 +250,7 @@ def _dump_values(rule: Rule) -> dict[str, Any]:
     defaults = rule.defaults
     return {
         name: _dump_value(rule, name, value)
-        for name, value in rule.bound.items()
+        for name, value in rule.given.items()
         if not (value is None and defaults.get(name, ...) is None)  # no file format has a None
     }
 

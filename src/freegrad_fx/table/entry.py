@@ -81,7 +81,7 @@ def _source(value: Any) -> str:
 
 
 def _values(rule: Rule) -> list[str]:
-    return [f"{name}={_source(value)}" for name, value in rule.bound.items()]
+    return [f"{name}={_source(value)}" for name, value in rule.given.items()]
 
 
 def _backward(rules: tuple[Rule, ...] | None) -> str:
@@ -95,7 +95,7 @@ def _backward(rules: tuple[Rule, ...] | None) -> str:
 
 def _part(rule: Rule) -> str:
     """A rule so that it evaluates without the module that holds it."""
-    return f"get({rule.name!r})({', '.join(_values(rule))})" if rule.bound else repr(rule.name)
+    return f"get({rule.name!r})({', '.join(_values(rule))})" if rule.given else repr(rule.name)
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ class Selection:
 
         Args:
             rule: A rule name, a `Rule`, a composition, or None to keep the native backward.
-            **parameters: Values for the rule's parameters.
+            **parameters: Values for the rule's parameters, and `save` and `fuse`; see `Rule`.
 
         Raises:
             RuleError: The rule is unknown or not fully bound, or a value is not what it requires.

@@ -1,0 +1,35 @@
+"""Rewritten graphs as caches of compiled code know them: of operators alone, none of the functions of this package."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+
+from ..captured import sets_grad_mode
+from ..context import explicit_rules_act
+from ..decoupling import operands
+from ..ops import decoupled, stop_gradient
+from ..rules.rule import get
+
+__all__ = ["lower"]
+
+
+def lower(graph: fx.Graph) -> None:
+    """Put operators in the place of `stop_gradient` and `decoupled` in a graph that Dynamo has captured.
+
+    AOTAutograd's cache refuses functions that it does not know. What the functions ask when they run is known while
+    a graph is compiled, for as long as it is used, where gradients are enabled throughout and rules act.
+    """
+    if not torch.is_grad_enabled() or sets_grad_mode(graph) or not explicit_rules_act():
+        return
+    for node in graph.nodes:
+        if node.target is stop_gradient:
+            node.target, node.kwargs = torch.ops.aten.detach.default, {}
+        elif node.target is decoupled:
+            kwargs = dict(node.kwargs)
+            rule, site = get(kwargs.pop("rule")), kwargs.pop("site")
+            save, _ = kwargs.pop("save", rule.save), kwargs.pop("fuse", None)
+            tensors, numbers, call = operands(rule, site, kwargs, save)
+            if call and all(isinstance(value, fx.Node) for value in tensors):
+                node.target = torch.ops.freegrad_fx.decoupled.default
+                node.args, node.kwargs = (*node.args, tensors, numbers, call), {}

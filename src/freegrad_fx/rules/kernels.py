@@ -1,0 +1,58 @@
+"""One kernel for the backward of a rule: its formula, compiled. What `fuse=True` runs in eager mode."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import RuleError
+from .rule import Rule
+
+__all__ = ["run_fused"]
+
+
+def run_fused(
+    rule: Rule, site: str, masked: bool, grad: Tensor, *inputs: Tensor, **parameters: Any
+) -> Tensor:
+    """Compute what a rule makes of a gradient, in one kernel.
+
+    Args:
+        rule: The rule.
+        site: The name of the place in the model, for error messages.
+        masked: Whether the first of the inputs is the mask of ``x``, not ``x``.
+        grad: The gradient.
+        *inputs: What the formula reads.
+        **parameters: The rule's parameters.
+
+    Raises:
+        RuleError: The formula cannot be compiled.
+    """
+    function = rule.gate if masked else rule.function
+    assert function is not None
+    kernel = _kernel(function, tuple(sorted(parameters)), grad.dim())
+    try:
+        return kernel(grad, *inputs, **parameters)
+    except Exception as error:
+        raise RuleError(
+            f"fuse=True: rule {rule.name!r} at site {site!r} cannot be compiled here ({type(error).__name__}: "
+            f"{str(error).strip().partition(chr(10))[0]}). Leave fuse=True out; its formula is run as it is then."
+        ) from error
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(
+    function: Callable[..., Tensor], names: tuple[str, ...], dimensions: int
+) -> Callable[..., Tensor]:
+    """A function, compiled for gradients of a number of dimensions and of any size."""
+
+    def run(grad: Tensor, *inputs: Tensor, **parameters: Any) -> Tensor:
+        return function(grad, *inputs, **parameters)
+
+    # Dynamo counts by code how often something is compiled, and gives up: each has a code of its own
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=True)

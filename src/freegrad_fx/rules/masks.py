@@ -1,0 +1,33 @@
+"""Where a rule lets the gradient pass: the masks that the formulas of rules are made of. Knows no rule."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["ball", "nonnegative", "only_where", "positive", "window"]
+
+
+def positive(x: Tensor) -> Tensor:
+    """1[x > 0]"""
+    return x > 0
+
+
+def nonnegative(x: Tensor) -> Tensor:
+    """1[x ≥ 0]"""
+    return x >= 0
+
+
+def window(x: Tensor, *, a: float, b: float) -> Tensor:
+    """1[a ≤ x ≤ b]"""
+    return (x >= a) & (x <= b)
+
+
+def ball(x: Tensor, *, bound: float) -> Tensor:
+    """1[|x| ≤ bound]"""
+    return x.abs() <= bound
+
+
+def only_where(mask: Tensor, grad: Tensor) -> Tensor:
+    """grad·1[mask], which is 0 outside of the mask for every gradient, an infinite one too."""
+    return torch.where(mask, grad, 0)

@@ -1,0 +1,310 @@
+"""What is saved for the backward: x, its mask, or the output that has the same mask. The gradient is the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+import reference
+from freegrad_fx.ops import decoupled, stop_gradient
+from freegrad_fx.rules.masks import positive
+
+MASKED = [name for name in fg.rules.available() if fg.get(name).mask is not None]
+WINDOWS = {"rectangular": {"a": -0.25, "b": 0.5}, "rectangular_jam": {"a": -0.25, "b": 0.5}}
+X = torch.tensor([-math.inf, -2.0, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1.0, 2.0, math.inf, math.nan])
+
+
+def saved(function: Callable[[Tensor], Any], x: Tensor) -> list[Tensor]:
+    """What a function saves beside its argument, one tensor for each piece of memory."""
+    x = x.detach().requires_grad_() * 1
+    found: dict[int, Tensor] = {x.untyped_storage().data_ptr(): x}
+
+    def pack(tensor: Tensor) -> Tensor:
+        found.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        y = function(x)
+    del y
+    return list(found.values())[1:]
+
+
+def around(rule: fg.Rule, op: Callable[[Tensor], Tensor] = torch.tanh) -> fg.CapturedModule:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return op(x)
+
+    return fg.transform(Model(), {"activations": rule})
+
+
+def gradient(function: Callable[[Tensor], Tensor], x: Tensor, **how: Any) -> Tensor:
+    x = x.detach().clone().requires_grad_()
+    torch.manual_seed(0)
+    y = function(x)
+    grad = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).reshape(y.shape)
+    return torch.autograd.grad(y, x, grad, **how)[0]
+
+
+def same(actual: Tensor, expected: Tensor) -> None:
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+
+
+# --- save="mask" ---
+
+
+def test_the_rules_that_ask_for_no_more_than_a_mask() -> None:
+    assert set(MASKED) == {
+        "d(ReLU)", "rectangular", "clipped_straight_through", "positive_jam", "rectangular_jam",
+        "guided",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", MASKED)
+def test_a_saved_mask_gives_the_gradient_of_a_saved_x(name: str, dtype: torch.dtype) -> None:
+    rule = fg.get(name)(**WINDOWS.get(name, {}))
+    for x in (X.to(dtype), torch.empty(0, 3, dtype=dtype), torch.tensor(0.25, dtype=dtype)):
+        usual, masked = around(rule), around(rule(save="mask"))
+        same(gradient(masked, x), gradient(usual, x))
+        same(gradient(masked, x, create_graph=True), gradient(usual, x, create_graph=True))
+
+
+@pytest.mark.parametrize("name", sorted({*MASKED} & {*reference.ENTRYWISE}))
+def test_a_saved_mask_gives_the_gradient_of_the_formula(name: str) -> None:
+    rule = fg.get(name)(**WINDOWS.get(name, {}))
+    formula = reference.ENTRYWISE[name]
+    expected = reference.entrywise(formula, torch.linspace(-1, 1, len(X)), X, **rule.bound)
+    torch.testing.assert_close(gradient(around(rule(save="mask")), X), expected)
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_a_mask_is_a_byte_for_each_entry(name: str) -> None:
+    function = around(fg.get(name)(save="mask"), F.gelu)
+    (mask,) = saved(function, torch.randn(5, 7))
+    assert mask.dtype == torch.bool
+    assert mask.untyped_storage().nbytes() == 35
+
+
+def test_x_is_let_go_also_where_the_operation_overwrites_it() -> None:
+    rule = fg.rules.rectangular(save="mask")
+    (mask,) = saved(around(rule, lambda x: F.relu(x * 1, inplace=True)), torch.randn(5, 7))
+    assert mask.dtype == torch.bool
+
+
+@pytest.mark.parametrize("name", MASKED)
+def test_saved_masks_under_vmap_and_torch_func(name: str) -> None:
+    """There x is saved: what is saved changes no gradient."""
+    if "jam" in name:
+        pytest.skip("random numbers under vmap are those of its randomness option")
+    rule = fg.get(name)(**WINDOWS.get(name, {}))
+    x = torch.randn(4, 5)
+    usual, masked = around(rule), around(rule(save="mask"))
+
+    def summed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        return torch.vmap(torch.func.grad(lambda x: function(x).square().sum()))
+
+    same(summed(masked)(x), summed(usual)(x))
+
+
+@pytest.mark.parametrize("name", ["rectangular", "guided", "clipped_straight_through"])
+def test_compiled_masks(name: str) -> None:
+    function = around(fg.get(name)(save="mask", **WINDOWS.get(name, {})))
+    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+    same(gradient(compiled, X), gradient(function, X))
+
+
+@pytest.mark.inductor
+def test_masks_compiled_by_inductor() -> None:
+    function = around(fg.rules.rectangular(save="mask"))
+    x = torch.randn(9, 33)
+    torch.testing.assert_close(
+        gradient(torch.compile(function, fullgraph=True), x), gradient(function, x)
+    )
+    by_backend = fg.compile(nn.Tanh(), fg.rules.rectangular(save="mask"))
+    torch.testing.assert_close(gradient(by_backend, x), gradient(function, x))
+
+
+def test_masks_in_blocks_compositions_and_parameters() -> None:
+    masked = fg.rules.rectangular(a=-0.25, b=0.5, save="mask")
+    x = torch.randn(6, 5)
+    ambient = fg.transform(nn.Sequential(nn.Tanh()))
+    with fg.use(masked):
+        same(gradient(ambient, x), gradient(around(masked), x))
+    with fg.use("rectangular", {"a": -0.25, "b": 0.5, "save": "mask"}):
+        assert [t.dtype for t in saved(ambient, x)] == [torch.bool]
+    chain = fg.compose(fg.rules.scale(s=2.0), masked)
+    same(gradient(around(chain), x), 2 * gradient(around(masked), x))
+    assert [t.dtype for t in saved(around(chain), x)] == [torch.bool]
+    layer = nn.Linear(5, 3)
+    gm = fg.transform(layer, fg.RuleTable([fg.on(parameter="weight").backward(masked)]))
+    gm(x).sum().backward()
+    expected = x.sum(0).expand(3, 5) * ((layer.weight >= -0.25) & (layer.weight <= 0.5))
+    torch.testing.assert_close(layer.weight.grad, expected)
+
+
+def test_a_mask_may_depend_on_a_tensor_that_changes() -> None:
+    bound = torch.tensor(0.5)
+    function = around(fg.rules.clipped_straight_through(bound=bound, save="mask"))
+    x = torch.tensor([0.2, 0.7])
+    for value, expected in ((0.5, [-1.0, 0.0]), (0.1, [0.0, 0.0]), (1.0, [-1.0, 1.0])):
+        bound.fill_(value)
+        assert gradient(function, x).tolist() == expected
+
+
+def test_a_rule_of_ones_own_with_a_mask() -> None:
+    def outside(x: Tensor, *, bound: float) -> Tensor:
+        return x.abs() > bound
+
+    @fg.register("outside", mask=outside)
+    def rule(grad: Tensor, mask: Tensor, *, bound: float = 1.0, factor: float = 2.0) -> Tensor:
+        """factor·grad·1[|x| > bound]"""
+        return factor * grad * mask
+
+    assert rule.inputs == ("x",)
+    assert list(rule.parameters) == ["bound", "factor"]
+    x, grad = torch.randn(2, 20)
+    assert torch.equal(rule.backward(grad, x), 2 * grad * (x.abs() > 1))
+    usual, masked = (gradient(around(r), X[1:-1]) for r in (rule, rule(save="mask")))
+    same(masked, usual)
+
+
+def test_what_a_mask_has_to_be() -> None:
+    def gate(grad: Tensor, mask: Tensor) -> Tensor:
+        return grad * mask
+
+    with pytest.raises(fg.RuleError, match=r"names `mask` in its signature .* @register\('a'"):
+        fg.register("a")(gate)
+    with pytest.raises(fg.RuleError, match="registered without mask=, or the other way round"):
+        fg.register("a", mask=positive)(lambda grad, x: grad)
+    with pytest.raises(fg.RuleError, match="asks for 'bound'; it takes x and, by keyword"):
+        fg.register("a", mask=lambda x, *, bound: x > bound)(gate)
+    with pytest.raises(fg.RuleError, match="asks for 'more'"):
+        fg.register("a", mask=lambda x, more: x > more)(gate)
+    with pytest.raises(fg.RuleError, match="`mask` stands in the place of `x`"):
+        fg.register("a", mask=positive)(lambda grad, mask, x: grad)
+    assert "a" not in fg.rules.available()
+
+
+def test_wrong_things_to_save_are_named() -> None:
+    with pytest.raises(fg.RuleError, match=r"'maks'.*Did you mean 'mask'"):
+        fg.rules.rectangular(save="maks")
+    with pytest.raises(fg.RuleError, match="reads more than a mask.*d.ReLU., rectangular"):
+        fg.rules.fast_sigmoid(save="mask")
+    with pytest.raises(fg.RuleError, match="reads more than a mask"):
+        fg.on("relu").backward("scale", save="mask")
+    with pytest.raises(fg.RuleError, match="thing to save"):
+        fg.rules.d_relu(save="y")  # which a rewritten graph alone may do
+    x = torch.randn(3, requires_grad=True)
+    with pytest.raises(fg.RuleError, match="more of x than a mask"):
+        decoupled(torch.tanh(stop_gradient(x)), x, rule="triangular", save="mask")
+
+
+def test_options_are_written_and_read_like_parameters() -> None:
+    rule = fg.rules.rectangular(a=-1.0, b=1.0, save="mask", fuse=True)
+    assert repr(rule) == "rectangular(a=-1.0, b=1.0, save='mask', fuse=True)"
+    assert rule != fg.rules.rectangular(a=-1.0, b=1.0)
+    assert rule(save="x", fuse=False) == fg.rules.rectangular(a=-1.0, b=1.0)
+    table = fg.RuleTable(
+        [
+            fg.on("relu").backward("rectangular", a=-1.0, b=1.0, save="mask", fuse=True),
+            fg.on("tanh").backward(fg.compose("noise", fg.rules.d_relu(save="mask"))),
+        ]
+    )
+    assert table[0].rules == (rule,)
+    assert fg.RuleTable.from_toml(table.to_toml()) == table
+    assert fg.RuleTable.from_dict(table.to_dict()) == table
+    assert eval(repr(table), vars(fg) | vars(fg.rules)) == table
+    with pytest.raises(fg.TableError, match="entry 1.*Did you mean 'save'"):
+        fg.RuleTable.from_dict(
+            {"rule": [{"op": "relu", "backward": "rectangular", "params": {"sav": "mask"}}]}
+        )
+    plan = fg.explain(nn.Sequential(nn.ReLU(), nn.Tanh()), table)
+    assert "save='mask'" in str(plan)
+    assert plan.to_dict()["sites"][0]["rules"][0]["params"]["save"] == "mask"
+
+
+# --- the output in the place of x ---
+
+
+class Block(nn.Module):
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act
+        self.last = nn.Conv2d(4, 2, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.act(self.norm(self.conv(x))))
+
+
+@pytest.mark.parametrize("rule", ["d(ReLU)", "guided", "d(Linear)"])
+@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(True)])
+def test_rules_that_ask_where_x_is_positive_save_no_more_than_native(
+    rule: str, act: nn.Module
+) -> None:
+    model, x = Block(act), torch.randn(2, 3, 9, 9)
+    gm = fg.transform(model, rule)
+
+    def size(function: Callable[[Tensor], Tensor]) -> int:
+        return sum(t.untyped_storage().nbytes() for t in saved(function, x))
+
+    assert size(gm) <= size(model)
+    assert "clone" not in gm.code
+    assert torch.equal(gm(x), model(x))
+
+
+@pytest.mark.parametrize("op", [F.relu, F.relu6, lambda x: F.relu(x * 1, inplace=True)])
+@pytest.mark.parametrize("name", ["d(ReLU)", "guided"])
+def test_the_gradient_is_that_of_the_formula(name: str, op: Callable[[Tensor], Tensor]) -> None:
+    function = around(fg.get(name), op)
+    assert "save = 'y'" in function.code
+    (result,) = saved(lambda x: function(x) * 1, X) or [None]
+    assert result is not None
+    expected = reference.entrywise(
+        reference.ENTRYWISE[name], torch.linspace(-1, 1, len(X)), X, **fg.get(name).bound
+    )
+    same(gradient(function, X), expected)
+    same(gradient(torch.compile(function, backend="aot_eager"), X), expected)
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        F.leaky_relu,  # negative where x is, or positive: as its slope has it
+        F.gelu,  # 0 for the smallest positive numbers
+        torch.tanh,
+        F.elu,
+        lambda x: F.relu(x).mul_(-1),  # what is written into the result reaches what is saved
+        lambda x: F.dropout(F.relu(x), 0.5, True, inplace=True),
+    ],
+)
+def test_elsewhere_x_is_saved(op: Callable[[Tensor], Tensor]) -> None:
+    function = around(fg.get("d(ReLU)"), op)
+    assert "save" not in function.code
+    assert gradient(function, X).isfinite().any()
+
+
+def test_a_new_forward_has_no_output_that_stands_for_x() -> None:
+    gm = fg.transform(nn.ReLU(), fg.rules.d_relu(forward="tanh"))
+    assert "save" not in gm.code
+    masked = fg.transform(nn.ReLU(), fg.rules.d_relu(save="mask"))
+    assert "save = 'mask'" in masked.code
+
+
+def test_a_copied_and_a_loaded_model_save_the_same() -> None:
+    import copy
+    import pickle
+
+    function = fg.transform(
+        nn.Sequential(nn.ReLU(), nn.Tanh()),
+        {"relu": "d(ReLU)", "tanh": fg.rules.rectangular(save="mask")},
+    )
+    for other in (copy.deepcopy(function), pickle.loads(pickle.dumps(function))):
+        assert other.code == function.code
+        same(gradient(other, X), gradient(function, X))
