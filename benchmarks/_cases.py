@@ -1,145 +1,195 @@
-"""What is compared: operators, training steps, memory, and the time it takes to transform and to compile."""
+"""What is measured: operators, training steps, attributions, transforms and memory, native, ours and the peers'.
+
+A case is a dict of candidates by name, native PyTorch first; `compare` and the suites of pytest-benchmark share them.
+A rule's name is ours, `_peers` says how a peer's begins, and what follows a comma in a name are options.
+"""
 
 from __future__ import annotations
 
-import importlib.util
-import time
+import copy
+import importlib
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import freegrad_fx as fg
 
+from . import _peers as peers
+from ._measure import saved_bytes
+
 Step: TypeAlias = Callable[[], Any]
+Models: TypeAlias = dict[str, Callable[[], nn.Module]]
+Shape: TypeAlias = tuple[int, ...]
 
-PEERS = ("freegrad", "snntorch", "spikingjelly", "brevitas", "captum", "zennit")
-
-
-def peer(name: str) -> Any:
-    """A peer library, or None where it is not installed."""
-    return importlib.import_module(name) if name not in missing() else None
-
-
-def missing() -> list[str]:
-    """The peers that are not installed."""
-    return [name for name in PEERS if importlib.util.find_spec(name) is None]
-
-
-# --- operators ---
-
-
-def around(rule: str | fg.Rule, op: Callable[[Tensor], Tensor] = torch.relu) -> nn.Module:
-    """One activation under a rule, as `transform` makes it."""
-
-    class Operator(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return op(x)
-
-    return fg.transform(
-        Operator(), fg.RuleTable([fg.on(["activations", "quantizers"]).backward(rule)])
-    )
-
-
-def training(function: Callable[[Tensor], Tensor], shape: tuple[int, ...]) -> Step:
-    """Forward and backward of a function of one tensor."""
-    torch.manual_seed(0)
-    x, grad = torch.randn(shape, requires_grad=True), torch.randn(shape)
-
-    def step() -> None:
-        x.grad = None
-        function(x).backward(grad)
-
-    return step
-
-
-def peers_of(rule: str) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """The same gradient by the libraries that have it."""
-    freegrad, snntorch = peer("freegrad"), peer("snntorch")
-    if freegrad is not None and rule in FREEGRAD:
-        layer = freegrad.Activation(forward="ReLU")
-
-        def by_freegrad(x: Tensor) -> Tensor:
-            with freegrad.use(rule=rule, scope="activations"):
-                return layer(x)  # type: ignore[no-any-return]
-
-        yield "FreeGrad", by_freegrad
-    if snntorch is not None and rule in ("fast_sigmoid", "arctan"):
-        surrogate = importlib.import_module("snntorch.surrogate")
-        yield "snnTorch", surrogate.fast_sigmoid() if rule == "fast_sigmoid" else surrogate.atan()
-    if peer("spikingjelly") is not None and rule == "arctan":
-        surrogate = importlib.import_module("spikingjelly.activation_based.surrogate")
-        yield "SpikingJelly", surrogate.ATan()
-    if peer("brevitas") is not None and rule == "straight_through":
-        yield "Brevitas", importlib.import_module("brevitas.ops.autograd_ste_ops").RoundSteFn.apply
-
-
-FREEGRAD = (
-    "d(ReLU)", "d(Linear)", "rectangular", "triangular", "scale", "clip_norm", "noise", "centralize", "full_jam",
-    "positive_jam", "rectangular_jam",
-)  # fmt: skip
+NATIVE = "native"
+NATIVE_RELU = "native relu"
 
 ELEMENTWISE = (
     "d(Linear)", "d(ReLU)", "straight_through", "clipped_straight_through", "rectangular", "triangular", "fast_sigmoid",
     "arctan", "scale", "reverse", "clip_value", "noise", "full_jam", "positive_jam", "rectangular_jam", "guided",
 )  # fmt: skip
+RULES = (*ELEMENTWISE, "clip_norm", "centralize")
+
+# A slope that SpikingJelly's SoftSign has, too.
+PARAMETERS: dict[str, dict[str, Any]] = {"fast_sigmoid": {"slope": 2.0}}
+
+# Rules that multiply with a mask of x, and can keep that instead of x.
+MASKED = (
+    "d(ReLU)", "clipped_straight_through", "rectangular", "positive_jam", "rectangular_jam", "guided",
+)  # fmt: skip
+
+FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": torch.relu,
+    "heaviside": fg.activations.heaviside,
+    "binarize": fg.activations.binarize,
+    "round": torch.round,
+    "ceil": torch.ceil,
+    "floor": torch.floor,
+    "sign": torch.sign,
+}
+
+# Besides on relu, a rule is tried on the forwards that its peers have.
+OTHER_FORWARDS = {
+    "straight_through": ("heaviside", "round", "ceil", "floor", "sign"),
+    "clipped_straight_through": ("binarize",),
+    "rectangular": ("heaviside",),
+    "triangular": ("heaviside",),
+    "fast_sigmoid": ("heaviside",),
+    "arctan": ("heaviside",),
+}
 
 
-def operators(shape: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Step]]]:
-    """Every rule over native relu, with its peers, in eager mode."""
-    for rule in ELEMENTWISE:
-        op = torch.round if rule == "straight_through" else torch.relu
-        ours = training(around(rule, op), shape)
-        steps = {"native relu": training(torch.relu, shape), rule: ours}
-        for name, function in peers_of(rule):
-            steps[f"{name}'s"] = training(function, shape)
-        yield rule, steps
+def rule_of(name: str, **options: Any) -> fg.Rule:
+    """A rule with the parameters that it is measured with."""
+    return fg.get(name)(**PARAMETERS.get(name, {}), **options)
 
 
-def compiled_operators(shape: tuple[int, ...]) -> Iterator[tuple[str, dict[str, Step]]]:
-    """Every rule compiled, over eager native relu and compiled native relu."""
-    for rule in ELEMENTWISE:
-        torch._dynamo.reset()
-        yield (
-            rule,
-            {
-                "native relu, eager": training(torch.relu, shape),
-                "native relu, compiled": training(torch.compile(torch.relu), shape),
-                f"{rule}, compiled": training(torch.compile(around(rule), fullgraph=True), shape),
-            },
-        )
+# --- operators ---
+
+
+class Activation(nn.Module):
+    """One activation: native PyTorch as it is, and what `transform` is given."""
+
+    def __init__(self, forward: str = "relu") -> None:
+        super().__init__()
+        self.function = FORWARDS[forward]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function(x)
+
+
+def under(rule: fg.Rule, forward: str = "relu") -> nn.Module:
+    """The same module with a rule behind it."""
+    table = fg.RuleTable([fg.on(["activations", "quantizers"]).backward(rule)])
+    return fg.transform(Activation(forward), table, strict=True)
+
+
+def operator(rule: str) -> dict[str, nn.Module]:
+    """A rule on relu and on other forwards, beside native relu and the peers that have the rule."""
+    modules = {NATIVE_RELU: Activation(), rule: under(rule_of(rule))}
+    for forward in OTHER_FORWARDS.get(rule, ()):
+        modules[f"{rule} on {forward}"] = under(rule_of(rule), forward)
+    if rule in MASKED:
+        modules[f"{rule}, save=mask"] = under(rule_of(rule, save="mask"))
+    return modules | peers.operators(rule)
+
+
+def input_and_gradient(shape: Shape) -> tuple[Tensor, Tensor]:
+    """The same numbers for every candidate."""
+    numbers = torch.Generator().manual_seed(0)
+    x, grad = torch.randn(shape, generator=numbers), torch.randn(shape, generator=numbers)
+    return x.requires_grad_(), grad
+
+
+def operator_step(module: nn.Module, shape: Shape) -> Step:
+    """Forward and backward of a module of one tensor."""
+    x, grad = input_and_gradient(shape)
+
+    def step() -> None:
+        x.grad = None
+        module(x).backward(grad)
+
+    return step
+
+
+def gradient(module: nn.Module, shape: Shape = (64, 64)) -> Tensor:
+    """What a module hands on to its input; rules that draw random numbers draw the same ones."""
+    x, grad = input_and_gradient(shape)
+    torch.manual_seed(1)
+    (found,) = torch.autograd.grad(module(x), x, grad)
+    return found
+
+
+def differences(gradients: dict[str, Tensor]) -> dict[str, str]:
+    """Which gradients are not that of the first candidate that is ours, and by how much; native ones need not be."""
+    ours = next(g for name, g in gradients.items() if is_ours(name))
+    return {
+        name: f"another gradient: up to {(other - ours).abs().max():.2g} apart"
+        for name, other in gradients.items()
+        if not name.startswith(NATIVE) and not torch.allclose(other, ours, rtol=1e-5, atol=1e-6)
+    }
+
+
+def is_ours(candidate: str) -> bool:
+    """Whether a candidate is neither native PyTorch nor a peer's."""
+    return not candidate.startswith(NATIVE) and peers.peer_of(candidate) is None
+
+
+def compiled(module: nn.Module, fullgraph: bool = False) -> nn.Module:
+    """A module behind torch.compile. `torch._dynamo.reset` goes before a group of them."""
+    # The graphs of all rules stand behind one forward, and count as its recompilations.
+    torch._dynamo.config.recompile_limit = 64
+    result: nn.Module = torch.compile(module, fullgraph=fullgraph)  # type: ignore[assignment]
+    return result
+
+
+def compiled_operator(rule: str) -> dict[str, nn.Module]:
+    """A rule compiled, beside native relu in eager mode and compiled."""
+    return {
+        NATIVE_RELU: Activation(),
+        f"{NATIVE_RELU}, compiled": compiled(Activation(), fullgraph=True),
+        rule: compiled(under(rule_of(rule)), fullgraph=True),
+    }
+
+
+FUSED = ("arctan", "fast_sigmoid", "triangular", "rectangular")
+
+
+def fused_operator(rule: str) -> dict[str, nn.Module]:
+    """A rule in eager mode, and with its backward as one kernel of torch.compile's."""
+    return {
+        NATIVE_RELU: Activation(),
+        rule: under(rule_of(rule)),
+        f"{rule}, fuse": under(rule_of(rule, fuse=True)),
+    }
 
 
 # --- training steps ---
 
 
 class SpikingMLP(nn.Module):
-    """Leaky integrate-and-fire layers over time; its spikes are relus, which a rule makes fire."""
+    """Leaky integrate-and-fire layers over time; natively its spikes are relus, which a rule can make fire."""
 
     def __init__(self, width: int = 256, steps: int = 10) -> None:
         super().__init__()
-        self.inputs, self.hidden, self.outputs = (
-            nn.Linear(64, width),
-            nn.Linear(width, width),
-            nn.Linear(width, 10),
-        )
+        self.inputs, self.hidden = nn.Linear(64, width), nn.Linear(width, width)
+        self.outputs, self.spike = nn.Linear(width, 10), nn.ReLU()
         self.steps = steps
 
     def forward(self, x: Tensor) -> Tensor:
-        first = second = torch.zeros(())
-        total = torch.zeros(())
+        first = second = total = torch.zeros(())
         for _ in range(self.steps):
             first = 0.9 * first + self.inputs(x)
-            spikes = F.relu(first - 1)
-            second = 0.9 * second + self.hidden(spikes)
-            total = total + self.outputs(F.relu(second - 1))
+            second = 0.9 * second + self.hidden(self.spike(first - 1))
+            total = total + self.outputs(self.spike(second - 1))
         return total
 
 
 class LSTMClassifier(nn.Module):
-    """An LSTM and a head with an activation."""
+    """An LSTM, whose own activations are out of reach, and a head with one that is not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -147,135 +197,293 @@ class LSTMClassifier(nn.Module):
         self.head = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.lstm(x)[0][:, -1])  # type: ignore[no-any-return]
+        logits: Tensor = self.head(self.lstm(x)[0][:, -1])
+        return logits
 
 
-def mlp() -> nn.Module:
-    """Eight layers of 256."""
-    layers = [layer for _ in range(8) for layer in (nn.Linear(256, 256), nn.ReLU())]
-    return nn.Sequential(*layers)
+def torchvision_models() -> Any:
+    """torchvision.models, also beside a CPU build of torch."""
+    return importlib.import_module("_torchvision").torchvision.models
 
 
-def models(quick: bool) -> dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], str]]:
-    """Models to train: how to make one, the shape of its input, and which op the rules are for."""
-    torchvision = importlib.import_module("_torchvision").torchvision
-    few = 2 if quick else 8
-
-    def vit() -> nn.Module:
-        return torchvision.models.VisionTransformer(  # type: ignore[no-any-return]
-            image_size=64, patch_size=8, num_layers=4, num_heads=4, hidden_dim=128, mlp_dim=512
-        )
-
-    return {
-        "MLP 8×256": (mlp, (256 if quick else 4096, 256), "relu"),
-        "resnet18": (torchvision.models.resnet18, (few, 3, 96, 96), "relu"),
-        "vgg11_bn": (torchvision.models.vgg11_bn, (few, 3, 64, 64), "relu"),
-        "ViT, 4 layers of 128": (vit, (few, 3, 64, 64), "gelu"),
-        "LSTM classifier": (LSTMClassifier, (16, 50, 32), "relu"),
-        "spiking MLP, 10 steps": (SpikingMLP, (128, 64), "relu"),
-    }
+def mlp(quick: bool) -> nn.Module:
+    layers = range(2 if quick else 8)
+    return nn.Sequential(*(layer for _ in layers for layer in (nn.Linear(256, 256), nn.ReLU())))
 
 
-RULES = ("rectangular", "d(Linear)", "straight_through", "triangular", "fast_sigmoid", "arctan")
+def resnet18(quick: bool) -> nn.Module:
+    return torchvision_models().resnet18()  # type: ignore[no-any-return]
 
 
-def training_step(model: nn.Module, shape: tuple[int, ...], compiled: bool = False) -> Step:
-    """Forward, backward and an SGD step."""
+def vgg11_bn(quick: bool) -> nn.Module:
+    models = torchvision_models()
+    if not quick:
+        return models.vgg11_bn()  # type: ignore[no-any-return]
+    # without its classifier, whose 120 million weights take a second to draw
+    features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True)
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
+
+
+def vit(quick: bool) -> nn.Module:
+    return torchvision_models().VisionTransformer(  # type: ignore[no-any-return]
+        image_size=32 if quick else 64,
+        patch_size=8,
+        num_layers=1 if quick else 4,
+        num_heads=4,
+        hidden_dim=128,
+        mlp_dim=512,
+    )
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to train.
+
+    Attributes:
+        make: What makes it; it is told whether it is to be a small one.
+        shape: Of its input.
+        quick_shape: Of its input in a quick run.
+        op: Which of its operations the rules are for.
+    """
+
+    make: Callable[[bool], nn.Module]
+    shape: Shape
+    quick_shape: Shape
+    op: str = "relu"
+
+    def input(self, quick: bool) -> Tensor:
+        """The same numbers at every call."""
+        shape = self.quick_shape if quick else self.shape
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0))
+
+
+MODELS = {
+    "MLP 8×256": Model(mlp, (4096, 256), (64, 256)),
+    "resnet18": Model(resnet18, (8, 3, 96, 96), (2, 3, 32, 32)),
+    "vgg11_bn": Model(vgg11_bn, (8, 3, 64, 64), (2, 3, 32, 32)),
+    "ViT, 4 layers of 128": Model(vit, (8, 3, 64, 64), (2, 3, 32, 32), op="gelu"),
+    "LSTM classifier": Model(lambda quick: LSTMClassifier(), (16, 50, 32), (2, 5, 32)),
+    "spiking MLP, 10 steps": Model(
+        lambda quick: SpikingMLP(32, 2) if quick else SpikingMLP(), (128, 64), (4, 64)
+    ),
+}
+
+# By candidate: the rule, and its options.
+STEP_RULES: dict[str, tuple[str, dict[str, Any]]] = {
+    "rectangular": ("rectangular", {}),
+    "rectangular, save=mask": ("rectangular", {"save": "mask"}),
+    "d(Linear)": ("d(Linear)", {}),
+    "straight_through": ("straight_through", {}),
+    "triangular": ("triangular", {}),
+    "fast_sigmoid": ("fast_sigmoid", {}),
+    "arctan": ("arctan", {}),
+}
+# Compiling takes its time.
+COMPILED_RULES = ("rectangular", "d(Linear)", "straight_through", "arctan")
+
+
+def step_models(name: str, quick: bool) -> Models:
+    """A model, native and under each rule. They share the parameters, so that a large model is there once."""
+    model = MODELS[name]
     torch.manual_seed(0)
-    x = torch.randn(shape)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-6)
-    function = torch.compile(model) if compiled else model
+    native = model.make(quick)
+
+    def ruled(rule: str, **options: Any) -> Callable[[], nn.Module]:
+        return lambda: fg.transform(native, {model.op: rule_of(rule, **options)})
+
+    models: Models = {NATIVE: lambda: native}
+    for candidate, (rule, options) in STEP_RULES.items():
+        models[candidate] = ruled(rule, **options)
+    if name.startswith("spiking"):
+        models["arctan, heaviside"] = ruled("arctan", forward="heaviside")
+    return models
+
+
+def peers_step_models(name: str, quick: bool) -> Models:
+    """The same model with the activations of the peers that fit into it."""
+    torch.manual_seed(0)
+    native = MODELS[name].make(quick)
+    absent, models = peers.missing(), Models()
+    if name in ("MLP 8×256", "resnet18") and "FreeGrad" not in absent:
+        wrapped = importlib.import_module("_freegrad").wrapped
+        models["FreeGrad rectangular"] = lambda: wrapped(native, rule_of("rectangular"))
+    if name.startswith("spiking"):
+        for candidate, make in peers.OPERATORS["arctan"].items():
+            if peers.peer_of(candidate) not in absent:
+                models[candidate] = lambda make=make: with_spike(native, make())  # type: ignore[misc]
+    return models
+
+
+def with_spike(model: nn.Module, spike: nn.Module) -> nn.Module:
+    """A copy of a spiking model that fires with another module."""
+    model = copy.deepcopy(model)
+    model.spike = spike
+    return model
+
+
+def training_step(model: nn.Module, x: Tensor) -> Step:
+    """Forward, backward and a step of SGD; its learning rate is zero, so that every step does the same work."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:
         optimizer.zero_grad()
-        function(x).square().mean().backward()
+        model(x).square().mean().backward()
         optimizer.step()
 
     return step
 
 
-def steps(quick: bool, compiled: bool) -> Iterator[tuple[str, dict[str, Step]]]:
-    """A training step under each rule over the same step of the untransformed model."""
-    for name, (make, shape, op) in models(quick).items():
-        if compiled and name == "LSTM classifier":
-            continue  # Dynamo leaves nn.LSTM to Python
-        torch._dynamo.reset()
-        torch.manual_seed(0)
-        found = {"native": training_step(make(), shape, compiled)}
-        for rule in RULES:
-            torch.manual_seed(0)
-            model = fg.transform(make(), {op: rule})
-            found[rule] = training_step(model, shape, compiled)
-        yield name, found
+SGD_ALONE = "native, SGD alone"
+NATIVE_AGAIN = "native, once more"  # how far two that are the same can be apart
+
+
+def steps(name: str, quick: bool) -> dict[str, Step]:
+    """A training step in eager mode, and for how much of it SGD is to blame."""
+    models = step_models(name, quick) | peers_step_models(name, quick)
+    x = MODELS[name].input(quick)
+    found = {candidate: training_step(make(), x) for candidate, make in models.items()}
+    sgd = torch.optim.SGD(models[NATIVE]().parameters(), lr=0.0)
+    native = found.pop(NATIVE)
+    return {NATIVE: native, NATIVE_AGAIN: native, SGD_ALONE: sgd.step, **found}
+
+
+def compiled_steps(name: str, quick: bool) -> dict[str, Step]:
+    """A training step behind torch.compile."""
+    torch._dynamo.reset()
+    models, x = step_models(name, quick), MODELS[name].input(quick)
+    rules = COMPILED_RULES[:1] if quick else COMPILED_RULES
+    native = training_step(compiled(models[NATIVE]()), x)
+    found = {rule: training_step(compiled(models[rule]()), x) for rule in rules}
+    return {NATIVE: native, NATIVE_AGAIN: native, **found}
+
+
+# --- attributions ---
+
+
+class ConvNet(nn.Sequential):
+    """A small network to explain."""
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs, stride in ((3, 16, 1), (16, 32, 2), (32, 64, 2)):
+            layers += [nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.ReLU()]
+        super().__init__(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def of_the_score(model: nn.Module, x: Tensor) -> Tensor:
+    """The gradient of the first class's score with respect to the input."""
+    x = x.detach().requires_grad_()
+    (found,) = torch.autograd.grad(model(x)[:, 0].sum(), x)
+    return found
+
+
+def attributions(quick: bool) -> dict[str, Callable[[], Tensor]]:
+    """Guided backpropagation of one network. The peers hook a model; hooks that can stay are made once."""
+    torch.manual_seed(0)
+    model = ConvNet().eval()
+    x = torch.randn(1 if quick else 8, 3, 16 if quick else 64, 16 if quick else 64)
+    guided = fg.transform(model, {"relu": "guided"}, strict=True)
+    found: dict[str, Callable[[], Tensor]] = {
+        "native gradient": lambda: of_the_score(model, x),
+        "guided": lambda: of_the_score(guided, x),
+    }
+    absent = peers.missing()
+    if "Captum" not in absent:
+        explained = importlib.import_module("captum.attr").GuidedBackprop(copy.deepcopy(model))
+        found["Captum GuidedBackprop"] = lambda: explained.attribute(
+            x.detach().requires_grad_(), target=0
+        )
+    if "zennit" not in absent:
+        torchvision_models()  # zennit imports torchvision
+        hooked = copy.deepcopy(model)
+        importlib.import_module("zennit.composites").GuidedBackprop().register(hooked)
+        found["zennit GuidedBackprop"] = lambda: of_the_score(hooked, x)
+    return found
 
 
 # --- the time that transform takes ---
 
-
-def transforms() -> Iterator[tuple[str, dict[str, Step]]]:
-    """`transform` over a bare symbolic trace."""
-    torchvision = importlib.import_module("_torchvision").torchvision
-    for name in ("resnet18", "resnet152", "vit_l_16", "densenet121"):
-        with torch.device("meta"):
-            model = torchvision.models.get_model(name, weights=None)
-        yield name, _transforming(model)
-    for length in (1000, 4000):
-        yield f"a chain of {length}", _transforming(nn.Sequential(*chain(length)))
+TRANSFORMED = ("resnet18", "resnet152", "vit_l_16", "densenet121")
 
 
-def chain(length: int) -> list[nn.Module]:
-    """That many activations."""
-    return [nn.ReLU() for _ in range(length)]
-
-
-def _transforming(model: nn.Module) -> dict[str, Step]:
+def transform(name: str) -> dict[str, Step]:
+    """`transform`, which captures both modes of a model, beside a bare symbolic trace."""
+    with torch.device("meta"):
+        model = torchvision_models().get_model(name, weights=None)
     return {
-        "symbolic_trace": lambda: fx.symbolic_trace(model),
+        f"{NATIVE} symbolic_trace": lambda: fx.symbolic_trace(model),
         "transform": lambda: fg.transform(model, "rectangular"),
     }
+
+
+CHAIN = "a chain of activations"
+
+
+def transform_chain(quick: bool) -> dict[str, Step]:
+    """A chain of activations, and one that is four times as long."""
+    short = 100 if quick else 1000
+    models = {f"transform, {n}": nn.Sequential(*(nn.ReLU() for _ in range(n))) for n in (short, 4 * short)}  # fmt: skip
+    return {name: lambda m=m: fg.transform(m, "rectangular") for name, m in models.items()}  # type: ignore[misc]
 
 
 # --- memory ---
 
 
-def saved_bytes(function: Callable[[Tensor], Tensor], size: int = 4096) -> float:
-    """The bytes per element that a function saves for its backward."""
-    x = torch.randn(size, requires_grad=True)
-    # a tensor that is there anyway, such as the input, costs nothing
-    seen = {x.untyped_storage().data_ptr()}
-    total = 0
+def rule_of_output() -> fg.Rule:
+    """A rule that needs y alone, which none of the built-in ones does."""
 
-    def pack(tensor: Tensor) -> Tensor:
-        nonlocal total
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in seen:
-            seen.add(storage.data_ptr())
-            total += storage.nbytes()
-        return tensor
+    @fg.register("a rule of y", overwrite=True)
+    def of_y(grad: Tensor, y: Tensor) -> Tensor:
+        """grad·1[y > 0]"""
+        return grad * (y > 0)
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        y = function(x * 1)
-        del y
-    return total / size
+    return of_y
 
 
-def memory() -> Iterator[tuple[str, float]]:
-    """The bytes per element that each rule saves, and native relu."""
-    yield "native relu", saved_bytes(torch.relu)
-    for rule in ELEMENTWISE:
-        yield rule, saved_bytes(around(rule))
+def operator_bytes(module: nn.Module, size: int = 4096) -> float:
+    """The bytes per element of an activation and of what follows it: a layer that keeps its input, as most do."""
+    x = torch.ones(size, requires_grad=True)
+    return saved_bytes(lambda: module(x * 1).square(), [x]) / size
 
 
-# --- the time that compiling takes ---
+def operator_memory() -> Iterator[tuple[str, float]]:
+    """By candidate, native relu first: the bytes per element that are kept for the backward."""
+    yield NATIVE_RELU, operator_bytes(Activation())
+    yield "a rule of y", operator_bytes(under(rule_of_output()))
+    for rule in RULES:
+        for candidate, module in operator(rule).items():
+            if peers.peer_of(candidate):
+                yield f"{candidate}, {rule}", operator_bytes(module)
+            elif candidate in (rule, f"{rule}, save=mask"):
+                yield candidate, operator_bytes(module)
 
 
-def compile_seconds(model: nn.Module, shape: tuple[int, ...]) -> float:
-    """How long the first training step of a compiled model takes, less the second."""
-    torch._dynamo.reset()
-    step = training_step(model, shape, compiled=True)
-    taken = []
-    for _ in range(2):
-        start = time.perf_counter()
-        step()
-        taken.append(time.perf_counter() - start)
-    return taken[0] - taken[1]
+MEMORY_MODELS = ("MLP 8×256", "resnet18")
+
+
+def step_memory(name: str, quick: bool) -> Iterator[tuple[str, float]]:
+    """The same for a whole training step: bytes per element that an activation of the model returns."""
+    x, models = MODELS[name].input(quick), step_models(name, quick)
+    elements = activated_elements(models[NATIVE](), x)
+    for candidate, make in (models | peers_step_models(name, quick)).items():
+        model = make()
+        known = [x, *model.parameters(), *model.buffers()]
+
+        def loss(model: nn.Module = model) -> Tensor:
+            return model(x).square().mean()  # type: ignore[no-any-return]
+
+        yield candidate, saved_bytes(loss, known) / elements
+
+
+def activated_elements(model: nn.Module, x: Tensor) -> int:
+    """How many numbers the ReLU modules of a model return in one forward."""
+    counted: list[int] = []
+    handles = [
+        module.register_forward_hook(lambda m, args, result: counted.append(result.numel()))
+        for module in model.modules()
+        if isinstance(module, nn.ReLU)
+    ]
+    model(x)
+    for handle in handles:
+        handle.remove()
+    return sum(counted)

@@ -1,7 +1,7 @@
-"""Interleaved measurements: every candidate once per round, the order changed from round to round, medians of ratios.
+"""How things are measured: times in turns, the memory that a forward keeps for its backward, and on what machine.
 
 A shared machine slows down for seconds at a time. Candidates that take turns are slowed down together, so their ratios
-hold where their times do not.
+hold where their times do not. Knows nothing of rules or models.
 """
 
 from __future__ import annotations
@@ -12,123 +12,144 @@ import platform
 import random
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-__all__ = ["Comparison", "Row", "compare", "machine"]
+__all__ = ["Comparison", "Spread", "compare", "machine", "saved_bytes"]
 
 
 @dataclass(frozen=True)
-class Row:
-    """One candidate.
+class Spread:
+    """A median and the quartiles around it."""
 
-    Attributes:
-        name: What it is.
-        seconds: The median time of a call.
-        ratio: The median, over rounds, of its time over that of the baseline in the same round.
-        low: The ratio's first quartile.
-        high: The ratio's third quartile.
-    """
-
-    name: str
-    seconds: float
-    ratio: float
+    median: float
     low: float
     high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Summarise measurements; of a single one, all three are that."""
+        values = [*values] if len(values) > 1 else [*values] * 2
+        low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+        return cls(median, low, high)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Candidates on one input, the baseline first.
+    """What each candidate took in each round; the first candidate is the native one.
 
     Attributes:
-        title: What was measured.
-        rows: The candidates.
-        rounds: How many rounds there were.
+        times: Seconds by candidate, one number for each round.
     """
 
-    title: str
-    rows: tuple[Row, ...]
-    rounds: int
+    times: Mapping[str, Sequence[float]]
 
-    def __str__(self) -> str:
-        width = max(len(row.name) for row in self.rows)
-        lines = [
-            f"  {row.name.ljust(width)}  {1e3 * row.seconds:10.3f} ms  {row.ratio:6.2f}  "
-            f"[{row.low:.2f}, {row.high:.2f}]"
-            for row in self.rows
-        ]
-        return "\n".join([f"{self.title} ({self.rounds} rounds)", *lines])
+    @property
+    def rounds(self) -> int:
+        """How often everything was measured."""
+        return len(next(iter(self.times.values())))
+
+    def seconds(self, name: str) -> float:
+        """The median time of one call."""
+        return statistics.median(self.times[name])
+
+    def ratio(self, name: str, over: str) -> Spread:
+        """How many times as long a candidate takes as another, both taken from the same round."""
+        pairs = zip(self.times[name], self.times[over], strict=True)
+        return Spread.of([mine / other for mine, other in pairs])
 
 
 def compare(
-    title: str,
     candidates: Mapping[str, Callable[[], Any]],
     *,
     seconds: float = 4.0,
     least: int = 15,
+    most: int = 400,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Time candidates in turn.
+    """Time candidates in turns: each once per round, in an order that changes from round to round.
 
     Args:
-        title: What is measured.
-        candidates: What to call, by name; the first is the baseline.
+        candidates: What to call, by name.
         seconds: About how long to measure in all.
         least: The least number of rounds.
+        most: The greatest number of rounds.
+        clock: What tells the time.
     """
-    once = {}
+    repeats, round_takes = {}, 0.0
     for name, call in candidates.items():
+        call()  # what is compiled is compiled here
         call()
-        call()  # the first call may compile
-        start = time.perf_counter()
+        start = clock()
         call()
-        once[name] = time.perf_counter() - start
-    # a sample of a fast call is many of them
-    repeats = {name: max(1, int(2e-3 / t)) for name, t in once.items()}
-    round_takes = sum(once[name] * repeats[name] for name in candidates)
-    rounds = max(least, min(400, int(seconds / round_takes)))
+        once = max(clock() - start, 1e-9)
+        # one sample of a fast call is many of them
+        repeats[name] = max(1, int(2e-3 / once))
+        round_takes += once * repeats[name]
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    order = list(candidates)
-    shuffle = random.Random(0).shuffle
+    order, shuffle = list(candidates), random.Random(0).shuffle
+    # Rubbish is collected between the rounds only; what is frozen is not searched for it, which would take long.
     gc.collect()
+    gc.freeze()
     gc.disable()
     try:
-        for _ in range(rounds):
+        for _ in range(max(least, min(most, int(seconds / round_takes)))):
             shuffle(order)
             for name in order:
                 call, repeat = candidates[name], repeats[name]
-                start = time.perf_counter()
+                start = clock()
                 for _ in range(repeat):
                     call()
-                times[name].append((time.perf_counter() - start) / repeat)
+                times[name].append((clock() - start) / repeat)
+            gc.collect()
     finally:
         gc.enable()
-    base = times[next(iter(candidates))]
-    rows = []
-    for name, taken in times.items():
-        ratios = [t / b for t, b in zip(taken, base, strict=True)]
-        low, middle, high = statistics.quantiles(ratios, n=4)
-        rows.append(Row(name, statistics.median(taken), middle, low, high))
-    return Comparison(title, tuple(rows), rounds)
+        gc.unfreeze()
+    return Comparison(times)
+
+
+def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
+    """Count the bytes that a forward saves for its backward; a storage that is saved twice counts once.
+
+    Args:
+        forward: What to run. The graph of what it returns is kept while it is counted.
+        known: Tensors that are there anyway, such as the input and the parameters: they cost nothing.
+    """
+    seen = {tensor.untyped_storage().data_ptr() for tensor in known}
+    total = 0
+
+    def pack(tensor: Tensor) -> Tensor:
+        nonlocal total
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in seen:
+            seen.add(storage.data_ptr())
+            total += storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        result = forward()
+    del result  # not earlier: a storage that is freed may come back as another one
+    return total
 
 
 def machine() -> dict[str, Any]:
-    """What the measurements were made on."""
+    """Describe what the measurements are made on."""
     info = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()
-        for line in (info.read_text().splitlines() if info.exists() else [])
+        for line in (info.read_text("utf-8").splitlines() if info.exists() else [])
         if line.startswith("model name")
     ]
     return {
         "processor": models[0] if models else platform.processor(),
         "cores": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "system": platform.platform(),
+        "load": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),
         "torch": torch.__version__,
         "threads": torch.get_num_threads(),

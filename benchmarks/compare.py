@@ -1,117 +1,134 @@
-"""``python -m benchmarks.compare``: us, native PyTorch and the installed peers, in turn, in one process.
+"""``python -m benchmarks.compare``: us, native PyTorch and the installed peers, in turns, in one process.
 
-Prints the ratio of each to the first of its group, with the quartiles, and writes everything as JSON. Run it with
-nothing else running.
+Prints the ratio of each candidate to native PyTorch and to what its targets are relative to, and whether they are met.
+Run it with nothing else running: the ratios hold on a busy machine, but less sharply.
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
-import os
-import statistics
-import sys
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples"))  # for torchvision
+import freegrad_fx as fg
 
 from . import _cases as cases
-from ._measure import Comparison, compare, machine
-
-SECTIONS = (
-    "operators",
-    "small",
-    "compiled",
-    "steps",
-    "compiled-steps",
-    "transform",
-    "memory",
-    "compile",
-)
+from . import _compiling as compiling
+from . import _peers as peers
+from ._measure import compare, machine
+from ._tables import SECTIONS, Row, as_data, as_markdown, as_text, memory_rows, timed_rows
 
 
-def sections(chosen: list[str], seconds: float, quick: bool) -> Iterator[tuple[str, Any]]:
-    """Measure one group after the other."""
+def measure(section: str, quick: bool, seconds: float) -> Iterator[list[Row]]:
+    """The rows of a section, one group after the other."""
 
-    def timed(section: str, groups: Iterator[Any], least: int = 15) -> Iterator[tuple[str, Any]]:
-        for title, steps in groups:
-            yield section, compare(f"{section}: {title}", steps, seconds=seconds, least=least)
+    def timed(
+        group: str, steps: Mapping[str, Callable[[], Any]], notes: Mapping[str, str] | None = None
+    ) -> list[Row]:
+        least = 3 if quick else 30 if "steps" in section else 15
+        return timed_rows(section, group, compare(steps, seconds=seconds, least=least), notes)
 
-    side = 250 if quick else 1000
-    if "operators" in chosen:
-        yield from timed("operators", cases.operators((side, side)))
-    if "small" in chosen:
-        yield from timed("small", cases.operators((64, 64)))
-    if "compiled" in chosen:
-        yield from timed("compiled", cases.compiled_operators((side, side)))
-    if "steps" in chosen:
-        yield from timed("steps", cases.steps(quick, compiled=False))
-    if "compiled-steps" in chosen:
-        yield from timed("compiled-steps", cases.steps(quick, compiled=True))
-    if "transform" in chosen:
-        yield from timed("transform", cases.transforms(), least=7)
-    if "memory" in chosen:
-        yield "memory", dict(cases.memory())
-    if "compile" in chosen:
-        yield "compile", compile_times(quick)
-
-
-def compile_times(quick: bool) -> dict[str, Any]:
-    """Cold compile times, in seconds, native and with a rule, in turn."""
-    found = {}
-    for name in ("MLP 8×256", "resnet18"):
-        make, shape, op = cases.models(quick)[name]
-        native, ruled = [], []
-        for _ in range(1 if quick else 3):
-            native.append(cases.compile_seconds(make(), shape))
-            ruled.append(
-                cases.compile_seconds(cases.fg.transform(make(), {op: "rectangular"}), shape)
-            )
-        a, b = statistics.median(native), statistics.median(ruled)
-        found[name] = {"native": a, "rectangular": b, "ratio": b / a}
-    return found
+    if section in ("operators", "small", "compiled", "fuse"):
+        yield from operator_groups(section, quick, timed)
+    elif section == "steps":
+        for name in cases.MODELS:
+            yield timed(name, cases.steps(name, quick))
+    elif section == "compiled-steps":
+        for name in list(cases.MODELS)[: 1 if quick else None]:
+            yield timed(name, cases.compiled_steps(name, quick))
+    elif section == "attribution":
+        found = cases.attributions(quick)
+        notes = cases.differences({name: make() for name, make in found.items()})
+        yield timed("guided", found, notes)
+    elif section == "transform":
+        for name in cases.TRANSFORMED[: 1 if quick else None]:
+            yield timed(name, cases.transform(name))
+        yield timed(cases.CHAIN, cases.transform_chain(quick))
+    elif section == "memory":
+        yield memory_rows("one activation", cases.operator_memory())
+        for name in cases.MEMORY_MODELS:
+            yield memory_rows(f"a step of {name}", cases.step_memory(name, quick))
+    elif section == "compile":
+        for name in compiling.MODELS[: 1 if quick else None]:
+            for state, times in compiling.compile_times(name, quick).items():
+                yield timed_rows(section, f"{name}, {state}", times)
 
 
-def main() -> None:
+def operator_groups(
+    section: str, quick: bool, timed: Callable[..., list[Row]]
+) -> Iterator[list[Row]]:
+    """One group for each rule. That the peers hand on our gradient is tried before they are timed."""
+    side = 64 if section == "small" else 250 if quick else 1000
+    rules, make = {
+        "operators": (cases.RULES, cases.operator),
+        "small": (cases.RULES, cases.operator),
+        "compiled": (cases.ELEMENTWISE, cases.compiled_operator),
+        "fuse": (cases.FUSED, cases.fused_operator),
+    }[section]
+    if quick and section in ("compiled", "fuse"):
+        rules = rules[:2]
+    for rule in rules:
+        torch._dynamo.reset()
+        modules = make(rule)
+        gradients = {
+            name: cases.gradient(m) for name, m in modules.items() if section != "compiled"
+        }
+        notes = cases.differences(gradients) if gradients else {}
+        steps = {name: cases.operator_step(m, (side, side)) for name, m in modules.items()}
+        yield timed(rule, steps, notes)
+
+
+def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
     parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
     parser.add_argument("--seconds", type=float, default=4.0, help="about how long a group takes")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--threads", type=int, default=1, help="that PyTorch may use")
     parser.add_argument("--quick", action="store_true", help="small inputs and few rounds")
     parser.add_argument("--out", type=Path, default=Path("out/compare.json"))
-    options = parser.parse_args()
+    parser.add_argument("--markdown", type=Path, help="where to write the tables of the docs")
+    options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    # a cache would hide what compiling costs
-    os.environ.setdefault("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
-    on = machine()
-    print(", ".join(f"{key}: {value}" for key, value in on.items()))
-    if absent := cases.missing():
-        print(f"Not installed, and so not measured: {', '.join(absent)}. pip install -e '.[peers]'")
-    results: list[dict[str, Any]] = []
-    for section, found in sections(
-        options.only, 0.5 if options.quick else options.seconds, options.quick
-    ):
-        if isinstance(found, Comparison):
-            print(f"\n{found}", flush=True)
-            results.append({"section": section, **dataclasses.asdict(found)})
-        else:
-            print(f"\n{section}")
-            for name, value in found.items():
-                print(
-                    f"  {name}: {value if isinstance(value, dict) else f'{value:.2f}'}", flush=True
-                )
-            results.append({"section": section, "values": found})
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(
-        json.dumps({"machine": on, "missing": cases.missing(), "results": results}, indent=1)
-    )
-    print(f"\nWritten to {options.out}.")
+    # Captum warns at every attribution that it hooks the model
+    warnings.filterwarnings("ignore", "Setting backward hooks on ReLU activations")
+
+    about = machine() | {"freegrad_fx": fg.__version__} | peers.versions()
+    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if absent := peers.missing():
+        print(
+            f"Not installed, and so not measured: {', '.join(absent)}. pip install -e '.[bench,peers]'"
+        )
+    if options.quick:
+        print("Quick: the inputs are smaller than those that the targets are for.")
+
+    rows: list[Row] = []
+    for section in SECTIONS:
+        if section not in options.only:
+            continue
+        seconds = 0.2 if options.quick else options.seconds
+        for found in measure(section, options.quick, seconds):
+            print(f"\n{as_text(found)}", flush=True)
+            rows += found
+        results = {
+            "machine": about,
+            "missing": peers.missing(),
+            "quick": options.quick,
+            "rows": as_data(rows),
+        }
+        # after every section: a long run that is stopped has not been for nothing
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
+        if options.markdown:
+            options.markdown.parent.mkdir(parents=True, exist_ok=True)
+            options.markdown.write_text(as_markdown(rows, about), "utf-8")
+    missed = [f"{row.section}: {row.group}: {row.name}" for row in rows if row.verdict == "missed"]
+    print(f"\n{len(missed)} targets missed{':' if missed else '.'}", *missed, sep="\n  ")
+    print(f"Written to {options.out}.")
 
 
 if __name__ == "__main__":

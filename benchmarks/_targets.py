@@ -1,0 +1,104 @@
+"""The targets, as data: how long ours may take, or how much it may keep, over something of the same group.
+
+A row of a table that no target is for is shown all the same, over native PyTorch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from ._cases import CHAIN, FUSED, MASKED, NATIVE, NATIVE_RELU, RULES, is_ours
+from ._measure import Comparison, Spread
+from ._peers import PEERS, peer_of
+
+FASTEST_PEER = "the fastest peer"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A limit.
+
+    Attributes:
+        section: The section that it is for.
+        over: What it is relative to: a candidate, a peer, or `FASTEST_PEER`.
+        limit: What the median may be at most; None to show a ratio that has no limit.
+        names: The candidates that it is for; empty for all that are ours.
+        groups: The groups that it is for; empty for all.
+        median_limit: Where noise is as large as what is measured: what the median may be although it is above the
+            limit. The first quartile may be the limit then.
+    """
+
+    section: str
+    over: str
+    limit: float | None
+    names: tuple[str, ...] = ()
+    groups: tuple[str, ...] = ()
+    median_limit: float | None = None
+
+    def verdict(self, found: Spread) -> str:
+        """Whether a measurement is within the limit, and by which number if that is not plain."""
+        if self.limit is None:
+            return ""
+        if self.median_limit is None:
+            return "met" if found.median <= self.limit else "missed"
+        if found.low <= self.limit:
+            return "met by the first quartile"
+        return "met by the median" if found.median <= self.median_limit else "missed"
+
+
+# Rules that only change the gradient; those that draw random numbers are not among them.
+GRADIENT_ALONE = ("d(Linear)", "straight_through", "scale", "reverse", "clip_value")
+# The same forward as snnTorch's and SpikingJelly's.
+ON_HEAVISIDE = ("triangular on heaviside", "fast_sigmoid on heaviside", "arctan on heaviside")
+OTHERS = (
+    "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam", *ON_HEAVISIDE,
+)  # fmt: skip
+LIGHT = ("rectangular", "rectangular, save=mask", "d(Linear)", "straight_through")
+OF_NOTHING = (
+    *GRADIENT_ALONE, "noise", "full_jam", "clip_norm", "centralize", "a rule of y",
+)  # fmt: skip
+OF_X = (*(name for name in RULES if name not in OF_NOTHING),)
+OF_A_MASK = (*(f"{name}, save=mask" for name in MASKED),)
+
+TARGETS = (
+    Target("operators", NATIVE_RELU, 1.3, (*GRADIENT_ALONE, "d(ReLU)")),
+    Target("operators", NATIVE_RELU, 1.5, ("rectangular", "clipped_straight_through", "guided")),
+    Target("operators", FASTEST_PEER, 0.5, OTHERS),
+    Target("small", NATIVE_RELU, 1.6, RULES),
+    Target("small", "snnTorch", 0.7, (*RULES, *ON_HEAVISIDE)),
+    Target("small", "FreeGrad", 0.7, RULES),
+    Target("compiled", NATIVE_RELU, 2.0),
+    Target("compiled", f"{NATIVE_RELU}, compiled", None),
+    *(Target("fuse", rule, None, (f"{rule}, fuse",)) for rule in FUSED),
+    Target("steps", NATIVE, 1.05, LIGHT),
+    Target("steps", NATIVE, 1.15, ("triangular", "fast_sigmoid", "arctan", "arctan, heaviside")),
+    Target("compiled-steps", NATIVE, 1.0, median_limit=1.02),
+    Target("transform", f"{NATIVE} symbolic_trace", 3.0, groups=("resnet152", "vit_l_16")),
+    Target("transform", "transform, 1000", 5.0, groups=(CHAIN,)),
+    Target("memory", NATIVE, 0.0, OF_NOTHING),
+    Target("memory", NATIVE, 4.0, OF_X),
+    Target("memory", NATIVE, 1.0, OF_A_MASK),
+    Target("compile", NATIVE, 1.2),
+)
+
+
+def targets(section: str, group: str, name: str) -> Iterator[Target]:
+    """The targets that a candidate has to meet."""
+    if not is_ours(name):
+        return
+    for target in TARGETS:
+        here = target.section == section and (not target.groups or group in target.groups)
+        if here and name != target.over and (not target.names or name in target.names):
+            yield target
+
+
+def baseline(target: Target, times: Comparison) -> str | None:
+    """The candidate that a target is relative to; None where there is none, as the peer has not that rule."""
+    names = list(times.times)
+    if target.over == FASTEST_PEER:
+        return min(filter(peer_of, names), key=times.seconds, default=None)
+    if target.over in PEERS:
+        theirs = [name for name in names if peer_of(name) == target.over]
+        return min(theirs, key=times.seconds, default=None)
+    return target.over if target.over in names else None

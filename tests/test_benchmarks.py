@@ -1,0 +1,394 @@
+"""The benchmarks measure what they say: the clock, the memory, the cases, the peers, the targets. Nothing is timed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+
+# a package of the checkout, not of what is installed
+sys.path.append(str(Path(__file__).parent.parent))
+
+from benchmarks import _cases as cases
+from benchmarks import _compiling as compiling
+from benchmarks import _peers as peers
+from benchmarks import compare as command
+from benchmarks._measure import Comparison, Spread, compare, machine, saved_bytes
+from benchmarks._tables import SECTIONS, as_markdown, as_text, memory_rows, timed_rows
+from benchmarks._targets import FASTEST_PEER, TARGETS, Target, baseline, targets
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # more of them wait for each other on a busy machine
+    yield
+    torch.set_num_threads(threads)
+
+
+# --- the clock ---
+
+
+class FakeTime:
+    """A clock that candidates move, each call by the next of its durations."""
+
+    def __init__(self) -> None:
+        self.now, self.calls = 0.0, []
+
+    def __call__(self) -> float:
+        return self.now
+
+    def taking(self, name: str, duration: Callable[[int], float]) -> Callable[[], None]:
+        def call() -> None:
+            self.now += duration(self.calls.count(name))
+            self.calls.append(name)
+
+        return call
+
+
+WARM_UPS = 3
+
+
+def test_every_candidate_is_called_once_per_round_in_changing_order() -> None:
+    clock = FakeTime()
+    found = compare(
+        {name: clock.taking(name, lambda call: 1.0) for name in "abc"}, least=8, clock=clock
+    )
+    assert found.rounds == 8
+    rounds = [tuple(clock.calls[i : i + 3]) for i in range(3 * WARM_UPS, len(clock.calls), 3)]
+    assert len(rounds) == 8
+    assert all(sorted(names) == ["a", "b", "c"] for names in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_ratios_are_medians_and_quartiles_over_rounds() -> None:
+    clock = FakeTime()
+    durations = [1.0] * WARM_UPS + [3.0, 1.0, 5.0, 2.0, 4.0]
+    found = compare(
+        {"native": clock.taking("native", lambda call: 2.0), "ours": clock.taking("ours", durations.__getitem__)},
+        least=5,
+        clock=clock,
+    )  # fmt: skip
+    assert found.seconds("ours") == 3.0
+    assert found.ratio("ours", over="native") == Spread(median=1.5, low=1.0, high=2.0)
+    assert found.ratio("native", over="native") == Spread(1.0, 1.0, 1.0)
+
+
+def test_a_machine_that_slows_down_changes_times_and_not_ratios() -> None:
+    clock = FakeTime()
+    found = compare(
+        {
+            "native": clock.taking("native", lambda call: 1.0 + call),
+            "ours": clock.taking("ours", lambda call: 3.0 + 3 * call),
+        },
+        least=10,
+        clock=clock,
+    )
+    assert len(set(found.times["native"])) == 10
+    assert found.ratio("ours", over="native") == Spread(3.0, 3.0, 3.0)
+
+
+def test_a_fast_call_is_measured_many_at_a_time() -> None:
+    clock = FakeTime()
+    found = compare({"fast": clock.taking("fast", lambda call: 1e-5)}, least=2, most=2, clock=clock)
+    assert len(clock.calls) == pytest.approx(WARM_UPS + 2 * 200, abs=2)
+    assert found.seconds("fast") == pytest.approx(1e-5)
+
+
+def test_rubbish_is_collected_again_when_measuring_is_over() -> None:
+    frozen = gc.get_freeze_count()
+
+    def fail_later(calls: list[int] = []) -> None:  # noqa: B006
+        assert len(calls) < WARM_UPS, "measuring"
+        calls.append(1)
+
+    with pytest.raises(AssertionError, match="measuring"):
+        compare({"native": fail_later})
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen == 0
+
+
+def test_a_single_measurement_is_its_own_median() -> None:
+    assert Spread.of([2.0]) == Spread(2.0, 2.0, 2.0)
+
+
+# --- memory ---
+
+
+def test_what_is_saved_twice_or_known_costs_nothing_more() -> None:
+    x = torch.randn(1000, requires_grad=True)
+    assert saved_bytes(lambda: torch.relu(x)) == 4000  # its result
+    assert saved_bytes(lambda: x.square()) == 4000  # its input
+    assert saved_bytes(lambda: x.square(), known=[x]) == 0
+    assert saved_bytes(lambda: torch.relu(x).square(), known=[x]) == 4000
+    assert saved_bytes(lambda: x + 1) == 0
+
+
+BEYOND_NATIVE = {
+    "d(Linear)": 0, "straight_through": 0, "noise": 0, "a rule of y": 0,
+    "rectangular": 4, "arctan": 4, "rectangular, save=mask": 1, "guided, save=mask": 1,
+}  # fmt: skip
+
+
+def test_an_activation_keeps_what_its_rule_needs() -> None:
+    found = dict(cases.operator_memory())
+    assert found["native relu"] == 4.0
+    beyond = {name: found[name] - found["native relu"] for name in BEYOND_NATIVE}
+    assert beyond == BEYOND_NATIVE
+
+
+def test_a_step_keeps_as_much_for_each_of_its_activations() -> None:
+    found = dict(cases.step_memory("MLP 8×256", quick=True))
+    assert found["native"] == found["d(Linear)"] == 4.0
+    assert found["rectangular"] == 8.0
+    assert found["rectangular, save=mask"] == 5.0
+
+
+# --- the cases ---
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_our_operators_hand_on_what_the_rule_s_formula_says(rule: str) -> None:
+    x, grad = cases.input_and_gradient((64, 64))
+    torch.manual_seed(1)
+    expected = cases.rule_of(rule).backward(grad, x=x.detach())
+    for candidate, module in cases.operator(rule).items():
+        if cases.is_ours(candidate):
+            torch.testing.assert_close(cases.gradient(module), expected, msg=candidate)
+
+
+@pytest.mark.parametrize("rule", cases.RULES)
+def test_native_and_ours_are_modules_with_the_same_forward(rule: str) -> None:
+    native, ours = list(cases.operator(rule).values())[:2]
+    x, _ = cases.input_and_gradient((8, 8))
+    assert isinstance(native, nn.Module)
+    assert torch.equal(ours(x), native(x))
+
+
+PEERS_OPERATORS = [(rule, name) for rule, found in peers.OPERATORS.items() for name in found]
+
+
+@pytest.mark.parametrize(("rule", "candidate"), PEERS_OPERATORS, ids=str)
+def test_a_peer_stands_only_beside_a_rule_of_its_formula(rule: str, candidate: str) -> None:
+    if peers.peer_of(candidate) in peers.missing():
+        pytest.skip(f"{peers.peer_of(candidate)} is not installed")
+    modules = cases.operator(rule)
+    gradients = {name: cases.gradient(modules[name]) for name in (rule, candidate)}
+    assert cases.differences(gradients) == {}
+
+
+def test_another_gradient_is_reported() -> None:
+    gradients = {
+        "native": torch.zeros(3),
+        "arctan": torch.tensor([1.0, 2.0, 3.0]),
+        "snnTorch atan": torch.tensor([1.0, 2.0, 3.5]),
+        "SpikingJelly ATan": torch.tensor([1.0, 2.0, 3.0]),
+    }
+    assert cases.differences(gradients) == {"snnTorch atan": "another gradient: up to 0.5 apart"}
+
+
+@pytest.mark.parametrize("name", cases.MODELS)
+def test_every_training_step_runs_and_every_model_has_its_rule(name: str) -> None:
+    models, x = cases.step_models(name, quick=True), cases.MODELS[name].input(quick=True)
+    native = models["native"]().eval()
+    for candidate, make in models.items():
+        if candidate == "native":
+            continue
+        ours = make()
+        assert any(node.target is fg.ops.decoupled for node in ours.graph.nodes), candidate
+        if "heaviside" not in candidate:
+            assert torch.equal(ours.eval()(x), native(x)), candidate
+    for step in cases.steps(name, quick=True).values():
+        step()
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
+def test_attributions_are_the_peers_own() -> None:
+    maps = {name: explain() for name, explain in cases.attributions(quick=True).items()}
+    assert cases.differences(maps) == {}
+    assert not torch.equal(maps["guided"], maps["native gradient"])
+
+
+def test_transforms_can_be_measured() -> None:
+    for step in (cases.transform("resnet18") | cases.transform_chain(quick=True)).values():
+        assert isinstance(step(), nn.Module)
+
+
+def test_cold_is_cold_and_warm_has_the_caches_of_cold(monkeypatch: pytest.MonkeyPatch) -> None:
+    caches: list[str] = []
+
+    def process(model: str, rule: str, quick: bool, environment: Mapping[str, str]) -> float:
+        directory = Path(environment["TORCHINDUCTOR_CACHE_DIR"])
+        caches.append(str(directory))
+        warm = directory.exists()
+        directory.mkdir(exist_ok=True)
+        return 1.0 if warm else 5.0
+
+    monkeypatch.setattr(compiling, "_in_a_process", process)
+    found = compiling.compile_times("MLP 8×256", quick=True)
+    assert found["cold"].times == {"native": [5.0], "rectangular": [5.0]}
+    assert found["warm"].times == {"native": [1.0], "rectangular": [1.0]}
+    first, again, second, _ = caches
+    assert first == again != second
+    assert not Path(first).exists()
+
+
+# --- targets and tables ---
+
+
+def candidates_of(section: str) -> set[str]:
+    operators = {name for rule in cases.RULES for name in cases.operator(rule)}
+    return {
+        "operators": operators,
+        "small": operators,
+        "fuse": {name for rule in cases.FUSED for name in (rule, f"{rule}, fuse")},
+        "steps": {name for model in cases.MODELS for name in cases.step_models(model, True)},
+        "memory": {name for name, _ in cases.operator_memory()},
+    }.get(section, set())
+
+
+def test_every_target_is_for_something_that_is_measured() -> None:
+    for section in {target.section for target in TARGETS}:
+        assert section in SECTIONS
+        named = {name for t in TARGETS if t.section == section for name in t.names}
+        assert named <= candidates_of(section), section
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "expected"),
+    [
+        ("operators", "d(ReLU)", [("native relu", 1.3)]),
+        ("operators", "rectangular", [("native relu", 1.5)]),
+        ("operators", "arctan", [(FASTEST_PEER, 0.5)]),
+        ("small", "arctan", [("native relu", 1.6), ("snnTorch", 0.7), ("FreeGrad", 0.7)]),
+        ("compiled", "arctan", [("native relu", 2.0), ("native relu, compiled", None)]),
+        ("steps", "straight_through", [("native", 1.05)]),
+        ("steps", "triangular", [("native", 1.15)]),
+        ("compiled-steps", "triangular", [("native", 1.0)]),
+        ("memory", "d(Linear)", [("native", 0.0)]),
+        ("memory", "arctan", [("native", 4.0)]),
+        ("memory", "guided, save=mask", [("native", 1.0)]),
+        ("compile", "rectangular", [("native", 1.2)]),
+        ("operators", "snnTorch atan", []),
+        ("operators", "native relu", []),
+    ],
+)
+def test_a_candidate_has_the_targets_of_its_kind(
+    section: str, name: str, expected: list[tuple[str, float]]
+) -> None:
+    assert [(t.over, t.limit) for t in targets(section, "any", name)] == expected
+
+
+def test_a_target_within_noise_says_which_number_meets_it() -> None:
+    target = Target("compiled-steps", "native", 1.0, median_limit=1.02)
+    assert target.verdict(Spread(1.05, 0.99, 1.1)) == "met by the first quartile"
+    assert target.verdict(Spread(1.02, 1.01, 1.1)) == "met by the median"
+    assert target.verdict(Spread(1.03, 1.01, 1.1)) == "missed"
+    plain = Target("steps", "native", 1.05)
+    assert plain.verdict(Spread(1.05, 0.9, 1.2)) == "met"
+    assert plain.verdict(Spread(1.06, 0.9, 1.2)) == "missed"
+
+
+TIMES = Comparison(
+    {"native relu": [1.0], "arctan": [2.0], "snnTorch atan": [8.0], "SpikingJelly ATan": [5.0]}
+)
+
+
+def test_the_fastest_peer_is_looked_for_where_a_target_asks_for_it() -> None:
+    assert baseline(Target("operators", FASTEST_PEER, 0.5), TIMES) == "SpikingJelly ATan"
+    assert baseline(Target("small", "snnTorch", 0.7), TIMES) == "snnTorch atan"
+    assert baseline(Target("small", "FreeGrad", 0.7), TIMES) is None
+    alone = Comparison({"native relu": [1.0], "reverse": [2.0]})
+    assert baseline(Target("operators", FASTEST_PEER, 0.5), alone) is None
+
+
+def test_tables_hold_ratios_targets_and_notes() -> None:
+    notes = {"snnTorch atan": "another gradient"}
+    rows = timed_rows("operators", "arctan", TIMES, notes)
+    assert [(r.name, r.over, r.relative.median, r.verdict) for r in rows] == [
+        ("native relu", "native relu", 1.0, ""),
+        ("arctan", "native relu", 2.0, ""),
+        ("arctan", "SpikingJelly ATan", 0.4, "met"),
+        ("snnTorch atan", "native relu", 8.0, ""),
+        ("SpikingJelly ATan", "native relu", 5.0, ""),
+    ]
+    text = as_text(rows)
+    assert "≤ 0.5" in text
+    assert "another gradient" in text
+
+    rows += memory_rows("one activation", [("native relu", 4.0), ("arctan", 9.0)])
+    assert rows[-1].verdict == "missed"
+    lines = as_markdown(rows, {"processor": "abacus", "gpu": None}).splitlines()
+    assert "Measured on: processor abacus." in lines
+    tables = [line for line in lines if line.startswith("|")]
+    assert len(tables) == 2 * 2 + len(rows)
+    assert {line.count("|") for line in tables} == {9}
+
+
+# --- the command ---
+
+
+def once(candidates: Mapping[str, Callable[[], Any]], **options: Any) -> Comparison:
+    """Call each candidate once instead of timing it."""
+    for call in candidates.values():
+        call()
+    return Comparison({name: [1.0] for name in candidates})
+
+
+EAGER = ("operators", "small", "steps", "attribution", "transform", "memory")
+COMPILED = ("compiled", "fuse", "compiled-steps")
+
+
+@pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
+def test_every_section_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert {*EAGER, *COMPILED, "compile"} == set(SECTIONS)
+    monkeypatch.setattr(command, "compare", once)
+    for section in EAGER:
+        groups = list(command.measure(section, quick=True, seconds=0))
+        assert groups
+        assert not [row for rows in groups for row in rows if row.note], section
+
+
+@pytest.mark.slow
+@pytest.mark.inductor
+@pytest.mark.parametrize("section", COMPILED)
+def test_every_section_with_a_compiler(section: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command, "compare", once)
+    with torch._dynamo.config.patch(recompile_limit=8):  # put back afterwards
+        assert list(command.measure(section, quick=True, seconds=0))
+
+
+def test_the_command_writes_json_and_markdown_and_says_which_peers_are_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "missing", lambda: list(peers.PEERS))
+    out, markdown = tmp_path / "new" / "compare.json", tmp_path / "tables.md"
+    command.main(["--quick", "--only", "memory", "--out", str(out), "--markdown", str(markdown)])
+    printed = capsys.readouterr().out
+    assert f"Not installed, and so not measured: {', '.join(peers.PEERS)}." in printed
+    assert "rectangular, save=mask" in printed
+
+    results = json.loads(out.read_text("utf-8"))
+    assert results["missing"] == list(peers.PEERS)
+    assert results["machine"].keys() >= machine().keys()
+    assert results["machine"]["torch"] == torch.__version__
+    assert not [row for row in results["rows"] if peers.peer_of(row["name"])]
+    (row,) = [row for row in results["rows"] if row["name"] == "clipped_straight_through"]
+    assert row["relative"]["median"] == row["limit"] == 4.0
+    assert row["verdict"] == "met"
+    assert "### Memory" in markdown.read_text("utf-8")
+
+
+def test_peers_that_are_installed_are_named_with_their_versions() -> None:
+    assert peers.versions()["FreeGrad"] == "1.0.1"
+    assert set(peers.versions()) | set(peers.missing()) == set(peers.PEERS)
+    assert isinstance(cases.gradient(peers.operators("rectangular")["FreeGrad"]), Tensor)
