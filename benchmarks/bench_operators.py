@@ -1,31 +1,59 @@
-"""Forward and backward of one activation: native, and with each rule. Ratios within one run are what counts."""
+"""Forward and backward of one activation: native, with each rule, and by the peers. Ratios within a group count."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import pytest
-import torch
-from torch import nn
 
-import freegrad_fx as fg
+from . import _cases as cases
+from . import _peers as peers
 
-SIZES = {"1M": (1_000_000,), "64x64": (64, 64)}
+SIDES = {"1000x1000": 1000, "64x64": 64}
+
+CANDIDATES = [
+    (rule, candidate)
+    for rule in cases.RULES
+    for candidate in (*cases.operator(rule), *peers.OPERATORS.get(rule, {}))
+]
 
 
-@pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("rule", [None, *fg.rules.available()])
-def bench_relu(benchmark: Any, rule: str | None, size: str) -> None:
-    """relu, in eager mode."""
-    benchmark.group = f"relu {size}, forward and backward"
-    torch.set_num_threads(1)
-    model = nn.Sequential(nn.Identity(), nn.ReLU())
-    step = model if rule is None else fg.transform(model, {"relu": rule})
-    x = torch.randn(SIZES[size], requires_grad=True)
-    grad = torch.randn(SIZES[size])
+@pytest.mark.parametrize("size", SIDES)
+@pytest.mark.parametrize(("rule", "candidate"), dict.fromkeys(CANDIDATES), ids=lambda name: name)
+def bench_operator(benchmark: Any, rule: str, candidate: str, size: str, quick: bool) -> None:
+    """In eager mode."""
+    if peers.peer_of(candidate) in peers.missing():
+        pytest.skip(f"{peers.peer_of(candidate)} is not installed: pip install -e '.[peers]'")
+    benchmark.group = f"{rule}, {size}"
+    side = min(SIDES[size], 100) if quick else SIDES[size]
+    benchmark(cases.operator_step(cases.operator(rule)[candidate], (side, side)))
 
-    def run() -> None:
-        x.grad = None
-        step(x).backward(grad)
 
-    benchmark(run)
+@pytest.mark.parametrize("candidate", ["native relu", "native relu, compiled", "ours"])
+@pytest.mark.parametrize("rule", cases.ELEMENTWISE)
+@pytest.mark.usefixtures("compiler")
+def bench_compiled_operator(benchmark: Any, rule: str, candidate: str, quick: bool) -> None:
+    """Behind torch.compile; a quick run compiles one rule."""
+    if quick and rule != "rectangular":
+        pytest.skip("--quick compiles the operator under one rule alone")
+    benchmark.group = f"{rule}, compiled"
+    module = cases.compiled_operator(rule)[rule if candidate == "ours" else candidate]
+    step = cases.operator_step(module, (100, 100) if quick else (1000, 1000))
+    step()
+    benchmark(step)
+
+
+@pytest.mark.parametrize("candidate", ["native relu", "eager", "fuse"])
+@pytest.mark.parametrize("rule", cases.FUSED)
+@pytest.mark.usefixtures("compiler")
+def bench_fused_operator(benchmark: Any, rule: str, candidate: str, quick: bool) -> None:
+    """In eager mode, with the backward as one compiled kernel."""
+    if quick and rule != "arctan":
+        pytest.skip("--quick compiles the backward of one rule alone")
+    benchmark.group = f"{rule}, fuse"
+    name = {"native relu": candidate, "eager": rule, "fuse": f"{rule}, fuse"}[candidate]
+    step = cases.operator_step(
+        cases.fused_operator(rule)[name], (100, 100) if quick else (1000, 1000)
+    )
+    step()
+    benchmark(step)

@@ -5,27 +5,30 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from torch import fx
 
 import freegrad_fx as fg
-from _torchvision import torchvision
 from freegrad_fx.capture import capture
 from freegrad_fx.plan import make_plan
 
-MODELS = ("resnet18", "densenet121", "vit_b_16", "googlenet")
+from . import _cases as cases
 
 
-@pytest.mark.parametrize("way", ["symbolic_trace", "transform"])
-@pytest.mark.parametrize("name", MODELS)
-def bench_transform(benchmark: Any, name: str, way: str) -> None:
+@pytest.mark.parametrize("way", ["native symbolic_trace", "transform"])
+@pytest.mark.parametrize("name", cases.TRANSFORMED)
+def bench_transform(benchmark: Any, name: str, way: str, quick: bool) -> None:
     """Both modes of the model, against one."""
-    benchmark.group = name
-    options = {"init_weights": False} if name == "googlenet" else {}
-    model = torchvision.models.get_model(name, weights=None, **options)
-    if way == "symbolic_trace":
-        benchmark(fx.symbolic_trace, model)
-    else:
-        benchmark(fg.transform, model, "rectangular")
+    if quick and name != "resnet18":
+        pytest.skip("--quick transforms the smallest model alone")
+    benchmark.group = f"transform {name}"
+    benchmark(cases.transform(name)[way])
+
+
+@pytest.mark.parametrize("length", ["short", "long"])
+def bench_chain(benchmark: Any, length: str, quick: bool) -> None:
+    """A chain of activations, and one that is four times as long."""
+    benchmark.group = "transform a chain"
+    short, long = cases.transform_chain(quick).values()
+    benchmark(short if length == "short" else long)
 
 
 def long_table() -> fg.RuleTable:
@@ -52,7 +55,7 @@ def long_table() -> fg.RuleTable:
 def bench_long_table(benchmark: Any, stage: str) -> None:
     """A table of 50 entries on resnet50: its 49 activations and 161 parameters, in both modes."""
     benchmark.group = "50 entries on resnet50"
-    model, table = torchvision.models.resnet50(weights=None), long_table()
+    model, table = cases.torchvision_models().resnet50(weights=None), long_table()
     assert len(table) == 50
     if stage == "capture":
         benchmark(capture, model)
