@@ -83,7 +83,7 @@ class Factor:
         lambda grad: fg.get("scale").function(grad, s=2.0),
         lambda grad: torch.ops.freegrad_fx.heaviside(grad),
         lambda grad: eval("grad"),
-        lambda grad: grad * float(open("factor").read()),
+        lambda grad: grad * float(input()),
         lambda grad: grad * __import__("random").random(),
         closure(2.0),
         functools.partial(helper),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -195,7 +197,7 @@ def test_what_a_mask_has_to_be() -> None:
 def test_wrong_things_to_save_are_named() -> None:
     with pytest.raises(fg.RuleError, match=r"'maks'.*Did you mean 'mask'"):
         fg.rules.rectangular(save="maks")
-    with pytest.raises(fg.RuleError, match="reads more than a mask.*d.ReLU., rectangular"):
+    with pytest.raises(fg.RuleError, match=r"reads more than a mask.*d.ReLU., rectangular"):
         fg.rules.fast_sigmoid(save="mask")
     with pytest.raises(fg.RuleError, match="reads more than a mask"):
         fg.on("relu").backward("scale", save="mask")
@@ -221,7 +223,7 @@ def test_options_are_written_and_read_like_parameters() -> None:
     assert fg.RuleTable.from_toml(table.to_toml()) == table
     assert fg.RuleTable.from_dict(table.to_dict()) == table
     assert eval(repr(table), vars(fg) | vars(fg.rules)) == table
-    with pytest.raises(fg.TableError, match="entry 1.*Did you mean 'save'"):
+    with pytest.raises(fg.TableError, match=r"entry 1.*Did you mean 'save'"):
         fg.RuleTable.from_dict(
             {"rule": [{"op": "relu", "backward": "rectangular", "params": {"sav": "mask"}}]}
         )
@@ -298,13 +300,8 @@ def test_a_new_forward_has_no_output_that_stands_for_x() -> None:
 
 
 def test_a_copied_and_a_loaded_model_save_the_same() -> None:
-    import copy
-    import pickle
-
-    function = fg.transform(
-        nn.Sequential(nn.ReLU(), nn.Tanh()),
-        {"relu": "d(ReLU)", "tanh": fg.rules.rectangular(save="mask")},
-    )
+    rules = {"relu": "d(ReLU)", "tanh": fg.rules.rectangular(save="mask")}
+    function = fg.transform(nn.Sequential(nn.ReLU(), nn.Tanh()), rules)
     for other in (copy.deepcopy(function), pickle.loads(pickle.dumps(function))):
         assert other.code == function.code
         same(gradient(other, X), gradient(function, X))

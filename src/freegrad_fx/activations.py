@@ -89,6 +89,10 @@ def heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 
 
 def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
+    if value_at_zero == 0 and x.is_floating_point() and not x.requires_grad:
+        # In a third of the time; twice, as the smallest number times the largest is less than 1
+        largest = torch.finfo(x.dtype).max
+        return x.detach().mul(largest).mul_(largest).clamp(0, 1)
     step = torch.where(x == 0, value_at_zero, (x > 0).to(x.dtype)).to(x.dtype)
     return torch.where(x.isnan(), x, step)
 

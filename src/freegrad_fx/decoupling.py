@@ -21,6 +21,7 @@ from torch import Tensor
 
 from .errors import RuleError
 from .hazards import refuse_compiled_transform
+from .rules.fused import runs_alone
 from .rules.kernels import run_fused
 from .rules.rule import MASK, Rule, of_token
 
@@ -97,7 +98,8 @@ class _Decoupled(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        return *_backward(ctx, *grads), None
+        (grad,) = grads
+        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None
 
 
 # What Function.apply comes to where no transform of torch.func is active
@@ -125,8 +127,9 @@ class _Composable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
         unlearned = (None,) * len(ctx.needs_input_grad[2:])
-        return (*_backward(ctx, *grads), *unlearned)
+        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
 
 
 # What a call costs where tensors are small is what these functions cost: they do nothing twice, and nothing early.
@@ -169,27 +172,29 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
     return rule.gate if save == MASK else rule.function, inputs, parameters
 
 
-def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
-    """The gradients of y and of x."""
-    if not ctx.needs_input_grad[1]:
-        return grad, None
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient of x."""
     call: _Call = ctx.call
     function, inputs, parameters = _formula(ctx)
     if torch.compiler.is_compiling():  # it sees writes by itself, and takes no sparse gradient
         inputs = tuple(_after(tensor, grad) for tensor in inputs)
-        return grad, _checked(function(grad, *inputs, **parameters), grad, ctx)
+        return _checked(function(grad, *inputs, **parameters), grad, ctx)
     if grad.layout is not torch.strided:
         grad = _coalesced(grad, call)
     rule = call.rule
     before = 0 if rule.own else _versions(grad, inputs)
     result: Any = NotImplemented
     if call.fuse:
-        if _runs_alone(grad):
+        if runs_alone(grad):
             masked = call.save == MASK
             result = run_fused(rule, call.site, masked, grad, *inputs, **parameters)
-    elif rule.fused is not None and call.save != MASK:
-        if parameters is call.parameters and _runs_alone(grad):  # no tensors among them
-            result = rule.fused(grad, *inputs, **parameters)
+    elif (
+        rule.fused is not None
+        and call.save != MASK
+        and parameters is call.parameters  # no tensors among them
+        and runs_alone(grad)
+    ):
+        result = rule.fused(grad, *inputs, **parameters)
     if result is NotImplemented:
         result = function(grad, *inputs, **parameters)
     if not rule.own and before != _versions(grad, inputs):
@@ -197,7 +202,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor | None]:
             f"rule {rule.name!r} at site {call.site!r} changes its arguments in place, which other gradients are "
             f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
         )
-    return grad, _checked(result, grad, ctx)
+    return _checked(result, grad, ctx)
 
 
 def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
@@ -212,16 +217,6 @@ def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | Non
     saved = [tensor.detach() for tensor in inputs]
     parameters = {n: v.detach() if isinstance(v, Tensor) else v for n, v in parameters.items()}
     return call.rule, call.site, lambda grad: function(grad, *saved, **parameters)
-
-
-def _runs_alone(grad: Tensor) -> bool:
-    """Whether nothing differentiates, batches or records what is computed from a gradient now."""
-    return type(grad) is Tensor and not (
-        torch.is_grad_enabled()
-        or torch._C._functorch.is_functorch_wrapped_tensor(grad)
-        or torch._C._functorch.is_legacy_batchedtensor(grad)
-        or torch._C._len_torch_dispatch_stack()
-    )
 
 
 def _after(tensor: Tensor, grad: Tensor) -> Tensor:

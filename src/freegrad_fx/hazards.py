@@ -11,7 +11,6 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 from torch._C import _len_torch_dispatch_stack
-from torch._ops import _len_torch_dispatch_stack_pre_dispatch
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 from .errors import FreegradWarning
@@ -22,6 +21,9 @@ __all__ = [
     "refuse_sharded_parts",
     "warn_if_recorded",
 ]
+
+
+_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # in force while a mode of its own is
 
 
 def records_forward_alone() -> bool:
@@ -44,7 +46,8 @@ def warn_if_recorded() -> bool:
             stacklevel=3,
         )
         return True
-    if not (_len_torch_dispatch_stack() or _len_torch_dispatch_stack_pre_dispatch()):  # type: ignore[no-untyped-call]
+    included = torch._C._dispatch_tls_is_dispatch_key_included
+    if not (_len_torch_dispatch_stack() or included(_PRE_DISPATCH)):
         return False  # what nearly every call comes to, in a tenth of the time
     if torch.is_grad_enabled() and get_proxy_mode() is not None and not _functionalised():
         warnings.warn(

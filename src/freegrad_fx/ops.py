@@ -69,9 +69,11 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
+    if not (torch.is_grad_enabled() or records_forward_alone()):
+        return x
+    acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
     # abs() and its like are written for numbers too, and a trace cannot tell
-    matters = torch.is_grad_enabled() or records_forward_alone()
-    return x.detach() if isinstance(x, Tensor) and matters and _rules_act(ambient) else x
+    return x.detach() if acts and isinstance(x, Tensor) else x
 
 
 def kept(x: Tensor, *, ambient: str) -> Tensor:
@@ -83,11 +85,7 @@ def kept(x: Tensor, *, ambient: str) -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(kept, (x,), x, ambient=ambient)
-    return x.clone() if torch.is_grad_enabled() and _rules_act(ambient) else x
-
-
-def _rules_act(ambient: str) -> bool:
-    return bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
+    return x.clone() if torch.is_grad_enabled() and ambient_rules(ambient) else x
 
 
 def _if_given(**keywords: Any) -> dict[str, Any]:
@@ -139,7 +137,8 @@ def decoupled(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
         )
     # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
-    if not _rules_act(ambient) or warn_if_recorded() or not torch.is_grad_enabled():
+    acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
+    if not acts or warn_if_recorded() or not torch.is_grad_enabled():
         return y
     if not ambient:
         found = get(rule)

@@ -21,8 +21,10 @@ __all__ = [
     "full_jam",
     "guided",
     "noise",
+    "only_where",
     "positive",
     "positive_jam",
+    "runs_alone",
     "triangular",
     "window",
     "window_jam",
@@ -43,6 +45,17 @@ def _can_mask(grad: Tensor, x: Tensor) -> bool:
         return torch.equal(x, x)
     total = x.sum().item()
     return total - total == 0  # neither NaN nor infinite
+
+
+def runs_alone(tensor: Tensor) -> bool:
+    """Whether nothing differentiates, batches, compiles or records what is computed from a tensor now."""
+    return type(tensor) is Tensor and not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+        or torch._C._functorch.is_legacy_batchedtensor(tensor)
+        or torch._C._len_torch_dispatch_stack()
+    )
 
 
 def positive(grad: Tensor, x: Tensor) -> Any:
@@ -74,6 +87,15 @@ def window(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
 def clipped(grad: Tensor, x: Tensor, *, bound: float) -> Any:
     """grad where |x| ≤ bound"""
     return window(grad, x, a=-bound, b=bound)
+
+
+def only_where(mask: Tensor, grad: Tensor) -> Tensor | None:
+    """grad where a mask is, 0 elsewhere; None where `torch.where` is wanted"""
+    if not (mask.is_cpu and mask.shape == grad.shape and runs_alone(grad)):
+        return None
+    result = mask.view(torch.uint8).to(grad.dtype)
+    _aten.threshold_backward.grad_input(grad, result, 0, grad_input=result)
+    return result
 
 
 def full_jam(grad: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from . import fused, masks
+from .draws import normal_like
 from .rule import register
 
 __all__ = [
@@ -112,7 +113,7 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
 )
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     """grad + N(0, sigma²)"""
-    return grad + sigma * torch.randn_like(grad)
+    return grad + sigma * normal_like(grad)
 
 
 @register(

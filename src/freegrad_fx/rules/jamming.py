@@ -5,10 +5,10 @@ FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from . import fused, masks
+from .draws import uniform_like
 from .rule import register
 
 __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
@@ -19,13 +19,13 @@ _PAPER = "FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
 @register("full_jam", reference=_PAPER, fused=fused.full_jam)
 def full_jam(grad: Tensor) -> Tensor:
     """grad·U(0, 1)"""
-    return grad * torch.rand_like(grad)
+    return grad * uniform_like(grad)
 
 
 @register("positive_jam", reference=_PAPER, mask=masks.nonnegative, fused=fused.positive_jam)
 def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·U(0, 1)·1[x ≥ 0]"""
-    return masks.only_where(mask, grad * torch.rand_like(grad))
+    return masks.only_where(mask, grad * uniform_like(grad))
 
 
 @register(
@@ -37,4 +37,4 @@ def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
 )
 def rectangular_jam(grad: Tensor, mask: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""
-    return masks.only_where(mask, grad * torch.rand_like(grad))
+    return masks.only_where(mask, grad * uniform_like(grad))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from . import fused
+
 __all__ = ["ball", "nonnegative", "only_where", "positive", "window"]
 
 
@@ -30,4 +32,5 @@ def ball(x: Tensor, *, bound: float) -> Tensor:
 
 def only_where(mask: Tensor, grad: Tensor) -> Tensor:
     """grad·1[mask], which is 0 outside of the mask for every gradient, an infinite one too."""
-    return torch.where(mask, grad, 0)
+    masked = fused.only_where(mask, grad)
+    return torch.where(mask, grad, 0) if masked is None else masked
