@@ -89,12 +89,17 @@ def heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 
 
 def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
-    if value_at_zero == 0 and x.is_floating_point() and not x.requires_grad:
-        # In a third of the time; twice, as the smallest number times the largest is less than 1
-        largest = torch.finfo(x.dtype).max
-        return x.detach().mul(largest).mul_(largest).clamp(0, 1)
     step = torch.where(x == 0, value_at_zero, (x > 0).to(x.dtype)).to(x.dtype)
     return torch.where(x.isnan(), x, step)
+
+
+def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
+    """The same in fewer passes over memory, none of them over booleans, for the usual case."""
+    if value_at_zero != 0 or not x.is_floating_point() or x.requires_grad:
+        return _heaviside(x, value_at_zero)
+    # Twice, as the smallest number times the largest is less than 1
+    largest = torch.finfo(x.dtype).max
+    return x.detach().mul(largest).mul_(largest).clamp_(0, 1)
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -142,14 +147,14 @@ def _ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
 # Operators, so that Dynamo and torch.export keep them whole and they can be recognised in their graphs; composite ones,
 # so that autograd, vmap and Inductor see through them.
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
-for _schema, _implementation in {
-    "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": _heaviside,
-    "binarize(Tensor self) -> Tensor": _binarize,
-    "ternarize(Tensor self, float? threshold=None) -> Tensor": _ternarize,
+for _schema, (_usual, _batched) in {
+    "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": (_heaviside_in_place, _heaviside),
+    "binarize(Tensor self) -> Tensor": (_binarize, _binarize),
+    "ternarize(Tensor self, float? threshold=None) -> Tensor": (_ternarize, _ternarize),
 }.items():
     _library.define(_schema)
-    for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
-        _library.impl(_schema.partition("(")[0], _implementation, _key)
+    _library.impl(_schema.partition("(")[0], _usual, "CompositeImplicitAutograd")
+    _library.impl(_schema.partition("(")[0], _batched, "FuncTorchBatchedDecomposition")
 
 _FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, torch._C._nn)
 _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)
