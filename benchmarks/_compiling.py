@@ -69,7 +69,7 @@ def compile_times(model: str, quick: bool) -> dict[str, Comparison]:
     rules = (cases.NATIVE, *RULES[: 1 if quick else None])
     cold: dict[str, list[float]] = {rule: [] for rule in rules}
     warm: dict[str, list[float]] = {rule: [] for rule in rules}
-    for turn in range(1 if quick else 5):
+    for turn in range(1 if quick else 3):
         for rule in rules if turn % 2 == 0 else reversed(rules):
             first, second = cold_and_warm(model, rule, quick)
             cold[rule].append(first)

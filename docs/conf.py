@@ -13,7 +13,7 @@ copyright = f"2026, {author}"
 version = release = freegrad_fx.__version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "package_tables"]
-exclude_patterns = ["_build", "_ext"]
+exclude_patterns = ["_build", "_ext", "_tables"]
 
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3

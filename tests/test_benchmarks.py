@@ -23,7 +23,7 @@ from benchmarks import _compiling as compiling
 from benchmarks import _peers as peers
 from benchmarks import compare as command
 from benchmarks._measure import Comparison, Spread, compare, machine, saved_bytes
-from benchmarks._tables import SECTIONS, as_markdown, as_text, memory_rows, timed_rows
+from benchmarks._tables import SECTIONS, Row, as_markdown, as_text, memory_rows, timed_rows
 from benchmarks._targets import FASTEST_PEER, TARGETS, Target, baseline, targets
 
 
@@ -392,3 +392,22 @@ def test_peers_that_are_installed_are_named_with_their_versions() -> None:
     assert peers.versions()["FreeGrad"] == "1.0.1"
     assert set(peers.versions()) | set(peers.missing()) == set(peers.PEERS)
     assert isinstance(cases.gradient(peers.operators("rectangular")["FreeGrad"]), Tensor)
+
+
+# --- what the docs show of it ---
+
+DOCS = Path(__file__).parent.parent / "docs"
+
+
+def test_the_tables_in_the_docs_are_the_numbers_that_were_measured() -> None:
+    data = json.loads((DOCS / "_static/performance/compare.json").read_text("utf-8"))
+    rows = [Row(**{**row, "relative": Spread(**row["relative"])}) for row in data["rows"]]
+    shown = (DOCS / "_tables/performance.md").read_text("utf-8")
+    assert not data["quick"]
+    assert not data["missing"]
+    assert shown == as_markdown(rows, data["machine"])
+    assert {row.section for row in rows} == {*SECTIONS}
+    # the targets of today are those that the verdicts are of
+    for row in rows:
+        aims = [t for t in targets(row.section, row.group, row.name) if t.limit is not None]
+        assert row.limit is None or row.limit in [aim.limit for aim in aims], row
