@@ -74,8 +74,8 @@ SECTIONS = {
     ),
     "compiled-steps": Section(
         "Training steps, compiled",
-        "The same, both models behind `torch.compile`. The target is 1.00 within noise: the first quartile is at most "
-        "1.00, or the median at most 1.02.",
+        "The same, both models behind `torch.compile`. The target is 1.00; a median of at most 1.02, or a first "
+        "quartile of at most 1.00, is within noise of it.",
     ),
     "attribution": Section(
         "Attributions", "Guided backpropagation of a small network: one map for each picture."

@@ -40,11 +40,12 @@ class Target:
         """Whether a measurement is within the limit, and by which number if that is not plain."""
         if self.limit is None:
             return ""
+        if found.median <= self.limit:
+            return "met"
         if self.median_limit is None:
-            return "met" if found.median <= self.limit else "missed"
-        if found.low <= self.limit:
-            return "met by the first quartile"
-        return "met by the median" if found.median <= self.median_limit else "missed"
+            return "missed"
+        near = found.low <= self.limit or found.median <= self.median_limit
+        return "within noise" if near else "missed"
 
 
 # Rules that only change the gradient; those that draw random numbers are not among them.

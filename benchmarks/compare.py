@@ -30,7 +30,7 @@ def measure(section: str, quick: bool, seconds: float) -> Iterator[list[Row]]:
     def timed(
         group: str, steps: Mapping[str, Callable[[], Any]], notes: Mapping[str, str] | None = None
     ) -> list[Row]:
-        least = 3 if quick else 30 if "steps" in section else 15
+        least = 3 if quick else 15
         return timed_rows(section, group, compare(steps, seconds=seconds, least=least), notes)
 
     if section in ("operators", "small", "compiled", "fuse"):

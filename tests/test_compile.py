@@ -644,3 +644,16 @@ def test_what_is_frozen_when_it_is_compiled_may_learn_later(
     small.first.requires_grad_(True)
     by_hand = small_by_hand(small, lambda g, x: chained(fg.get(rule), g, x, x.relu()))
     assert_same(gradients(run, x, small), gradients(by_hand, x, small))
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", SLOWLY])
+@pytest.mark.parametrize("rule", ["full_jam", "noise", "rectangular_jam"])
+def test_two_sites_draw_different_numbers(rule: str, backend: str) -> None:
+    class Branches(nn.Module):
+        def forward(self, a: Tensor, b: Tensor) -> Tensor:
+            return torch.relu(a) + torch.tanh(b)
+
+    a, b = (torch.zeros(100, requires_grad=True) for _ in range(2))
+    run = torch.compile(fg.transform(Branches(), rule), backend=backend, fullgraph=True)
+    for grads in (torch.autograd.grad(run(a, b).sum(), (a, b)) for _ in range(2)):
+        assert not torch.equal(*grads)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, ops
 
 import freegrad_fx as fg
 from freegrad_fx.rules.fingerprint import fingerprint
@@ -35,6 +35,9 @@ TOLD = [
     "lambda grad: grad * 3.0",
     "lambda grad: grad * True",
     "lambda grad: grad + 2.0",
+    "lambda grad, x: grad.to(torch.float32)",
+    "lambda grad, x: grad.to(torch.float64)",
+    "lambda grad, x: torch.special.expit(x) * grad",
     "lambda grad, x: torch.where(x > 0, grad, 0)",
     "lambda grad, x: torch.where(x >= 0, grad, 0)",
     "lambda grad, x: grad * math.pi",
@@ -61,6 +64,11 @@ def test_a_mask_belongs_to_it() -> None:
     assert len({fingerprint(gate, mask) for mask in (above, below, None)}) == 3
 
 
+act = F.relu
+torch.my_constant, torch.my_function = 2.0, lambda x: x  # type: ignore[attr-defined]
+Tensor.my_method = lambda x: x  # type: ignore[attr-defined]
+
+
 def closure(factor: float) -> Callable[[Tensor], Tensor]:
     return lambda grad: grad * factor
 
@@ -82,6 +90,13 @@ class Factor:
         lambda grad: grad * Factor().value,
         lambda grad: fg.get("scale").function(grad, s=2.0),
         lambda grad: torch.ops.freegrad_fx.heaviside(grad),
+        lambda grad: ops.freegrad_fx.heaviside(grad),
+        lambda grad: act(grad),
+        lambda grad: torch.my_function(grad),  # type: ignore[attr-defined]
+        lambda grad: torch.my_constant * grad,  # type: ignore[attr-defined]
+        lambda grad: grad.my_method(),  # type: ignore[attr-defined]
+        lambda grad: grad * torch.backends.cudnn.enabled,
+        lambda grad: grad * torch._dynamo.config.recompile_limit,
         lambda grad: eval("grad"),
         lambda grad: grad * float(input()),
         lambda grad: grad * __import__("random").random(),
@@ -98,9 +113,9 @@ def test_none_where_something_else_may_change_what_it_computes(formula: Any) -> 
 
 
 def test_a_name_that_hides_a_builtin_or_a_module_is_no_builtin() -> None:
-    for name, value in (("max", helper), ("torch", Factor), ("math", torch), ("F", Factor())):
-        formula = eval(f"lambda grad: {name}(grad)", {name: value})
-        assert fingerprint(formula) is None or value is torch
+    for name, value in (("max", helper), ("torch", Factor), ("F", Factor())):
+        assert fingerprint(eval(f"lambda grad: {name}(grad)", {name: value})) is None
+        assert fingerprint(eval(f"lambda grad: {name}.relu(grad)", {name: value})) is None
 
 
 def test_rules_know_their_formula_by_it() -> None:
@@ -112,3 +127,15 @@ def test_rules_know_their_formula_by_it() -> None:
     assert of_token(told.token).function is told.function
     assert of_token(again.token).function is again.function
     assert fg.register("another")(closure(2.0)).token == ""
+
+
+def test_a_formula_of_the_package_with_a_mask_of_the_user_s_is_no_formula_of_the_package() -> None:
+    gate = fg.rules.d_relu.gate
+    assert gate is not None
+    for mask in (made("f = lambda x: x > 0.3"), lambda x: x < NUMBER):
+        rule = fg.register("mine", overwrite=True, mask=mask)(gate)
+        assert rule.token == ""
+        assert not rule.own
+    one = fg.register("other")(fg.rules.scale.function)
+    another = fg.register("other", overwrite=True)(fg.rules.reverse.function)
+    assert one.token != another.token

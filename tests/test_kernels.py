@@ -34,7 +34,9 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor, **how: Any) -> Ten
     x = x.detach().clone().requires_grad_()
     torch.manual_seed(0)
     y = function(x)
-    return torch.autograd.grad(y, x, torch.linspace(-1, 1, y.numel()).reshape(y.shape), **how)[0]
+    return torch.autograd.grad(
+        y, x, torch.linspace(-1, 1, y.numel()).reshape(y.shape).to(y.dtype), **how
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -148,3 +150,27 @@ def test_what_cannot_be_compiled_is_named() -> None:
         gradient(fused, x)
     with pytest.raises(TypeError, match="fuse of rule 'scale' must be True or False, got 1"):
         fg.rules.scale(fuse=1)
+
+
+def test_it_runs_for_every_dtype_and_layout() -> None:
+    fused = fg.transform(nn.Tanh(), fg.rules.triangular(fuse=True))
+    usual = fg.transform(nn.Tanh(), "triangular")
+    for dtype in (torch.float32, torch.bfloat16, torch.float64):
+        for shape in ((2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1)):
+            x = torch.randn(shape).to(dtype)
+            for given in (x, x.to(memory_format=torch.channels_last), x.transpose(1, 3)):
+                actual, expected = gradient(fused, given), gradient(usual, given)
+                torch.testing.assert_close(actual, expected)
+
+
+def test_errors_of_the_formula_stay_what_they_are() -> None:
+    class MyError(Exception):
+        pass
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise MyError
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernels, "_kernel", lambda *args: fail)
+        with pytest.raises(MyError):
+            gradient(fg.transform(nn.Tanh(), fg.rules.triangular(fuse=True)), torch.ones(2))

@@ -194,6 +194,49 @@ def test_what_a_mask_has_to_be() -> None:
     assert "a" not in fg.rules.available()
 
 
+def test_a_mask_returns_booleans_of_the_shape_of_x_and_changes_nothing() -> None:
+    def gate(grad: Tensor, mask: Tensor) -> Tensor:
+        return grad * mask
+
+    x = torch.randn(3, requires_grad=True)
+    for number, (mask, match) in enumerate(
+        [
+            (lambda x: (x > 0).float(), "returns a tensor of torch.float32 and shape"),
+            (lambda x: x.sum() > 0, r"returns a tensor of torch.bool and shape \(\)"),
+            (lambda x: True, "returns bool"),
+            (lambda x: None, "returns NoneType"),
+            (lambda x: x.clamp_(0) > 0, "changes x in place"),
+        ]
+    ):
+        rule = fg.register(f"bad {number}", mask=mask)(gate)
+        with pytest.raises(fg.RuleError, match=rf"'bad {number}' at site '<root>:tanh.*{match}"):
+            around(rule(save="mask"))(x * 1)
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"mask": torch.isfinite},
+        {"mask": lambda: 1},
+        {"mask": "x"},
+        {"mask": positive, "fused": torch.add},
+        {"mask": positive, "fused": True},
+        {"mask": positive, "fused": lambda grad, mask: grad},
+    ],
+)
+def test_what_cannot_be_read_is_named(what: dict[str, Any]) -> None:
+    with pytest.raises(fg.RuleError, match="rule 'q'"):
+        fg.register("q", **what)(lambda grad, mask: grad * mask)
+    assert "q" not in fg.rules.available()
+
+
+def test_complex_gradients() -> None:
+    x = torch.randn(5, dtype=torch.complex64)
+    grad = gradient(around(fg.rules.clipped_straight_through(bound=1.0)), x)
+    expected = torch.where(x.abs() <= 1, torch.linspace(-1, 1, 5).to(torch.complex64), 0)
+    same(grad, expected)
+
+
 def test_wrong_things_to_save_are_named() -> None:
     with pytest.raises(fg.RuleError, match=r"'maks'.*Did you mean 'mask'"):
         fg.rules.rectangular(save="maks")
@@ -204,7 +247,7 @@ def test_wrong_things_to_save_are_named() -> None:
     with pytest.raises(fg.RuleError, match="thing to save"):
         fg.rules.d_relu(save="y")  # which a rewritten graph alone may do
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(fg.RuleError, match="more of x than a mask"):
+    with pytest.raises(fg.RuleError, match=r"'triangular' at site '' reads more of x than a mask"):
         decoupled(torch.tanh(stop_gradient(x)), x, rule="triangular", save="mask")
 
 
@@ -236,22 +279,37 @@ def test_options_are_written_and_read_like_parameters() -> None:
 
 
 class Block(nn.Module):
-    def __init__(self, act: nn.Module) -> None:
+    def __init__(self, act: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
-        self.conv, self.norm, self.act = nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), act
+        self.conv, self.act = nn.Conv2d(3, 4, 3), act
+        self.norm = nn.BatchNorm2d(4, track_running_stats=False)
         self.last = nn.Conv2d(4, 2, 3)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.last(self.act(self.norm(self.conv(x))))
 
 
-@pytest.mark.parametrize("rule", ["d(ReLU)", "guided", "d(Linear)"])
-@pytest.mark.parametrize("act", [nn.ReLU(), nn.ReLU(inplace=True), nn.ReLU6(), nn.ReLU6(True)])
+def by_hand(model: Block, name: str) -> Block:
+    """The same model with the rule in a Function of its own."""
+    formula = {
+        "d(ReLU)": lambda grad, x, y: torch.where(x > 0, grad, 0),
+        "guided": lambda grad, x, y: torch.where(x > 0, grad.clamp(min=0), 0),
+    }[name]
+    edited = Block(reference.oracle(torch.relu, formula))
+    edited.load_state_dict(model.state_dict())
+    return edited
+
+
+IN_PLACE = [nn.ReLU(inplace=True), lambda x: F.relu(x, inplace=True), lambda x: x.relu_()]
+
+
+@pytest.mark.parametrize("name", ["d(ReLU)", "guided"])
+@pytest.mark.parametrize("act", [F.relu, torch.relu, lambda x: x.relu(), *IN_PLACE])
 def test_rules_that_ask_where_x_is_positive_save_no_more_than_native(
-    rule: str, act: nn.Module
+    name: str, act: Callable[[Tensor], Tensor]
 ) -> None:
     model, x = Block(act), torch.randn(2, 3, 9, 9)
-    gm = fg.transform(model, rule)
+    gm = fg.transform(model, name)
 
     def size(function: Callable[[Tensor], Tensor]) -> int:
         return sum(t.untyped_storage().nbytes() for t in saved(function, x))
@@ -259,15 +317,19 @@ def test_rules_that_ask_where_x_is_positive_save_no_more_than_native(
     assert size(gm) <= size(model)
     assert "clone" not in gm.code
     assert torch.equal(gm(x), model(x))
+    edited = by_hand(model, name)
+    for function in (gm, torch.compile(gm, backend="aot_eager", fullgraph=True)):
+        same(gradient(function, x), gradient(edited, x))
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(edited(leaf).square().sum(), leaf)
+    torch.testing.assert_close(torch.func.grad(lambda x: gm(x).square().sum())(x), expected)
 
 
-@pytest.mark.parametrize("op", [F.relu, F.relu6, lambda x: F.relu(x * 1, inplace=True)])
+@pytest.mark.parametrize("op", [F.relu, torch.relu])
 @pytest.mark.parametrize("name", ["d(ReLU)", "guided"])
 def test_the_gradient_is_that_of_the_formula(name: str, op: Callable[[Tensor], Tensor]) -> None:
     function = around(fg.get(name), op)
     assert "save = 'y'" in function.code
-    (result,) = saved(lambda x: function(x) * 1, X) or [None]
-    assert result is not None
     expected = reference.entrywise(
         reference.ENTRYWISE[name], torch.linspace(-1, 1, len(X)), X, **fg.get(name).bound
     )
@@ -282,14 +344,63 @@ def test_the_gradient_is_that_of_the_formula(name: str, op: Callable[[Tensor], T
         F.gelu,  # 0 for the smallest positive numbers
         torch.tanh,
         F.elu,
+        F.relu6,  # whose output is not natively saved, so that everyone may write into it
         lambda x: F.relu(x).mul_(-1),  # what is written into the result reaches what is saved
-        lambda x: F.dropout(F.relu(x), 0.5, True, inplace=True),
+        lambda x: F.dropout(F.relu(x), 0.0, True, inplace=True),
     ],
 )
 def test_elsewhere_x_is_saved(op: Callable[[Tensor], Tensor]) -> None:
     function = around(fg.get("d(ReLU)"), op)
     assert "save" not in function.code
-    assert gradient(function, X).isfinite().any()
+    sign = -1 if function(torch.tensor([3.0])) < 0 else 1
+    expected = torch.where(X > 0, sign * torch.linspace(-1, 1, len(X)), 0)
+    same(gradient(function, X), expected)
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_what_hooks_return_is_not_asked(inplace: bool) -> None:
+    """Also hooks that come after the transform, and modules that are replaced."""
+    x, changing = torch.randn(20), nn.Sequential(nn.BatchNorm1d(1), nn.ReLU(inplace))
+    gm = fg.transform(changing, {"relu": "d(ReLU)"})
+    gm[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    normal = nn.functional.batch_norm(x[:, None], None, None, training=True)[:, 0]
+    y = gm(x[:, None])
+    (grad,) = torch.autograd.grad(y, gm[0].bias, torch.ones_like(y))
+    assert grad.item() == (normal > 0).sum()
+    hooked = nn.Sequential(nn.BatchNorm1d(1), nn.ReLU())
+    hooked[1].register_forward_hook(lambda module, inputs, output: output + 1)
+    gm = fg.transform(hooked, {"relu": "d(ReLU)"})
+    y = gm(x[:, None])
+    (grad,) = torch.autograd.grad(y, gm[0].bias, torch.ones_like(y))
+    assert grad.item() == (normal > 0).sum()
+
+
+def test_x_may_be_written_into_after_its_output_was_saved() -> None:
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            h = x * 1
+            y = torch.relu(h)
+            h.neg_()
+            return y + h
+
+    gm, x = fg.transform(Model(), "d(ReLU)"), torch.randn(3, 4)
+    expected = (x > 0).float() - 1
+    for found in (
+        torch.func.grad(lambda x: gm(x).sum())(x),
+        torch.vmap(torch.func.grad(lambda x: gm(x).sum()))(x),
+        gradient(gm, x) / torch.linspace(-1, 1, 12).reshape(3, 4),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("act", [F.relu, *IN_PLACE])
+def test_a_rule_that_is_registered_anew_and_asks_for_more_is_refused(
+    act: Callable[[Tensor], Tensor],
+) -> None:
+    gm, x = fg.transform(Block(act), "guided"), torch.randn(2, 3, 9, 9)
+    fg.register("guided", overwrite=True)(lambda grad, x: grad * x)
+    with pytest.raises(fg.RuleError, match=r"'guided' at site '.*Transform the original"):
+        gm(x)
 
 
 def test_a_new_forward_has_no_output_that_stands_for_x() -> None:

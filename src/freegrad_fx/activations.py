@@ -52,7 +52,8 @@ class Op:
     methods: tuple[str, ...]  # of torch.Tensor; "relu" stands for "relu_" too
     aten: tuple[OpOverload[..., Any], ...]  # out of place, in place, and with `out=`
     function: Callable[..., Tensor] | None  # f(x), to replace a forward; None: x is not enough
-    keeps_positive: bool = False  # the output is positive exactly where the input is
+    # The output is positive exactly where the input is, and natively saved
+    keeps_positive: bool = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # By name: a copy of a line is the line itself, and ATen overloads do not pickle.
@@ -95,11 +96,12 @@ def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 
 def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
     """The same in fewer passes over memory, none of them over booleans, for the usual case."""
-    if value_at_zero != 0 or not x.is_floating_point() or x.requires_grad:
+    usual = x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    if value_at_zero != 0 or not usual or x.requires_grad:  # it stays in the graph then
         return _heaviside(x, value_at_zero)
-    # Twice, as the smallest number times the largest is less than 1
+    # Twice, as the smallest number times the largest is less than 1; added to 0, so that -0 becomes 0
     largest = torch.finfo(x.dtype).max
-    return x.detach().mul(largest).mul_(largest).clamp_(0, 1)
+    return x.new_zeros(()).add(x.detach(), alpha=largest).mul_(largest).clamp_(0, 1)
 
 
 def binarize(x: Tensor) -> Tensor:
@@ -209,7 +211,7 @@ _A, _S, _Q = "activations", "softmax", "quantizers"
 # Names that begin with an underscore are those that ATen's decompositions write.
 _TABLE = (
     _op("relu", nn.ReLU, group=_A, keeps_positive=True),
-    _op("relu6", nn.ReLU6, group=_A, keeps_positive=True),
+    _op("relu6", nn.ReLU6, group=_A),
     _op("leaky_relu", nn.LeakyReLU, group=_A),
     _op("prelu", nn.PReLU, group=_A, also="_prelu_kernel", needs_more=True),
     _op("rrelu", nn.RReLU, group=_A, also="rrelu_with_noise"),

@@ -23,9 +23,13 @@ from .errors import RuleError
 from .hazards import refuse_compiled_transform
 from .rules.fused import runs_alone
 from .rules.kernels import run_fused
+from .rules.masks import positive
 from .rules.rule import MASK, Rule, of_token
 
-__all__ = ["decouple", "operands", "rule_behind"]
+__all__ = ["OVERWRITTEN", "decouple", "operands", "rule_behind"]
+
+OVERWRITTEN = "overwritten"
+"""What a graph says is saved where the operation has written its output into ``x``."""
 
 
 class _Call(NamedTuple):
@@ -56,9 +60,17 @@ def decouple(
         site: The name of the place in the model, for error messages.
         parameters: The rule's parameters, all of them.
         save: What is saved where the rule reads ``x``: ``"x"``; ``"mask"``, its mask alone; ``"y"``, the output, which
-            has the same mask.
+            is positive where ``x`` is; ``"overwritten"``, ``x``, which has become the output.
         fuse: Whether the backward is to run as one kernel in eager mode.
+
+    Raises:
+        RuleError: The rule asks of ``x`` more than what is saved tells.
     """
+    if save in ("y", OVERWRITTEN) and rule.mask is not positive:
+        raise RuleError(
+            f"rule {rule.name!r} at site {site!r} asks now for more of x than where it is positive, which is all that "
+            f"the graph has kept: it was registered anew since. Transform the original model again."
+        )
     if torch.compiler.is_compiling():
         refuse_compiled_transform()
         tensors, numbers, call = operands(rule, site, parameters, save)
@@ -69,7 +81,7 @@ def decouple(
         y, x = torch._C._functorch.unwrap_if_dead(y), torch._C._functorch.unwrap_if_dead(x)
         return _apply(y, x, _Call(rule, site, parameters, save, fuse))  # type: ignore[no-any-return]
     values = tuple(_distinct(x, parameters.values()))
-    return _Composable.apply(y, x, rule, site, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
+    return _Composable.apply(y, x, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
@@ -107,7 +119,7 @@ _apply: Callable[..., Any] = super(torch.autograd.Function, _Decoupled).apply
 
 
 class _Composable(torch.autograd.Function):
-    """`_Decoupled` once more, as the transforms of torch.func take it; several times as slow. It always saves ``x``."""
+    """`_Decoupled` once more, as the transforms of torch.func take it; several times as slow. It saves no masks."""
 
     generate_vmap_rule = True
 
@@ -115,15 +127,22 @@ class _Composable(torch.autograd.Function):
     # their number has to be fixed
     @staticmethod
     def forward(
-        y: Tensor, x: Tensor, rule: Rule, site: str, names: tuple[str, ...], values: tuple[Any, ...]
+        y: Tensor,
+        x: Tensor,
+        rule: Rule,
+        site: str,
+        save: str,
+        names: tuple[str, ...],
+        values: tuple[Any, ...],
     ) -> Tensor:
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, x, rule, site, names, values = inputs
+        _, x, rule, site, save, names, values = inputs
         parameters = dict(zip(names, values, strict=True))
-        _save(ctx, x, output, _Call(rule, site, parameters, "x", False))
+        save = "x" if save == MASK else save
+        _save(ctx, x, output, _Call(rule, site, parameters, save, False))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -144,7 +163,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: _Call) -> None:
         if save == "y":
             x = output
         elif save == MASK and "x" in inputs:
-            x = rule.mask_of(x, parameters)
+            x = _mask(x, call)
         # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
         if not tensors:
@@ -159,6 +178,29 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: _Call) -> None:
 
 
 _X = ("x",)
+
+
+def _mask(x: Tensor, call: _Call) -> Tensor:
+    """The mask of ``x`` that a rule reads; raise `RuleError` where there is none."""
+    rule, where = call.rule, f"rule {call.rule.name!r} at site {call.site!r}"
+    counts = not (rule.own or torch.compiler.is_compiling() or x.is_inference())
+    version = x._version if counts else 0
+    mask: Any = None if rule.mask is None else rule.mask_of(x, call.parameters)
+    if rule.mask is None:
+        raise RuleError(
+            f"{where} reads more of x than a mask, so that there is none to save. Leave save='mask' out; if it was "
+            f"registered anew since, transform the original model again."
+        )
+    if counts and x._version != version:
+        raise RuleError(f"{where} has a mask that changes x in place. Make it a pure function.")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+        got = type(mask).__name__
+        if isinstance(mask, Tensor):
+            got = f"a tensor of {mask.dtype} and shape {tuple(mask.shape)}"
+        raise RuleError(
+            f"{where} has a mask that returns {got}; it has to return booleans of the shape of x, {tuple(x.shape)}."
+        )
+    return mask
 
 
 def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any]]:
@@ -293,12 +335,18 @@ def operands(
         The parameters that are neither numbers nor plain, which have to be tensors; those that are numbers, which a
         compiler may take for variables; and everything else as text, ``""`` where it cannot be written.
     """
-    numbers = {n: v for n, v in parameters.items() if type(v) in (int, float)}
-    plain = {n: v for n, v in parameters.items() if type(v) in (bool, str, tuple, type(None))}
+    numbers = {n: v for n, v in parameters.items() if type(v) is float or _fits(v)}
+    others = {n: v for n, v in parameters.items() if n not in numbers}
+    plain = {n: v for n, v in others.items() if type(v) in (bool, int, str, tuple, type(None))}
     tensors = {n: v for n, v in parameters.items() if n not in numbers and n not in plain}
     names = (*tensors, *numbers, *plain)
     call = _written(rule.token, site, save, names, tuple(plain.values())) if rule.token else ""
     return [*tensors.values()], [*numbers.values()], call
+
+
+def _fits(value: Any) -> bool:
+    """Whether an operator can hold an int."""
+    return type(value) is int and -(2**63) <= value < 2**63
 
 
 def _written(

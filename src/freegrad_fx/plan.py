@@ -58,8 +58,8 @@ class Decision:
     modes: str = ""
 
     def reads(self, name: str) -> bool:
-        """Whether a rule of it reads ``"x"`` or ``"y"``, or its stand-in; an ambient one may."""
-        return self.action == "ambient" or any(name in rule.reads for rule in self.rules)
+        """Whether a rule of it reads ``"x"`` or ``"y"``; an ambient one may."""
+        return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
 
 
 Decided: TypeAlias = list[tuple[Located, Decision]]

@@ -11,7 +11,7 @@ import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from .activations import OPS
 from .aliasing import Aliasing, of_library
 from .captured import sets_grad_mode
 from .context import SCOPES
+from .decoupling import OVERWRITTEN
 from .nodes import called_module, called_path
 from .ops import (
     apply_forward,
@@ -72,8 +73,11 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
     # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
-    operations = [(p, _saving_less(p, d, aliasing)) for p, d in wanted if isinstance(p, Operation)]
-    judged = [(place, d, _memory(place, d, aliasing)) for place, d in operations]
+    judged = [
+        (place, decision, _memory(place, decision, aliasing))
+        for place, decision in wanted
+        if isinstance(place, Operation)
+    ]
     parameters = [
         (place, decision, place.renormalised or any(map(aliasing.written, place.reads)))
         for place, decision in wanted
@@ -83,7 +87,7 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     for place, decision, memory in judged:
         ambient = decision.action == "ambient"
         surgery = _Surgery(graph, root, place.site, place.node.meta, ambient)
-        surgery.operate(place, decision, *memory)
+        surgery.operate(place, decision, memory)
     with _at_the_beginning(
         graph, any(_enables_gradients(place, root) for place, _, _ in parameters)
     ):
@@ -98,39 +102,53 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
 
 
-def _saving_less(place: Operation, decision: Decision, aliasing: Aliasing) -> Decision:
-    """The decision with the output in the place of the input, if the first rule asks of this only where it is positive.
-
-    What follows an operation keeps its output anyway, more often than not, and in place there is no input any more.
-    """
-    first, *others = decision.rules or (None,)
-    if (
-        first is None
-        or first.mask is not positive
-        or first.save != SAVES[0]
-        or decision.forward is not None
-        or place.op is None
-        or not place.op.keeps_positive
-        or aliasing.written_after(place.node, place.node)
-    ):
-        return decision
-    return replace(decision, rules=(replace(first, save="y"), *others))
-
-
-def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> tuple[bool, bool, bool]:
+@dataclass(frozen=True)
+class _Memory:
     """What a site needs beyond the usual.
 
-    Returns:
-        Whether a rule needs a copy of `x`; whether the result has to be written back into `x`'s memory; whether the
-        operation has to run on a copy, because it may return its input and the result is written into.
+    Attributes:
+        keep_x: Whether a rule needs a copy of `x`.
+        write_back: Whether the result has to be written back into `x`'s memory.
+        on_copy: Whether the operation has to run on a copy, because it may return its input and the result is written
+            into.
+        save: What `decoupled` is to save, if not what the rule says.
+    """
+
+    keep_x: bool
+    write_back: bool
+    on_copy: bool
+    save: str
+
+
+def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> _Memory:
+    """What a site needs beyond the usual.
+
+    A rule that asks of `x` only where it is positive can ask the output of some operations instead, which what follows
+    keeps anyway, more often than not; in place, `x` has become the output when it is saved. (What a module returns may
+    be what its forward hooks made of it.)
     """
     x, node = place.input, place.node
-    needs_x = decision.reads("x")
+    first, *others = decision.rules or (None,)
     overwrites = place.inplace and decision.forward is None
-    keep_x = needs_x and (overwrites or aliasing.written_after(x, node))
     write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
+    others_read_x = first is None or any("x" in rule.inputs for rule in others)
+    save = ""
+    if _asks_where_positive(first, place) and decision.forward is None:
+        if overwrites:
+            save = "" if write_back or others_read_x else OVERWRITTEN
+        elif node.op != "call_module" and not aliasing.written_after(node, node):
+            save = "y"
+    needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
+    lost = (overwrites and save != OVERWRITTEN) or aliasing.written_after(x, node)
     may_return_x = place.op is None or place.op.name == "identity"
-    return keep_x, write_back, may_return_x and aliasing.written_after(node, node, certainly=True)
+    on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
+    return _Memory(needs_x and lost, write_back, on_copy, save)
+
+
+def _asks_where_positive(rule: Rule | None, place: Operation) -> bool:
+    """Whether a rule asks of `x` only where it is positive, and the output of an operation is positive there too."""
+    usual = rule is not None and rule.mask is positive and rule.save == SAVES[0]
+    return usual and place.op is not None and place.op.keeps_positive
 
 
 @contextmanager
@@ -204,9 +222,7 @@ class _Surgery:
         self.ambient = {"ambient": SCOPES[site.kind]} if ambient else {}
         self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
-    def operate(
-        self, place: Operation, decision: Decision, keep_x: bool, write_back: bool, on_copy: bool
-    ) -> None:
+    def operate(self, place: Operation, decision: Decision, memory: _Memory) -> None:
         """Rewrite the site of an operation.
 
         In the usual case the operation runs on `stop_gradient(x)`, in place or not, and `decoupled` takes over every
@@ -217,15 +233,15 @@ class _Surgery:
         node, x = place.node, place.input
         first, *others = decision.rules or (None,)
         with self.graph.inserting_before(node):
-            source = self.clone(x) if write_back else self.keep(x) if keep_x else x
+            source = self.clone(x) if memory.write_back else self.keep(x) if memory.keep_x else x
             start = source
             source = self.chain(source, others)
-            if write_back:
+            if memory.write_back:
                 # `source` itself may be overwritten unless a rule needs it
                 stop = self.stop(start)
-                stop = self.keep(stop) if keep_x else stop
+                stop = self.keep(stop) if memory.keep_x else stop
             else:
-                stop = self.clone(self.stop(x)) if on_copy else self.stop(x)
+                stop = self.clone(self.stop(x)) if memory.on_copy else self.stop(x)
             if decision.forward is not None:
                 operation = self.forward(stop, decision.forward)
         if decision.forward is None:
@@ -238,13 +254,13 @@ class _Surgery:
             node.replace_all_uses_with(operation)
             self.graph.erase_node(node)
         with self.graph.inserting_before(operation.next):
-            out = self.decoupled(operation, source, first)
+            out = self.decoupled(operation, source, first, memory.save)
         result = out
-        if write_back:
+        if memory.write_back:
             with self.graph.inserting_after(out):
                 result = self.node("call_method", "copy_", (x, out))
         operation.replace_all_uses_with(result, delete_user_cb=lambda user: user is not out)
-        if place.inplace and not write_back:
+        if place.inplace and not memory.write_back:
             later = [user for user in x.users if user > out]
             x.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
 
@@ -315,7 +331,7 @@ class _Surgery:
         key = function_key(function)
         return self.node("call_function", apply_forward, (x, key, *before), keywords)
 
-    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None) -> fx.Node:
+    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None, save: str = "") -> fx.Node:
         """A `decoupled` of y and x; without a rule it is ambient."""
         if rule is None:
             kwargs: dict[str, Any] = {**self.ambient, "site": self.site.name}
@@ -324,7 +340,8 @@ class _Surgery:
             name: self.tensor(value) if isinstance(value, Tensor) else value
             for name, value in rule.bound.items()
         }
-        kwargs = {"rule": rule.name, "site": self.site.name, **rule.options, **values}
+        options = {**rule.options, "save": save} if save else rule.options
+        kwargs = {"rule": rule.name, "site": self.site.name, **options, **values}
         return self.node("call_function", decoupled, (y, x), kwargs)
 
     def tensor(self, value: Tensor) -> fx.Node:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from ..captured import sets_grad_mode
 from ..context import explicit_rules_act
@@ -23,9 +23,16 @@ def lower(graph: fx.Graph) -> None:
     if not torch.is_grad_enabled() or sets_grad_mode(graph) or not explicit_rules_act():
         return
     for node in graph.nodes:
+        if node.target not in (stop_gradient, decoupled) or node.kwargs.get("ambient"):
+            continue
+        source = node.args[0]
+        while source.target in (stop_gradient, torch.ops.aten.detach.default):
+            source = source.args[0]  # what a rewrite has inserted says nothing of its value
+        if not isinstance(source.meta.get("example_value"), Tensor):
+            continue  # abs() and its like are written for numbers too
         if node.target is stop_gradient:
             node.target, node.kwargs = torch.ops.aten.detach.default, {}
-        elif node.target is decoupled:
+        else:
             kwargs = dict(node.kwargs)
             rule, site = get(kwargs.pop("rule")), kwargs.pop("site")
             save, _ = kwargs.pop("save", rule.save), kwargs.pop("fuse", None)

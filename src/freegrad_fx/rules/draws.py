@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import Any
 
 import torch
@@ -12,16 +14,16 @@ __all__ = ["normal_like", "uniform_like"]
 
 def uniform_like(tensor: Tensor) -> Tensor:
     """Numbers from U(0, 1), in the shape and dtype of a tensor."""
-    return (
-        torch.ops.freegrad_fx.uniform_like(tensor) if _is_slow(tensor) else torch.rand_like(tensor)
-    )
+    if not _is_slow(tensor):
+        return torch.rand_like(tensor)
+    return torch.ops.freegrad_fx.uniform_like(tensor, _number())  # type: ignore[no-any-return]
 
 
 def normal_like(tensor: Tensor) -> Tensor:
     """Numbers from N(0, 1), in the shape and dtype of a tensor."""
-    return (
-        torch.ops.freegrad_fx.normal_like(tensor) if _is_slow(tensor) else torch.randn_like(tensor)
-    )
+    if not _is_slow(tensor):
+        return torch.randn_like(tensor)
+    return torch.ops.freegrad_fx.normal_like(tensor, _number())  # type: ignore[no-any-return]
 
 
 def _is_slow(tensor: Tensor) -> bool:
@@ -29,9 +31,23 @@ def _is_slow(tensor: Tensor) -> bool:
     return torch.compiler.is_compiling() and tensor.device.type == "cpu"
 
 
-# Operators that no compiler looks into; with them compiled code draws the numbers that uncompiled code would
+_draws: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDictionary()
+_other_draws = itertools.count()
+
+
+def _number() -> int:
+    """A number for every draw of a program: AOTAutograd would make one draw of two that look the same."""
+    context = torch._guards.TracingContext.try_get()
+    return next(_other_draws if context is None else _draws.setdefault(context, itertools.count()))
+
+
+_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+# Operators that no compiler looks into
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _draw in {"uniform_like": torch.rand_like, "normal_like": torch.randn_like}.items():
-    _library.define(f"{_name}(Tensor self) -> Tensor", tags=torch.Tag.nondeterministic_seeded)
-    _library.impl(_name, lambda x, draw=_draw: draw(x), "CompositeExplicitAutograd")
-    torch.library.register_fake(f"freegrad_fx::{_name}", torch.empty_like, lib=_library)
+    _schema = f"{_name}(Tensor self, int draw) -> Tensor"
+    _library.define(_schema, tags=torch.Tag.nondeterministic_seeded)
+    _library.impl(_name, lambda x, _, draw=_draw: draw(x), "CompositeExplicitAutograd")
+    fake = f"freegrad_fx::{_name}"
+    torch.library.register_fake(fake, lambda x, _: torch.empty_like(x), lib=_library)

@@ -5,32 +5,22 @@ from __future__ import annotations
 import builtins
 import dis
 import hashlib
+import math
 import sys
 import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import torch
+
 __all__ = ["fingerprint"]
 
-_LIBRARIES = ("torch", "math")  # what they compute is known by the versions of torch and of Python
-_BUILTINS = frozenset(
-    [
-        "abs",
-        "bool",
-        "float",
-        "int",
-        "isinstance",
-        "len",
-        "max",
-        "min",
-        "pow",
-        "range",
-        "round",
-        "sum",
-        "tuple",
-        "zip",
-    ]
-)
+# What they compute is known by the versions of torch and of Python
+_LIBRARIES = ("math", "torch", "torch.linalg", "torch.nn", "torch.nn.functional", "torch.special")
+_BUILTINS = {
+    *("abs", "bool", "float", "int", "isinstance", "len", "max", "min", "pow", "range", "round"),
+    *("sum", "tuple", "zip"),
+}
 
 
 class _UnknownError(Exception):
@@ -40,8 +30,8 @@ class _UnknownError(Exception):
 def fingerprint(*functions: Callable[..., Any] | None) -> str | None:
     """A number that differs where what functions compute does; None where their code does not tell it alone.
 
-    It does where it refers to nothing but torch, math and some builtins: a variable or a function outside of it may be
-    given another value at any time.
+    It does where it refers to nothing but modules of torch, math and some builtins: a variable, or a function outside
+    of it, may be given another value at any time.
     """
     try:
         parts = [part for f in functions if f is not None for part in _of_function(f)]
@@ -56,11 +46,7 @@ def _of_function(function: Any) -> Iterator[str]:
     yield f"{function.__defaults__!r} {function.__kwdefaults__!r}"
     for code in _with_inner(function.__code__):
         yield from _of_code(code)
-        for name in _globals(code):
-            known = function.__globals__.get(name, getattr(builtins, name, None))
-            if not (_of_library(known) or (name in _BUILTINS and known is getattr(builtins, name))):
-                raise _UnknownError
-            yield f"{name} {getattr(known, '__module__', '')} {getattr(known, '__name__', '')}"
+        yield from _of_globals(code, function.__globals__)
 
 
 def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -71,8 +57,6 @@ def _with_inner(code: types.CodeType) -> Iterator[types.CodeType]:
 
 
 def _of_code(code: types.CodeType) -> Iterator[str]:
-    if "ops" in code.co_names:  # torch.ops may hold operators of anybody's
-        raise _UnknownError
     yield f"{code.co_code.hex()} {code.co_names} {code.co_varnames} {code.co_freevars} {code.co_flags}"
     yield f"{code.co_argcount} {code.co_kwonlyargcount} {code.co_exceptiontable.hex()}"
     for constant in code.co_consts:
@@ -80,20 +64,41 @@ def _of_code(code: types.CodeType) -> Iterator[str]:
             yield f"{type(constant).__name__} {constant!r}"
 
 
-def _globals(code: types.CodeType) -> Iterator[str]:
-    """The names that code looks up outside of itself."""
+def _of_globals(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
+    """What the names are that code looks up outside of itself."""
+    looked_up: Any = None  # a module, of which an attribute is asked for next
     for instruction in dis.get_instructions(code):
-        if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
-            yield instruction.argval
+        name = instruction.argval
+        if looked_up is not None:
+            if instruction.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+                raise _UnknownError
+            found = getattr(looked_up, name, None)
+            yield f"{looked_up.__name__} {name}"
+            looked_up = found if _is_library(found) else None
+            if looked_up is None and not _is_of_library(found):
+                raise _UnknownError
+        elif instruction.opname in ("LOAD_ATTR", "LOAD_METHOD"):
+            if not _is_of_library(getattr(torch.Tensor, name, _UnknownError)):
+                raise _UnknownError
+        elif instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+            known = names.get(name, getattr(builtins, name, None))
+            if _is_library(known):
+                looked_up = known
+            elif name not in _BUILTINS or known is not getattr(builtins, name):
+                raise _UnknownError
         elif instruction.opname.startswith(("IMPORT", "STORE_GLOBAL", "STORE_NAME")):
             raise _UnknownError
 
 
-def _of_library(value: Any) -> bool:
-    """Whether something is a module of a library, or what its name stands for in one."""
-    if isinstance(value, types.ModuleType):
-        name, found = value.__name__, sys.modules.get(value.__name__)
-    else:
-        name = str(getattr(value, "__module__", ""))
-        found = getattr(sys.modules.get(name), str(getattr(value, "__name__", "")), None)
-    return found is value and name.partition(".")[0] in _LIBRARIES
+def _is_library(value: Any) -> bool:
+    known = type(value) is types.ModuleType and value.__name__ in _LIBRARIES
+    return known and sys.modules.get(value.__name__) is value
+
+
+def _is_of_library(value: Any) -> bool:
+    """Whether what a module or a tensor has is its own."""
+    if isinstance(value, property | types.GetSetDescriptorType | types.MethodDescriptorType):
+        return True
+    home = str(getattr(value, "__module__", None) or "torch").partition(".")[0]
+    known = value in (math.pi, math.e, math.inf, math.tau) if type(value) is float else False
+    return known or type(value) is torch.dtype or (callable(value) and home in ("math", "torch"))

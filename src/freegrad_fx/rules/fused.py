@@ -91,7 +91,8 @@ def clipped(grad: Tensor, x: Tensor, *, bound: float) -> Any:
 
 def only_where(mask: Tensor, grad: Tensor) -> Tensor | None:
     """grad where a mask is, 0 elsewhere; None where `torch.where` is wanted"""
-    if not (mask.is_cpu and mask.shape == grad.shape and runs_alone(grad)):
+    usual = mask.is_cpu and mask.dtype is torch.bool and grad.is_floating_point()
+    if not (usual and mask.shape == grad.shape and runs_alone(grad)):
         return None
     result = mask.view(torch.uint8).to(grad.dtype)
     _aten.threshold_backward.grad_input(grad, result, 0, grad_input=result)

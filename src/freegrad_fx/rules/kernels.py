@@ -18,7 +18,7 @@ __all__ = ["run_fused"]
 
 def run_fused(
     rule: Rule, site: str, masked: bool, grad: Tensor, *inputs: Tensor, **parameters: Any
-) -> Tensor:
+) -> Any:
     """Compute what a rule makes of a gradient, in one kernel.
 
     Args:
@@ -29,26 +29,43 @@ def run_fused(
         *inputs: What the formula reads.
         **parameters: The rule's parameters.
 
+    Returns:
+        The gradient for ``x``; ``NotImplemented`` where it has been compiled in too many ways.
+
     Raises:
         RuleError: The formula cannot be compiled.
     """
     function = rule.gate if masked else rule.function
     assert function is not None
-    kernel = _kernel(function, tuple(sorted(parameters)), grad.dim())
+    layouts = tuple((t.dtype, t.device.type, *_order(t)) for t in (grad, *inputs))
+    kernel = _kernel(function, tuple(sorted(parameters)), layouts)
     try:
         return kernel(grad, *inputs, **parameters)
     except Exception as error:
+        from torch._dynamo import exc  # it imports the whole compiler
+        from torch._inductor.exc import InductorError
+
+        if isinstance(error, exc.FailOnRecompileLimitHit):
+            return NotImplemented
+        if not isinstance(error, exc.TorchDynamoException | InductorError):
+            raise
+        reason = str(error).strip().partition("\n")[0]
         raise RuleError(
             f"fuse=True: rule {rule.name!r} at site {site!r} cannot be compiled here ({type(error).__name__}: "
-            f"{str(error).strip().partition(chr(10))[0]}). Leave fuse=True out; its formula is run as it is then."
+            f"{reason}). Leave fuse=True out; its formula is run as it is then."
         ) from error
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor as they stand in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 @functools.lru_cache(maxsize=256)
 def _kernel(
-    function: Callable[..., Tensor], names: tuple[str, ...], dimensions: int
+    function: Callable[..., Tensor], names: tuple[str, ...], layouts: tuple[Any, ...]
 ) -> Callable[..., Tensor]:
-    """A function, compiled for gradients of a number of dimensions and of any size."""
+    """A function, compiled for tensors of some dtypes and layouts, and of any size."""
 
     def run(grad: Tensor, *inputs: Tensor, **parameters: Any) -> Tensor:
         return function(grad, *inputs, **parameters)

@@ -143,8 +143,7 @@ class Rule:
         mask_reads: The parameters that the mask depends on.
         gate: The formula, called as ``gate(grad, mask, [y], **parameters)``, where it reads a mask.
         fused: The formula in fewer passes over memory, for eager mode; see `register`.
-        save: What is saved for the backward where the formula reads ``x``: that, or ``"mask"``. (Where a mask is the
-            same of the output, a rewritten graph saves ``"y"``.)
+        save: What is saved for the backward where the formula reads ``x``: ``"x"``, or ``"mask"``.
         fuse: Whether its backward runs as one compiled kernel in eager mode.
         token: A text that stands for the formula, another one for another formula; ``""`` where no text can.
         own: Whether it is one of this package, whose formulas are tested to change no argument.
@@ -198,13 +197,6 @@ class Rule:
         return (self,)
 
     @property
-    def reads(self) -> tuple[str, ...]:
-        """Which of ``"x"`` and ``"y"`` it is given: the output for the input, where the one stands for the other."""
-        return tuple(
-            dict.fromkeys(self.save if self.save in INPUTS and i == "x" else i for i in self.inputs)
-        )
-
-    @property
     def options(self) -> dict[str, Any]:
         """How it runs, as far as that is not the usual way."""
         found: dict[str, Any] = {} if self.save == SAVES[0] else {"save": self.save}
@@ -232,9 +224,10 @@ class Rule:
                 is given to, for instance ``"heaviside"`` for a surrogate gradient, or a function of a tensor. This
                 changes the forward.
             save: ``"mask"``: save where the gradient passes, 1 byte for each entry, instead of the operation's input;
-                for rules whose formula reads a mask alone. ``"x"`` is the usual way. What is saved changes no gradient.
+                for rules whose formula reads a mask alone. ``"x"`` is the usual way. It changes no gradient.
             fuse: Let the backward run as one kernel, which `torch.compile` makes of the formula, in eager mode. The
-                first backward waits for the compiler, and a random rule draws other random numbers.
+                first backward waits for the compiler. The result is rounded once, where the formula rounds at each
+                step. What has been compiled for many dtypes and layouts runs as the formula in further ones.
             **values: Parameters of the rule. A tensor can stand for a number, and is not compared with others.
 
         Raises:
@@ -269,7 +262,7 @@ class Rule:
             able = ", ".join(name for name, rule in _registry.items() if rule.mask is not None)
             raise RuleError(
                 f"rule {self.name!r} reads more than a mask, and has none to save. Leave save='mask' out; rules that "
-                f"have one are {able}, and those registered with mask=."
+                f"have one, being registered with mask=, are {able}."
             )
         return str(save)
 
@@ -288,13 +281,8 @@ class Rule:
         return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
 
     def mask_of(self, x: Tensor, parameters: Mapping[str, Any]) -> Tensor:
-        """The mask that the formula reads of ``x``, for these parameters.
-
-        Raises:
-            RuleError: It reads no mask.
-        """
-        if self.mask is None:
-            raise RuleError(f"rule {self.name!r} reads more of x than a mask")
+        """The mask that the formula reads of ``x``, for these parameters."""
+        assert self.mask is not None
         return self.mask(x, **{name: parameters[name] for name in self.mask_reads})
 
     def _require(self, bound: Mapping[str, Any]) -> None:
@@ -417,9 +405,10 @@ def register(
         mask: For a rule that asks of ``x`` only where the gradient passes: a function of ``x`` and, by keyword, of
             parameters of the rule, that returns booleans. The signature of the rule then has ``mask`` in the place of
             ``x``, and ``save="mask"`` can store it in 1 byte for each entry.
-        fused: The same formula in fewer passes over memory, of the same signature. It runs in the place of the rule in
-            eager mode, where nothing is differentiated twice and no transform of torch.func is active, and may return
-            ``NotImplemented`` for arguments that it is not for. The formula itself is always right; this makes it fast.
+        fused: The same formula in fewer passes over memory, of the same signature (with ``x`` for ``mask``). It runs
+            in the place of the rule in eager mode, where nothing is differentiated twice and no transform of torch.func
+            is active, and may return ``NotImplemented`` for arguments that it is not for. The formula itself is always
+            right; this makes it fast.
         overwrite: Replace a rule of that name instead of refusing.
 
     Raises:
@@ -462,10 +451,12 @@ def register(
             mask_reads = _mask_reads(name, mask, parameters)
             function = _gated(gate, mask, mask_reads)
             inputs = tuple("x" if given == MASK else given for given in inputs)
-        if fused is not None and _names(fused) != _names(function):
+        if fused is not None and _names(name, "fused", fused) != _names(name, "formula", function):
             raise RuleError(
-                f"fused={fused.__qualname__}{inspect.signature(fused)} has not the arguments of rule {name!r}, "
+                f"fused={shown(fused)}{inspect.signature(fused)} has not the arguments of rule {name!r}, "
                 f"{inspect.signature(function)}"
+                + ": it is given x, not its mask."
+                * (mask is not None)
             )
         rule = Rule(
             name=name,
@@ -485,11 +476,13 @@ def register(
             gate=gate,
             fused=fused,
             token=_token(name, gate or function, mask),
-            own=_is_own(gate or function),
+            own=_is_own(gate or function, mask),
             takes_more=takes_more,
         )
         rule._require(rule.bound)
-        _registry[name] = _formulas[rule.token] = rule
+        _registry[name] = rule
+        if rule.token:
+            _formulas[rule.token] = rule
         return rule
 
     return declare
@@ -499,14 +492,17 @@ def _mask_reads(
     name: str, mask: Callable[..., Tensor], parameters: Mapping[str, Parameter]
 ) -> tuple[str, ...]:
     """The parameters of a rule that a mask depends on. Raises `RuleError` if it asks for anything else."""
-    _, *others = inspect.signature(mask).parameters.values()
-    for asked in others:
-        if asked.kind is not asked.KEYWORD_ONLY or asked.name not in parameters:
-            raise RuleError(
-                f"mask={mask.__qualname__} of rule {name!r} asks for {asked.name!r}; it takes x and, by keyword, "
-                f"parameters of the rule: {', '.join(parameters) or 'there are none'}."
-            )
-    return tuple(asked.name for asked in others)
+    x, *others = _names(name, "mask", mask) or [("", None)]
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    wrong = [
+        n for n, kind in others if kind is not inspect.Parameter.KEYWORD_ONLY or n not in parameters
+    ]
+    if x[1] not in positional or wrong:
+        raise RuleError(
+            f"mask={shown(mask)} of rule {name!r} asks for {wrong[0] if wrong else 'nothing'!r}; it takes x and, by "
+            f"keyword, parameters of the rule: {', '.join(parameters) or 'there are none'}."
+        )
+    return tuple(n for n, _ in others)
 
 
 def _gated(
@@ -529,17 +525,22 @@ def _token(name: str, formula: Callable[..., Tensor], mask: Callable[..., Tensor
 
     Caches of compiled code go by it, those on disk too. ``""`` for one that reads variables, whose values may change.
     """
-    if _is_own(formula):
-        return name
+    if _is_own(formula, mask):
+        places = [f"{f.__module__}.{f.__qualname__}" for f in (formula, mask) if f is not None]
+        return f"{name}@{'+'.join(places)}"
     content = fingerprint(formula, mask)
     return f"{name}@{content}" if content else ""
 
 
-def _is_own(formula: Callable[..., Tensor]) -> bool:
-    """Whether a formula stands in this package."""
-    module = getattr(formula, "__module__", None) or ""
-    own = module.partition(".")[0] == __name__.partition(".")[0]
-    return own and "<locals>" not in formula.__qualname__
+def _is_own(*functions: Callable[..., Tensor] | None) -> bool:
+    """Whether functions stand in this package."""
+    package = __name__.partition(".")[0]
+    return all(
+        str(getattr(f, "__module__", "")).partition(".")[0] == package
+        and "<locals>" not in f.__qualname__
+        for f in functions
+        if f is not None
+    )
 
 
 def of_token(token: str) -> Rule:
@@ -547,8 +548,15 @@ def of_token(token: str) -> Rule:
     return _formulas[token]
 
 
-def _names(function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+def _names(name: str, what: str, function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """The arguments of a function; raise `RuleError` where they cannot be read."""
+    try:
+        return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        raise RuleError(
+            f"{what}={function!r} of rule {name!r} is no function whose arguments can be read. Write one in "
+            f"Python, which may call it."
+        ) from None
 
 
 def _read_signature(
