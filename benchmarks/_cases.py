@@ -87,9 +87,51 @@ def under(rule: fg.Rule, forward: str = "relu") -> nn.Module:
     return fg.transform(Activation(forward), table, strict=True)
 
 
+class _Window(torch.autograd.Function):
+    """What `rectangular` comes to, without a question asked: not whether x is NaN, nor what is in force."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return None, torch.ops.aten.hardtanh_backward.default(grads[0], x, -0.5, 0.5)
+
+
+class _Through(torch.autograd.Function):
+    """The same for `d(Linear)`."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
+        return y.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        return None, grads[0]
+
+
+class Bare(nn.Module):
+    """The least that a decoupled relu in Python can be."""
+
+    def __init__(self, function: type[torch.autograd.Function]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.function.apply(torch.relu(x.detach()), x)  # type: ignore[no-any-return]
+
+
+BARE = {"rectangular": _Window, "d(Linear)": _Through}
+
+
 def operator(rule: str) -> dict[str, nn.Module]:
     """A rule on relu and on other forwards, beside native relu and the peers that have the rule."""
     modules = {NATIVE_RELU: Activation(), rule: under(rule_of(rule))}
+    if rule in BARE:
+        modules[f"{NATIVE} Function, bare"] = Bare(BARE[rule])
     for forward in OTHER_FORWARDS.get(rule, ()):
         modules[f"{rule} on {forward}"] = under(rule_of(rule), forward)
     if rule in MASKED:

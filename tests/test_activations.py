@@ -502,3 +502,25 @@ def test_a_quantizer_s_own_derivative_is_zero(function: Callable[[Tensor], Tenso
     assert torch.equal(grad, torch.zeros(4))
     rows = torch.randn(3, 4)
     assert torch.equal(torch.vmap(function)(rows), torch.stack([function(r) for r in rows]))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int32]
+)
+def test_the_short_way_to_a_step_takes_every_number_where_the_long_one_does(
+    dtype: torch.dtype,
+) -> None:
+    numbers = torch.tensor([0.0, -0.0, 1.0, -1.0, 3e4, -3e4, 0.01, -0.01])
+    x = numbers.to(dtype)
+    if dtype.is_floating_point:
+        limits = torch.finfo(dtype)
+        smallest = torch.tensor([limits.tiny, limits.smallest_normal], dtype=dtype)
+        more = torch.tensor([float("inf"), float("-inf"), float("nan"), 1e-45, 6e-8, 1e-40])
+        x = torch.cat([x, smallest, -smallest, smallest / 2, -smallest / 2, more.to(dtype)])
+    expected = torch.where(x.isnan(), x, (x > 0).to(dtype))
+    actual = heaviside(x)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
+    assert not actual.signbit()[~x.isnan()].any()  # no -0, which 1/x would tell from 0
+    if dtype.is_floating_point:
+        tracked = heaviside(x.clone().requires_grad_())
+        torch.testing.assert_close(tracked.detach(), actual, rtol=0, atol=0, equal_nan=True)

@@ -1045,3 +1045,17 @@ def test_report_takes_what_was_compiled_and_the_backend() -> None:
     assert fg.report(backend) == backend.report() != fg.report(function)
     with pytest.raises(TypeError, match="got Model"):
         fg.report(model)
+
+
+def test_a_function_of_a_size_stays_one() -> None:
+    """abs() is written for numbers too, of which no gradient is cut off."""
+
+    class Model(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x.abs() * abs(x.shape[0] - 10)
+
+    compiled = fg.compile(Model(), {"abs": "straight_through"}, backend="aot_eager", dynamic=True)
+    for rows in (4, 12):
+        x = torch.randn(rows, 2, requires_grad=True)
+        (grad,) = torch.autograd.grad(compiled(x).sum(), x)
+        assert torch.equal(grad, torch.full((rows, 2), float(abs(rows - 10))))

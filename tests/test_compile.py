@@ -657,3 +657,19 @@ def test_two_sites_draw_different_numbers(rule: str, backend: str) -> None:
     run = torch.compile(fg.transform(Branches(), rule), backend=backend, fullgraph=True)
     for grads in (torch.autograd.grad(run(a, b).sum(), (a, b)) for _ in range(2)):
         assert not torch.equal(*grads)
+
+
+def test_a_number_that_no_operator_holds_reaches_the_formula() -> None:
+    fg.register("by a number")(made_of("def f(grad, *, n: int = 1):\n    return grad * (n % 7)"))
+    run = torch.compile(
+        fg.transform(nn.Tanh(), fg.get("by a number")(n=2**70 + 3)), backend="aot_eager"
+    )
+    x = torch.zeros(3, requires_grad=True)
+    (grad,) = torch.autograd.grad(run(x).sum(), x)
+    assert grad.tolist() == [(2**70 + 3) % 7] * 3
+
+
+def made_of(text: str) -> Callable[..., Tensor]:
+    namespace: dict[str, Any] = {}
+    exec(text, namespace)
+    return namespace["f"]

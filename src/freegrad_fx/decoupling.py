@@ -335,18 +335,29 @@ def operands(
         The parameters that are neither numbers nor plain, which have to be tensors; those that are numbers, which a
         compiler may take for variables; and everything else as text, ``""`` where it cannot be written.
     """
-    numbers = {n: v for n, v in parameters.items() if type(v) is float or _fits(v)}
-    others = {n: v for n, v in parameters.items() if n not in numbers}
-    plain = {n: v for n, v in others.items() if type(v) in (bool, int, str, tuple, type(None))}
-    tensors = {n: v for n, v in parameters.items() if n not in numbers and n not in plain}
+    if not rule.token:
+        return [], [], ""
+    if not parameters:
+        return [], [], _written(rule.token, site, save, (), ())
+    found: list[dict[str, Any]] = [{}, {}, {}]
+    # One loop, and no function: Dynamo goes through it for every site
+    for name, value in parameters.items():
+        kind = type(value)
+        if kind is float or (
+            kind is int and -(2**63) <= value < 2**63
+        ):  # which an operator can hold
+            found[1][name] = value
+        elif kind in _PLAIN:
+            found[2][name] = value
+        else:
+            found[0][name] = value
+    tensors, numbers, plain = found
     names = (*tensors, *numbers, *plain)
-    call = _written(rule.token, site, save, names, tuple(plain.values())) if rule.token else ""
+    call = _written(rule.token, site, save, names, tuple(plain.values()))
     return [*tensors.values()], [*numbers.values()], call
 
 
-def _fits(value: Any) -> bool:
-    """Whether an operator can hold an int."""
-    return type(value) is int and -(2**63) <= value < 2**63
+_PLAIN = (bool, int, str, tuple, type(None))
 
 
 def _written(

@@ -58,8 +58,11 @@ def structural_copy(model: nn.Module) -> nn.Module:
     for module in model.modules():
         if isinstance(module, torch.jit.ScriptModule):
             shared[id(module)] = module
-        own = {k: v for k, v in module.__dict__.items() if k != "_modules"}
-        _collect_tensors(own, shared, set())
+        for name, value in module.__dict__.items():
+            if name in _TENSORS:
+                shared.update((id(t), t) for t in value.values() if isinstance(t, Tensor))
+            elif name != "_modules" and type(value) not in _ATOMS and value is not None:
+                _collect_tensors(value, shared, set())
     try:
         return _sharing(model, _copied(model, dict(shared)))
     except CaptureError:
@@ -98,7 +101,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         if name == "_modules":
             parts = {n: m if m is None else _copied(m, memo) for n, m in value.items()}
             state[name] = type(value)(parts)
-        elif type(value) in _ATOMS:
+        elif type(value) in _ATOMS or (type(value) is tuple and is_python_state(value)):
             state[name] = value
         elif name in ATTRIBUTES_OF_EVERY_MODULE and not value:
             state[name] = type(value)()  # a table of hooks, nearly always

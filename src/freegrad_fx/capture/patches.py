@@ -361,9 +361,13 @@ def _isinstance(recorder: Recorder) -> Iterator[None]:
     original = builtins.isinstance
     tensor = torch.empty(0)
 
+    proxies: dict[type[Any], bool] = {}  # nearly everything that is asked about is none
+
     def answer(value: Any, kinds: Any) -> bool:
         kind = type(value)
-        if not issubclass(kind, Proxy) or threading.get_ident() != thread:
+        if kind not in proxies:
+            proxies[kind] = issubclass(kind, Proxy)
+        if not proxies[kind] or threading.get_ident() != thread:
             return original(value, kinds)
         code = sys._getframe(1).f_code
         if not (is_users(code) or code is torch.is_tensor.__code__):
