@@ -152,6 +152,7 @@ def test_what_cannot_be_compiled_is_named() -> None:
         fg.rules.scale(fuse=1)
 
 
+@pytest.mark.slow
 def test_it_runs_for_every_dtype_and_layout() -> None:
     fused = fg.transform(nn.Tanh(), fg.rules.triangular(fuse=True))
     usual = fg.transform(nn.Tanh(), "triangular")
