@@ -159,6 +159,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: _Call) -> None:
     tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else None
     ctx.call, ctx.like = call, (x.shape, x.dtype)
     inputs = rule.inputs
+    saved: tuple[Tensor, ...] = ()
     if inputs:
         if save == "y":
             x = output
@@ -166,15 +167,11 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: _Call) -> None:
             x = _mask(x, call)
         # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
-        if not tensors:
-            ctx.save_for_backward(*saved)
-            return
-    elif not tensors:
-        return
-    else:
-        saved = ()
-    ctx.tensors = tensors
-    ctx.save_for_backward(*saved, *map(parameters.__getitem__, tensors))
+    if tensors:
+        ctx.tensors = tensors
+        saved = (*saved, *map(parameters.__getitem__, tensors))
+    if saved:
+        ctx.save_for_backward(*saved)
 
 
 _X = ("x",)
@@ -183,14 +180,14 @@ _X = ("x",)
 def _mask(x: Tensor, call: _Call) -> Tensor:
     """The mask of ``x`` that a rule reads; raise `RuleError` where there is none."""
     rule, where = call.rule, f"rule {call.rule.name!r} at site {call.site!r}"
-    counts = not (rule.own or torch.compiler.is_compiling() or x.is_inference())
-    version = x._version if counts else 0
-    mask: Any = None if rule.mask is None else rule.mask_of(x, call.parameters)
     if rule.mask is None:
         raise RuleError(
             f"{where} reads more of x than a mask, so that there is none to save. Leave save='mask' out; if it was "
             f"registered anew since, transform the original model again."
         )
+    counts = not (rule.own or torch.compiler.is_compiling() or x.is_inference())
+    version = x._version if counts else 0
+    mask: Any = rule.mask_of(x, call.parameters)
     if counts and x._version != version:
         raise RuleError(f"{where} has a mask that changes x in place. Make it a pure function.")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
@@ -228,8 +225,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     result: Any = NotImplemented
     if call.fuse:
         if runs_alone(grad):
-            masked = call.save == MASK
-            result = run_fused(rule, call.site, masked, grad, *inputs, **parameters)
+            result = run_fused(rule, call.site, function, grad, *inputs, **parameters)
     elif (
         rule.fused is not None
         and call.save != MASK

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,16 +15,18 @@ from .rule import Rule
 
 __all__ = ["run_fused"]
 
+Formula: TypeAlias = Callable[..., Tensor]
+
 
 def run_fused(
-    rule: Rule, site: str, masked: bool, grad: Tensor, *inputs: Tensor, **parameters: Any
+    rule: Rule, site: str, function: Formula, grad: Tensor, *inputs: Tensor, **parameters: Any
 ) -> Any:
     """Compute what a rule makes of a gradient, in one kernel.
 
     Args:
         rule: The rule.
         site: The name of the place in the model, for error messages.
-        masked: Whether the first of the inputs is the mask of ``x``, not ``x``.
+        function: Its formula, of ``x`` or of the mask of ``x``.
         grad: The gradient.
         *inputs: What the formula reads.
         **parameters: The rule's parameters.
@@ -35,8 +37,6 @@ def run_fused(
     Raises:
         RuleError: The formula cannot be compiled.
     """
-    function = rule.gate if masked else rule.function
-    assert function is not None
     layouts = tuple((t.dtype, t.device.type, *_order(t)) for t in (grad, *inputs))
     kernel = _kernel(function, tuple(sorted(parameters)), layouts)
     try:
