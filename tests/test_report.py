@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.report import aligned, as_text
+from freegrad_fx.plan.layout import aligned
 
 
 class Block(nn.Module):
@@ -60,7 +60,7 @@ WIDTHS = [60, 80, 100, 120, 200, 0]
 
 @pytest.mark.parametrize("width", WIDTHS)
 def test_a_plan_fits_the_width_and_keeps_every_decision(width: int) -> None:
-    totals, table, remarks = as_text(fg.explain(Net(), RULES), width).split("\n\n")
+    totals, table, remarks = fg.explain(Net(), RULES).to_text(width).split("\n\n")
     assert not width or max(map(len, f"{table}\n{remarks}".splitlines())) <= width
     assert totals == "Net, 8 sites: 3 rewritten, 5 left native."
     assert column(table, "backward", "line").replace(" ", "") == "".join(
@@ -88,13 +88,13 @@ def test_print_fits_the_terminal(columns: str, monkeypatch: pytest.MonkeyPatch) 
     plan = fg.explain(Net(), RULES)
     for text in (str(plan), str(plan.diff(fg.explain(Net(), "scale")))):
         assert max(map(len, text.splitlines())) <= int(columns)
-    assert str(plan) == as_text(plan, int(columns))
+    assert str(plan) == plan.to_text(int(columns))
 
 
 def test_what_goes_to_a_file_is_as_wide_as_it_likes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "get_terminal_size", lambda fallback: _no_terminal(*fallback))
     plan = fg.explain(Net(), RULES)
-    assert str(plan) == as_text(plan, 0)
+    assert str(plan) == plan.to_text(0)
 
 
 def _no_terminal(columns: int, lines: int) -> Any:
@@ -104,7 +104,7 @@ def _no_terminal(columns: int, lines: int) -> Any:
 
 
 def test_a_row_says_where_what_and_which_entry() -> None:
-    head, _, *rows = as_text(fg.explain(Net(), RULES), 0).split("\n\n")[1].splitlines()
+    head, _, *rows = fg.explain(Net(), RULES).to_text(0).split("\n\n")[1].splitlines()
     assert head.split() == ["path", "call", "op", "spelling", "backward", "line", "entry"]
     (first,) = (row for row in rows if row.startswith("encoder.1.activation"))
     assert first.split()[:5] == [

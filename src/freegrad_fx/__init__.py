@@ -8,10 +8,16 @@ from . import activations, functional, ops, rules
 from .captured import CapturedModule
 from .context import native, use
 from .dynamo import Backend, backend, compile
-from .errors import CaptureError, FreegradWarning, PlanError, RuleError, TableError
+from .errors import (
+    CaptureError,
+    FreegradWarning,
+    PlanError,
+    RuleError,
+    TableError,
+    TorchVersionError,
+)
 from .modules import Activation
-from .plan import Decision, Plan
-from .report import report
+from .plan import Decision, Plan, report
 from .rules import Composition, Rule, compose, get, register
 from .sites import Site
 from .table import RuleTable, on
@@ -34,6 +40,7 @@ __all__ = [
     "RuleTable",
     "Site",
     "TableError",
+    "TorchVersionError",
     "activations",
     "backend",
     "compile",

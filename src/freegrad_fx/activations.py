@@ -21,9 +21,10 @@ from typing import Any, SupportsIndex, TypeAlias
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.nn.utils.parametrize import type_before_parametrizations
 from torch.overrides import handle_torch_function, has_torch_function_unary
+
+from ._torch.operators import NATIVE, Overload, schema
 
 __all__ = [
     "FORWARDS",
@@ -50,7 +51,7 @@ class Op:
     functions: tuple[Callable[..., Any], ...]  # out of place, unless `inplace=` is given and true
     inplace_functions: tuple[Callable[..., Any], ...]
     methods: tuple[str, ...]  # of torch.Tensor; "relu" stands for "relu_" too
-    aten: tuple[OpOverload[..., Any], ...]  # out of place, in place, and with `out=`
+    aten: tuple[Overload[..., Any], ...]  # out of place, in place, and with `out=`
     function: Callable[..., Tensor] | None  # f(x), to replace a forward; None: x is not enough
     # The output is positive exactly where the input is, and natively saved
     keeps_positive: bool = False
@@ -158,7 +159,7 @@ for _schema, (_usual, _batched) in {
     _library.impl(_schema.partition("(")[0], _usual, "CompositeImplicitAutograd")
     _library.impl(_schema.partition("(")[0], _batched, "FuncTorchBatchedDecomposition")
 
-_FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, torch._C._nn)
+_FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, NATIVE)
 _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)
 
 
@@ -197,11 +198,11 @@ def _found(names: list[str], places: tuple[Any, ...]) -> list[Any]:
     return list(dict.fromkeys(getattr(p, n) for n in names for p in places if hasattr(p, n)))
 
 
-def _tensor_overloads(packet: Any) -> Iterator[OpOverload[..., Any]]:
+def _tensor_overloads(packet: Any) -> Iterator[Overload[..., Any]]:
     """The overloads from a tensor to a tensor; TorchScript's have numbers in and out."""
     for overload in (getattr(packet, name) for name in packet.overloads()):
-        schema = overload._schema
-        ends = [schema.arguments[0], *schema.returns]
+        found = schema(overload)
+        ends = [found.arguments[0], *found.returns]
         if [str(end.type) for end in ends] == ["Tensor", "Tensor"]:
             yield overload
 

@@ -13,16 +13,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch._ops import OpOverload
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ._torch.modules import FRESH_BASES, has_forward_hooks
+from ._torch.operators import Overload, is_composite, schema
 from .nodes import argument, attribute, called_module, first_argument, spelled
 from .ops import apply_function
 
 __all__ = [
     "LIBRARIES",
     "Aliasing",
-    "has_forward_hooks",
     "named_in_place",
     "of_library",
     "written_argument",
@@ -30,11 +30,7 @@ __all__ = [
 
 # What returns memory of its own, whatever its arguments are.
 _FRESH_MODULES: tuple[type[nn.Module], ...] = (
-    nn.modules.conv._ConvNd,
-    nn.modules.batchnorm._NormBase,
-    nn.modules.pooling._MaxPoolNd,
-    nn.modules.pooling._AvgPoolNd,
-    nn.modules.pooling._LPPoolNd,
+    *FRESH_BASES,
     nn.Linear,
     nn.Bilinear,
     nn.LayerNorm,
@@ -206,11 +202,6 @@ def _returns_several(node: fx.Node, root: nn.Module) -> bool:
     return isinstance(module, several) or bool(getattr(module, "return_indices", False))
 
 
-def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around the module's forward, which can write and return anything."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
-
-
 def _of_torch(module: nn.Module) -> bool:
     """Whether a module does what the documentation of torch.nn says, and nothing else."""
     kind = type_before_parametrizations(module)
@@ -245,11 +236,11 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     module = called_module(node, root)
     if (spelling := spelled(node, root)) is not None:
         return argument(node, spelling.key) if spelling.inplace else None
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, Overload):
         written = [
-            a.name for a in node.target._schema.arguments if a.alias_info and a.alias_info.is_write
+            a.name for a in schema(node.target).arguments if a.alias_info and a.alias_info.is_write
         ]
-        names = [a.name for a in node.target._schema.arguments]
+        names = [a.name for a in schema(node.target).arguments]
         given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
         found = [value for n in written if isinstance(value := given.get(n), fx.Node)]
         return found[0] if found else None
@@ -310,19 +301,15 @@ _FRESH_COMPOSITES = frozenset(
 )
 
 
-def _is_fresh_aten(target: OpOverload[..., Any]) -> bool:
-    name = target._schema.name
-    if name in _FRESH_COMPOSITES:
+def _is_fresh_aten(target: Overload[..., Any]) -> bool:
+    found = schema(target)
+    if found.name in _FRESH_COMPOSITES:
         return True
-    composite = torch._C._dispatch_has_kernel_for_dispatch_key(
-        target.name(),  # type: ignore[no-untyped-call]
-        "CompositeImplicitAutograd",
-    )
-    return not composite and all(r.alias_info is None for r in target._schema.returns)
+    return not is_composite(target) and all(r.alias_info is None for r in found.returns)
 
 
 def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, Overload):
         return _is_fresh_aten(node.target)
     names = {"call_method": _FRESH_METHODS, "call_function": _FRESH_FUNCTIONS}
     if node.target in names.get(node.op, frozenset()):

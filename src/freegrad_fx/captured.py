@@ -18,9 +18,8 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx, nn
-from torch.fx.graph_module import _forward_from_src
-from torch.utils import _pytree as pytree
 
+from ._torch import graphs, modules, tree
 from .context import in_the_blocks_of_now, surrounded
 from .errors import CaptureError
 from .ops import call_with, require_specialised
@@ -146,21 +145,23 @@ class CapturedModule(fx.GraphModule):
         forwards, codes, specs = [], [], []
         result: Any = None
         for index, variant in enumerate(self._variants):
-            self._graph = variant.graph
+            graphs.set_generated_graph(self, variant.graph)
             variant.graph.owning_module = self
             with keywords_as_names():
                 result = super().recompile()
-            specs.append((getattr(self, "_in_spec", None), getattr(self, "_out_spec", None)))
+            structures = (graphs.INPUT_STRUCTURE, graphs.OUTPUT_STRUCTURE)
+            specs.append(tuple(getattr(self, name, None) for name in structures))
             # Each graph has input and output structures of its own
-            src = self._code.replace("self._in_spec", f"self._specs[{index}][0]")
-            src = src.replace("self._out_spec", f"self._specs[{index}][1]")
+            code = src = graphs.generated_code(self)
+            for place, name in enumerate(structures):
+                src = src.replace(f"self.{name}", f"self._specs[{index}][{place}]")
             src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
-            if src == self._code:
+            if src == code:
                 forwards.append(type(self).forward)  # which FX has just made
             else:
                 names = {**result.globals, "_flattened": _flattened}
-                forwards.append(_forward_from_src(src, names, {}))
-            codes.append(self._code)
+                forwards.append(graphs.forward_from_source(src, names, {}))
+            codes.append(code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
@@ -225,8 +226,7 @@ class CapturedModule(fx.GraphModule):
 
     def _replicate_for_data_parallel(self) -> CapturedModule:
         new = self.__copy__()
-        # as nn.Module does: replicas hold plain tensors, which are assigned under the parameters' names
-        new.__dict__.update(_parameters={}, _is_replica=True)
+        modules.make_replica(new)
         # it runs in a thread of its own
         new.__dict__["forward"] = in_the_blocks_of_now(new.forward)
         return new
@@ -237,14 +237,18 @@ class CapturedModule(fx.GraphModule):
 
     def _state(self) -> dict[str, Any]:
         # What compile() leaves there runs this module, not the one that the state is for
-        own = _MACHINERY | {"_compiled_call_impl"}
+        own = _MACHINERY | {modules.COMPILED_CALL}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
 
 def _check_names(root: nn.Module) -> None:
     """Refuse a model whose own names are those that a GraphModule needs for itself."""
     needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
-    members = {*root._modules, *root._parameters, *root._buffers}
+    members = {
+        *modules.children_of(root),
+        *modules.parameters_of(root),
+        *modules.buffers_of(root),
+    }
     methods = {n for n in set(dir(type(root))) - set(dir(nn.Module)) if not n.startswith("__")}
     own = {*root.__dict__, *members, *methods}
     if clashes := sorted((needed & own) | ({"meta"} & members)):
@@ -306,10 +310,10 @@ def _load_module(
 
 def sets_grad_mode(graph: fx.Graph) -> bool:
     """Whether a graph enables or disables gradients by itself."""
-    return any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
+    return any(node.target is graphs.SET_GRAD_ENABLED for node in graph.nodes)
 
 
-def _flattened(inputs: Any, spec: pytree.TreeSpec) -> list[Any]:
+def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:
     """The inputs of a call as a flat list; raise `CaptureError` where their structure is not the captured one."""
     if isinstance(inputs, tuple) and isinstance(inputs[0], list):
         inputs = (tuple(inputs[0]), inputs[1])  # as FX writes arguments and keyword arguments
@@ -369,4 +373,4 @@ def _dispatcher(
         parameters += f"{separator}{name}=_default_{number}"
         checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
     body = f"def forward({parameters}):\n{checks}    {call}\n"
-    return _forward_from_src(body, {**names, **own}, {})
+    return graphs.forward_from_source(body, {**names, **own}, {})

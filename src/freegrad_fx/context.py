@@ -15,9 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import torch
-from torch._C._dynamo import eval_frame
-from torch.utils import checkpoint
 
+from ._torch.dynamo import leave_to_python
+from ._torch.functions import follow_checkpoints
 from .errors import RuleError, unknown
 from .rules.rule import Rule, RuleLike, compose, get
 
@@ -147,6 +147,7 @@ def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None
     Args:
         make: Makes the context, each time anew.
     """
+    _follow_checkpoints()
     this, before = _Surrounding(make), _state.surroundings
     _state.surroundings = (*before, this)
     try:
@@ -163,11 +164,15 @@ class Block(ContextDecorator):
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
 
+    # The effects of entering and leaving would be Dynamo's to replay, which cannot see all of them
+    @leave_to_python
     def __enter__(self) -> Self:
+        _follow_checkpoints()
         _require_own_blocks()
         _put((*_state.blocks, self))
         return self
 
+    @leave_to_python
     def __exit__(self, *_: object) -> None:
         """Leave the block, also where others that were entered later are still open.
 
@@ -201,19 +206,6 @@ class Block(ContextDecorator):
                 f"model."
             )
         return super().__call__(func)
-
-
-def _left_to_python(function: Any) -> None:
-    """Keep Dynamo out of a function, as torch.compiler.disable does, which imports the whole compiler."""
-    skip = eval_frame._FrameAction.SKIP
-    strategy = eval_frame._FrameExecStrategy(skip, skip)
-    eval_frame.set_code_exec_strategy(function.__code__, strategy)
-    function._torchdynamo_disable = True
-
-
-# Their effects would be Dynamo's to replay, which cannot see all of them
-_left_to_python(Block.__enter__)
-_left_to_python(Block.__exit__)
 
 
 class use(Block):
@@ -313,26 +305,23 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
             raise RuleError(f"rule {rule.name!r} needs the output y of an operation: {reason}")
 
 
-def _remember_in_checkpoints() -> None:
+@functools.cache
+def _follow_checkpoints() -> None:
     """Let what `torch.utils.checkpoint` runs again in the backward run in the blocks of its first time.
 
     Otherwise it would record what the rules in force at the time of the backward need, or of its thread, which has
-    none: wrong gradients, without a word. `context_fn` would do, if nobody forgot it.
+    none: wrong gradients, without a word. `context_fn` would do, if nobody forgot it. Nothing needs it before the first
+    block is entered; what has begun until then is run again outside of all blocks.
     """
-    frame: Any = checkpoint._CheckpointFrame
-    function: Any = checkpoint.CheckpointFunction
-    start, forward = frame.__init__, function.forward
-
-    @functools.wraps(start)
-    def started(self: Any, recompute: Any, *args: Any, **kwargs: Any) -> None:
-        start(self, in_the_blocks_of_now(recompute), *args, **kwargs)
-
-    @functools.wraps(forward)
-    def reentrant(ctx: Any, run: Any, *args: Any) -> Any:
-        return forward(ctx, in_the_blocks_of_now(run), *args)
-
-    frame.__init__ = started
-    function.forward = staticmethod(reentrant)
+    follow_checkpoints(in_the_blocks_of_now, _in_no_blocks)
 
 
-_remember_in_checkpoints()
+def _in_no_blocks(function: Called) -> Called:
+    """Return `function` so that it runs outside of all blocks."""
+
+    @functools.wraps(function)
+    def outside(*args: Any, **kwargs: Any) -> Any:
+        with outside_of_blocks():
+            return function(*args, **kwargs)
+
+    return outside  # type: ignore[return-value]

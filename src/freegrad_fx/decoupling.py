@@ -19,6 +19,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ._torch.dispatch import function_transforms_active, without_dead_transform
+from ._torch.dynamo import takes_for_constant
+from ._torch.functions import direct_apply
+from ._torch.tensors import version
 from .errors import RuleError
 from .hazards import refuse_compiled_transform
 from .rules.fused import runs_alone
@@ -76,9 +80,9 @@ def decouple(
         tensors, numbers, call = operands(rule, site, parameters, save)
         if call and all(isinstance(value, Tensor) for value in tensors):
             return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call)  # type: ignore[no-any-return]
-    elif not torch._C._are_functorch_transforms_active():
+    elif not function_transforms_active():
         # a tensor may have escaped from a transform that is over
-        y, x = torch._C._functorch.unwrap_if_dead(y), torch._C._functorch.unwrap_if_dead(x)
+        y, x = without_dead_transform(y), without_dead_transform(x)
         return _apply(y, x, _Call(rule, site, parameters, save, fuse))  # type: ignore[no-any-return]
     values = tuple(_distinct(x, parameters.values()))
     return _Composable.apply(y, x, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
@@ -114,8 +118,7 @@ class _Decoupled(torch.autograd.Function):
         return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None
 
 
-# What Function.apply comes to where no transform of torch.func is active
-_apply: Callable[..., Any] = super(torch.autograd.Function, _Decoupled).apply
+_apply = direct_apply(_Decoupled)
 
 
 class _Composable(torch.autograd.Function):
@@ -186,9 +189,9 @@ def _mask(x: Tensor, call: _Call) -> Tensor:
             f"registered anew since, transform the original model again."
         )
     counts = not (rule.own or torch.compiler.is_compiling() or x.is_inference())
-    version = x._version if counts else 0
+    before = version(x) if counts else 0
     mask: Any = rule.mask_of(x, call.parameters)
-    if counts and x._version != version:
+    if counts and version(x) != before:
         raise RuleError(f"{where} has a mask that changes x in place. Make it a pure function.")
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
         got = type(mask).__name__
@@ -274,9 +277,9 @@ def _after(tensor: Tensor, grad: Tensor) -> Tensor:
 
 def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
     """How often the tensors were written into, together."""
-    count = 0 if grad.is_inference() else grad._version
+    count = 0 if grad.is_inference() else version(grad)
     for tensor in inputs:
-        count += 0 if tensor.is_inference() else tensor._version
+        count += 0 if tensor.is_inference() else version(tensor)
     return count
 
 
@@ -356,6 +359,8 @@ def operands(
 _PLAIN = (bool, int, str, tuple, type(None))
 
 
+# Dynamo calls it while it traces, and takes the answer for a constant
+@takes_for_constant
 def _written(
     token: str, site: str, save: str, names: tuple[str, ...], values: tuple[Any, ...]
 ) -> str:
@@ -370,10 +375,6 @@ def _read(call: str) -> tuple[str, str, str, tuple[str, ...], tuple[Any, ...]]:
     token, site, save, names, values, _ = json.loads(call)
     found = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     return token, site, save, tuple(names), found
-
-
-# Dynamo calls it while it traces, and takes the answer for a constant
-_written._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.cache

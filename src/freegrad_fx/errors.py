@@ -8,7 +8,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["CaptureError", "FreegradWarning", "PlanError", "RuleError", "TableError", "unknown"]
+__all__ = [
+    "CaptureError",
+    "FreegradWarning",
+    "PlanError",
+    "RuleError",
+    "TableError",
+    "TorchVersionError",
+    "unknown",
+]
 
 
 class RuleError(ValueError):
@@ -25,6 +33,10 @@ class TableError(PlanError):
 
 class CaptureError(RuntimeError):
     """A model cannot be turned into a graph that means what the model means."""
+
+
+class TorchVersionError(RuntimeError):
+    """The PyTorch that is installed lacks something that a feature of this package relies on."""
 
 
 class FreegradWarning(UserWarning):

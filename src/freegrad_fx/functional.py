@@ -12,8 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx.experimental.proxy_tensor import make_fx
 
+from ._torch.graphs import make_fx
+from ._torch.tensors import empty_like_gradient
 from .context import use
 from .decoupling import rule_behind
 from .errors import RuleError
@@ -97,11 +98,10 @@ def jvp(
             )
         if (found := rule_behind(node)) is not None:
             rule_found, site, apply = found
-            like = node._input_metadata[0]
             _require_linear(
                 f"rule {rule_found.name!r}" + (f" at site {site!r}" if site else ""),
                 apply,
-                torch.empty(like.shape, dtype=like.dtype, device=like.device),
+                empty_like_gradient(node),
             )
     u = torch.zeros_like(y, requires_grad=True)
     (gradient,) = torch.autograd.grad(y, x, u, create_graph=True, materialize_grads=True)

@@ -10,9 +10,9 @@ from collections.abc import Iterable
 
 import torch
 from torch import nn
-from torch._C import _len_torch_dispatch_stack
-from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
+from ._torch import dispatch
+from ._torch.dynamo import takes_for_constant
 from .errors import FreegradWarning
 
 __all__ = [
@@ -23,14 +23,14 @@ __all__ = [
 ]
 
 
-_PRE_DISPATCH = torch._C.DispatchKey.PreDispatch  # in force while a mode of its own is
-
-
+# Dynamo takes the answers for constants
+@takes_for_constant
 def records_forward_alone() -> bool:
     """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call."""
-    return torch.compiler._is_exporting_flag or torch._C._get_tracing_state() is not None
+    return dispatch.is_exporting() or dispatch.is_jit_tracing()
 
 
+@takes_for_constant
 def warn_if_recorded() -> bool:
     """The answer of `records_forward_alone`, with a warning where it is yes.
 
@@ -46,10 +46,13 @@ def warn_if_recorded() -> bool:
             stacklevel=3,
         )
         return True
-    included = torch._C._dispatch_tls_is_dispatch_key_included
-    if not (_len_torch_dispatch_stack() or included(_PRE_DISPATCH)):
+    if not (dispatch.dispatch_modes() or dispatch.in_pre_dispatch()):
         return False  # what nearly every call comes to, in a tenth of the time
-    if torch.is_grad_enabled() and get_proxy_mode() is not None and not _functionalised():
+    if (
+        torch.is_grad_enabled()
+        and dispatch.proxy_mode() is not None
+        and not dispatch.is_functionalised()  # AOTAutograd's trace records the backward too
+    ):
         warnings.warn(
             "make_fx records the forward of a model with backward rules. The rules are in its graph only if the "
             "gradients, too, are computed inside the function that it traces: make_fx(lambda p, x: "
@@ -60,14 +63,9 @@ def warn_if_recorded() -> bool:
     return False
 
 
-def _functionalised() -> bool:
-    """Whether AOTAutograd traces, which records the backward too."""
-    return torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FUNCTIONAL) is not None
-
-
 def refuse_compiled_transform() -> None:
     """Raise `RuntimeError` if a transform of `torch.func` is being compiled: the compiler would drop the rule."""
-    if torch.compiler.is_compiling() and _in_functorch():
+    if torch.compiler.is_compiling() and _in_transform():
         raise RuntimeError(
             "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
             "Do not compile the transform: put @torch.compiler.disable on the function that calls it. What is around "
@@ -96,12 +94,6 @@ def refuse_sharded_parts(module: nn.Module, names: Iterable[str]) -> None:
             part = getattr(part, step) if step else part
 
 
-def _in_functorch() -> bool:
-    return torch._C._functorch.peek_interpreter_stack() is not None
-
-
-# Dynamo calls them while it traces, and takes the answer for a constant. (torch.compiler.assume_constant_result does
-# the same, and imports the whole compiler.)
-records_forward_alone._dynamo_marked_constant = True  # type: ignore[attr-defined]
-warn_if_recorded._dynamo_marked_constant = True  # type: ignore[attr-defined]
-_in_functorch._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@takes_for_constant
+def _in_transform() -> bool:
+    return dispatch.in_function_transform()

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ._torch.modules import children_of
 from .activations import Spelling, recognise
 from .ops import call_with
 
@@ -35,7 +36,7 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     for name in path.split(".") if path else ():
         if found is None or isinstance(found, torch.jit.ScriptModule):  # its `_modules` is no dict
             return root.get_submodule(path)
-        found = found._modules.get(name)
+        found = children_of(found).get(name)
     return root.get_submodule(path) if found is None else found
 
 

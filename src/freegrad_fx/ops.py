@@ -24,7 +24,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import stateless
 from torch.nn.utils.parametrize import is_parametrized
 from torch.overrides import (
     handle_torch_function,
@@ -33,6 +32,11 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
+from ._torch import modules
+from ._torch.dispatch import is_transformed
+from ._torch.dynamo import takes_for_constant
+from ._torch.functions import base_apply, overrides_apply
+from ._torch.tensors import mark_as_parameter, version
 from .context import ambient_rules, explicit_rules_act, surrounded
 from .decoupling import decouple
 from .errors import CaptureError, RuleError
@@ -186,8 +190,8 @@ def call_with(
         with surrounded(lambda: _swapped(module, parameters)):
             result = module(*args, **kwargs)
     for name, value in parameters.items():
-        version, memory = before[name]
-        if (_version(value), _memory(value)) == (version, memory):
+        version_before, memory = before[name]
+        if (_version(value), _memory(value)) == (version_before, memory):
             continue
         own: Any = reduce(getattr, name.split("."), module)
         if memory != _memory(own):
@@ -208,19 +212,18 @@ def _swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[No
     """Let a module have other tensors for some of its parameters; one thread at a time."""
     _let_be_parameters(parameters.values())
     # What functional_call is made of
-    with _swapping, stateless._reparametrize_module(module, dict(parameters), tie_weights=False):
+    with _swapping, modules.with_parameters(module, parameters):
         yield
 
 
 def _version(tensor: Tensor) -> int:
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return 0 if wrapped or tensor.is_inference() else tensor._version
+    return 0 if is_transformed(tensor) or tensor.is_inference() else version(tensor)
 
 
 def _memory(tensor: Tensor) -> int:
     """Where the values of a tensor are; 0 where it has none of its own."""
-    wrapped = torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-    return 0 if wrapped or type(tensor) not in (Tensor, nn.Parameter) else tensor.data_ptr()
+    own = type(tensor) in (Tensor, nn.Parameter) and not is_transformed(tensor)
+    return tensor.data_ptr() if own else 0
 
 
 def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
@@ -238,10 +241,8 @@ def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
     of the view, and PyTorch caches parametrized weights by the identity of their module.
     """
     if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or has_backward_hooks(module)
-        or torch.nn.modules.module._has_any_global_hook()  # type: ignore[no-untyped-call]
+        modules.has_hooks(module)
+        or modules.has_global_hooks()
         or isinstance(module, torch.jit.ScriptModule)
         or is_parametrized(module)
         or not (_of_torch(module) or _knows_no_module(_own_attributes(module)))
@@ -307,15 +308,15 @@ def _view(
         name: _view(getattr(module, name), inside, written, of_torch)
         for name, inside in _by_part(parameters).items()
     }
-    values = {**module._parameters, **own}
-    modules = {**module._modules, **parts}
-    view.__dict__ = {**module.__dict__, "_parameters": values, "_modules": modules}
+    values = {**modules.parameters_of(module), **own}
+    children = {**modules.children_of(module), **parts}
+    view.__dict__ = {**module.__dict__, modules.PARAMETERS: values, modules.CHILDREN: children}
     if not of_torch:  # in which no code but the library's runs
         _let_be_parameters(own.values())
         pairs: list[tuple[Any, dict[str, Any]]] = [
             (module.__dict__, view.__dict__),
-            (module._parameters, values),
-            (module._modules, modules),
+            (modules.parameters_of(module), values),
+            (modules.children_of(module), children),
         ]
         written.extend((original, seen, dict(seen)) for original, seen in pairs)
     return view
@@ -324,7 +325,7 @@ def _view(
 def _let_be_parameters(tensors: Iterable[Tensor]) -> None:
     """Let tensors be parameters for code that asks for an `nn.Parameter`."""
     for tensor in tensors:
-        tensor._is_param = True
+        mark_as_parameter(tensor)
 
 
 def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
@@ -335,11 +336,6 @@ def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
         if dot:
             parts.setdefault(part, {})[rest] = value
     return parts
-
-
-def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around the module's backward."""
-    return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 _functions: dict[str, Callable[..., Any]] = {}
@@ -370,7 +366,15 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     """
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
+    if _wraps_apply(function):
+        return base_apply(function_of(function))(*args, **kwargs)
     return function_of(function).apply(*args, **kwargs)
+
+
+@takes_for_constant
+def _wraps_apply(function: str) -> bool:
+    """Whether a Function has code of its own around `apply`: a trace has gone through that already."""
+    return overrides_apply(function_of(function))
 
 
 def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) -> Tensor:
@@ -390,9 +394,9 @@ def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) 
     if has_torch_function_unary(x):
         return handle_torch_function(apply_forward, (x,), x, function, *before, **parameters)
     counts = not torch.compiler.is_compiling() and not x.is_inference()
-    version = x._version if counts else 0
+    before_call = version(x) if counts else 0
     result = function_of(function)(*before, x, **parameters)
-    if counts and x._version != version:
+    if counts and version(x) != before_call:
         raise RuleError(
             f"the forward {function!r} changes its argument in place, which is the model's own tensor. Make it a pure "
             f"function: x.sign(), not x.sign_()."

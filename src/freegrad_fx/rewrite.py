@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ._torch import tree
+from ._torch.graphs import SET_GRAD_ENABLED, is_erased
+from ._torch.modules import buffers_of
 from .activations import OPS
 from .aliasing import Aliasing, of_library
 from .captured import sets_grad_mode
@@ -159,10 +161,10 @@ def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
     with graph.inserting_before(first):
         if enabled:
             before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(torch._C._set_grad_enabled, (True,))
+            graph.call_function(SET_GRAD_ENABLED, (True,))
         yield
         if enabled:
-            graph.call_function(torch._C._set_grad_enabled, (before,))
+            graph.call_function(SET_GRAD_ENABLED, (before,))
 
 
 def _enables_gradients(place: Parameter, root: nn.Module) -> bool:
@@ -190,7 +192,7 @@ def _use(
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
         for node, names in place.calls:
-            if not node._erased:  # a module whose forward has been replaced uses nothing
+            if not is_erased(node):  # a module whose forward has been replaced uses nothing
                 calls.setdefault(node, {}).update(dict.fromkeys(names, result))
     for node, values in calls.items():
         if node.target is call_with:
@@ -321,9 +323,9 @@ class _Surgery:
             before = (*function.args, *before)
             keywords = {**function.keywords, **keywords}
             function = function.func
-        if not all(map(_can_be_written, tree_leaves((before, keywords)))):
+        if not all(map(_can_be_written, tree.leaves((before, keywords)))):
             function, before, keywords = forward, (), {}
-        before, keywords = tree_map_only(Tensor, self.tensor, (before, keywords))
+        before, keywords = tree.map_only(Tensor, self.tensor, (before, keywords))
         if isinstance(function, types.MethodDescriptorType):  # Tensor.sign
             return self.node("call_method", function.__name__, (*before, x), keywords)
         if of_library(function) and not isinstance(function, functools.partial):
@@ -349,7 +351,7 @@ class _Surgery:
         named = (*self.root.named_parameters(), *self.root.named_buffers())
         name = next((name for name, tensor in named if tensor is value), "")
         if not name:
-            number = sum(n.startswith(_RULE_PARAMETER) for n in self.root._buffers)
+            number = sum(n.startswith(_RULE_PARAMETER) for n in buffers_of(self.root))
             name = f"{_RULE_PARAMETER}{number}"
             self.root.register_buffer(name, value, persistent=False)
         return self.node("get_attr", name)

@@ -10,36 +10,35 @@ import copy
 import importlib
 import keyword
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.graph import CodeGen, _PyTreeCodeGen, _PyTreeInfo
-from torch.fx.node import _get_qualified_name
-from torch.utils import _pytree as pytree
+from torch.fx.graph import CodeGen
 
+from ._torch import graphs, tree
 from .provenance import META
 
 # Whatever is patched in PyTorch is patched by one thread at a time.
 LOCK = threading.RLock()
-
-_format_target = fx.graph._format_target
 
 __all__ = ["LOCK", "GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
     """Copy a graph with what is written on its nodes."""
-    codegen = graph._codegen  # it holds the structure of inputs and outputs, which does not change
-    graph._codegen = CodeGen()
+    codegen = graphs.code_generator(
+        graph
+    )  # it holds the structure of inputs and outputs, which does not change
+    graph.set_codegen(CodeGen())
     try:
         new = copy.deepcopy(graph)
     finally:
-        graph._codegen = codegen
-    new._codegen = codegen
+        graph.set_codegen(codegen)
+    new.set_codegen(codegen)
     for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
         new_node.meta = dict(old_node.meta)
     return new
@@ -76,7 +75,7 @@ def dump_graph(graph: fx.Graph) -> GraphDump:
         args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
         target = _name(node.target) if node.op == "call_function" else node.target
         nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
-    return GraphDump(nodes, _dump_codegen(graph._codegen))
+    return GraphDump(nodes, _dump_codegen(graph))
 
 
 def load_graph(dump: GraphDump) -> fx.Graph:
@@ -96,27 +95,28 @@ def load_graph(dump: GraphDump) -> fx.Graph:
     return graph
 
 
-def _dump_codegen(codegen: CodeGen) -> Any:
+def _dump_codegen(graph: fx.Graph) -> Any:
     """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
-    if not isinstance(codegen, _PyTreeCodeGen):
-        return codegen
-    info = codegen.pytree_info
-    specs = [None if s is None else pytree.treespec_dumps(s) for s in (info.in_spec, info.out_spec)]
-    return (info.orig_args, *specs)
+    structures = graphs.structures_of(graph)
+    if structures is None:
+        return graphs.code_generator(graph)
+    args, *specs = structures
+    return (args, *(None if s is None else tree.dump_spec(s) for s in specs))
 
 
 def _load_codegen(dump: Any) -> CodeGen:
     if isinstance(dump, CodeGen):
         return dump
     args, *specs = dump
-    in_spec, out_spec = (None if s is None else pytree.treespec_loads(s) for s in specs)
-    return _PyTreeCodeGen(_PyTreeInfo(args, in_spec, out_spec))  # type: ignore[arg-type]
+    loaded = (None if s is None else tree.load_spec(s) for s in specs)
+    codegen: CodeGen = graphs.with_structures(args, *loaded)
+    return codegen
 
 
 def _name(target: Any) -> Any:
     """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
     try:
-        name = _get_qualified_name(target)
+        name = graphs.qualified_name(target)
         return _Named(name) if _resolve(name) is target else target
     except (RuntimeError, AttributeError, ImportError):
         return target
@@ -136,18 +136,16 @@ def _resolve(name: str) -> Any:
 @contextlib.contextmanager
 def keywords_as_names() -> Iterator[None]:
     """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
-    original = _format_target
 
-    def formatted(base: str, target: str) -> str:
-        if not any(keyword.iskeyword(name) for name in target.split(".")):
-            return original(base, target)
-        for name in target.split("."):
-            base = f'getattr({base}, "{name}")'
-        return base
+    def write(usual: Callable[[str, str], str]) -> Callable[[str, str], str]:
+        def written(base: str, target: str) -> str:
+            if not any(keyword.iskeyword(name) for name in target.split(".")):
+                return usual(base, target)
+            for name in target.split("."):
+                base = f'getattr({base}, "{name}")'
+            return base
 
-    with LOCK:
-        fx.graph._format_target = formatted
-        try:
-            yield
-        finally:
-            fx.graph._format_target = original
+        return written
+
+    with LOCK, graphs.attributes_written_by(write):
+        yield

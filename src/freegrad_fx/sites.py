@@ -14,11 +14,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
 from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
+from ._torch.modules import has_forward_hooks
+from ._torch.operators import NATIVE_ATTENTIONS, Overload
 from .activations import Op, Spelling
-from .aliasing import has_forward_hooks, of_library
+from .aliasing import of_library
 from .capture import Opaque, tensors_in
 from .nodes import (
     argument,
@@ -412,7 +413,7 @@ def _text(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
         return f"{called.__name__}.apply"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
-    if isinstance(node.target, OpOverload):
+    if isinstance(node.target, Overload):
         return str(node.target).rpartition(".")[0]
     owner = getattr(node.target, "__module__", None) or "torch"
     owner = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}.get(
@@ -449,15 +450,12 @@ _ATTENTIONS = frozenset(
     {
         F.scaled_dot_product_attention,
         F.multi_head_attention_forward,
-        torch._native_multi_head_attention,
-        torch._transformer_encoder_layer_fwd,
+        *NATIVE_ATTENTIONS,
         torch.ops.aten.scaled_dot_product_attention.default,
         torch.ops.aten.lstm.input,
         torch.ops.aten.gru.input,
         torch.ops.aten.rnn_tanh.input,
         torch.ops.aten.rnn_relu.input,
-        torch.ops.aten._native_multi_head_attention.default,
-        torch.ops.aten._transformer_encoder_layer_fwd.default,
     }
 )
 

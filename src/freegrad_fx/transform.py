@@ -10,12 +10,12 @@ from typing import Any
 
 from torch import nn
 
+from ._torch.releases import warn_if_untested
 from .capture import Capture, capture, check_model
 from .captured import CapturedModule
 from .context import outside_of_blocks, use
 from .errors import FreegradWarning, PlanError
-from .plan import Decided, Plan, make_plan
-from .report import PLAN
+from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
 from .rules import d_linear
 from .table import Entry, RulesLike, RuleTable
@@ -148,6 +148,7 @@ def _planned(
     ambient: bool = False,
 ) -> tuple[Capture, Plan, list[Decided]]:
     """Capture a model and plan it: what `transform` and `explain` have in common."""
+    warn_if_untested()
     check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
     # torch.export records what a block does to ambient parts of the model now, and refuses it. What is ambient in

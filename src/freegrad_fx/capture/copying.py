@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from .._torch.modules import BUFFERS, CHILDREN, COMPILED_CALL, PARAMETERS, is_compiled_wrapper
 from ..errors import CaptureError
 
 __all__ = [
@@ -31,7 +32,7 @@ def check_model(model: Any) -> None:
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(f"transform() takes an instance of nn.Module, the model itself, got {what}")
-    if isinstance(model, torch._dynamo.eval_frame.OptimizedModule):
+    if is_compiled_wrapper(model):
         raise TypeError(
             "the model is already compiled: rules given to it now would not reach the compiled code. Transform "
             "first, then compile: torch.compile(freegrad_fx.transform(compiled._orig_mod, rules))."
@@ -61,7 +62,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
         for name, value in module.__dict__.items():
             if name in _TENSORS:
                 shared.update((id(t), t) for t in value.values() if isinstance(t, Tensor))
-            elif name != "_modules" and type(value) not in _ATOMS and value is not None:
+            elif name != CHILDREN and type(value) not in _ATOMS and value is not None:
                 _collect_tensors(value, shared, set())
     try:
         return _sharing(model, _copied(model, dict(shared)))
@@ -98,7 +99,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
     memo[id(module)] = new
     state = new.__dict__
     for name, value in module.__dict__.items():
-        if name == "_modules":
+        if name == CHILDREN:
             parts = {n: m if m is None else _copied(m, memo) for n, m in value.items()}
             state[name] = type(value)(parts)
         elif type(value) in _ATOMS or (type(value) is tuple and is_python_state(value)):
@@ -107,12 +108,12 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
             state[name] = type(value)()  # a table of hooks, nearly always
         elif name in _TENSORS:
             state[name] = type(value)(value)
-        elif name != "_compiled_call_impl":
+        elif name != COMPILED_CALL:
             state[name] = copy.deepcopy(value, memo)
     return new
 
 
-_TENSORS = ("_parameters", "_buffers")
+_TENSORS = (PARAMETERS, BUFFERS)
 _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -163,7 +164,7 @@ def _collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
         items = (*cells, value.__defaults__, value.__kwdefaults__)
     elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
         # one that is not registered, in a list say
-        items = [v for m in value.modules() for k, v in m.__dict__.items() if k != "_modules"]
+        items = [v for m in value.modules() for k, v in m.__dict__.items() if k != CHILDREN]
     else:
         return
     if id(value) not in seen:  # a part may refer to its whole
@@ -173,16 +174,6 @@ def _collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
 
 
 _EMPTY = types.CellType()
-
-
-def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward or backward."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    )
 
 
 def python_state_changed(

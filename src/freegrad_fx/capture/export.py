@@ -10,24 +10,22 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.export._unlift as unlift
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import SYMPY_INTERP
 from torch.overrides import has_torch_function
-from torch.utils import _pytree as pytree
 
+from .._torch import exporting, tree
+from .._torch.graphs import SET_GRAD_ENABLED
+from .._torch.modules import has_hooks
 from ..captured import KEYWORD_ONLY, SPECIALISED, Variant
 from ..errors import CaptureError, FreegradWarning
 from ..provenance import META, Origin
 from ..serialise import LOCK, keywords_as_names
-from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks, python_state_changed
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, python_state_changed
 from .merge import Exported, merge
 from .patches import (
     RandomState,
@@ -78,11 +76,11 @@ class Guards(nn.Module):
         def fail(number: int) -> None:
             raise CaptureError(messages[number])
 
-        names: dict[str, Any] = {**SYMPY_INTERP, "torch": torch, "inf": float("inf")}
+        names: dict[str, Any] = {**exporting.guard_names(), "torch": torch, "inf": float("inf")}
         names.update(messages=messages, fail=fail)
         exec("\n".join([*raising, "    return", *recording, "    return"]), names)
         for function in ("check", "record"):
-            self.__dict__[f"_{function}"] = torch._dynamo.dont_skip_tracing(names[function])
+            self.__dict__[f"_{function}"] = exporting.traced_in_full(names[function])
 
     def forward(self, *args: Any) -> None:
         """Check one call's flat inputs."""
@@ -173,8 +171,8 @@ def _forget_fakes(model: nn.Module, root: nn.Module) -> Iterator[Opaque]:
     """Undo what the exported forward assigned to attributes: stand-ins of tensors, which the graph does not assign."""
     for (path, run), original in zip(root.named_modules(), model.modules(), strict=False):
         for name, value in list(run.__dict__.items()):
-            leaves = pytree.tree_leaves(value) if name not in ATTRIBUTES_OF_EVERY_MODULE else []
-            if any(isinstance(leaf, FakeTensor) for leaf in leaves):
+            leaves = tree.leaves(value) if name not in ATTRIBUTES_OF_EVERY_MODULE else []
+            if any(map(exporting.is_fake, leaves)):
                 if name in original.__dict__:
                     run.__dict__[name] = original.__dict__[name]
                 else:
@@ -302,7 +300,7 @@ def _inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
         results: Any = ()
         with graph.inserting_before(node):
             before = graph.call_function(torch.is_grad_enabled)
-            start = graph.call_function(torch._C._set_grad_enabled, (enabled,))
+            start = graph.call_function(SET_GRAD_ENABLED, (enabled,))
             for inner in inside:
                 if inner.op == "output":
                     results = fx.map_arg(inner.args[0], values.__getitem__)
@@ -312,7 +310,7 @@ def _inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
                     values[inner] = graph.create_node("get_attr", name)
                 elif inner.op != "placeholder":
                     values[inner] = graph.node_copy(inner, values.__getitem__)
-            end = graph.call_function(torch._C._set_grad_enabled, (before,))
+            end = graph.call_function(SET_GRAD_ENABLED, (before,))
         for made in (before, start, end):
             made.meta = dict(node.meta)
         for user in list(node.users):
@@ -325,7 +323,7 @@ def _inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
 
 def _export(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> ExportedProgram:
+) -> Any:
     attempts = (
         [dynamic_shapes]
         if dynamic_shapes is not None
@@ -344,9 +342,7 @@ def _export(
             ):
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", FreegradWarning)
-                program = torch.export.export(
-                    root, args, kwargs, dynamic_shapes=attempt, strict=False
-                )
+                program = exporting.export(root, args, kwargs, attempt)
             if assigned:
                 raise CaptureError(_KEEPS_STATE.format(type(root).__name__, assigned[0]))
             return program
@@ -371,35 +367,38 @@ def _batch_is_dynamic(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
     """Leave the first dimension of every tensor to export: dynamic where the model allows it."""
 
     def spec(value: Any) -> Any:
-        return {0: Dim.AUTO} if isinstance(value, Tensor) and value.dim() else None
+        return (
+            {0: exporting.dynamic_where_possible()}
+            if isinstance(value, Tensor) and value.dim()
+            else None
+        )
 
     names = [*inspect.signature(root.forward).parameters][: len(args)]
-    shapes = pytree.tree_map(spec, (*args,))
-    named = pytree.tree_map(spec, kwargs)
+    shapes = tree.map_leaves(spec, (*args,))
+    named = tree.map_leaves(spec, kwargs)
     return {**dict(zip(names, shapes, strict=False)), **named}
 
 
 @contextlib.contextmanager
 def _recorded_guards() -> Iterator[list[tuple[str, str]]]:
     """The guards that `ExportedProgram.module` writes, as expressions that can be pickled."""
-    original = unlift._convert_guards_code_to_fn
     found: list[tuple[str, str]] = []
 
-    def record(guards: list[str], paths: list[Any]) -> Any:
-        for guard in guards:
-            expression, words = guard, guard
-            for index, path in enumerate(paths):
-                name = "L" + pytree.keystr(path)
-                expression = expression.replace(name, f"args[{index}]")
-                words = words.replace(name, path[0].key + pytree.keystr(path[1:]))
-            found.append((expression, words.replace("\n", " ")))
-        return original(guards, paths)
+    def recording(write: Callable[..., Any]) -> Callable[..., Any]:
+        def record(guards: list[str], paths: list[Any]) -> Any:
+            for guard in guards:
+                expression, words = guard, guard
+                for index, path in enumerate(paths):
+                    name = "L" + tree.key_text(path)
+                    expression = expression.replace(name, f"args[{index}]")
+                    words = words.replace(name, path[0].key + tree.key_text(path[1:]))
+                found.append((expression, words.replace("\n", " ")))
+            return write(guards, paths)
 
-    unlift._convert_guards_code_to_fn = record  # type: ignore[assignment]
-    try:
+        return record
+
+    with exporting.guards_written_by(recording):
         yield found
-    finally:
-        unlift._convert_guards_code_to_fn = original
 
 
 def _find(module: nn.Module, target: str) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from .._torch.graphs import structures_of
 from ..provenance import META, origin
 
 __all__ = ["Exported", "FlagRead", "merge"]
@@ -92,7 +93,7 @@ def _owner(node: fx.Node) -> str:
 
 
 def _structure(graph: fx.Graph) -> Any:
-    return getattr(graph._codegen, "pytree_info", None)
+    return structures_of(graph)
 
 
 def _key(node: fx.Node, parts: dict[str, Any]) -> tuple[Any, ...]:

@@ -1,6 +1,6 @@
-"""What is patched in PyTorch while a model is traced, so that nothing of the forward is run once and forgotten.
+"""What is replaced in PyTorch while a model is traced, so that nothing of the forward is run once and forgotten.
 
-Each patch holds for the thread that traces; other threads find what they always find.
+Every replacement goes through `replaced`, which keeps it from other threads.
 """
 
 from __future__ import annotations
@@ -8,21 +8,21 @@ from __future__ import annotations
 import builtins
 import contextlib
 import copy
-import functools
 import random
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, Protocol
 
 import torch
-import torch._export.passes.lift_constants_pass as lift_constants
 from torch import fx, nn
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
 
+from .._torch import exporting, tree
+from .._torch.functions import Function, functions_answered_by
+from .._torch.graphs import SET_GRAD_ENABLED
+from .._torch.replacing import replaced
 from ..aliasing import named_in_place
 from ..context import Block
 from ..errors import CaptureError
@@ -81,182 +81,113 @@ def patched(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-@contextlib.contextmanager
-def _answering_training(answer: Callable[[nn.Module, FrameType], Any]) -> Iterator[None]:
+def _answering_training(
+    answer: Callable[[nn.Module, FrameType], Any],
+) -> contextlib.AbstractContextManager[None]:
     """Ask `answer` when `module.training` is read; what it answers with None is read as ever.
 
     The flag is an entry of the instance's ``__dict__``; a property on the class goes before it.
     """
 
     def read(module: nn.Module) -> Any:
-        if (flag := answer(module, sys._getframe(1))) is not None:
+        # between this frame and the reader's there is that of the replacement
+        if (flag := answer(module, sys._getframe(2))) is not None:
             return flag
         try:
             return module.__dict__["training"]
         except KeyError:
             raise AttributeError("training") from None
 
-    def write(module: nn.Module, value: Any) -> None:
-        module.__dict__["training"] = value
-
-    nn.Module.training = property(read, write)  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        del nn.Module.training
+    return replaced(nn.Module, "training", lambda _: property(read))
 
 
 def _training(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """Reading `module.training` gives a proxy of the flag."""
-    thread = threading.get_ident()
-
-    def answer(module: nn.Module, _: FrameType) -> Any:
-        return recorder.training_flag(module) if threading.get_ident() == thread else None
-
-    return _answering_training(answer)
+    return _answering_training(lambda module, _: recorder.training_flag(module))
 
 
-@contextlib.contextmanager
-def _assignments(recorder: Recorder) -> Iterator[None]:
+def _assignments(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """`self.name = value` with a traced value becomes part of the graph."""
-    thread = threading.get_ident()
-    original = nn.Module.__setattr__
 
-    @functools.wraps(original)
-    def assign(module: nn.Module, name: str, value: Any) -> None:
-        traced = threading.get_ident() == thread and any_proxy(value)
-        if not (traced and recorder.assign(module, name, value)):
-            original(module, name, value)
+    def recording(assign: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
+        def record(module: nn.Module, name: str, value: Any) -> None:
+            if not (any_proxy(value) and recorder.assign(module, name, value)):
+                assign(module, name, value)
 
-    nn.Module.__setattr__ = assign  # type: ignore[assignment, method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
+        return record
 
-
-_apply = torch.autograd.Function.__dict__["apply"].__func__
-_unwrap = torch._functorch.utils.unwrap_dead_wrappers
-
-
-@contextlib.contextmanager
-def _replaced_apply(
-    apply: Callable[..., Any], check_stored: Callable[[type[Any], tuple[Any, ...]], None]
-) -> Iterator[None]:
-    """Replace `autograd.Function.apply`.
-
-    Args:
-        apply: What takes its place.
-        check_stored: Asked when the original is called, which was fetched before (`spike = MySpike.apply`).
-    """
-    original = torch.autograd.Function.__dict__["apply"]
-
-    def unwrap(args: tuple[Any, ...]) -> tuple[Any, ...]:
-        check_stored(sys._getframe(1).f_locals["cls"], args)  # called by the original `apply`
-        return _unwrap(args)
-
-    torch.autograd.Function.apply = classmethod(functools.wraps(_apply)(apply))  # type: ignore[method-assign, assignment]
-    torch._functorch.utils.unwrap_dead_wrappers = unwrap
-    try:
-        yield
-    finally:
-        torch.autograd.Function.apply = original  # type: ignore[method-assign]
-        torch._functorch.utils.unwrap_dead_wrappers = _unwrap
+    return replaced(nn.Module, "__setattr__", recording)
 
 
 def _functions(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """A user's `autograd.Function` is one node: traced into, it would lose its backward."""
-    thread = threading.get_ident()
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() == thread:
-            args, kwargs = _with_proxies(recorder, args, kwargs)
-        if threading.get_ident() == thread and any_proxy(args, kwargs):
-            key = function_key(cls)
-            return recorder.create_proxy("call_function", apply_function, (key, *args), kwargs)
-        return _apply(cls, *args, **kwargs)
+    def record(function: Function, args: tuple[Any, ...]) -> Any:
+        args, _ = _with_proxies(recorder, args, {})
+        if not any_proxy(args):
+            return NotImplemented
+        key = function_key(function)
+        return recorder.create_proxy("call_function", apply_function, (key, *args), {})
 
-    def check_stored(_: type[Any], args: tuple[Any, ...]) -> None:
-        if threading.get_ident() == thread and any_proxy(args):
-            raise TypeError(
-                "the apply method of an autograd.Function was stored before it was called; "
-                "tracing into it would lose its backward"
-            )
-
-    return _replaced_apply(apply, check_stored)
+    return functions_answered_by(record)
 
 
 def refused_functions() -> contextlib.AbstractContextManager[None]:
     """A user's `autograd.Function` raises: export would drop its backward without a word."""
-    thread = threading.get_ident()
 
-    def refuse(cls: type[Any], _: tuple[Any, ...] = ()) -> None:
-        if threading.get_ident() == thread and not cls.__module__.startswith("torch."):
-            raise CaptureError(
-                f"the model calls the autograd.Function {cls.__qualname__}, whose backward torch.export drops. "
-                f"Transform the model without example_inputs: symbolic tracing keeps it."
-            )
+    def refuse(function: Function, _: tuple[Any, ...]) -> Any:
+        if function.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0]):
+            return NotImplemented
+        raise CaptureError(
+            f"the model calls the autograd.Function {function.__qualname__}, whose backward torch.export drops. "
+            f"Transform the model without example_inputs: symbolic tracing keeps such calls. If it cannot trace the "
+            f"model, freegrad_fx.compile(model, rules) keeps them too."
+        )
 
-    def apply(cls: type[torch.autograd.Function], *args: Any, **kwargs: Any) -> Any:
-        refuse(cls)
-        return _apply(cls, *args, **kwargs)
-
-    return _replaced_apply(apply, refuse)
+    return functions_answered_by(refuse)
 
 
-@contextlib.contextmanager
-def refused_constants() -> Iterator[None]:
+def refused_constants() -> contextlib.AbstractContextManager[None]:
     """A tensor that learns and that no module has registered raises: export would make a constant of it."""
-    thread = threading.get_ident()
-    original = lift_constants.lift_constants_pass
 
-    def lift(graph_module: fx.GraphModule, *rest: Any) -> Any:
-        for node in graph_module.graph.nodes if threading.get_ident() == thread else ():
-            value = attribute(node, graph_module)
-            if isinstance(value, torch.Tensor) and value.requires_grad:
-                raise CaptureError(
-                    f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and that no "
-                    f"module has registered under the name by which it is used (kept in a list, a function or a "
-                    f"global?): torch.export would make it a constant, which never learns. Use nn.ParameterList or "
-                    f"nn.Parameter, or transform the model without example_inputs."
-                )
-        return original(graph_module, *rest)
+    def refusing(lift: Callable[..., Any]) -> Callable[..., Any]:
+        def look(graph_module: fx.GraphModule, *rest: Any) -> Any:
+            for node in graph_module.graph.nodes:
+                value = attribute(node, graph_module)
+                if isinstance(value, torch.Tensor) and value.requires_grad:
+                    raise CaptureError(
+                        f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and that "
+                        f"no module has registered under the name by which it is used (kept in a list, a function or "
+                        f"a global?): torch.export would make it a constant, which never learns. Use nn.ParameterList "
+                        f"or nn.Parameter, or transform the model without example_inputs."
+                    )
+            return lift(graph_module, *rest)
 
-    lift_constants.lift_constants_pass = lift  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        lift_constants.lift_constants_pass = original
+        return look
+
+    return exporting.constants_lifted_by(refusing)
 
 
 @contextlib.contextmanager
 def refused_contexts() -> Iterator[None]:
     """`torch.autocast`, `torch.inference_mode` and `use` in a forward would be lost: they refuse to be traced."""
-    thread = threading.get_ident()
-    contexts: tuple[type[Any], ...] = (torch.autocast, torch.inference_mode, Block)
-    originals = [context.__enter__ for context in contexts]
 
-    def refuse(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        @functools.wraps(enter)
-        def refusing(self: Any) -> Any:
+    def refusing(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
+        def refuse(context: Any) -> Any:
             # a block of ours may be a decorator of the user's function
-            users = isinstance(self, Block) or is_users(sys._getframe(1).f_code)
-            if threading.get_ident() == thread and users:
-                package = type(self).__module__.partition(".")[0]
+            if isinstance(context, Block) or is_users(sys._getframe(2).f_code):
+                package = type(context).__module__.partition(".")[0]
                 raise TypeError(
-                    f"{package}.{type(self).__name__} inside a forward cannot be put into a graph"
+                    f"{package}.{type(context).__name__} inside a forward cannot be put into a graph"
                 )
-            return enter(self)
+            return enter(context)
 
-        return refusing
+        return refuse
 
-    for context, enter in zip(contexts, originals, strict=True):
-        context.__enter__ = refuse(enter)
-    try:
+    with contextlib.ExitStack() as stack:
+        for context in (torch.autocast, torch.inference_mode, Block):
+            stack.enter_context(replaced(context, "__enter__", refusing))
         yield
-    finally:
-        for context, enter in zip(contexts, originals, strict=True):
-            context.__enter__ = enter
 
 
 _FACTORIES = frozenset(
@@ -281,17 +212,15 @@ _FACTORIES = frozenset(
 
 
 _is_grad_enabled = torch.is_grad_enabled
-_is_autocast_enabled = torch.is_autocast_enabled
 
 
 @contextlib.contextmanager
 def refused_questions() -> Iterator[None]:
     """A forward that asks for the grad mode would have the answer of the capture for ever."""
-    thread = threading.get_ident()
 
-    def refusing(question: Callable[..., bool]) -> Any:
+    def refusing(question: Callable[..., bool]) -> Callable[..., bool]:
         def ask(*args: Any) -> bool:
-            if threading.get_ident() == thread and is_users(sys._getframe(1).f_code):
+            if is_users(sys._getframe(2).f_code):
                 raise TypeError(
                     f"the forward asks torch.{question.__name__}(), which a graph cannot answer anew"
                 )
@@ -299,13 +228,11 @@ def refused_questions() -> Iterator[None]:
 
         return ask
 
-    torch.is_grad_enabled = refusing(_is_grad_enabled)
-    torch.is_autocast_enabled = refusing(_is_autocast_enabled)
-    try:
+    with (
+        replaced(torch, "is_grad_enabled", refusing),
+        replaced(torch, "is_autocast_enabled", refusing),
+    ):
         yield
-    finally:
-        torch.is_grad_enabled = _is_grad_enabled
-        torch.is_autocast_enabled = _is_autocast_enabled
 
 
 @contextlib.contextmanager
@@ -328,7 +255,6 @@ def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
 def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
     """Lists the attributes of a model's modules that are given other Python values."""
     modules = set(root.modules())
-    original = nn.Module.__setattr__
     names: list[str] = []
     # export puts copies in the place of containers, so the containers themselves are watched
     containers = [
@@ -338,75 +264,60 @@ def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
         if type(value) in (list, dict, set) and is_python_state(value)
     ]
 
-    @functools.wraps(original)
-    def assign(module: nn.Module, name: str, value: Any) -> None:
-        before = module.__dict__.get(name)
-        python = is_python_state(value) and is_python_state(before)
-        if module in modules and python and before != value:
-            names.append(f"{type(module).__name__}.{name}")
-        original(module, name, value)
+    def noting(assign: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
+        def note(module: nn.Module, name: str, value: Any) -> None:
+            before = module.__dict__.get(name)
+            python = is_python_state(value) and is_python_state(before)
+            if module in modules and python and before != value:
+                names.append(f"{type(module).__name__}.{name}")
+            assign(module, name, value)
 
-    nn.Module.__setattr__ = assign  # type: ignore[assignment, method-assign]
+        return note
+
     try:
-        yield names
+        with replaced(nn.Module, "__setattr__", noting):
+            yield names
     finally:
-        nn.Module.__setattr__ = original  # type: ignore[method-assign]
         names += [n for n, now, was in containers if is_python_state(now) and now != was]
 
 
-@contextlib.contextmanager
-def _isinstance(recorder: Recorder) -> Iterator[None]:
+def _isinstance(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """`isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right."""
-    thread = threading.get_ident()
-    original = builtins.isinstance
     tensor = torch.empty(0)
-
     proxies: dict[type[Any], bool] = {}  # nearly everything that is asked about is none
 
-    def answer(value: Any, kinds: Any) -> bool:
-        kind = type(value)
-        if kind not in proxies:
-            proxies[kind] = issubclass(kind, Proxy)
-        if not proxies[kind] or threading.get_ident() != thread:
-            return original(value, kinds)
-        code = sys._getframe(1).f_code
-        if not (is_users(code) or code is torch.is_tensor.__code__):
-            return original(value, kinds)
-        if issubclass(kind, FlagProxy):
-            return original(True, kinds)
-        if not any(user.target is require_tensor for user in value.node.users):
-            recorder.create_proxy("call_function", require_tensor, (value, caller()), {})
-        return original(tensor, kinds)
+    def answering(ask: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        def answer(value: Any, kinds: Any) -> bool:
+            kind = type(value)
+            if kind not in proxies:
+                proxies[kind] = issubclass(kind, Proxy)
+            if not proxies[kind]:
+                return ask(value, kinds)
+            code = sys._getframe(2).f_code
+            if not (is_users(code) or code is torch.is_tensor.__code__):
+                return ask(value, kinds)
+            if issubclass(kind, FlagProxy):
+                return ask(True, kinds)
+            if not any(user.target is require_tensor for user in value.node.users):
+                recorder.create_proxy("call_function", require_tensor, (value, caller()), {})
+            return ask(tensor, kinds)
 
-    builtins.isinstance = answer
-    try:
-        yield
-    finally:
-        builtins.isinstance = original
+        return answer
+
+    return replaced(builtins, "isinstance", answering)
 
 
 @contextlib.contextmanager
 def _factories(recorder: Recorder) -> Iterator[None]:
     """`torch.rand(x.shape[0])` is a node; its C++ would refuse the proxy before anything else could take the call."""
-    thread = threading.get_ident()
 
-    def record(factory: Callable[..., Any]) -> Callable[..., Any]:
-        @functools.wraps(factory)
-        def recording(*args: Any, **kwargs: Any) -> Any:
-            if threading.get_ident() == thread:
-                return recorder.create_proxy("call_function", factory, args, kwargs)
-            return factory(*args, **kwargs)
+    def recording(factory: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: recorder.create_proxy("call_function", factory, args, kwargs)
 
-        return recording
-
-    names: dict[str, Any] = {factory.__name__: factory for factory in _FACTORIES}
-    for name, factory in names.items():
-        setattr(torch, name, record(factory))
-    try:
+    with contextlib.ExitStack() as stack:
+        for factory in _FACTORIES:
+            stack.enter_context(replaced(torch, factory.__name__, recording))
         yield
-    finally:
-        for name, factory in names.items():
-            setattr(torch, name, factory)
 
 
 def _with_proxies(
@@ -421,7 +332,7 @@ def _with_proxies(
         found = found or proxy is not None
         return value if proxy is None else proxy
 
-    swapped = pytree.tree_map(swap, (args, kwargs))
+    swapped = tree.map_leaves(swap, (args, kwargs))
     return swapped if found else (args, kwargs)
 
 
@@ -483,7 +394,7 @@ class _RecordMode(TorchFunctionMode):
     ) -> Any:
         if func in _FACTORIES:  # fetched before the trace: `from torch import rand`
             return self.recorder.create_proxy("call_function", func, args, kwargs or {})
-        if func is torch._C._set_grad_enabled:
+        if func is SET_GRAD_ENABLED:
             self._record_grad_mode(*args)
             return func(*args)
         name = getattr(func, "__name__", "")
@@ -515,7 +426,7 @@ class _RecordMode(TorchFunctionMode):
             self.previous.append(
                 self.recorder.create_proxy("call_function", _is_grad_enabled, (), {})
             )
-        self.recorder.create_proxy("call_function", torch._C._set_grad_enabled, (mode,), {})
+        self.recorder.create_proxy("call_function", SET_GRAD_ENABLED, (mode,), {})
 
 
 class RandomState:

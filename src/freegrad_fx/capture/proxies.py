@@ -9,9 +9,10 @@ from collections.abc import Callable
 from types import FrameType
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy, TraceError
+
+from .._torch.graphs import ASSERT
 
 __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
@@ -31,7 +32,7 @@ class RecordingProxy(Proxy):
         frame = sys._getframe(1)
         if _asserts(frame):
             message = f"the assertion at {frame.f_code.co_filename}:{frame.f_lineno} fails"
-            self.tracer.create_proxy("call_function", torch._assert, (self, message), {})
+            self.tracer.create_proxy("call_function", ASSERT, (self, message), {})
             return True
         return self.tracer.to_bool(self)
 

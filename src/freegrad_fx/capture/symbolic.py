@@ -10,7 +10,6 @@ from functools import partial
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
-from torch.fx._symbolic_trace import PH
 
 from ..captured import Variant
 from ..errors import CaptureError, unknown
@@ -23,6 +22,8 @@ from .result import Capture, Opaque
 from .tracer import Tracer, flag_path
 
 __all__ = ["capture_symbolically"]
+
+PH: Any = fx.PH  # type: ignore[attr-defined]
 
 MAX_VARIANTS = 16
 

@@ -22,13 +22,15 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
-from torch.utils import _pytree as pytree
 
+from .._torch import tree
+from .._torch.graphs import is_erased
+from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..activations import recognise
 from ..errors import CaptureError
 from ..ops import require_open, require_specialised
 from ..provenance import META, Origin, caller, innermost
-from .copying import ATTRIBUTES_OF_EVERY_MODULE, has_hooks, is_python_state
+from .copying import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from .patches import RandomState, patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
 from .result import Opaque
@@ -98,7 +100,7 @@ class Tracer(fx.Tracer):
             raise TypeError(_CAUGHT)
         for proxy in self._attributes.values():
             node = proxy.node
-            if node.op == "get_attr" and not node._erased and not node.users:
+            if node.op == "get_attr" and not is_erased(node) and not node.users:
                 graph.erase_node(node)
         return graph
 
@@ -260,10 +262,10 @@ class Tracer(fx.Tracer):
         if paths is None or module not in paths:
             return False
         path = paths[module]
-        if name in module._parameters or name in module._modules:
+        if name in parameters_of(module) or name in children_of(module):
             return False
         self.assigned[path, name] = value
-        if name not in module._buffers:
+        if name not in buffers_of(module):
             return False  # carried out on the copy too, so that the rest of the forward reads it
         self._attributes[f"{path}.{name}" if path else name] = value
         return True
@@ -321,7 +323,7 @@ class Tracer(fx.Tracer):
 
     def _attribute(self, name: str, make: Callable[[fx.Node], Proxy]) -> Proxy:
         proxy = self._attributes.get(name)
-        if proxy is None or proxy.node._erased:
+        if proxy is None or is_erased(proxy.node):
             proxy = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=make)
             self._attributes[name] = proxy
         return proxy
@@ -421,7 +423,7 @@ def _held_tensors(root: nn.Module) -> set[int]:
         and isinstance(value, list | tuple | dict)
         and not is_python_state(value)  # such as the strides of a convolution
     ]
-    leaves = pytree.tree_leaves(attributes)
+    leaves = tree.leaves(attributes)
     return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
 
 

@@ -6,30 +6,24 @@ module is running can be read from the stack alone. This file knows nothing of g
 
 from __future__ import annotations
 
-import gc
-import os
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import CodeType, FrameType, FunctionType
+from types import FrameType
 from typing import Any
 
-import torch
 from torch import nn
+
+from .._torch.modules import call_code
 
 __all__ = [
     "Setting",
     "calls_module",
-    "capturable",
-    "compiled_call",
     "compiled_module",
     "frames",
     "setting",
-    "wrap_compiled",
 ]
 
-_CALL: CodeType = nn.Module._call_impl.__code__
-_EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 
@@ -63,58 +57,13 @@ def frames() -> Iterator[FrameType]:
 def setting(root: nn.Module | None, until: FrameType | None) -> Setting:
     """Where the code that is running stands, looked at up to a frame."""
     called: list[nn.Module] = []
+    call = call_code()
     for frame in frames():
         if frame is until:
             break
-        if frame.f_code is _CALL:
+        if frame.f_code is call:
             called.append(frame.f_locals["self"])
     return Setting(root, tuple(reversed(called)))
-
-
-def compiled_call() -> FrameType | None:
-    """The frame of the innermost call of something that `torch.compile` returned."""
-    for frame in frames():
-        code = frame.f_code
-        if code.co_name == "compile_wrapper" and code.co_filename.endswith(_EVAL_FRAME):
-            return frame
-    return None
-
-
-def wrap_compiled(frame: FrameType, wrapper: Callable[[Callable[..., Any]], Any]) -> None:
-    """Let a compiled function be called through a wrapper, in the call that is going on and in all later ones.
-
-    What a backend may have entered around a call is entered before PyTorch saves the thread's dispatch state and left
-    before PyTorch restores it, so that no dispatch mode can be entered there. The wrapper stands inside of that.
-
-    Args:
-        frame: The frame of the call.
-        wrapper: Makes of the function that is compiled what is called in its place.
-
-    Raises:
-        RuntimeError: PyTorch calls compiled functions in another way than the releases that are known here.
-    """
-    for compiled in gc.get_referrers(frame.f_code):
-        if isinstance(compiled, FunctionType) and "fn" in frame.f_code.co_freevars:
-            cell = (compiled.__closure__ or ())[frame.f_code.co_freevars.index("fn")]
-            if cell.cell_contents is frame.f_locals["fn"]:
-                cell.cell_contents = wrapper(cell.cell_contents)
-                return
-    raise RuntimeError(
-        f"torch {torch.__version__} calls compiled functions in another way than the releases that freegrad_fx is "
-        f"tested with, so that its backend cannot follow them. Use transform(), or a release that is tested."
-    )
-
-
-def capturable(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that Dynamo captures.
-
-    It looks into the frames of PyTorch's own modules only if they are called from a frame that it captures.
-    `torch.compile` makes one around such a module, `nn.Module.compile` does not.
-    """
-    module = getattr(function, "__self__", None)
-    if isinstance(module, nn.Module) and torch._dynamo.trace_rules.check(module.forward):
-        return torch._dynamo.external_utils.wrap_inline(function)
-    return function
 
 
 def compiled_module(function: Callable[..., Any]) -> nn.Module | None:

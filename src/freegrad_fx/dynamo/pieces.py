@@ -16,8 +16,11 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator
 
+from .._torch.dynamo import name_sources
+from .._torch.graphs import is_erased
+from .._torch.operators import GraphOperator, operator_name
+from .._torch.tensors import version
 from ..aliasing import Aliasing
 from ..capture import Capture, Opaque
 from ..captured import Variant, sets_grad_mode
@@ -134,12 +137,12 @@ class Piece:
                 pairs = self._take_out(gm, pairs)
             rewrite(module.graph, module, pairs)
             for node in whole[module]:
-                if not node._erased:  # a call whose forward has been replaced is gone
+                if not is_erased(node):  # a call whose forward has been replaced is gone
                     unfold(module, node)
             lower(module.graph)
             module.graph.lint()
             module.recompile()
-        _name_sources(gm)
+        name_sources(gm)
         anchor = self.program.owner(setting.modules)
         inside = _inside(anchor)
         inputs = gm.graph.find_nodes(op="placeholder")
@@ -230,7 +233,7 @@ class Piece:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version(tensor)
 
 
 def _with_rules(place: Parameter, decision: Decision) -> fx.GraphModule:
@@ -268,14 +271,6 @@ def _guarded(decision: Decision) -> Decision:
 
 def _node(place: Located) -> fx.Node:
     return place.reads[0] if isinstance(place, Parameter) else place.node  # type: ignore[attr-defined]
-
-
-def _name_sources(gm: fx.GraphModule) -> None:
-    """Say where the tensors come from that are parameters of rules: AOTAutograd asks of every one it finds."""
-    sources = getattr(gm, "_param_name_to_source", None)
-    if sources is not None:
-        for name, _ in gm.named_buffers():
-            sources.setdefault(name, torch._dynamo.source.ConstantSource(f"freegrad_fx_{name}"))
 
 
 # --- transforms of torch.func ---
@@ -474,9 +469,7 @@ def _nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
 
 def _operator(node: fx.Node) -> str:
     """The name of the operator that runs graphs, which a node calls; ``""`` for other nodes."""
-    if isinstance(node.target, HigherOrderOperator):
-        return str(node.target.name())  # type: ignore[no-untyped-call]
-    return ""
+    return operator_name(node.target) if isinstance(node.target, GraphOperator) else ""
 
 
 def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[fx.GraphModule]:

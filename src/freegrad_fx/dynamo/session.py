@@ -3,28 +3,53 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import Tensor, fx, nn
 
+from .._torch import tree
+from .._torch.dynamo import is_tracing
 from ..activations import OPS
 from ..provenance import Origin, caller
 from ..sites import Located
+from ..table import Entry
 from . import frames
 from .frames import Setting
-from .pieces import Calls, Decoupled, Piece
+from .pieces import Calls, Decoupled, Occurrence, Piece
 from .programs import Program, class_of
 from .watch import Watch, activation_call, located, located_parameter, possible_activations
 
-if TYPE_CHECKING:
-    from . import Backend
-
 __all__ = ["Session"]
+
+
+class Owner(Protocol):
+    """What a session asks of the backend that it belongs to."""
+
+    @property
+    def sessions(self) -> list[Session]:
+        """The calls that run in this thread, the innermost last."""
+
+    def program_of(self, root: nn.Module | None) -> Program:
+        """The program of a model."""
+
+    def entry_for(self, place: Located) -> Entry | None:
+        """The entry of the table that decides a site."""
+
+    def take_up(self, piece: Piece, occurrence: Occurrence) -> None:
+        """Take up in the report what runs."""
+
+    def missed(self, program: Program, place: Located) -> None:
+        """Say that a site has run where no rule could be given to it."""
+
+    def torn(self, parameters: Iterable[tuple[Program, str]]) -> None:
+        """Say that several graphs that run in one call use a parameter with a rule."""
+
+    def after(self, session: Session) -> None:
+        """After a call: say what the caller asked for and has not got."""
 
 
 class Session:
@@ -44,7 +69,7 @@ class Session:
         one_call: Whether it is one call of a module, in which a rule acts once on the gradient of a parameter.
     """
 
-    def __init__(self, backend: Backend, function: Callable[..., Any], frame: FrameType) -> None:
+    def __init__(self, backend: Owner, function: Callable[..., Any], frame: FrameType) -> None:
         self._backend = backend
         self._root = frames.compiled_module(function)
         self._frame: FrameType | None = frame
@@ -62,7 +87,7 @@ class Session:
         self.ran = 0
         self.error: Exception | None = None
         backend.sessions.append(self)
-        self._watch.__enter__()  # type: ignore[no-untyped-call]
+        self._watch.__enter__()
 
     def end(self, failed: bool) -> None:
         """The call is over.
@@ -74,7 +99,7 @@ class Session:
             PlanError: A rule could not serve a site; under `strict`, what is otherwise a warning.
             RuleError: A rule is not what it was when the backend was made.
         """
-        self._watch.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+        self._watch.__exit__(None, None, None)
         self._backend.sessions.pop()
         self._frame = self._activation = None
         if self.error is not None:
@@ -123,10 +148,10 @@ class Session:
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Look at an operation that runs outside of the captured graphs."""
-        if torch._guards.TracingContext.try_get() is not None:
+        if is_tracing():
             return  # a compiler runs it on fake tensors
         learns = torch.is_grad_enabled() and func is not torch.ops.aten.detach.default
-        tensors = [t for t in pytree.tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        tensors = [t for t in tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
         learning = [t for t in tensors if learns and t.requires_grad]
         called = activation_call()
         possible = possible_activations(func)

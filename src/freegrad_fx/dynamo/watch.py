@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
+from .._torch import tree
+from .._torch.dispatch import DispatchMode, current_dispatch_mode
 from ..activations import OPS
 from ..provenance import META, Origin, is_users
 from ..sites import Located, find_parameters, find_sites
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class Watch(DispatchMode):  # type: ignore[misc]
     """Hands every operation that runs under it to a function.
 
     Args:
@@ -42,7 +42,7 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
     supports_higher_order_operators = True
 
     def __init__(self, seen: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self._seen = seen
         self._paused = 0
 
@@ -62,16 +62,16 @@ class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def unseen(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Call a function without looking at what it runs."""
-        innermost = _get_current_dispatch_mode() is self
+        innermost = current_dispatch_mode() is self
         if innermost:  # what runs then is spared the way through this mode
-            self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+            self.__exit__(None, None, None)
         self._paused += 1
         try:
             return function(*args)
         finally:
             self._paused -= 1
             if innermost:
-                self.__enter__()  # type: ignore[no-untyped-call]
+                self.__enter__()
 
 
 # --- which activation an operation of ATen is ---
@@ -96,11 +96,11 @@ def operations() -> dict[Any, tuple[str, ...]]:
     return {func: tuple(names) for func, names in found.items()}
 
 
-class _Record(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Record(DispatchMode):  # type: ignore[misc]
     """Lists the operations that run."""
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.operations: list[Any] = []
 
     def __torch_dispatch__(
@@ -142,7 +142,7 @@ def located(target: Any, args: Any, kwargs: Any, where: Origin) -> Located | Non
     def as_node(value: Any) -> Any:
         return graph.placeholder("x") if isinstance(value, Tensor) else value
 
-    nodes, keywords = pytree.tree_map(as_node, (args, kwargs))
+    nodes, keywords = tree.map_leaves(as_node, (args, kwargs))
     node = graph.call_function(target, nodes, keywords)
     node.meta[META] = where
     sites = find_sites(graph, nn.Module())

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.dynamo import takes_for_constant, tracing_context
+
 __all__ = ["normal_like", "uniform_like"]
 
 
@@ -35,13 +37,12 @@ _draws: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDi
 _other_draws = itertools.count()
 
 
+@takes_for_constant
 def _number() -> int:
     """A number for every draw of a program: AOTAutograd would make one draw of two that look the same."""
-    context = torch._guards.TracingContext.try_get()
+    context = tracing_context()
     return next(_other_draws if context is None else _draws.setdefault(context, itertools.count()))
 
-
-_number._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 # Operators that no compiler looks into
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]

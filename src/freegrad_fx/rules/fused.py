@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.dispatch import dispatch_modes, is_batched, is_transformed
+
 __all__ = [
     "arctan",
     "clipped",
@@ -52,9 +54,9 @@ def runs_alone(tensor: Tensor) -> bool:
     return type(tensor) is Tensor and not (
         torch.is_grad_enabled()
         or torch.compiler.is_compiling()
-        or torch._C._functorch.is_functorch_wrapped_tensor(tensor)
-        or torch._C._functorch.is_legacy_batchedtensor(tensor)
-        or torch._C._len_torch_dispatch_stack()
+        or is_transformed(tensor)
+        or is_batched(tensor)
+        or dispatch_modes()
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._torch.dynamo import gives_up_recompiling, is_compile_error
 from ..errors import RuleError
 from .rule import Rule
 
@@ -42,12 +43,9 @@ def run_fused(
     try:
         return kernel(grad, *inputs, **parameters)
     except Exception as error:
-        from torch._dynamo import exc  # it imports the whole compiler
-        from torch._inductor.exc import InductorError
-
-        if isinstance(error, exc.FailOnRecompileLimitHit):
+        if gives_up_recompiling(error):
             return NotImplemented
-        if not isinstance(error, exc.TorchDynamoException | InductorError):
+        if not is_compile_error(error):
             raise
         reason = str(error).strip().partition("\n")[0]
         raise RuleError(

@@ -1,14 +1,14 @@
-"""What is decided otherwise in one plan than in another. Knows plans and how to lay them out; decides nothing."""
+"""What is decided otherwise in one plan than in another. Knows decisions and how to lay them out; decides nothing."""
 
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .plan import Decision, Plan
-from .report import aligned, as_json, backward_of, html_table, site_as_dict, terminal_width
+from .decision import Decision, backward_of, site_as_dict
+from .layout import aligned, as_json, html_table, terminal_width
 
 __all__ = ["PlanDiff", "diff"]
 
@@ -91,13 +91,21 @@ class PlanDiff:
             yield _site(after), _missing(after), backward_of(after)
 
 
-def diff(before: Plan, after: Plan) -> PlanDiff:
-    """Compare two plans, site by site."""
+def diff(
+    models: tuple[str, str], before: Sequence[Decision], after: Sequence[Decision]
+) -> PlanDiff:
+    """Compare the decisions of two plans, site by site.
+
+    Args:
+        models: The names of the two models' classes.
+        before: The decisions of the first plan.
+        after: The decisions of the second plan.
+    """
     first, second = _by_site(before), _by_site(after)
     both = [(first[key], second[key]) for key in first if key in second]
     changed = tuple(pair for pair in both if _outcome(pair[0]) != _outcome(pair[1]))
     return PlanDiff(
-        (before.model, after.model),
+        models,
         changed,
         _only_in(first, second),
         _only_in(second, first),
@@ -119,8 +127,8 @@ def _missing(decision: Decision) -> str:
     return "native: no entry is for parameters" if parameter else "no such site"
 
 
-def _by_site(plan: Plan) -> dict[Any, Decision]:
-    return {(decision.site.key, decision.modes): decision for decision in plan.decisions}
+def _by_site(decisions: Sequence[Decision]) -> dict[Any, Decision]:
+    return {(decision.site.key, decision.modes): decision for decision in decisions}
 
 
 def _outcome(decision: Decision) -> Any:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache, partial
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .aliasing import Aliasing, named_in_place, of_library
-from .capture import Capture, Opaque
-from .errors import PlanError
-from .nodes import called_module, called_path
-from .ops import has_backward_hooks
-from .rules.rule import Forward, Rule, shown
-from .sites import (
+from .._torch.modules import has_backward_hooks
+from ..aliasing import Aliasing, named_in_place, of_library
+from ..capture import Capture, Opaque
+from ..errors import PlanError
+from ..nodes import called_module, called_path
+from ..rules.rule import Forward, shown
+from ..sites import (
     Located,
     Operation,
     Parameter,
@@ -26,115 +26,11 @@ from .sites import (
     find_sites,
     unused_parameters,
 )
-from .table import Entry, RuleTable
+from ..table import Entry, RuleTable
+from .decision import Decided, Decision
+from .plan import Plan
 
-if TYPE_CHECKING:
-    from .diff import PlanDiff
-
-__all__ = ["Decided", "Decision", "Forward", "Plan", "make_plan"]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What happens at one site.
-
-    Attributes:
-        site: The site.
-        action: ``"rewrite"``; ``"ambient"`` where it follows `use` blocks; ``"native"`` where the table leaves it;
-            ``"skip"`` where the table wants a rule and none can be given.
-        rules: The rules it gets, the first for the gradient that comes in.
-        forward: What replaces its forward, the canonical name of an operation or a function; or None.
-        entry: The index of the table's entry that decided, or None.
-        reason: Why.
-        modes: In which of the model's modes the site exists; ``""`` for all.
-    """
-
-    site: Site
-    action: str
-    rules: tuple[Rule, ...] = ()
-    forward: Forward | None = None
-    entry: int | None = None
-    reason: str = ""
-    modes: str = ""
-
-    def reads(self, name: str) -> bool:
-        """Whether a rule of it reads ``"x"`` or ``"y"``; an ambient one may."""
-        return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
-
-
-Decided: TypeAlias = list[tuple[Located, Decision]]
-"""The sites of one graph, with the decisions."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """The decision for every site of a model, and what no decision could reach.
-
-    Attributes:
-        model: The name of the model's class.
-        decisions: In execution order.
-        table: The table.
-        opaque: Code that was kept whole, in which activations may be computed.
-        lost: What the graph cannot do that the model did.
-        meant: For every entry of the table the number of sites it matches, decided by it or by an earlier one.
-    """
-
-    model: str
-    decisions: tuple[Decision, ...]
-    table: RuleTable
-    opaque: tuple[Opaque, ...] = ()
-    lost: tuple[Opaque, ...] = ()
-    meant: tuple[int, ...] = ()
-
-    @property
-    def hits(self) -> tuple[int, ...]:
-        """For every entry of the table the number of sites it decided."""
-        decided = [decision.entry for decision in self.decisions]
-        return tuple(decided.count(index) for index in range(len(self.table.entries)))
-
-    @property
-    def unmatched(self) -> tuple[Entry, ...]:
-        """The entries that match no site."""
-        meant = self.meant or self.hits
-        return tuple(e for e, sites in zip(self.table.entries, meant, strict=True) if not sites)
-
-    @property
-    def shadowed(self) -> tuple[Entry, ...]:
-        """The entries all of whose sites an earlier one decides."""
-        counted = zip(self.table.entries, self.meant, self.hits, strict=True) if self.meant else ()
-        return tuple(entry for entry, sites, hits in counted if sites and not hits)
-
-    def with_action(self, action: str) -> tuple[Decision, ...]:
-        """The decisions of one action."""
-        return tuple(decision for decision in self.decisions if decision.action == action)
-
-    def __str__(self) -> str:
-        from .report import as_text
-
-        return as_text(self)
-
-    def _repr_html_(self) -> str:
-        from .report import as_html
-
-        return as_html(self)
-
-    def to_dict(self) -> dict[str, object]:
-        """The plan as plain data."""
-        from .report import as_dict
-
-        return as_dict(self)
-
-    def to_json(self, indent: int | None = None) -> str:
-        """The plan as JSON."""
-        from .report import as_dict, as_json
-
-        return as_json(as_dict(self), indent)
-
-    def diff(self, other: Plan) -> PlanDiff:
-        """What is decided otherwise in another plan, of this model or of another one: ``print`` it."""
-        from .diff import diff
-
-        return diff(self, other)
+__all__ = ["FROZEN", "make_plan"]
 
 
 def make_plan(

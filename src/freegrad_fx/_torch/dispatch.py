@@ -1,0 +1,90 @@
+"""Which transform, dispatch mode or recording is active in this thread. What is asked at every call costs one call."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import torch
+
+from .releases import lookup, private
+
+__all__ = [
+    "DispatchMode",
+    "current_dispatch_mode",
+    "dispatch_modes",
+    "function_transforms_active",
+    "in_function_transform",
+    "in_pre_dispatch",
+    "is_batched",
+    "is_exporting",
+    "is_functionalised",
+    "is_jit_tracing",
+    "is_transformed",
+    "proxy_mode",
+    "without_dead_transform",
+]
+
+_TRANSFORMS = "telling whether a transform of torch.func is active"
+_MODES = "telling which dispatch modes are active"
+
+function_transforms_active = private("torch._C._are_functorch_transforms_active", _TRANSFORMS)
+"""Whether a transform of `torch.func` is active."""
+
+without_dead_transform = private("torch._C._functorch.unwrap_if_dead", _TRANSFORMS)
+"""Return a tensor without the wrapper of a transform that is over; other tensors as they are."""
+
+is_transformed = private("torch._C._functorch.is_functorch_wrapped_tensor", _TRANSFORMS)
+"""Whether a tensor belongs to a transform of `torch.func`."""
+
+is_batched = private("torch._C._functorch.is_legacy_batchedtensor", _TRANSFORMS)
+"""Whether a tensor is one that autograd batches (`is_grads_batched`)."""
+
+dispatch_modes = private("torch._C._len_torch_dispatch_stack", _MODES)
+"""How many dispatch modes are active."""
+
+DispatchMode = private("torch.utils._python_dispatch.TorchDispatchMode", _MODES)
+"""The base class of dispatch modes."""
+
+current_dispatch_mode = private("torch.utils._python_dispatch._get_current_dispatch_mode", _MODES)
+"""The innermost dispatch mode."""
+
+_interpreter = private("torch._C._functorch.peek_interpreter_stack", _TRANSFORMS)
+_tracing_state = private("torch._C._get_tracing_state", "telling whether torch.jit.trace runs")
+_key_included = private("torch._C._dispatch_tls_is_dispatch_key_included", _MODES)
+_infra_mode = private("torch._C._get_dispatch_mode", _MODES)
+_PRE_DISPATCH = private("torch._C.DispatchKey.PreDispatch", _MODES)
+_FUNCTIONAL = private("torch._C._TorchDispatchModeKey.FUNCTIONAL", _MODES)
+
+
+def in_function_transform() -> bool:
+    """Whether the code that runs is inside of a transform of `torch.func`."""
+    return _interpreter() is not None
+
+
+def in_pre_dispatch() -> bool:
+    """Whether a mode is active that sees operations before autograd does, as that of `torch.export`."""
+    return bool(_key_included(_PRE_DISPATCH))
+
+
+def is_functionalised() -> bool:
+    """Whether AOTAutograd traces."""
+    return _infra_mode(_FUNCTIONAL) is not None
+
+
+def is_jit_tracing() -> bool:
+    """Whether `torch.jit.trace` runs, which `torch.onnx.export` calls."""
+    return _tracing_state() is not None
+
+
+def is_exporting() -> bool:
+    """Whether `torch.export` runs."""
+    return torch.compiler.is_exporting()
+
+
+def proxy_mode() -> Any:
+    """The mode in which `make_fx` records; None where it does not."""
+    name = "torch.fx.experimental.proxy_tensor"
+    if name not in sys.modules:  # importing it brings sympy
+        return None
+    return lookup(f"{name}.get_proxy_mode", "telling whether make_fx runs")()

@@ -1,0 +1,205 @@
+"""Dynamo, AOTAutograd and Inductor, none of which is imported before it is needed."""
+
+from __future__ import annotations
+
+import gc
+import os
+from collections.abc import Callable, Iterator
+from types import CodeType, FrameType, FunctionType
+from typing import Any, TypeVar
+
+from torch import fx, nn
+
+from .releases import lookup, private, unsupported, uses_private_names
+
+__all__ = [
+    "add_guard",
+    "compile_wrapper_of",
+    "compiled_function",
+    "compiler",
+    "gives_up_recompiling",
+    "is_compile_error",
+    "is_compiling_backward",
+    "is_tracing",
+    "leave_to_python",
+    "looked_into",
+    "name_sources",
+    "skip",
+    "takes_for_constant",
+    "tracing_context",
+    "wrap_compiled_function",
+]
+
+Called = TypeVar("Called", bound=Callable[..., Any])
+
+_COMPILED = "following what torch.compile compiles"
+
+
+# --- what Dynamo makes of a function ---
+
+
+def takes_for_constant(function: Called) -> Called:
+    """Decorate a function that Dynamo calls while it traces, and whose answer it takes for a constant.
+
+    `torch.compiler.assume_constant_result` does the same, and imports the whole compiler.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def leave_to_python(function: Called) -> Called:
+    """Decorate a function that Dynamo leaves to Python, where it is called from code that is compiled.
+
+    `torch.compiler.disable` does the same, and imports the whole compiler.
+    """
+    function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    return function
+
+
+@uses_private_names(_COMPILED)
+def skip(code: CodeType) -> None:
+    """Let Dynamo compile no frame of a code."""
+    from torch._dynamo import eval_frame
+
+    eval_frame.skip_code(code)
+
+
+@uses_private_names(_COMPILED)
+def looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that Dynamo captures.
+
+    It looks into the frames of PyTorch's own modules only if they are called from a frame that it captures.
+    `torch.compile` makes one around such a module, `nn.Module.compile` does not.
+    """
+    from torch._dynamo import external_utils, trace_rules
+
+    module = getattr(function, "__self__", None)
+    if isinstance(module, nn.Module) and trace_rules.check(module.forward):
+        wrapped: Callable[..., Any] = external_utils.wrap_inline(function)
+        return wrapped
+    return function
+
+
+# --- what is being compiled now ---
+
+_tracing_context = private("torch._guards.TracingContext", "telling whether a compiler traces")
+_compile_context = private("torch._guards.CompileContext", "telling whether a compiler traces")
+
+
+def tracing_context() -> Any:
+    """The object that stands for the graph which a compiler traces in this thread; None where none does."""
+    return _tracing_context.try_get()
+
+
+def is_tracing() -> bool:
+    """Whether a compiler runs code on stand-ins for tensors."""
+    return tracing_context() is not None
+
+
+def is_compiling_backward() -> bool:
+    """Whether what is compiled is a backward, as compiled autograd does."""
+    compilation = _compile_context.current_compile_id()
+    return compilation is not None and compilation.compiled_autograd_id is not None
+
+
+@uses_private_names(_COMPILED)
+def add_guard(holds: Callable[[Any], bool], words: str) -> None:
+    """Let Dynamo compile anew, from now on, where a condition does not hold.
+
+    Args:
+        holds: The condition.
+        words: What Dynamo's logs say of it.
+    """
+    from torch._dynamo.source import GlobalStateSource
+
+    def create(builder: Any, guard: Any) -> None:
+        builder.guard_manager.root.add_lambda_guard(holds, [words], guard.user_stack)
+
+    context = tracing_context()
+    if context is not None:
+        context.guards_context.dynamo_guards.add(GlobalStateSource().make_guard(create))
+
+
+def name_sources(gm: fx.GraphModule) -> None:
+    """Say where the tensors come from that were put into a graph: AOTAutograd asks of every one it finds."""
+    sources = getattr(gm, "_param_name_to_source", None)
+    if sources is None:
+        return
+    constant = lookup("torch._dynamo.source.ConstantSource", _COMPILED)
+    for name, _ in gm.named_buffers():
+        sources.setdefault(name, constant(f"freegrad_fx_{name}"))
+
+
+# --- compilers ---
+
+
+def compiler(inner: Any, mode: Any, options: Any, dynamic: Any) -> Callable[..., Any]:
+    """What compiles graphs, for the arguments that `torch.compile` takes."""
+    if inner == "inductor":
+        mode = "default" if mode is None and options is None else mode
+        wrapper = lookup("torch._TorchCompileInductorWrapper", _COMPILED)
+        return wrapper(mode, options, dynamic)  # type: ignore[no-any-return]
+    return lookup("torch._TorchCompileWrapper", _COMPILED)(inner, mode, options, dynamic)  # type: ignore[no-any-return]
+
+
+def compile_wrapper_of(frame: FrameType) -> Any:
+    """What `torch.compile` has made of a backend, where a frame is one of its methods; else None."""
+    asking = frame.f_locals.get("self")
+    return asking if isinstance(asking, lookup("torch._TorchCompileWrapper", _COMPILED)) else None
+
+
+def is_compile_error(error: Exception) -> bool:
+    """Whether an error is one of Dynamo or Inductor."""
+    dynamo = lookup("torch._dynamo.exc.TorchDynamoException", "compiling a rule")
+    inductor = lookup("torch._inductor.exc.InductorError", "compiling a rule")
+    return isinstance(error, (dynamo, inductor))
+
+
+def gives_up_recompiling(error: Exception) -> bool:
+    """Whether an error says that something was compiled in as many ways as Dynamo allows."""
+    return isinstance(
+        error, lookup("torch._dynamo.exc.FailOnRecompileLimitHit", "compiling a rule")
+    )
+
+
+# --- calls of what torch.compile returned ---
+
+_EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
+
+
+def compiled_function(frames: Iterator[FrameType]) -> FrameType | None:
+    """The first of some frames that is a call of something which `torch.compile` returned."""
+    for frame in frames:
+        code = frame.f_code
+        if code.co_name == "compile_wrapper" and code.co_filename.endswith(_EVAL_FRAME):
+            return frame
+    return None
+
+
+def wrap_compiled_function(
+    frame: FrameType, wrapper: Callable[[Callable[..., Any]], Any], mark: str
+) -> None:
+    """Let a compiled function be called through a wrapper, in the call that is going on and in all later ones.
+
+    What a backend may have entered around a call is entered before PyTorch saves the thread's dispatch state and left
+    before PyTorch restores it, so that no dispatch mode can be entered there. The wrapper stands inside of that.
+
+    Args:
+        frame: The frame of the call.
+        wrapper: Makes of the function that is compiled what is called in its place.
+        mark: The attribute of such a wrapper; where there is one already nothing is done.
+
+    Raises:
+        TorchVersionError: PyTorch calls compiled functions in another way than the releases that are known here.
+    """
+    names = frame.f_code.co_freevars
+    function = frame.f_locals.get("fn")
+    if hasattr(function, mark):
+        return
+    for compiled in gc.get_referrers(frame.f_code) if "fn" in names else ():
+        if isinstance(compiled, FunctionType):
+            cell = (compiled.__closure__ or ())[names.index("fn")]
+            if function is not None and cell.cell_contents is function:
+                cell.cell_contents = wrapper(function)
+                return
+    raise unsupported(_COMPILED, f"no cell `fn` of {frame.f_code.co_qualname} was found")

@@ -1,0 +1,66 @@
+"""The operators of ATen and the operators that run graphs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .releases import private, uses_private_names
+
+__all__ = [
+    "NATIVE",
+    "NATIVE_ATTENTIONS",
+    "GraphOperator",
+    "Overload",
+    "is_composite",
+    "operator_name",
+    "schema",
+]
+
+_OPERATORS = "telling the operators of a graph"
+
+if TYPE_CHECKING:
+    from torch._ops import HigherOrderOperator as GraphOperator
+    from torch._ops import OpOverload as Overload
+else:
+    Overload = private("torch._ops.OpOverload", _OPERATORS)
+    GraphOperator = private("torch._ops.HigherOrderOperator", _OPERATORS)
+
+NATIVE: Any = private("torch._C._nn", "finding the spellings of activations")
+"""The module of functions that `torch.nn.functional` is made of."""
+
+
+def _existing(*names: str) -> tuple[Any, ...]:
+    return tuple(f for f in (getattr(torch, name, None) for name in names) if f is not None)
+
+
+def _default_overloads(*names: str) -> tuple[Any, ...]:
+    packets = (getattr(torch.ops.aten, name, None) for name in names)
+    return tuple(packet.default for packet in packets if packet is not None)
+
+
+_FUSED = ("_native_multi_head_attention", "_transformer_encoder_layer_fwd")
+NATIVE_ATTENTIONS = (*_existing(*_FUSED), *_default_overloads(*_FUSED))
+"""The functions and operators in which PyTorch computes a whole attention layer."""
+
+
+@uses_private_names("telling which memory an operator returns")
+def schema(overload: Overload[..., Any]) -> Any:
+    """The arguments and results of an operator, with what they share."""
+    return overload._schema
+
+
+_has_kernel = private(
+    "torch._C._dispatch_has_kernel_for_dispatch_key", "telling which memory an operator returns"
+)
+
+
+def is_composite(overload: Overload[..., Any]) -> bool:
+    """Whether an operator is made of others, so that its schema does not tell what it returns."""
+    return bool(_has_kernel(operator_name(overload), "CompositeImplicitAutograd"))
+
+
+def operator_name(operator: Any) -> str:
+    """The name of an operator, such as ``aten::relu``."""
+    return str(operator.name())

@@ -1,0 +1,108 @@
+"""The releases of PyTorch that the package is tested with, and how a private name is looked up."""
+
+from __future__ import annotations
+
+import functools
+import pkgutil
+import warnings
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+
+from ..errors import FreegradWarning, TorchVersionError
+
+__all__ = ["TESTED", "lookup", "private", "unsupported", "uses_private_names", "warn_if_untested"]
+
+TESTED = ("2.12", "2.13", "2.14", "2.15")
+"""The minor releases that the tests are run with, the oldest first."""
+
+Parameters = ParamSpec("Parameters")
+Returned = TypeVar("Returned")
+
+
+def lookup(name: str, feature: str) -> Any:
+    """Return what a dotted name in PyTorch refers to.
+
+    Args:
+        name: The name, such as ``"torch._C._get_tracing_state"``.
+        feature: What needs it, as the subject of a sentence.
+
+    Raises:
+        TorchVersionError: This release has no such name.
+    """
+    try:
+        return pkgutil.resolve_name(name)
+    except (ImportError, AttributeError) as error:
+        raise unsupported(feature, error) from error
+
+
+def private(name: str, feature: str) -> Any:
+    """Like `lookup`, for use at import: for a missing name, return a stand-in that raises when it is used."""
+    try:
+        return lookup(name, feature)
+    except TorchVersionError as error:
+        text = str(error)
+        return _Missing("Missing", (), {"_text": text, "__doc__": text})
+
+
+class _Missing(type):
+    """The class of stand-ins: each is a class, because it may stand for a class or for a function."""
+
+    _text: str
+
+    def __call__(cls, *args: Any, **kwargs: Any) -> Any:
+        raise TorchVersionError(cls._text)
+
+    def __instancecheck__(cls, instance: object) -> bool:
+        raise TorchVersionError(cls._text)
+
+
+def uses_private_names(
+    feature: str,
+) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
+    """Decorate a function so that a name it does not find is a `TorchVersionError`.
+
+    For functions that call nothing of the user's, whose own mistakes would be taken for it.
+
+    Args:
+        feature: What needs the names, as the subject of a sentence.
+    """
+
+    def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
+        @functools.wraps(function)
+        def calling(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Returned:
+            try:
+                return function(*args, **kwargs)
+            except (ImportError, AttributeError) as error:
+                raise unsupported(feature, error) from error
+
+        return calling
+
+    return decorate
+
+
+def unsupported(feature: str, detail: object) -> TorchVersionError:
+    """The error for a feature that relies on something which this release of PyTorch does not have."""
+    return TorchVersionError(
+        f"{feature} relies on a detail of PyTorch that torch {torch.__version__} does not have ({detail}). "
+        f"freegrad_fx is tested with torch {TESTED[0]} to {TESTED[-1]}: install one of these releases, or a newer "
+        f"freegrad_fx."
+    )
+
+
+@functools.cache
+def warn_if_untested() -> None:
+    """Warn, once in a process, if PyTorch is newer than the newest release that is tested."""
+    if _minor(torch.__version__) > _minor(TESTED[-1]):
+        warnings.warn(
+            f"torch {torch.__version__} is newer than the releases that freegrad_fx is tested with, {TESTED[0]} to "
+            f"{TESTED[-1]}. Compare gradients with those of the untransformed model before you rely on them.",
+            FreegradWarning,
+            stacklevel=4,
+        )
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)

@@ -1,0 +1,149 @@
+"""Replacements of attributes of PyTorch and Python.
+
+Those of `replaced` are for a time, and for the thread that asked for them: the attribute holds a function that looks up
+which thread calls it, and every other thread gets what was there before. They nest, may end in any order, and end under
+exceptions. What cannot be undone, because it is needed later than it is asked for, goes through `replace_for_good`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["Replacement", "replace_for_good", "replaced", "replacements"]
+
+
+@dataclass(frozen=True, eq=False)
+class Replacement:
+    """A replacement that is in force.
+
+    Attributes:
+        owner: The module or class whose attribute is replaced.
+        name: The name of the attribute.
+        value: What takes its place.
+        thread: The thread for which it does; None where it is for good, in all threads.
+    """
+
+    owner: Any
+    name: str
+    value: Any
+    thread: int | None
+
+
+_ABSENT: Any = object()
+
+
+@dataclass(eq=False)
+class _Slot:
+    """An attribute that is replaced."""
+
+    owner: Any
+    name: str
+    raw: Any = _ABSENT  # what the owner itself holds under the name
+    original: Any = None
+    entries: list[Replacement] = field(default_factory=list)
+
+    def now(self) -> Any:
+        """What the thread that asks finds."""
+        thread = threading.get_ident()
+        for entry in reversed(self.entries):
+            if entry.thread == thread:
+                return entry.value
+        return self.original
+
+
+_slots: dict[tuple[int, str], _Slot] = {}
+_for_good: list[Replacement] = []
+_lock = threading.Lock()
+
+
+def replacements() -> tuple[Replacement, ...]:
+    """The replacements that are in force, in all threads."""
+    with _lock:
+        return (*_for_good, *(entry for slot in _slots.values() for entry in slot.entries))
+
+
+def replace_for_good(owner: Any, name: str, value: Any) -> None:
+    """Replace an attribute for the rest of the process, in all threads."""
+    with _lock:
+        setattr(owner, name, value)
+        _for_good.append(Replacement(owner, name, value, None))
+
+
+@contextlib.contextmanager
+def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+    """Replace an attribute while the block runs, for the thread that runs it.
+
+    Args:
+        owner: A module or a class.
+        name: The name of a function in it; or of an attribute of its instances, which a property takes the place of.
+        make: Returns the replacement, given what the thread finds there before: a function for a function, which is
+            called with one frame between its caller and itself; or a property.
+    """
+    key = (id(owner), name)
+    thread = threading.get_ident()
+    with _lock:
+        slot = _slots.get(key)
+        if slot is None:
+            slot = _Slot(owner, name, vars(owner).get(name, _ABSENT), getattr(owner, name, None))
+        entry = Replacement(owner, name, make(slot.now()), thread)
+        if key not in _slots:
+            setattr(owner, name, _dispatcher(slot, entry.value))
+            _slots[key] = slot
+        slot.entries.append(entry)
+    try:
+        yield
+    finally:
+        with _lock:
+            slot.entries.remove(entry)
+            if not slot.entries:
+                del _slots[key]
+                if slot.raw is _ABSENT:
+                    delattr(owner, name)
+                else:
+                    setattr(owner, name, slot.raw)
+
+
+def _dispatcher(slot: _Slot, value: Any) -> Any:
+    """What an attribute holds while it is replaced."""
+    if isinstance(value, property):
+        return property(*_accessors(slot))
+    entries, thread_of_now = slot.entries, threading.get_ident
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        # the usual case without a further call: isinstance() is among what is replaced
+        last = entries[-1] if entries else None
+        if last is not None and last.thread == thread_of_now():
+            return last.value(*args, **kwargs)
+        return slot.now()(*args, **kwargs)
+
+    with contextlib.suppress(AttributeError, TypeError):
+        functools.update_wrapper(call, slot.original)
+    # read from the class, so that a static method stays one
+    static = inspect.isclass(slot.owner) and isinstance(
+        inspect.getattr_static(slot.owner, slot.name, None), staticmethod | classmethod
+    )
+    return staticmethod(call) if static else call
+
+
+def _accessors(slot: _Slot) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
+    """How an attribute of instances is read and written: an instance holds it itself."""
+
+    def read(instance: Any) -> Any:
+        found = slot.now()
+        if isinstance(found, property):
+            return found.fget(instance)  # type: ignore[misc]
+        try:
+            return instance.__dict__[slot.name]
+        except KeyError:
+            raise AttributeError(slot.name) from None
+
+    def write(instance: Any, value: Any) -> None:
+        instance.__dict__[slot.name] = value
+
+    return read, write

@@ -1,0 +1,161 @@
+"""The decisions for a model, and how they are shown to people, notebooks and programs."""
+
+from __future__ import annotations
+
+import html
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from ..capture import Opaque
+from ..table import Entry, RuleTable
+from .decision import Decision, backward_of, named, site_as_dict
+from .diff import PlanDiff, diff
+from .layout import aligned, as_json, filled, html_table, plain, terminal_width
+
+__all__ = ["Plan"]
+
+_COLUMNS = ("path", "call", "op", "spelling", "backward", "line", "entry")
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The decision for every site of a model, and what no decision could reach.
+
+    Attributes:
+        model: The name of the model's class.
+        decisions: In execution order.
+        table: The table.
+        opaque: Code that was kept whole, in which activations may be computed.
+        lost: What the graph cannot do that the model did.
+        meant: For every entry of the table the number of sites it matches, decided by it or by an earlier one.
+    """
+
+    model: str
+    decisions: tuple[Decision, ...]
+    table: RuleTable
+    opaque: tuple[Opaque, ...] = ()
+    lost: tuple[Opaque, ...] = ()
+    meant: tuple[int, ...] = ()
+
+    @property
+    def hits(self) -> tuple[int, ...]:
+        """For every entry of the table the number of sites it decided."""
+        decided = [decision.entry for decision in self.decisions]
+        return tuple(decided.count(index) for index in range(len(self.table.entries)))
+
+    @property
+    def unmatched(self) -> tuple[Entry, ...]:
+        """The entries that match no site."""
+        meant = self.meant or self.hits
+        return tuple(e for e, sites in zip(self.table.entries, meant, strict=True) if not sites)
+
+    @property
+    def shadowed(self) -> tuple[Entry, ...]:
+        """The entries all of whose sites an earlier one decides."""
+        counted = zip(self.table.entries, self.meant, self.hits, strict=True) if self.meant else ()
+        return tuple(entry for entry, sites, hits in counted if sites and not hits)
+
+    def with_action(self, action: str) -> tuple[Decision, ...]:
+        """The decisions of one action."""
+        return tuple(decision for decision in self.decisions if decision.action == action)
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, width: int | None = None) -> str:
+        """The plan as an aligned table.
+
+        Args:
+            width: How many characters a line may have; 0 for any number. By default those of the terminal.
+        """
+        width = terminal_width() if width is None else width
+        rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
+        table = aligned(rows, width, wrapped=("backward",), optional=("spelling", "entry"))
+        remarks = [filled(remark, width) for remark in self._remarks()]
+        parts = [self._totals(), table if self.decisions else "", "\n".join(remarks)]
+        return "\n\n".join(part for part in parts if part)
+
+    def _repr_html_(self) -> str:
+        remarks = "".join(f"<li>{html.escape(r)}</li>" for r in self._remarks())
+        table = html_table([_COLUMNS, *(self._row(d) for d in self.decisions)])
+        return f"<p>{html.escape(self._totals())}</p>{table}<ul>{remarks}</ul>"
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors are text."""
+        unmatched, shadowed = self.unmatched, self.shadowed
+        return {
+            "model": self.model,
+            "sites": [site_as_dict(decision) for decision in self.decisions],
+            "entries": [
+                {
+                    "selector": entry.selector,
+                    "rules": None if entry.rules is None else [repr(r) for r in entry.rules],
+                    "forward": plain(entry.forward),
+                    "hits": hits,
+                    "unmatched": entry in unmatched,
+                    "shadowed": entry in shadowed and not hits,
+                }
+                for entry, hits in zip(self.table.entries, self.hits, strict=True)
+            ],
+            "opaque": [vars(o) for o in self.opaque],
+            "lost": [vars(o) for o in self.lost],
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The plan as JSON."""
+        return as_json(self.to_dict(), indent)
+
+    def diff(self, other: Plan) -> PlanDiff:
+        """What is decided otherwise in another plan, of this model or of another one: ``print`` it."""
+        return diff((self.model, other.model), self.decisions, other.decisions)
+
+    # -- what is said
+
+    def _totals(self) -> str:
+        counts = [f"{len(self.with_action(a))} {w}" for a, w in _ACTIONS if self.with_action(a)]
+        return (
+            f"{self.model}, {_sites(len(self.decisions))}: {', '.join(counts) or 'nothing to do'}."
+        )
+
+    def _row(self, decision: Decision) -> tuple[str, ...]:
+        site = decision.site
+        path = " = ".join(site.names) or site.path or "<root>"
+        call = "" if site.names else str(site.call)
+        entry = "" if decision.entry is None else self.table.entries[decision.entry].selector
+        backward, source = backward_of(decision), _short(site.source)
+        return (path, call, site.op, site.spelling, backward, source, entry)
+
+    def _remarks(self) -> Iterable[str]:
+        for entry, hits in zip(self.table.entries, self.hits, strict=True):
+            none = (
+                "MATCHES NOTHING"
+                if entry in self.unmatched
+                else "all its sites are another entry's"
+            )
+            yield f"Entry {entry.selector!r}: {_sites(hits) if hits else none}."
+        for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
+            count = sum(d.forward == forward for d in self.decisions)
+            yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."
+        for opaque in self.opaque:
+            yield f"Not looked into: {opaque}."
+        for lost in self.lost:
+            yield f"LOST: {lost}."
+
+
+_ACTIONS = (
+    ("rewrite", "rewritten"),
+    ("ambient", "ambient"),
+    ("native", "left native"),
+    ("skip", "SKIPPED"),
+)
+
+
+def _short(source: str) -> str:
+    """The last two parts of a path are enough to find a file."""
+    return os.sep.join(source.split(os.sep)[-2:])
+
+
+def _sites(count: int) -> str:
+    return f"{count} site" if count == 1 else f"{count} sites"
