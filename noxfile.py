@@ -1,7 +1,7 @@
 """Every task of the project, each with all of its own set-up.
 
 ``nox -l`` lists them, ``nox -s NAME`` runs one, and ``nox -r -s NAME`` keeps the environment of the
-last run. All of them install the versions of ``constraints.txt``, which were tested together.
+last run. All but ``tests-on`` install the versions of ``constraints.txt``, which were tested together.
 """
 
 import re
@@ -19,6 +19,15 @@ nox.options.error_on_missing_interpreters = True
 ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 README = ROOT / "README.md"
+
+# The releases of PyTorch that are supported, each with the torchvision that belongs to it.
+RELEASES = {
+    "2.12": ("torch==2.12.1", "torchvision==0.27.1"),
+    "2.13": ("torch==2.13.0", "torchvision==0.28.0"),
+    "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
+    "2.15": ("torch==2.15.0", "torchvision==0.29.2"),
+}
+NEWEST = "newest"  # what the package index serves
 
 # What the built wheel is tried with, in an environment that holds nothing but the wheel and torch.
 WHEEL_TRIAL = """
@@ -69,6 +78,30 @@ def demo(session: nox.Session) -> None:
 def tests(session: nox.Session) -> None:
     """Run the tests but the slow ones; what follows ``--`` goes to pytest instead: ``-- -m slow`` runs those."""
     install_project(session, "test")
+    session.run("pytest", *parallel(), *(session.posargs or ["-m", "not slow"]))
+
+
+@nox.session(name="tests-on")
+@nox.parametrize("torch", [*RELEASES, NEWEST])
+def tests_on(session: nox.Session, torch: str) -> None:
+    """Run the tests but the slow ones with a release of PyTorch; ``--force-python 3.13`` chooses the Python.
+
+    The newest release comes as a user gets it: with the wheel, and whatever pip chooses for that.
+    """
+    temporary = Path(session.create_tmp()).resolve()
+    if torch == NEWEST:
+        session.install("build")
+        wheel = build_into(session, temporary / "dist", "--wheel")
+        session.install("--upgrade", "torch", "torchvision", str(wheel))
+        try_wheel(session, "python", wheel)
+    packages = RELEASES.get(torch, ())
+    others = temporary / "constraints.txt"
+    pinned = CONSTRAINTS.read_text("utf-8").splitlines()
+    of_torch = re.compile(r"(torch|torchvision|torchaudio)==")
+    others.write_text("\n".join(line for line in pinned if not of_torch.match(line)), "utf-8")
+    session.install("-c", str(others), *packages, "-e", f"{ROOT}[test]")
+    version = "import sys, torch; print('Python', sys.version, 'torch', torch.__version__)"
+    session.run("python", "-c", version)
     session.run("pytest", *parallel(), *(session.posargs or ["-m", "not slow"]))
 
 
@@ -142,18 +175,37 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build the sdist, from it the wheel, and try the wheel in a clean environment."""
-    install(session, "build")
+    """Build sdist and wheel, check what an index would show, and try the wheel in a clean environment."""
+    install(session, "build", "twine")
     dist = ROOT / "dist"
-    for old in dist.glob("freegrad_fx-*"):
-        old.unlink()
-    session.run("python", "-m", "build", "--outdir", str(dist), str(ROOT))
-    (wheel,) = dist.glob("freegrad_fx-*.whl")
+    wheel = build_into(session, dist)
+    session.run("twine", "check", "--strict", *map(str, dist.glob("freegrad_fx-*")))
 
     clean = Path(session.create_tmp()).resolve() / "clean"
     session.run("python", "-m", "venv", "--clear", str(clean))
     python = str(clean / ("Scripts" if sys.platform == "win32" else "bin") / "python")
     session.run(python, "-m", "pip", "install", "-c", str(CONSTRAINTS), str(wheel), external=True)
+    try_wheel(session, python, wheel)
+
+
+def build_into(session: nox.Session, dist: Path, *options: str) -> Path:
+    """Build the package into a folder, which holds nothing else of it then; return the wheel."""
+    for old in dist.glob("freegrad_fx-*"):
+        old.unlink()
+    session.run("python", "-m", "build", "--outdir", str(dist), *options, str(ROOT))
+    (wheel,) = dist.glob("freegrad_fx-*.whl")
+    return wheel
+
+
+def try_wheel(session: nox.Session, python: str, wheel: Path) -> None:
+    """Use an installed wheel, where no checkout is near."""
     with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
         # -I: neither the current folder nor PYTHONPATH can lend it the checkout.
         session.run(python, "-I", "-c", WHEEL_TRIAL, wheel.name, external=True)
+
+
+@nox.session(name="import-time")
+def import_time(session: nox.Session) -> None:
+    """Measure what `import freegrad_fx` takes after `import torch`: CPU time and modules."""
+    install_project(session, "bench")
+    session.run("python", "-m", "benchmarks.import_time", *session.posargs)

@@ -4,6 +4,7 @@ import os
 import re
 import shutil
 import sys
+import warnings
 from collections.abc import Iterator
 
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import settings
 
 # On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
 import _torchvision  # noqa: F401
+from freegrad_fx._torch.releases import warn_if_untested
 from freegrad_fx.rules import rule as rule_module
 
 # Times on a shared machine say nothing about an example, so no deadline. In CI the examples are the
@@ -19,6 +21,11 @@ from freegrad_fx.rules import rule as rule_module
 settings.register_profile("local", deadline=None)
 settings.register_profile("ci", deadline=None, derandomize=True, print_blob=True)
 settings.load_profile("ci" if os.environ.get("CI") else "local")
+
+# Of a release that is newer than those supported the package warns once: here, and in no test.
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    warn_if_untested()
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # As many workers as cores, with as many threads each, would be slower than one worker alone.

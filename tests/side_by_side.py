@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 
 import freegrad_fx as fg
+from freegrad_fx._torch.replacing import replacements
 from models import MODULES, loss, naive
 from sweep import NATIVE, RULES, Interception
 
@@ -399,9 +400,10 @@ def nothing_is_left_behind() -> Iterator[None]:
             dict(vars(nn.Module)),
             dict(vars(torch)),
             dict(vars(torch.autograd.Function)),
+            dict(vars(torch.utils.checkpoint.CheckpointFunction)),
+            [r for r in replacements() if r.thread is not None],
             torch.autocast.__enter__,
             torch.inference_mode.__enter__,
-            torch._functorch.utils.unwrap_dead_wrappers,
             torch.is_grad_enabled(),
             torch.overrides._get_current_function_mode_stack(),
             torch.get_rng_state().tolist(),
@@ -413,7 +415,7 @@ def nothing_is_left_behind() -> Iterator[None]:
         yield
     finally:
         after = state()
-        torch.set_grad_enabled(before[6])
+        torch.set_grad_enabled(before[7])
     for old, new in zip(before, after, strict=True):
         if isinstance(old, dict):
             changed = {key for key, value in old.items() if new.get(key) is not value}

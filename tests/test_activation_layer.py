@@ -194,7 +194,8 @@ def test_writing_into_the_result_does_not_reach_the_input(name: str, block: Any)
 
 
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])],
 )
 def test_it_compiles_into_one_graph_and_follows_blocks(backend: str) -> None:
     layers = nn.Sequential(

@@ -433,7 +433,8 @@ def test_heaviside_works_under_vmap_and_functional_gradients() -> None:
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")  # torch's import
 @pytest.mark.parametrize(
-    "backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    "backend",
+    ["aot_eager", pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])],
 )
 def test_heaviside_compiles_as_a_whole(backend: str) -> None:
     compiled = torch.compile(lambda x: heaviside(x * 2, 0.5) + x, backend=backend, fullgraph=True)

@@ -6,6 +6,7 @@ Case 8. Traced into, as `torch.fx.symbolic_trace` does, it would lose its backwa
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import pickle
 import subprocess
@@ -22,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 import freegrad_fx as fg
 import models
+from freegrad_fx.ops import apply_function
 from side_by_side import (
     BACKWARD,
     RULE,
@@ -29,7 +31,6 @@ from side_by_side import (
     Make,
     Net,
     build,
-    captured_or_refused,
     difference,
     one_thread,  # noqa: F401
     sample,
@@ -379,28 +380,204 @@ class StoredAsAClass(Net):
         return F.relu(self.spike.apply(self.f(x)))
 
 
-class HasAStoredOne(Net):
-    kind: type[nn.Module] = StoredGlobally
+class StoredWithSetupContext(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        y, n = stored_with_setup_context(self.f(x), 2)
+        return F.relu(y * n)
 
-    def make(self) -> None:
-        self.part = type(self).kind()
+
+class StoredAndGivenAParameter(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(F.linear(x, stored_round(self.f.weight, 8), self.f.bias))
+
+
+class StoredAndGivenBoth(Net):
+    """A traced value and a parameter, and two results."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.part(x))
+        a, b = stored_two(x[:, :6], self.f.weight[:4], 3.0)
+        return F.relu(self.f(a)) + b
 
 
-@pytest.mark.parametrize("kind", [StoredGlobally, StoredInAnAttribute, StoredAsAClass])
-def test_a_stored_apply_is_kept_or_refused_never_traced_into(kind: type[nn.Module]) -> None:
-    gm, refusal = captured_or_refused(build(kind))
-    if gm is None:
-        assert "apply" in refusal
-        assert "lose its backward" in refusal
-    else:
-        assert difference(build(kind), gm) == ""
-    outer = type("Outer", (HasAStoredOne,), {"kind": kind})
-    gm = fg.transform(build(outer), NATIVE)
-    assert difference(build(outer), gm) == ""
-    assert [o.path for o in fg.report(gm).opaque] == ["part"]
+class StoredFromAnInheritingClass(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(stored_inherits(self.f(x)))
+
+
+class StoredInAPartial(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(rounding(self.f(x)))
+
+
+class MadeInsideOfTheForward(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        class Late(Spike):
+            @staticmethod
+            def backward(ctx: Any, grad: Tensor) -> Tensor:
+                return grad * 3
+
+        return F.relu(Late.apply(self.f(x)))
+
+
+class HasAnApplyOfItsOwn(torch.autograd.Function):
+    """Python code around `apply`, which a trace goes through once."""
+
+    @classmethod
+    def apply(cls, x: Tensor, factor: float = 2.0) -> Tensor:
+        return super().apply(x * 5, factor * 2) + 1  # type: ignore[misc]
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
+        ctx.factor = factor
+        return x * factor
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * 7 * ctx.factor, None
+
+
+class WithAnApplyOfItsOwn(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(HasAnApplyOfItsOwn.apply(self.f(x)) + stored_own(self.g(x)))
+
+
+class CallsTheForwardItself(Net):
+    """Not an `apply`: the operations of the forward have their own derivatives."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y, n = WithSetupContext.forward(self.f(x), 2)
+        return F.relu(StraightThroughRound.forward(None, self.g(y)) * y * n)
+
+
+stored_with_setup_context = WithSetupContext.apply
+stored_round = StraightThroughRound.apply
+stored_two = Two.apply
+stored_inherits = Inherits.apply
+stored_own = HasAnApplyOfItsOwn.apply
+rounding = functools.partial(stored_round)
+
+STORED = [
+    StoredGlobally, StoredInAnAttribute, StoredAsAClass, StoredWithSetupContext, StoredAndGivenAParameter,
+    StoredAndGivenBoth, StoredFromAnInheritingClass, StoredInAPartial, MadeInsideOfTheForward, WithAnApplyOfItsOwn,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [*STORED, CallsTheForwardItself])
+def test_a_stored_apply_keeps_the_functions_backward(kind: type[nn.Module]) -> None:
+    for rules, reference in ((NATIVE, None), (RULE, Interception(BACKWARD))):
+        gm = fg.transform(build(kind), rules)
+        assert difference(build(kind), gm, THRICE, reference) == ""
+    assert all(not o.what.endswith("kept whole") for o in fg.report(gm).opaque)
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_a_stored_apply_in_a_part_is_one_node(kind: type[nn.Module]) -> None:
+    class Whole(Net):
+        def make(self) -> None:
+            self.part = kind()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return F.relu(self.part(x))
+
+    gm = fg.transform(build(Whole), NATIVE)
+    assert difference(build(Whole), gm) == ""
+    assert any(node.target is apply_function for node in gm.graph.nodes)
+    assert any(d.site.path == "part" for d in fg.report(gm).decisions)
+
+
+def test_a_call_of_the_forward_itself_is_traced_into() -> None:
+    gm = fg.transform(build(CallsTheForwardItself), NATIVE)
+    assert all(node.target is not apply_function for node in gm.graph.nodes)
+
+
+def test_a_stored_apply_is_a_site_of_its_class() -> None:
+    gm = fg.transform(build(StoredGlobally), {Spike: fg.rules.scale(s=3.0)})
+    assert [d.site.name for d in fg.report(gm).with_action("rewrite")] == ["<root>:Spike[0]"]
+    model, x = build(StoredGlobally), sample().requires_grad_()
+    (grad,) = torch.autograd.grad(gm(x).sum(), x)
+    spikes = (model.f(x) > 0).to(x.dtype)  # where relu passes the gradient
+    torch.testing.assert_close(grad, (spikes * 3) @ model.f.weight)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("kind", [k for k in STORED if k is not MadeInsideOfTheForward])
+def test_dynamo_keeps_a_stored_apply(kind: type[nn.Module], backend: str) -> None:
+    if kind is WithAnApplyOfItsOwn:
+        pytest.skip("torch.compile itself raises on an apply of the class's own")
+    compiled = build(kind)
+    compiled.compile(backend=fg.backend(NATIVE, backend))
+    assert difference(build(kind), compiled) == ""
+
+
+@pytest.mark.parametrize("kind", STORED)
+def test_export_refuses_it_and_names_what_takes_it(kind: type[nn.Module]) -> None:
+    with pytest.raises(fg.CaptureError, match=r"autograd\.Function .* whose backward") as caught:
+        fg.transform(build(kind), NATIVE, example_inputs=(sample(),))
+    assert "without example_inputs" in str(caught.value)
+    assert "freegrad_fx.compile(model, rules)" in str(caught.value)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:The .grad attribute of a Tensor"
+)  # Dynamo asks, at graph breaks
+def test_no_two_errors_send_from_one_to_the_other() -> None:
+    """A model that neither can take is told by both of the way in that takes it."""
+
+    class Both(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            y = stored(self.f(x))
+            return F.relu(self.g(y)) if y.sum() > -1 else y
+
+    with pytest.raises(fg.CaptureError) as symbolic:
+        fg.transform(build(Both), NATIVE)
+    with pytest.raises(fg.CaptureError) as exported:
+        fg.transform(build(Both), NATIVE, example_inputs=(sample(),))
+    for error in (symbolic, exported):
+        assert "freegrad_fx.compile(model, rules)" in str(error.value)
+    original = build(Both)
+    compiled = fg.compile(original, NATIVE, backend="eager")
+    expected, actual = (
+        torch.autograd.grad(model(sample()).sum(), [*original.parameters()])
+        for model in (original, compiled)
+    )
+    assert all(map(torch.equal, actual, expected))
+
+
+def test_a_script_as_the_tutorial_writes_it() -> None:
+    """In a process of its own: nothing but the script has touched PyTorch."""
+    script = """
+import torch, freegrad_fx as fg
+
+class Cube(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x ** 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        return 100 * grad * x
+
+cube = Cube.apply
+
+class Model(torch.nn.Module):
+    def forward(self, x):
+        return torch.relu(cube(x))
+
+x = torch.tensor([1.0, 2.0], requires_grad=True)
+for model in (
+    Model(),
+    fg.transform(Model(), {"relu": "straight_through"}),
+    fg.compile(Model(), {"relu": "straight_through"}, backend="eager"),
+    torch.compile(fg.transform(Model(), {"relu": "straight_through"}), backend="eager"),
+):
+    print(torch.autograd.grad(model(x).sum(), x)[0].tolist())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=300
+    )
+    assert done.stdout.splitlines() == ["[100.0, 200.0]"] * 4, done.stderr
 
 
 # --- neurons: state and a Function ---

@@ -89,21 +89,27 @@ def check(program: Any, captured_in: str, flags: Sequence[bool]) -> list[fx.Grap
     return results
 
 
-@settings(
-    max_examples=EXAMPLES,
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow],
+@pytest.mark.parametrize(
+    "examples", [EXAMPLES // 4, pytest.param(EXAMPLES, marks=pytest.mark.slow)]
 )
-@given(
-    program=programs,
-    captured_in=st.sampled_from(MODES),
-    flags=st.lists(st.booleans(), min_size=2, max_size=7),
-)
-def test_a_random_module(program: Any, captured_in: str, flags: list[bool]) -> None:
-    native, _ = check(program, captured_in, flags)
-    event(f"graphs: {len(native.variants)}")
+def test_a_random_module(examples: int) -> None:
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow],
+    )
+    @given(
+        program=programs,
+        captured_in=st.sampled_from(MODES),
+        flags=st.lists(st.booleans(), min_size=2, max_size=7),
+    )
+    def any_module(program: Any, captured_in: str, flags: list[bool]) -> None:
+        native, _ = check(program, captured_in, flags)
+        event(f"graphs: {len(native.variants)}")
+
+    any_module()
 
 
 PLAINLY_WRONG = {

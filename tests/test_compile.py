@@ -24,7 +24,11 @@ DEVICES = [
         "cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
     ),
 ]
-BACKENDS = ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+BACKENDS = [
+    "eager",
+    "aot_eager",
+    pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow]),
+]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
 SLOWLY = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
 ON_INDUCTOR_SLOWLY = pytest.mark.parametrize("backend", ["eager", "aot_eager", SLOWLY])

@@ -597,7 +597,12 @@ class Compiled:
 
 
 @pytest.mark.parametrize(
-    "backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
+    "backend",
+    [
+        "eager",
+        "aot_eager",
+        pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow]),
+    ],
 )
 def test_compiled_code_follows_the_blocks_and_is_compiled_once_for_each(backend: str) -> None:
     gm = fg.transform(NET)

@@ -54,7 +54,16 @@ class Subject:
         return self._native[training]
 
 
-@pytest.fixture(scope="module", params=VISION, ids=lambda vision: vision.name)
+LARGE = {"vgg16_bn", "inception_v3"}
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(v, id=v.name, marks=pytest.mark.slow if v.name in LARGE else ())
+        for v in VISION
+    ],
+)
 def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
     # Many small kernels: threads only get into each other's way.
     threads = torch.get_num_threads()

@@ -301,7 +301,7 @@ def _entries(op: Op) -> Iterator[tuple[_Target, _Entry]]:
             yield ("call_method", f"{method}_"), in_place
     packets = {overload.overloadpacket: overload for overload in op.aten}
     for target, overload in [*zip(op.aten, op.aten, strict=True), *packets.items()]:
-        alias = overload._schema.arguments[0].alias_info
+        alias = schema(overload).arguments[0].alias_info
         writes = alias is not None and alias.is_write
         yield ("call_function", target), in_place if writes else out_of_place
 

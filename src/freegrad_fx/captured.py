@@ -39,8 +39,8 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
     "_variants",
     "_codes",
     "_specs",
-    "_in_spec",
-    "_out_spec",
+    graphs.INPUT_STRUCTURE,
+    graphs.OUTPUT_STRUCTURE,
     "_graph_lock",
 }
 
