@@ -43,8 +43,8 @@ MASKED = (
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
-    "heaviside": fg.activations.heaviside,
-    "binarize": fg.activations.binarize,
+    "heaviside": fg.vocabulary.heaviside,
+    "binarize": fg.vocabulary.binarize,
     "round": torch.round,
     "ceil": torch.ceil,
     "floor": torch.floor,
@@ -205,7 +205,7 @@ def fused_operator(rule: str) -> dict[str, nn.Module]:
     return {
         NATIVE_RELU: Activation(),
         rule: under(rule_of(rule)),
-        f"{rule}, fuse": under(rule_of(rule, fuse=True)),
+        f"{rule}, fuse": under(rule_of(rule, compile=True)),
     }
 
 

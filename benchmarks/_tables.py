@@ -67,7 +67,7 @@ SECTIONS = {
     "compiled": Section("Operators, compiled", "The same as the first, behind `torch.compile`."),
     "fuse": Section(
         "Operators with a fused backward",
-        "`fuse=True` runs a rule as one compiled kernel, while the model is in eager mode.",
+        "`compile=True` runs a rule as one compiled kernel, while the model is in eager mode.",
     ),
     "steps": Section(
         "Training steps", "Forward, backward and a step of SGD of a whole model, in eager mode."

@@ -79,8 +79,8 @@ class Contestant:
 def contestants() -> list[Contestant]:
     return [
         Contestant("real"),
-        Contestant("binary", "binarize", fg.activations.binarize),
-        Contestant("ternary", "ternarize", fg.activations.ternarize),
+        Contestant("binary", "binarize", fg.vocabulary.binarize),
+        Contestant("ternary", "ternarize", fg.vocabulary.ternarize),
     ]
 
 

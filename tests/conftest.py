@@ -14,7 +14,7 @@ from hypothesis import settings
 # On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
 import _torchvision  # noqa: F401
 from freegrad_fx._torch.releases import warn_if_untested
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
 # Times on a shared machine say nothing about an example, so no deadline. In CI the examples are the
 # same at every run: a red run is then the fault of the change under test.

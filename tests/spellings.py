@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-import freegrad_fx.activations
+import freegrad_fx.vocabulary
 
 __all__ = ["OUT_SPELLINGS", "SPELLINGS", "Spell"]
 
@@ -221,7 +221,7 @@ def _spells(
             writes_out="out" in how,
             any_shape=any_shape,
             random="training" in how.get("kwargs", {}),
-            differentiable=op != "heaviside" or function is freegrad_fx.activations.heaviside,
+            differentiable=op != "heaviside" or function is freegrad_fx.vocabulary.heaviside,
         )
 
 
@@ -326,12 +326,12 @@ def _oddities() -> Iterator[Spell]:
     yield from _spells(
         "rrelu", "torch.rrelu_", torch.rrelu_, kwargs={"training": True}, inplace=True
     )
-    heaviside = freegrad_fx.activations.heaviside
+    heaviside = freegrad_fx.vocabulary.heaviside
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"value_at_zero": 1.0})):
         yield from _spells("heaviside", "heaviside", heaviside, args=args, kwargs=kwargs)
     yield from _spells("heaviside", "heaviside", heaviside, tensor="x")
-    yield from _spells("binarize", "binarize", freegrad_fx.activations.binarize)
-    ternarize = freegrad_fx.activations.ternarize
+    yield from _spells("binarize", "binarize", freegrad_fx.vocabulary.binarize)
+    ternarize = freegrad_fx.vocabulary.ternarize
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
         yield from _spells("ternarize", "ternarize", ternarize, args=args, kwargs=kwargs)
 

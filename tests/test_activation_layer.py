@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.activations import OPS
+from freegrad_fx.vocabulary import OPS
 from models import naive
 
 ALIASES: dict[str, Callable[[Tensor], Tensor]] = {
@@ -88,7 +88,7 @@ def test_every_canonical_name_of_a_function_of_one_tensor_is_a_forward() -> None
         torch.manual_seed(0)
         function = next(
             getattr(place, name)
-            for place in (fg.activations, F, torch, _Others)
+            for place in (fg.vocabulary, F, torch, _Others)
             if hasattr(place, name)
         )
         assert torch.equal(found, function(X)), name
@@ -150,7 +150,7 @@ def test_the_second_derivative_under_a_rule_is_that_of_the_rule() -> None:
 
 @pytest.mark.parametrize("name", [*ALIASES, "Heaviside"])
 def test_a_rule_takes_the_place_of_the_derivative(name: str) -> None:
-    plain = ALIASES.get(name, fg.activations.heaviside)
+    plain = ALIASES.get(name, fg.vocabulary.heaviside)
     expected = gradient(naive(plain, rectangular))
     act = fg.Activation(name)
     with fg.use("rectangular"):

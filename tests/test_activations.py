@@ -20,8 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 from torch.nn.utils import parametrize
 
-from freegrad_fx import activations
-from freegrad_fx.activations import (
+from freegrad_fx.vocabulary import (
     GROUPS,
     OPS,
     Op,
@@ -31,6 +30,7 @@ from freegrad_fx.activations import (
     recognise,
     ternarize,
 )
+from freegrad_fx.vocabulary.recognition import _index
 from spellings import OUT_SPELLINGS, SPELLINGS, Spell
 
 NAMES = """\
@@ -140,7 +140,7 @@ def test_a_line_that_is_not_in_the_table_can_be_copied_too() -> None:
 def test_one_spelling_in_two_lines_is_an_error() -> None:
     other = replace(OPS["elu"], functions=(F.relu,))
     with pytest.raises(ValueError, match=r"relu.* spells both 'relu' and 'elu'"):
-        activations._index((OPS["relu"], other))
+        _index((OPS["relu"], other))
 
 
 @pytest.mark.parametrize("name", [name for name, op in OPS.items() if op.function is not None])

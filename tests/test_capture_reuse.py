@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import freegrad_fx as fg
-from freegrad_fx.provenance import origin
+from freegrad_fx.graph.provenance import origin
 from side_by_side import (
     RULE,
     Net,

@@ -55,7 +55,7 @@ RANDOM = {name: rule for name, rule in RULES.items() if name not in DETERMINISTI
 
 def serving(kind: str, rules: dict[str, fg.Rule], backend: str = "") -> dict[str, fg.Rule]:
     """The rules for a kind of sites; for inductor, whose compilation takes its time, every other one or fewer."""
-    names = [name for name, rule in rules.items() if kind in rule.sites and rule.keeps_shape]
+    names = [name for name, rule in rules.items() if kind in rule.kinds and rule.keeps_shape]
     step = 1 + len(names) // 12 if backend == "inductor" else 1
     return {name: rules[name] for name in names[::step]}
 
@@ -132,7 +132,7 @@ def on_activations(rules: list[Any]) -> fg.RuleTable:
 def test_every_rule_on_activations_gives_the_gradients_of_plain_autograd(
     backend: str, device: str
 ) -> None:
-    rules = serving("activation", DETERMINISTIC, backend)
+    rules = serving("operation", DETERMINISTIC, backend)
     model = Branches(list(rules)).to(device)
     x = torch.randn(4, 5, device=device)
     gm = fg.transform(model, on_activations(list(rules.values())))
@@ -147,7 +147,7 @@ def test_every_rule_in_a_composition_gives_the_gradients_of_plain_autograd(
     backend: str, device: str
 ) -> None:
     """Each rule before the next, and two of one kind with other parameters (case 40)."""
-    rules = list(serving("activation", DETERMINISTIC, backend).values())
+    rules = list(serving("operation", DETERMINISTIC, backend).values())
     chains: list[Any] = [
         fg.compose(first, second)
         for first, second in zip(rules, [*rules[1:], rules[0]], strict=True)
@@ -208,7 +208,7 @@ def test_random_rules_are_reproducible_with_a_seed(kind: str) -> None:
 @pytest.mark.inductor
 def test_random_rules_under_inductor_draw_from_the_same_distribution() -> None:
     """The mean and the spread of the gradient of many entries, beside those of the formula itself."""
-    rules = serving("activation", RANDOM)
+    rules = serving("operation", RANDOM)
     model = Branches(list(rules))
     x = torch.randn(4000, 5)
     run = compiled(fg.transform(model, on_activations(list(rules.values()))), "inductor")

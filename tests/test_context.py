@@ -272,7 +272,7 @@ def test_what_cannot_serve_is_refused_when_the_block_is_made() -> None:
     unbound = fg.register("test: unbound")(unbound_rule)
     with pytest.raises(fg.RuleError, match="no value for factor"):
         fg.use(unbound)
-    fg.register("test: activations", sites="activation")(lambda grad: grad)
+    fg.register("test: activations", kinds="operation")(lambda grad: grad)
     fg.register("test: y")(lambda grad, y: grad * y)
     fg.register("test: shape", keeps_shape=False)(lambda grad: grad)
     for scope in ("params", "all"):

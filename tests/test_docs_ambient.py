@@ -10,7 +10,7 @@ import freegrad.registry
 import pytest
 import torch
 
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
 DOCS = Path(__file__).parents[1] / "docs"
 

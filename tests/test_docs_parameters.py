@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
 PAGE = (Path(__file__).parents[1] / "docs" / "parameters.md").read_text("utf-8")
 

@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, ops
 
 import freegrad_fx as fg
-from freegrad_fx.rules.fingerprint import fingerprint
-from freegrad_fx.rules.rule import of_token
+from freegrad_fx.core.fingerprint import fingerprint
+from freegrad_fx.core.rule import of_token
 
 NUMBER = 2.0
 
@@ -120,22 +120,22 @@ def test_a_name_that_hides_a_builtin_or_a_module_is_no_builtin() -> None:
 
 def test_rules_know_their_formula_by_it() -> None:
     scale = fg.get("scale")
-    assert of_token(scale.token) is scale
+    assert of_token(scale.declaration.token) is scale
     told = fg.register("mine")(made("f = lambda grad: grad * 2"))
     again = fg.register("mine", overwrite=True)(made("f = lambda grad: grad * 3"))
-    assert told.token != again.token
-    assert of_token(told.token).function is told.function
-    assert of_token(again.token).function is again.function
-    assert fg.register("another")(closure(2.0)).token == ""
+    assert told.declaration.token != again.declaration.token
+    assert of_token(told.declaration.token).function is told.function
+    assert of_token(again.declaration.token).function is again.function
+    assert fg.register("another")(closure(2.0)).declaration.token == ""
 
 
 def test_a_formula_of_the_package_with_a_mask_of_the_user_s_is_no_formula_of_the_package() -> None:
-    gate = fg.rules.d_relu.gate
+    gate = fg.rules.d_relu.declaration.gate
     assert gate is not None
     for mask in (made("f = lambda x: x > 0.3"), lambda x: x < NUMBER):
         rule = fg.register("mine", overwrite=True, mask=mask)(gate)
-        assert rule.token == ""
-        assert not rule.own
+        assert rule.declaration.token == ""
+        assert not rule.declaration.own
     one = fg.register("other")(fg.rules.scale.function)
     another = fg.register("other", overwrite=True)(fg.rules.reverse.function)
-    assert one.token != another.token
+    assert one.declaration.token != another.declaration.token

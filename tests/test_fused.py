@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
-FUSED = [name for name in fg.rules.available() if fg.get(name).fused is not None]
+FUSED = [name for name in fg.rules.available() if fg.get(name).declaration.fast is not None]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 
 # Entries on the bounds of windows and next to them, where a kernel without its ends could differ
@@ -62,7 +62,7 @@ def test_the_fused_form_is_the_formula_bit_for_bit(name: str, dtype: torch.dtype
         torch.manual_seed(1)
         expected = rule.function(grad, *given_to(rule, x), **rule.bound)
         torch.manual_seed(1)
-        actual = rule.fused(grad, *given_to(rule, x), **rule.bound)
+        actual = rule.declaration.fast(grad, *given_to(rule, x), **rule.bound)
         if actual is not NotImplemented:
             assert actual.dtype == expected.dtype
             torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
@@ -74,7 +74,7 @@ def test_the_fused_form_is_the_formula_bit_for_bit(name: str, dtype: torch.dtype
 def test_the_fused_form_is_there_for_the_usual_case(name: str) -> None:
     rule = fg.get(name)
     grad, x = torch.randn(3, 4), torch.randn(3, 4)
-    assert isinstance(rule.fused(grad, *given_to(rule, x), **rule.bound), Tensor)
+    assert isinstance(rule.declaration.fast(grad, *given_to(rule, x), **rule.bound), Tensor)
 
 
 @pytest.mark.parametrize("name", FUSED)
@@ -83,7 +83,7 @@ def test_nothing_else_passes_where_x_is_not_a_number(name: str) -> None:
     x = torch.tensor([math.nan, 0.25, -math.nan, 2.0])
     grad = torch.tensor([1.0, 2.0, -3.0, 4.0])
     torch.manual_seed(1)
-    actual = rule.fused(grad, *given_to(rule, x), **rule.bound)
+    actual = rule.declaration.fast(grad, *given_to(rule, x), **rule.bound)
     torch.manual_seed(1)
     expected = rule.function(grad, *given_to(rule, x), **rule.bound)
     if actual is not NotImplemented:
@@ -100,7 +100,7 @@ def test_any_window_has_its_ends(a: float, width: float, entries: list[float]) -
     x = torch.tensor([*entries, a, a + width, -a])
     grad = torch.ones_like(x)
     expected = rule.function(grad, x, **rule.bound)
-    actual = rule.fused(grad, x, **rule.bound)
+    actual = rule.declaration.fast(grad, x, **rule.bound)
     assert torch.equal(actual, expected)
 
 
@@ -109,7 +109,9 @@ def test_every_dimension_and_layout() -> None:
     for x in (torch.tensor(0.2), torch.empty(0), torch.empty(2, 0, 3), torch.randn(5, 6).t()):
         grad = torch.randn_like(x)
         for g in (grad, torch.ones(()).expand(x.shape)):
-            assert torch.equal(rule.fused(g, x, **rule.bound), rule.function(g, x, **rule.bound))
+            assert torch.equal(
+                rule.declaration.fast(g, x, **rule.bound), rule.function(g, x, **rule.bound)
+            )
 
 
 # --- when it runs ---
@@ -125,7 +127,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         ran.append("fused")
         return grad * x * s if s < 10 else NotImplemented
 
-    @fg.register("counted", fused=fused)
+    @fg.register("counted", fast=fused)
     def formula(grad: Tensor, x: Tensor, *, s: float = 2.0) -> Tensor:
         ran.append("formula")
         return grad * x * s
@@ -175,8 +177,8 @@ def test_what_it_declines_the_formula_computes(counted: list[str]) -> None:
 
 
 def test_it_has_the_arguments_of_its_rule() -> None:
-    with pytest.raises(fg.RuleError, match=r"fused=.* has not the arguments of rule 'other'"):
+    with pytest.raises(fg.RuleError, match=r"fast=.* has not the arguments of rule 'other'"):
 
-        @fg.register("other", fused=lambda grad: grad)
+        @fg.register("other", fast=lambda grad: grad)
         def other(grad: Tensor, x: Tensor) -> Tensor:
             return grad * x

@@ -1,4 +1,4 @@
-"""`fuse=True`: the backward of a rule as one compiled kernel, in eager mode."""
+"""`compile=True`: the backward of a rule as one compiled kernel, in eager mode."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.rules import kernels
+from freegrad_fx.backward import kernels
 
 pytestmark = pytest.mark.inductor
 
@@ -20,13 +20,13 @@ pytestmark = pytest.mark.inductor
 def counted(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The rules whose kernels ran."""
     ran: list[str] = []
-    run = kernels.run_fused
+    run = kernels.run_compiled
 
     def counting(rule: fg.Rule, *args: Any, **kwargs: Any) -> Tensor:
         ran.append(rule.name)
         return run(rule, *args, **kwargs)
 
-    monkeypatch.setattr("freegrad_fx.decoupling.run_fused", counting)
+    monkeypatch.setattr("freegrad_fx.backward.functions.run_compiled", counting)
     return ran
 
 
@@ -53,7 +53,7 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor, **how: Any) -> Ten
 )
 def test_a_kernel_computes_what_the_formula_does(rule: fg.Rule, counted: list[str]) -> None:
     x = torch.randn(5, 7)
-    usual, fused = (fg.transform(nn.Tanh(), r) for r in (rule, rule(fuse=True)))
+    usual, fused = (fg.transform(nn.Tanh(), r) for r in (rule, rule(compile=True)))
     torch.testing.assert_close(gradient(fused, x), gradient(usual, x))
     assert counted == [rule.name]
 
@@ -71,7 +71,7 @@ def test_one_kernel_serves_every_shape_and_value(counted: list[str]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "compile", lambda f, **options: compile_(f, backend=count, **options))
         for alpha in (2.0, 3.0, 4.0):
-            fused = fg.transform(nn.Tanh(), fg.rules.arctan(alpha=alpha, fuse=True))
+            fused = fg.transform(nn.Tanh(), fg.rules.arctan(alpha=alpha, compile=True))
             usual = fg.transform(nn.Tanh(), fg.rules.arctan(alpha=alpha))
             for shape in ((3, 4), (5, 6), (64, 7)):
                 x = torch.randn(shape)
@@ -82,7 +82,7 @@ def test_one_kernel_serves_every_shape_and_value(counted: list[str]) -> None:
 
 
 def test_second_derivatives_and_transforms_run_the_formula(counted: list[str]) -> None:
-    fused = fg.transform(nn.Tanh(), fg.rules.arctan(fuse=True))
+    fused = fg.transform(nn.Tanh(), fg.rules.arctan(compile=True))
     usual = fg.transform(nn.Tanh(), fg.rules.arctan())
     x = torch.randn(6)
     assert torch.equal(gradient(fused, x, create_graph=True), gradient(usual, x, create_graph=True))
@@ -92,7 +92,9 @@ def test_second_derivatives_and_transforms_run_the_formula(counted: list[str]) -
 
 
 def test_random_rules_keep_their_distribution_and_follow_the_seed() -> None:
-    fused = fg.transform(nn.Sequential(nn.Identity()), {"identity": fg.rules.full_jam(fuse=True)})
+    fused = fg.transform(
+        nn.Sequential(nn.Identity()), {"identity": fg.rules.full_jam(compile=True)}
+    )
     x = torch.zeros(20_000, requires_grad=True)
 
     def draw(seed: int) -> Tensor:
@@ -109,7 +111,7 @@ def test_random_rules_keep_their_distribution_and_follow_the_seed() -> None:
 
 
 def test_in_compiled_models_it_makes_no_difference(counted: list[str]) -> None:
-    fused = fg.transform(nn.Tanh(), fg.rules.arctan(fuse=True))
+    fused = fg.transform(nn.Tanh(), fg.rules.arctan(compile=True))
     x = torch.randn(6)
     compiled = torch.compile(fused, backend="aot_eager", fullgraph=True)
     usual = gradient(fg.transform(nn.Tanh(), "arctan"), x)
@@ -124,7 +126,7 @@ def test_kernels_in_blocks_and_threads(counted: list[str]) -> None:
     found: list[Tensor] = []
 
     def run() -> None:
-        with fg.use(fg.rules.triangular(fuse=True)):
+        with fg.use(fg.rules.triangular(compile=True)):
             found.append(gradient(ambient, x))
 
     threads = [threading.Thread(target=run) for _ in range(3)]
@@ -145,16 +147,16 @@ def test_what_cannot_be_compiled_is_named() -> None:
 
     x = torch.ones(3)
     assert gradient(fg.transform(nn.Tanh(), "asks for data"), x).tolist() == [-2, 0, 2]
-    fused = fg.transform(nn.Tanh(), rule(fuse=True))
+    fused = fg.transform(nn.Tanh(), rule(compile=True))
     with pytest.raises(fg.RuleError, match=r"rule 'asks for data' at site '<root>:tanh\[0\]' can"):
         gradient(fused, x)
-    with pytest.raises(TypeError, match="fuse of rule 'scale' must be True or False, got 1"):
-        fg.rules.scale(fuse=1)
+    with pytest.raises(TypeError, match="compile of rule 'scale' must be True or False, got 1"):
+        fg.rules.scale(compile=1)
 
 
 @pytest.mark.slow
 def test_it_runs_for_every_dtype_and_layout() -> None:
-    fused = fg.transform(nn.Tanh(), fg.rules.triangular(fuse=True))
+    fused = fg.transform(nn.Tanh(), fg.rules.triangular(compile=True))
     usual = fg.transform(nn.Tanh(), "triangular")
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         for shape in ((2, 3, 4, 5), (1, 3, 4, 5), (2, 1, 4, 5), (2, 3, 1, 1), (1, 1, 1, 1)):
@@ -174,4 +176,4 @@ def test_errors_of_the_formula_stay_what_they_are() -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "_kernel", lambda *args: fail)
         with pytest.raises(MyError):
-            gradient(fg.transform(nn.Tanh(), fg.rules.triangular(fuse=True)), torch.ones(2))
+            gradient(fg.transform(nn.Tanh(), fg.rules.triangular(compile=True)), torch.ones(2))

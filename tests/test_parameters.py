@@ -434,7 +434,7 @@ def test_all_means_activations_and_parameters() -> None:
     x = floats(4, 6)
     gm = fg.transform(model, {"all": fg.rules.scale(s=4.0)})
     kinds = [d.site.kind for d in fg.report(gm).with_action("rewrite")]
-    assert kinds == ["activation"] + ["parameter"] * 5
+    assert kinds == ["operation"] + ["parameter"] * 5
     native, ruled = execute(model, x), execute(gm, x)
     # the slope of a PReLU learns natively but for its own rule
     for name in ("1.weight", "2.weight", "2.bias"):

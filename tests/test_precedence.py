@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tables.md").read_text("utf-8")
 
@@ -63,7 +63,7 @@ def test_the_page_shows_the_same_table_in_python_and_in_toml() -> None:
 
 def test_the_page_names_the_sites_of_its_model() -> None:
     sites = [d.site for d in fg.explain(NAMES["model"]).decisions]
-    assert [s.name for s in sites if s.kind == "activation"] == [
+    assert [s.name for s in sites if s.kind == "operation"] == [
         "layer1.act:relu[0]",
         "layer1.act:relu[1]",
         "layer2.act:relu[0]",

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from _data import Data, load_digits
-from freegrad_fx.activations import OPS
 from freegrad_fx.table.entry import FORWARDS
+from freegrad_fx.vocabulary import OPS
 from models import assert_same_forward
 from parameter_models import CASES, floats
 from sweep import execute
@@ -88,7 +88,7 @@ IMPORTABLE = {
     "partial-of-torch": functools.partial(torch.clamp, min=-0.1, max=0.1),
     "partial-of-torch-by-position": functools.partial(torch.mul, 0.5),
     "tensor-method": Tensor.sigmoid,
-    "ternarize-at": functools.partial(fg.activations.ternarize, threshold=0.05),
+    "ternarize-at": functools.partial(fg.vocabulary.ternarize, threshold=0.05),
 }
 IN_THIS_PROCESS = {
     "lambda": lambda x: 5 * torch.sign(x),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import reference
-from freegrad_fx.rules import rule as rule_module
+from freegrad_fx.core import rule as rule_module
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -115,7 +115,7 @@ def test_a_rule_has_the_parameters_and_defaults_of_the_catalogue(name: str) -> N
         for p in inspect.signature(FORMULAS[name]).parameters.values()
         if p.kind is p.KEYWORD_ONLY
     }
-    assert fg.get(name).defaults == declared
+    assert fg.get(name).declaration.defaults == declared
     assert dict(fg.get(name).bound) == declared
 
 
@@ -659,7 +659,7 @@ def test_a_required_parameter_has_to_be_bound_before_the_rule_is_used() -> None:
     with pytest.raises(fg.RuleError, match=r"no value for k, t\. Bind it: required\(k=\.\.\., t="):
         fg.transform(nn.ReLU(), "required")
     assert required(t=2.0)(k=3.0).backward(grad).tolist() == [6, 6]
-    assert required.defaults == {"s": 1.0}
+    assert required.declaration.defaults == {"s": 1.0}
 
 
 def test_binding_gives_a_new_rule_and_keeps_what_was_bound() -> None:

@@ -18,7 +18,7 @@ import reference
 from freegrad_fx.ops import decoupled, stop_gradient
 from freegrad_fx.rules.masks import positive
 
-MASKED = [name for name in fg.rules.available() if fg.get(name).mask is not None]
+MASKED = [name for name in fg.rules.available() if fg.get(name).declaration.mask is not None]
 WINDOWS = {"rectangular": {"a": -0.25, "b": 0.5}, "rectangular_jam": {"a": -0.25, "b": 0.5}}
 X = torch.tensor([-math.inf, -2.0, -0.5, -0.25, -0.0, 0.0, 0.25, 0.5, 1.0, 2.0, math.inf, math.nan])
 
@@ -219,9 +219,9 @@ def test_a_mask_returns_booleans_of_the_shape_of_x_and_changes_nothing() -> None
         {"mask": torch.isfinite},
         {"mask": lambda: 1},
         {"mask": "x"},
-        {"mask": positive, "fused": torch.add},
-        {"mask": positive, "fused": True},
-        {"mask": positive, "fused": lambda grad, mask: grad},
+        {"mask": positive, "fast": torch.add},
+        {"mask": positive, "fast": True},
+        {"mask": positive, "fast": lambda grad, mask: grad},
     ],
 )
 def test_what_cannot_be_read_is_named(what: dict[str, Any]) -> None:
@@ -252,13 +252,13 @@ def test_wrong_things_to_save_are_named() -> None:
 
 
 def test_options_are_written_and_read_like_parameters() -> None:
-    rule = fg.rules.rectangular(a=-1.0, b=1.0, save="mask", fuse=True)
-    assert repr(rule) == "rectangular(a=-1.0, b=1.0, save='mask', fuse=True)"
+    rule = fg.rules.rectangular(a=-1.0, b=1.0, save="mask", compile=True)
+    assert repr(rule) == "rectangular(a=-1.0, b=1.0, save='mask', compile=True)"
     assert rule != fg.rules.rectangular(a=-1.0, b=1.0)
-    assert rule(save="x", fuse=False) == fg.rules.rectangular(a=-1.0, b=1.0)
+    assert rule(save="x", compile=False) == fg.rules.rectangular(a=-1.0, b=1.0)
     table = fg.RuleTable(
         [
-            fg.on("relu").backward("rectangular", a=-1.0, b=1.0, save="mask", fuse=True),
+            fg.on("relu").backward("rectangular", a=-1.0, b=1.0, save="mask", compile=True),
             fg.on("tanh").backward(fg.compose("noise", fg.rules.d_relu(save="mask"))),
         ]
     )

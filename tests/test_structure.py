@@ -19,22 +19,19 @@ PACKAGE = ROOT.name
 
 # From the ground up. A module may import from its own line and from those above it.
 FLOORS = """
-errors
+errors _moved
 _torch
-provenance
-rules
-context hazards activations
-decoupling
+core
+rules context vocabulary
+backward
 ops
-nodes serialise functional modules
-aliasing captured
-capture
+functional modules graph
 sites
-table
+capture table
 plan
 rewrite
 dynamo
-transform
+pipeline
 compat
 """
 FLOOR = {name: number for number, line in enumerate(FLOORS.split("\n")) for name in line.split()}

@@ -191,7 +191,7 @@ def test_functions_and_tensors_are_printed_on_one_line() -> None:
     def is_deep(site: fg.Site) -> bool:
         return site.path.count(".") > 2
 
-    forward = functools.partial(fg.activations.heaviside, value_at_zero=1.0)
+    forward = functools.partial(fg.vocabulary.heaviside, value_at_zero=1.0)
     entry = fg.on("relu", where=is_deep, forward=forward).backward("scale", s=torch.ones(3, 3))
     text = repr(entry)
     assert "is_deep" in text
@@ -534,7 +534,10 @@ def test_a_rule_says_what_it_requires_and_holds_its_values_to_it() -> None:
     def window(grad: Tensor, *, low: float = 0.0, high: float = 1.0, gain: float = 1.0) -> Tensor:
         return grad
 
-    assert [str(c.text) for c in window.requires] == ["0 <= low <= high < 10", "gain != 0"]
+    assert [str(c.text) for c in window.declaration.requires] == [
+        "0 <= low <= high < 10",
+        "gain != 0",
+    ]
     window(low=1.0)
     window(low=2.0, high=3.0)
     for values in ({"low": 2.0}, {"low": -1.0}, {"high": 10.0}, {"low": 5.0, "high": 4.0}):
@@ -627,23 +630,23 @@ def test_a_constraint_that_cannot_be_meant_is_refused_when_the_rule_is_declared(
 
 
 def test_a_rule_says_which_sites_it_is_for() -> None:
-    fg.register("for_weights", sites="parameter")(lambda grad, x: grad)
-    fg.register("for_calls", sites=("activation",))(lambda grad, x: grad)
-    assert fg.get("for_weights").sites == ("parameter",)
-    assert fg.rules.scale.sites == ("activation", "parameter")
+    fg.register("for_weights", kinds="parameter")(lambda grad, x: grad)
+    fg.register("for_calls", kinds=("operation",))(lambda grad, x: grad)
+    assert fg.get("for_weights").kinds == ("parameter",)
+    assert fg.rules.scale.kinds == ("operation", "parameter")
     with pytest.raises(
         fg.PlanError, match=r"'for_weights' is for parameter sites alone.*0\.act:relu\[0\]"
     ):
         fg.explain(Net(), "for_weights")
     with pytest.raises(
-        fg.PlanError, match=r"'for_calls' is for activation sites alone.*0\.fc\.weight"
+        fg.PlanError, match=r"'for_calls' is for operation sites alone.*0\.fc\.weight"
     ):
         fg.explain(Net(), {"params": "for_calls"})
     fg.explain(Net(), {"params": "for_weights", "activations": "for_calls"})
     with pytest.raises(
         fg.RuleError, match=r"kind of site for rule .odd.: .parameters.\. Did you mean .parameter"
     ):
-        fg.register("odd", sites="parameters")
+        fg.register("odd", kinds="parameters")
 
 
 def test_no_rule_can_be_called_what_a_file_writes_for_none() -> None:

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.activations import GROUPS, OPS
+from freegrad_fx.vocabulary import GROUPS, OPS
 
 
 class Swish(nn.Module):
@@ -130,8 +130,8 @@ class Family(nn.Module):
             "softmax": lambda x: x.softmax(-1),
             "log_softmax": lambda x: x.log_softmax(-1),
             "softmin": lambda x: F.softmin(x, -1),
-            "binarize": fg.activations.binarize,
-            "ternarize": fg.activations.ternarize,
+            "binarize": fg.vocabulary.binarize,
+            "ternarize": fg.vocabulary.ternarize,
         }
         return sum(calls.get(op, lambda x, op=op: getattr(torch, op)(x))(x) for op in self.ops)
 
@@ -427,7 +427,7 @@ def test_what_is_no_rule_is_refused_with_the_remedy(rule: Any) -> None:
 
 def test_to_explain_a_model_without_rules_lists_its_sites() -> None:
     sites = [d.site for d in fg.explain(Net()).decisions]
-    assert [s.name for s in sites if s.kind == "activation"] == SITES
+    assert [s.name for s in sites if s.kind == "operation"] == SITES
     assert {s.name for s in sites if s.kind == "parameter"} == {
         n for n, _ in Net().named_parameters()
     }
@@ -764,7 +764,7 @@ def test_the_report_is_plain_data_for_programs() -> None:
         {"rule": "centralize", "params": {"dim": (0, 1)}},
     ]
     assert (first["path"], first["call"], first["op"]) == ("0.relu", 0, "relu")
-    assert (first["kind"], first["action"], first["entry"]) == ("activation", "rewrite", 0)
+    assert (first["kind"], first["action"], first["entry"]) == ("operation", "rewrite", 0)
     assert first["spelling"] == "nn.ReLU(inplace=True)"
     assert first["source"] == source_of(Net.forward, "self.relu(self.first(x))")
     assert [entry["hits"] for entry in data["entries"]] == [3, 0]

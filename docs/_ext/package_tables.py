@@ -21,7 +21,7 @@ from sphinx.util.docutils import SphinxDirective
 from sphinx.util.typing import ExtensionMetadata
 
 import freegrad_fx
-from freegrad_fx import activations, rules
+from freegrad_fx import rules, vocabulary
 
 _log = logging.getLogger(__name__)
 
@@ -104,14 +104,21 @@ class RulesTable(SphinxDirective):
         ]
 
     def row(self, rule: rules.Rule) -> list[nodes.Node]:
-        defaults = ", ".join(f"{name}={value!r}" for name, value in rule.defaults.items())
+        defaults = ", ".join(
+            f"{name}={value!r}" for name, value in rule.declaration.defaults.items()
+        )
         call = f"{rule.name}({defaults})" if defaults else rule.name
-        requires = code(*(constraint.text for constraint in rule.requires))
+        requires = code(*(constraint.text for constraint in rule.declaration.requires))
         return [
             code(call),
             requires,
             code(rule.formula),
-            code(*("x or mask" if rule.mask and name == "x" else name for name in rule.inputs)),
+            code(
+                *(
+                    "x or mask" if rule.declaration.mask and name == "x" else name
+                    for name in rule.inputs
+                )
+            ),
             linked(rule.reference),
         ]
 
@@ -155,9 +162,9 @@ class ActivationsTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         heads = ["Name", "Groups", "Elementwise", "Modules", "Functions", "Methods"]
-        return [table(heads, [self.row(name, op) for name, op in activations.OPS.items()])]
+        return [table(heads, [self.row(name, op) for name, op in vocabulary.OPS.items()])]
 
-    def row(self, name: str, op: activations.Op) -> list[nodes.Node]:
+    def row(self, name: str, op: vocabulary.Op) -> list[nodes.Node]:
         return [
             code(name),
             code(*sorted(op.groups)),

@@ -4,10 +4,14 @@
 >>> gm = fg.transform(model, rules)      # doctest: +SKIP
 """
 
-from . import activations, functional, ops, rules
-from .captured import CapturedModule
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from . import core, ops, rules, vocabulary
+from ._moved import find_moved
 from .context import native, use
-from .dynamo import Backend, backend, compile
+from .core.register import register
+from .core.rule import Composition, Rule, compose, get
 from .errors import (
     CaptureError,
     FreegradWarning,
@@ -17,13 +21,35 @@ from .errors import (
     TorchVersionError,
 )
 from .modules import Activation
-from .plan import Decision, Plan, report
-from .rules import Composition, Rule, compose, get, register
-from .sites import Site
-from .table import RuleTable, on
-from .transform import explain, transform
+
+if TYPE_CHECKING:
+    from . import functional
+    from .capture.captured import CapturedModule
+    from .dynamo import Backend, backend, compile
+    from .pipeline import explain, transform
+    from .plan import Decision, Plan, report
+    from .sites.site import Site
+    from .table import RuleTable, on
 
 __version__ = "0.1.0"
+
+find_moved()
+
+# Imported when they are asked for: whoever writes rules or tables needs no capture
+_LATER = {
+    "Backend": "dynamo",
+    "CapturedModule": "capture.captured",
+    "Decision": "plan",
+    "Plan": "plan",
+    "RuleTable": "table",
+    "Site": "sites.site",
+    "backend": "dynamo",
+    "compile": "dynamo",
+    "explain": "pipeline",
+    "on": "table",
+    "report": "plan",
+    "transform": "pipeline",
+}
 
 __all__ = [
     "Activation",
@@ -41,10 +67,10 @@ __all__ = [
     "Site",
     "TableError",
     "TorchVersionError",
-    "activations",
     "backend",
     "compile",
     "compose",
+    "core",
     "explain",
     "functional",
     "get",
@@ -56,4 +82,19 @@ __all__ = [
     "rules",
     "transform",
     "use",
+    "vocabulary",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "functional":
+        return importlib.import_module(f"{__name__}.functional")
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -18,8 +18,9 @@ import torch
 
 from ._torch.dynamo import leave_to_python
 from ._torch.functions import follow_checkpoints
+from .core.declaration import Declaration
+from .core.rule import Rule, RuleLike, compose, get
 from .errors import RuleError, unknown
-from .rules.rule import Rule, RuleLike, compose, get
 
 __all__ = [
     "SCOPES",
@@ -27,6 +28,7 @@ __all__ = [
     "ambient_rules",
     "explicit_rules_act",
     "in_the_blocks_of_now",
+    "inside_of_a_block",
     "native",
     "outside_of_blocks",
     "parts_for",
@@ -34,7 +36,7 @@ __all__ = [
     "use",
 ]
 
-SCOPES = {"activation": "activations", "parameter": "params"}
+SCOPES = {"operation": "activations", "parameter": "params"}
 """The scope of an ambient rule, by the kind of the sites in it."""
 
 Called = TypeVar("Called", bound=Callable[..., Any])
@@ -113,6 +115,12 @@ def _in(blocks: tuple[Block, ...]) -> Iterator[None]:
 def outside_of_blocks() -> Any:
     """A context in which no block is in force."""
     return _in(())
+
+
+def inside_of_a_block() -> AbstractContextManager[Any]:
+    """A context in which some rule is in force at every ambient site."""
+    identity = Rule(Declaration("identity", lambda grad: grad, (), {}))
+    return Block(**dict.fromkeys(SCOPES.values(), (identity,)))
 
 
 def in_the_blocks_of_now(function: Called) -> Called:
@@ -292,9 +300,9 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
     for kind, scope in SCOPES.items():
         if scope not in scopes:
             continue
-        if kind not in rule.sites:
+        if kind not in rule.kinds:
             raise RuleError(
-                f"rule {rule.name!r} is for {' and '.join(rule.sites)} sites alone, not for {scope!r}"
+                f"rule {rule.name!r} is for {' and '.join(rule.kinds)} sites alone, not for {scope!r}"
             )
         if "y" in rule.inputs and (kind == "parameter" or rule is not parts[0]):
             reason = (

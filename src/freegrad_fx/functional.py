@@ -15,10 +15,10 @@ from torch import Tensor
 
 from ._torch.graphs import make_fx
 from ._torch.tensors import empty_like_gradient
+from .backward.functions import rule_behind
 from .context import use
-from .decoupling import rule_behind
+from .core.rule import RuleLike
 from .errors import RuleError
-from .rules.rule import RuleLike
 
 __all__ = ["jvp", "vjp"]
 

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .activations import FORWARDS, OPS
 from .context import in_the_blocks_of_now, parts_for
+from .core.rule import RuleLike
 from .errors import RuleError, unknown
-from .ops import decoupled, stop_gradient
-from .rules.rule import RuleLike
+from .ops.gradients import decoupled, stop_gradient
+from .vocabulary.activations import FORWARDS, OPS
 
 __all__ = ["Activation"]
 

@@ -21,26 +21,21 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ._torch import tree
 from ._torch.graphs import SET_GRAD_ENABLED, is_erased
 from ._torch.modules import buffers_of
-from .activations import OPS
-from .aliasing import Aliasing, of_library
-from .captured import sets_grad_mode
+from .backward.functions import OVERWRITTEN
+from .capture.captured import sets_grad_mode
 from .context import SCOPES
-from .decoupling import OVERWRITTEN
-from .nodes import called_module, called_path
-from .ops import (
-    apply_forward,
-    call_with,
-    decoupled,
-    function_key,
-    kept,
-    require_frozen,
-    stop_gradient,
-)
-from .plan import FROZEN, Decided, Decision
-from .provenance import META
-from .rules.masks import positive
-from .rules.rule import SAVES, Forward, Rule
-from .sites import Operation, Parameter, Site
+from .core.contract import SAVES
+from .core.rule import Forward, Rule
+from .graph.aliasing import Aliasing, of_library
+from .graph.nodes import called_module, called_path
+from .graph.provenance import META
+from .ops.calls import call_with
+from .ops.checks import require_frozen
+from .ops.functions import apply_forward, function_key
+from .ops.gradients import decoupled, kept, stop_gradient
+from .plan import Decided, Decision
+from .sites.site import LocatedOperation, LocatedParameter, Site
+from .vocabulary.activations import OPS
 
 __all__ = ["rewrite", "without_ambient"]
 
@@ -78,14 +73,14 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
     judged = [
         (place, decision, _memory(place, decision, aliasing))
         for place, decision in wanted
-        if isinstance(place, Operation)
+        if isinstance(place, LocatedOperation)
     ]
     parameters = [
         (place, decision, place.renormalised or any(map(aliasing.written, place.reads)))
         for place, decision in wanted
-        if isinstance(place, Parameter)
+        if isinstance(place, LocatedParameter)
     ]
-    frozen = [p for p, d in decided if isinstance(p, Parameter) and d.reason is FROZEN]
+    frozen = [p for p, d in decided if isinstance(p, LocatedParameter) and d.frozen]
     for place, decision, memory in judged:
         ambient = decision.action == "ambient"
         surgery = _Surgery(graph, root, place.site, place.node.meta, ambient)
@@ -122,7 +117,7 @@ class _Memory:
     save: str
 
 
-def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> _Memory:
+def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> _Memory:
     """What a site needs beyond the usual.
 
     A rule that asks of `x` only where it is positive can ask the output of some operations instead, which what follows
@@ -147,9 +142,9 @@ def _memory(place: Operation, decision: Decision, aliasing: Aliasing) -> _Memory
     return _Memory(needs_x and lost, write_back, on_copy, save)
 
 
-def _asks_where_positive(rule: Rule | None, place: Operation) -> bool:
+def _asks_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
     """Whether a rule asks of `x` only where it is positive, and the output of an operation is positive there too."""
-    usual = rule is not None and rule.mask is positive and rule.save == SAVES[0]
+    usual = rule is not None and rule.declaration.reads_sign and rule.save == SAVES[0]
     return usual and place.op is not None and place.op.keeps_positive
 
 
@@ -167,7 +162,7 @@ def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
             graph.call_function(SET_GRAD_ENABLED, (before,))
 
 
-def _enables_gradients(place: Parameter, root: nn.Module) -> bool:
+def _enables_gradients(place: LocatedParameter, root: nn.Module) -> bool:
     """Whether a parameter may be used where gradients are enabled though the caller of the model disabled them."""
     if any(sets_grad_mode(node.graph) for node in place.reads):
         return True
@@ -181,7 +176,7 @@ def _enables_gradients(place: Parameter, root: nn.Module) -> bool:
 
 
 def _use(
-    graph: fx.Graph, results: Sequence[tuple[Parameter, tuple[fx.Node, set[fx.Node]]]]
+    graph: fx.Graph, results: Sequence[tuple[LocatedParameter, tuple[fx.Node, set[fx.Node]]]]
 ) -> None:
     """Let every use of a parameter read what the rules made of it."""
     calls: dict[fx.Node, dict[str, fx.Node]] = {}
@@ -224,7 +219,7 @@ class _Surgery:
         self.ambient = {"ambient": SCOPES[site.kind]} if ambient else {}
         self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
-    def operate(self, place: Operation, decision: Decision, memory: _Memory) -> None:
+    def operate(self, place: LocatedOperation, decision: Decision, memory: _Memory) -> None:
         """Rewrite the site of an operation.
 
         In the usual case the operation runs on `stop_gradient(x)`, in place or not, and `decoupled` takes over every
@@ -267,7 +262,7 @@ class _Surgery:
             x.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
 
     def decouple(
-        self, place: Parameter, decision: Decision, written: bool
+        self, place: LocatedParameter, decision: Decision, written: bool
     ) -> tuple[fx.Node, set[fx.Node]]:
         """Put the rules behind a parameter.
 
@@ -287,7 +282,7 @@ class _Surgery:
         result = self.decoupled(value, chained, first)
         return result, set(parameter.users) - before
 
-    def read(self, place: Parameter) -> fx.Node:
+    def read(self, place: LocatedParameter) -> fx.Node:
         """The parameter."""
         for node in place.reads:
             if node.op == "placeholder":

@@ -6,6 +6,7 @@ import sys
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .releases import lookup, private
 
@@ -22,6 +23,7 @@ __all__ = [
     "is_jit_tracing",
     "is_transformed",
     "proxy_mode",
+    "runs_alone",
     "without_dead_transform",
 ]
 
@@ -88,3 +90,14 @@ def proxy_mode() -> Any:
     if name not in sys.modules:  # importing it brings sympy
         return None
     return lookup(f"{name}.get_proxy_mode", "telling whether make_fx runs")()
+
+
+def runs_alone(tensor: Tensor) -> bool:
+    """Whether nothing differentiates, batches, compiles or records what is computed from a tensor now."""
+    return type(tensor) is Tensor and not (
+        torch.is_grad_enabled()
+        or torch.compiler.is_compiling()
+        or is_transformed(tensor)
+        or is_batched(tensor)
+        or dispatch_modes()
+    )

@@ -58,7 +58,8 @@ _PytreeInfo = private("torch.fx.graph._PyTreeInfo", "saving a graph")
 @uses_private_names(_CODE)
 def generated_code(module: fx.GraphModule) -> str:
     """The code that a GraphModule has generated last."""
-    return module._code
+    code: str = module._code
+    return code
 
 
 def set_generated_graph(module: fx.GraphModule, graph: fx.Graph) -> None:

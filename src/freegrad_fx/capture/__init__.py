@@ -11,14 +11,14 @@ from typing import Any
 
 from torch import nn
 
-from ..captured import CapturedModule
 from ..errors import CaptureError
-from .copying import check_model, structural_copy, tensors_in
+from .captured import CapturedModule
+from .copying import check_model, structural_copy
 from .export import capture_by_export
-from .result import Capture, Opaque
+from .result import Capture
 from .symbolic import capture_symbolically
 
-__all__ = ["Capture", "Opaque", "capture", "check_model", "structural_copy", "tensors_in"]
+__all__ = ["Capture", "capture", "check_model", "structural_copy"]
 
 
 def capture(

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import types
-from collections.abc import Container, Iterable
+from collections.abc import Container
 from typing import Any
 
 import torch
@@ -14,17 +13,9 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from .._torch.modules import BUFFERS, CHILDREN, COMPILED_CALL, PARAMETERS, is_compiled_wrapper
 from ..errors import CaptureError
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, collect_tensors, is_python_state
 
-__all__ = [
-    "ATTRIBUTES_OF_EVERY_MODULE",
-    "check_model",
-    "is_python_state",
-    "python_state_changed",
-    "structural_copy",
-    "tensors_in",
-]
-
-ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+__all__ = ["check_model", "python_state_changed", "structural_copy"]
 
 
 def check_model(model: Any) -> None:
@@ -63,7 +54,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
             if name in _TENSORS:
                 shared.update((id(t), t) for t in value.values() if isinstance(t, Tensor))
             elif name != CHILDREN and type(value) not in _ATOMS and value is not None:
-                _collect_tensors(value, shared, set())
+                collect_tensors(value, shared, set())
     try:
         return _sharing(model, _copied(model, dict(shared)))
     except CaptureError:
@@ -114,6 +105,8 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 
 
 _TENSORS = (PARAMETERS, BUFFERS)
+
+
 _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 
@@ -143,39 +136,6 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
     return copied
 
 
-def tensors_in(value: Any) -> dict[int, Tensor]:
-    """The tensors, by identity, in a value: in containers, functions, and modules that are not registered."""
-    found: dict[int, Tensor] = {}
-    _collect_tensors(value, found, set())
-    return found
-
-
-def _collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
-    if isinstance(value, Tensor):
-        found[id(value)] = value
-        return
-    items: Iterable[Any] = ()
-    if isinstance(value, dict):
-        items = value.values()
-    elif isinstance(value, list | tuple | set):
-        items = value
-    elif isinstance(value, types.FunctionType):
-        cells = [c.cell_contents for c in value.__closure__ or () if c != _EMPTY]
-        items = (*cells, value.__defaults__, value.__kwdefaults__)
-    elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
-        # one that is not registered, in a list say
-        items = [v for m in value.modules() for k, v in m.__dict__.items() if k != CHILDREN]
-    else:
-        return
-    if id(value) not in seen:  # a part may refer to its whole
-        seen.add(id(value))
-        for item in items:
-            _collect_tensors(item, found, seen)
-
-
-_EMPTY = types.CellType()
-
-
 def python_state_changed(
     model: nn.Module, copied: nn.Module, assigned: Container[tuple[str, str]] = ()
 ) -> dict[str, str]:
@@ -199,12 +159,3 @@ def python_state_changed(
                 run.__dict__[name] = copy.deepcopy(before)
                 changed[path] = f"its forward changes the attribute {name!r}"
     return changed
-
-
-def is_python_state(value: Any) -> bool:
-    """Whether a value is a number, text, None or a plain container of such."""
-    if type(value) in (list, tuple, set, frozenset):
-        return all(map(is_python_state, value))
-    if type(value) is dict:
-        return all(map(is_python_state, [*value, *value.values()]))
-    return value is None or type(value) in (bool, int, float, complex, str, bytes)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._torch.graphs import structures_of
-from ..provenance import META, origin
+from ..graph.provenance import META, origin
 
 __all__ = ["Exported", "FlagRead", "merge"]
 

@@ -11,14 +11,16 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 
-from ..captured import Variant
 from ..errors import CaptureError, unknown
-from ..provenance import innermost
-from ..serialise import LOCK
-from .copying import ATTRIBUTES_OF_EVERY_MODULE, python_state_changed
-from .patches import RandomState
+from ..graph.provenance import innermost
+from ..graph.serialise import LOCK
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
+from ..sites.remarks import Lost
+from .captured import Variant
+from .copying import python_state_changed
+from .patches.random import RandomState
 from .proxies import any_proxy
-from .result import Capture, Opaque
+from .result import Capture
 from .tracer import Tracer, flag_path
 
 __all__ = ["capture_symbolically"]
@@ -52,7 +54,7 @@ def capture_symbolically(
     )
 
 
-_Traced: TypeAlias = tuple[Tracer, fx.Graph, list[Opaque]]
+_Traced: TypeAlias = tuple[Tracer, fx.Graph, list[Lost]]
 
 
 def _both_modes(root: nn.Module) -> list[dict[str, bool]]:
@@ -190,7 +192,7 @@ def _traced(tracer: Tracer, root: nn.Module) -> fx.Graph:
         ) from error
 
 
-def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Opaque]:
+def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Lost]:
     """Undo what the traced forward did to the attributes of the copy, and name what the graph will not do."""
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
         for name in set(original.__dict__) | set(traced.__dict__):
@@ -206,4 +208,4 @@ def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterat
                 traced.__dict__.pop(name, None)
             if not assigned:
                 reason = "the forward puts tensors into it; the graph does not"
-                yield Opaque(path, f"attribute {name!r}", reason)
+                yield Lost(path, f"attribute {name!r}", reason)

@@ -15,7 +15,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType, MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
@@ -26,16 +26,19 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .._torch import tree
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
-from ..activations import recognise
 from ..errors import CaptureError
-from ..ops import require_open, require_specialised
-from ..provenance import META, Origin, caller, innermost
-from .copying import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
-from .patches import RandomState, patched
+from ..graph.provenance import META, Origin, caller, innermost
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
+from ..ops.checks import require_open, require_specialised
+from ..sites.remarks import Lost, Opaque
+from ..vocabulary.recognition import recognise
+from .patches.random import RandomState
+from .patches.symbolic import patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
-from .result import Opaque
 
 __all__ = ["Tracer", "flag_path"]
+
+T = TypeVar("T")
 
 
 class Tracer(fx.Tracer):
@@ -81,7 +84,7 @@ class Tracer(fx.Tracer):
         self.flags_read = False
         self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
-        self.lost: list[Opaque] = []
+        self.lost: list[Lost] = []
         self._attributes: dict[str, Proxy] = {}
         self.asks_identity = False
         self._tensor_names: dict[int, str] = {}
@@ -200,7 +203,7 @@ class Tracer(fx.Tracer):
             return self._call_whole(m, path, args, kwargs)
         if has_hooks(m):
             reason = "they would be run on the trace instead of on each call; register them on a leaf or on the root"
-            _note(self.lost, Opaque(path, f"the hooks of the container {type(m).__name__}", reason))
+            _note(self.lost, Lost(path, f"the hooks of the container {type(m).__name__}", reason))
             forward = m.forward
         before = _State(self)
         random = RandomState() if self.watch_random else None
@@ -373,7 +376,8 @@ class _State:
         self.tracer.num_calls = dict(self.num_calls)
         self.tracer.flags = dict(self.flags)
         self.tracer.assigned = dict(self.assigned)
-        self.tracer.opaque, self.tracer.lost = map(list, self.notes)
+        opaque, lost = self.notes
+        self.tracer.opaque, self.tracer.lost = list(opaque), list(lost)
         self.tracer.refusals = self.refusals
 
 
@@ -427,7 +431,7 @@ def _held_tensors(root: nn.Module) -> set[int]:
     return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
 
 
-def _note(notes: list[Opaque], note: Opaque) -> None:
+def _note(notes: list[T], note: T) -> None:
     if note not in notes:
         notes.append(note)
 

@@ -17,15 +17,15 @@ from torch import fx, nn
 from .._torch import dynamo as torch_dynamo
 from .._torch.releases import warn_if_untested
 from ..context import explicit_rules_act
+from ..core.rule import get
 from ..errors import FreegradWarning, PlanError, RuleError
+from ..graph.provenance import is_users
 from ..plan import PLAN, Plan
-from ..provenance import is_users
-from ..rules.rule import get
-from ..sites import Located
+from ..sites.site import Located
 from ..table import Entry, RulesLike, RuleTable
 from . import frames
-from .pieces import Calls, Occurrence, Piece
-from .programs import Program
+from .pieces import Occurrence, Piece
+from .programs import Calls, Program
 from .session import Session
 from .watch import operations
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from ..captured import sets_grad_mode
+from ..backward.operator import operands
+from ..capture.captured import sets_grad_mode
 from ..context import explicit_rules_act
-from ..decoupling import operands
-from ..ops import decoupled, stop_gradient
-from ..rules.rule import get
+from ..core.rule import get
+from ..ops.gradients import decoupled, stop_gradient
 
 __all__ = ["lower"]
 
@@ -35,7 +35,7 @@ def lower(graph: fx.Graph) -> None:
         else:
             kwargs = dict(node.kwargs)
             rule, site = get(kwargs.pop("rule")), kwargs.pop("site")
-            save, _ = kwargs.pop("save", rule.save), kwargs.pop("fuse", None)
+            save, _ = kwargs.pop("save", rule.save), kwargs.pop("compile", None)
             tensors, numbers, call = operands(rule, site, kwargs, save)
             if call and all(isinstance(value, fx.Node) for value in tensors):
                 node.target = torch.ops.freegrad_fx.decoupled.default

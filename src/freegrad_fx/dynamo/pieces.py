@@ -1,15 +1,13 @@
-"""One graph that Dynamo captured: where its nodes come from, its sites and their decisions, and its rewriting.
+"""One graph that Dynamo captured: its sites and their decisions, and its rewriting.
 
-Dynamo opens every module, and says of a node which modules were being called. The code that it makes for one module
-runs for every other one of its class, unless a guard forbids it: so a piece can say what its sites are called, and what
-the table decides for them, when it runs elsewhere in the program. Knows nothing of what runs when.
+The code that Dynamo makes for one module runs for every other one of its class, unless a guard forbids it: so a piece
+can say what its sites are called, and what the table decides for them, when it runs elsewhere in the program. Knows
+nothing of what runs when.
 """
 
 from __future__ import annotations
 
-import gc
-import re
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -19,25 +17,26 @@ from torch import Tensor, fx, nn
 
 from .._torch.dynamo import name_sources
 from .._torch.graphs import is_erased
-from .._torch.operators import GraphOperator, operator_name
 from .._torch.tensors import version
-from ..aliasing import Aliasing
-from ..capture import Capture, Opaque
-from ..captured import Variant, sets_grad_mode
-from ..plan import FROZEN, Decided, Decision, make_plan
-from ..provenance import META, Origin, is_users_file, origin
+from ..capture import Capture
+from ..capture.captured import Variant, sets_grad_mode
+from ..graph.aliasing import Aliasing
+from ..graph.provenance import META, origin
+from ..plan import Decided, Decision, make_plan
 from ..rewrite import rewrite
-from ..sites import Located, Operation, Parameter, find_parameters, find_sites
+from ..sites.parameters import find_parameters
+from ..sites.site import Located, LocatedOperation, LocatedParameter
 from ..table import RuleTable
+from .closed import closed_operators, is_given_a_rule, sites_in_closed
+from .folding import fold_calls
 from .frames import Setting
+from .homes import Modules, find_homes, names_inside, number_calls
 from .lowering import lower
-from .programs import Program, class_of
-from .whole import Call, captured_tensor, fold, refusal, unfold
+from .programs import Calls, Program
+from .whole import unfold
 
-__all__ = ["Calls", "Decoupled", "Occurrence", "Piece"]
+__all__ = ["Decoupled", "Occurrence", "Piece"]
 
-Calls: TypeAlias = "Counter[tuple[Program, str, str]]"
-"""How many sites of a program, owner path and op there have been."""
 
 Decoupled: TypeAlias = dict[tuple[int, bool], tuple[Tensor, int, Tensor]]
 """What rules made of parameters, which stand with it in their version of then; by identity and grad mode."""
@@ -109,19 +108,19 @@ class Piece:
         ] = {}
         self._occurrences: dict[Any, Occurrence] = {}
         self.program = program_of(setting.top())
-        modules = _Modules(setting)
-        whole = _fold(gm, table, setting, self.program, modules)
-        homes = _homes(gm, setting, program_of, modules)
+        modules = Modules(setting)
+        whole = fold_calls(gm, table, setting, self.program, modules)
+        homes = find_homes(gm, setting, program_of, modules)
         for node, home in homes.items():
             node.meta[META] = home.origin(node)
         graph_modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
-        _number(homes, graph_modules, table, before)
-        self.opaque = list(_closed(homes))
+        number_calls(homes, graph_modules, table, before)
+        self.opaque = list(closed_operators(homes))
         self.unreached = [
             f"site {place.site.name} ({place.site.source}) keeps its backward: it is in torch.{name}, which runs "
             f"graphs of its own"
-            for name, place in _in_closed(homes, setting, modules)
-            if _given_a_rule(place, table)
+            for name, place in sites_in_closed(homes, setting, modules)
+            if is_given_a_rule(place, table)
         ]
         self._given: dict[int, fx.GraphModule] = {}
         self._sets_grad_mode = sets_grad_mode(gm.graph)
@@ -144,7 +143,7 @@ class Piece:
             module.recompile()
         name_sources(gm)
         anchor = self.program.owner(setting.modules)
-        inside = _inside(anchor)
+        inside = names_inside(anchor)
         inputs = gm.graph.find_nodes(op="placeholder")
         given = {inputs[index] for index in self._given}
         self._places = [
@@ -180,7 +179,7 @@ class Piece:
         counts: Calls = Counter()
         sites, entries = [], []
         for (owner, place), key, placed in zip(named, keys, self._places, strict=True):
-            if isinstance(place, Operation):
+            if isinstance(place, LocatedOperation):
                 call = before[key] + counts[key]
                 place = replace(place, site=replace(place.site, call=call))
                 counts[key] += 1
@@ -189,7 +188,7 @@ class Piece:
         parameters = {
             (owner, place.site.name): placed.inside
             for (owner, place, decision), placed in zip(sites, self._places, strict=True)
-            if isinstance(place, Parameter) and decision.action == "rewrite"
+            if isinstance(place, LocatedParameter) and decision.action == "rewrite"
         }
         found = Occurrence(tuple(sites), tuple(entries), counts, parameters)
         self._occurrences[program, anchor, first] = found
@@ -202,7 +201,7 @@ class Piece:
         inside: Decided = []
         for place, decision in pairs:
             if (
-                isinstance(place, Parameter)
+                isinstance(place, LocatedParameter)
                 and decision.action == "rewrite"
                 and not any(map(aliasing.written, place.reads))
             ):
@@ -236,7 +235,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else version(tensor)
 
 
-def _with_rules(place: Parameter, decision: Decision) -> fx.GraphModule:
+def _with_rules(place: LocatedParameter, decision: Decision) -> fx.GraphModule:
     """The function of a parameter that its rules are put into."""
     graph, root = fx.Graph(), nn.Module()
     node = graph.placeholder("parameter")
@@ -251,7 +250,7 @@ def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tupl
     place, site = placed.place, placed.place.site
     if placed.anchored is None or anchor is None:
         return placed.program, place
-    if isinstance(place, Parameter):
+    if isinstance(place, LocatedParameter):
         names = program.names(anchor.get_parameter(placed.anchored))
         site = replace(site, path=names[0].rpartition(".")[0], names=names)
     else:
@@ -261,7 +260,7 @@ def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tupl
 
 def _guarded(decision: Decision) -> Decision:
     """A decision as it is reported: Dynamo guards whether a parameter learns."""
-    if decision.reason is not FROZEN:
+    if not decision.frozen:
         return decision
     reason = (
         "it is frozen (requires_grad=False), so it gets no gradient; compiled anew once it learns"
@@ -270,10 +269,7 @@ def _guarded(decision: Decision) -> Decision:
 
 
 def _node(place: Located) -> fx.Node:
-    return place.reads[0] if isinstance(place, Parameter) else place.node  # type: ignore[attr-defined]
-
-
-# --- transforms of torch.func ---
+    return place.reads[0] if isinstance(place, LocatedParameter) else place.node  # type: ignore[attr-defined]
 
 
 def _transformed(graph: fx.Graph) -> Iterator[fx.Node]:
@@ -291,236 +287,3 @@ def _kept(place: Located, decision: Decision) -> Decision:
         return decision
     reason = "it is inside of a transform of torch.func, whose compiled form would drop the rule"
     return Decision(place.site, "skip", entry=decision.entry, reason=reason)
-
-
-# --- where nodes come from ---
-
-
-@dataclass(frozen=True)
-class _Home:
-    """Where a node comes from."""
-
-    graph_module: fx.GraphModule  # the graph that it is in
-    program: Program
-    owner: nn.Module | None
-    parameter: Tensor | None = None
-
-    @property
-    def parameter_or_owner(self) -> Any:
-        return self.owner if self.parameter is None else self.parameter
-
-    def origin(self, node: fx.Node) -> Origin:
-        names = () if self.parameter is None else self.program.names(self.parameter)
-        return Origin(self.program.path(self.owner), _source(node), class_of(self.owner), names)
-
-
-def _homes(
-    gm: fx.GraphModule,
-    setting: Setting,
-    program_of: Callable[[nn.Module | None], Program],
-    modules: _Modules,
-) -> dict[fx.Node, _Home]:
-    """Where every node comes from, in the order in which they run."""
-    homes: dict[fx.Node, _Home] = {}
-    for node, graph_module in _nodes(gm):
-        called = modules.of(node)
-        program = program_of(setting.top(*called))
-        owner = program.owner((*setting.modules, *called))
-        homes[node] = _Home(graph_module, program, owner)
-    programs = dict.fromkeys(home.program for home in homes.values())
-    for node in homes:
-        if (example := _example(node)) is None:
-            continue
-        for program in programs:
-            if names := program.names(example):
-                homes[node] = _Home(gm, program, program.holder(names[0]), example)
-    return homes
-
-
-class _Modules:
-    """Finds the modules that Dynamo names by their identity."""
-
-    def __init__(self, setting: Setting) -> None:
-        tops = [m for m in (setting.root, *setting.modules) if m is not None]
-        self._known = {id(module): module for top in tops for module in top.modules()}
-        self._searched = False
-
-    def of(self, node: fx.Node) -> list[nn.Module]:
-        """The modules that were being called when a node was made, the outermost first, as far as they exist."""
-        return [module for _, module in self.calls(node)]
-
-    def calls(self, node: fx.Node) -> list[tuple[str, nn.Module]]:
-        """The same, with the key of the call."""
-        found = []
-        for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
-            # a second call of a module is marked by an @
-            module = self._find(int(key.partition("@")[0]))
-            if module is not None and type(module) is kind:
-                found.append((key, module))
-        return found
-
-    def _find(self, identity: int) -> nn.Module | None:
-        if identity not in self._known and not self._searched:
-            # What a compiled function calls is known to Dynamo alone
-            self._searched = True
-            alive = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
-            self._known.update((id(module), module) for module in alive)
-        return self._known.get(identity)
-
-
-def _example(node: fx.Node) -> Tensor | None:
-    """The parameter that an input of a graph is."""
-    tensor = captured_tensor(node)
-    return tensor if isinstance(tensor, nn.Parameter) else None
-
-
-_FRAME = re.compile(r'^  File "(.*)", line (\d+), in ', re.MULTILINE)
-
-
-def _source(node: fx.Node) -> str:
-    """``file:line`` of the user's code; the last of the frames is the innermost."""
-    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
-    users = [f"{file}:{line}" for file, line in frames if is_users_file(file)]
-    return users[-1] if users else ""
-
-
-def _inside(anchor: nn.Module | None) -> dict[int, str]:
-    """The paths of modules and the names of parameters inside of a module, by identity."""
-    if anchor is None:
-        return {}
-    named = [*anchor.named_modules(), *anchor.named_parameters()]
-    return {id(thing): path for path, thing in named}
-
-
-def _number(
-    homes: Mapping[fx.Node, _Home],
-    graph_modules: tuple[fx.GraphModule, ...],
-    table: RuleTable,
-    before: Calls,
-) -> None:
-    """Count the calls of sites over several graphs, in the order in which their nodes run."""
-    calls = Counter(before)
-    sites = {
-        place.node: place.site
-        for module in graph_modules
-        for place in find_sites(module.graph, module, table.types_in(module))
-    }
-    for node, home in homes.items():
-        if node in sites:
-            key = home.program, sites[node].path, sites[node].op
-            node.meta[META] = replace(origin(node), call=calls[key])
-            calls[key] += 1
-
-
-# --- calls that are kept whole ---
-
-
-def _fold(
-    gm: fx.GraphModule, table: RuleTable, setting: Setting, program: Program, modules: _Modules
-) -> dict[fx.GraphModule, list[fx.Node]]:
-    """Make one node of every call of a class that the table names."""
-    folded: dict[fx.GraphModule, list[fx.Node]] = defaultdict(list)
-    kinds = tuple(table.types_in(program.root or gm))
-    if not kinds:
-        return folded
-    for module in setting.modules:
-        if isinstance(module, kinds):
-            raise refusal(module, program.path(module), "Dynamo captures it in several graphs")
-    calls: dict[tuple[fx.GraphModule, str], list[fx.Node]] = defaultdict(list)
-    called: dict[str, nn.Module] = {}
-    for node, graph_module in _nodes(gm):
-        if node.op in ("placeholder", "get_attr", "output"):
-            continue  # Dynamo writes the first use of an input to it
-        outermost = next((c for c in modules.calls(node) if isinstance(c[1], kinds)), None)
-        if outermost is not None:
-            key, module = outermost
-            called[key] = module
-            calls[graph_module, key].append(node)
-    for number, ((graph_module, key), nodes) in enumerate(calls.items()):
-        stack = dict(nodes[0].meta["nn_module_stack"])
-        for further in list(stack)[list(stack).index(key) + 1 :]:
-            del stack[further]
-        call = Call(called[key], program.path(called[key]), stack, tuple(nodes))
-        folded[graph_module].append(fold(graph_module, call, number))
-    return folded
-
-
-# --- graphs in graphs ---
-
-# These run the graph that they are given, once, where they stand.
-_OPEN = frozenset(
-    {
-        "tag_activation_checkpoint",
-        "wrap",
-        "wrap_activation_checkpoint",
-        "wrap_with_autocast",
-        "wrap_with_set_grad_enabled",
-    }
-)
-
-
-def _nodes(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
-    """The nodes of a graph and of the graphs that it runs, in the order in which they run."""
-    for node in gm.graph.nodes:
-        if _operator(node) in _OPEN:
-            yield from (pair for body in _bodies(node, gm)[:1] for pair in _nodes(body))
-        yield node, gm
-
-
-def _operator(node: fx.Node) -> str:
-    """The name of the operator that runs graphs, which a node calls; ``""`` for other nodes."""
-    return operator_name(node.target) if isinstance(node.target, GraphOperator) else ""
-
-
-def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[fx.GraphModule]:
-    named = [a.target for a in node.args if isinstance(a, fx.Node) and a.op == "get_attr"]
-    found = [getattr(gm, str(name), None) for name in named]
-    return [body for body in found if isinstance(body, fx.GraphModule)]
-
-
-def _all_bodies(node: fx.Node, gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graphs that an operator runs, and those that they run."""
-    for body in _bodies(node, gm):
-        yield body
-        for inner in body.graph.nodes:
-            if _operator(inner):
-                yield from _all_bodies(inner, body)
-
-
-def _in_closed(
-    homes: Mapping[fx.Node, _Home], setting: Setting, modules: _Modules
-) -> Iterator[tuple[str, Located]]:
-    """The sites in the graphs that such an operator runs, with its name."""
-    for node, home in homes.items():
-        name = _operator(node)
-        if not name or name in _OPEN or name == "autograd_function_apply":
-            continue
-        for body in _all_bodies(node, home.graph_module):
-            for inner in body.graph.nodes:
-                owner = home.program.owner(
-                    (*setting.modules, *modules.of(node), *modules.of(inner))
-                )
-                where = Origin(home.program.path(owner), _source(inner), class_of(owner))
-                inner.meta[META] = where
-            yield from ((name, place) for place in find_sites(body.graph, body))
-
-
-def _given_a_rule(place: Located, table: RuleTable) -> bool:
-    index = table.decide(place)
-    return index is not None and table.entries[index].rules is not None
-
-
-def _closed(homes: Mapping[fx.Node, _Home]) -> Iterator[Opaque]:
-    """The operators that run graphs in which a rule would not act, as far as these compute activations."""
-    for node, home in homes.items():
-        name = _operator(node)
-        if not name or name in _OPEN:
-            continue
-        where = origin(node)
-        if name == "autograd_function_apply":
-            what, reason = "an autograd.Function", "keeps the backward it has"
-        elif any(find_sites(b.graph, b) for b in _all_bodies(node, home.graph_module)):
-            what, reason = f"torch.{name}", "its branches are graphs of their own"
-        else:
-            continue
-        yield Opaque(where.owner, what, reason, where.source)

@@ -5,19 +5,19 @@ Dynamo hands out a model in pieces, and again for other shapes and modes. A `Pro
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..capture import Opaque
 from ..plan import Decision, Plan
-from ..sites import Located
+from ..sites.remarks import Lost, Opaque
+from ..sites.site import Located
 from ..table import RuleTable
 
-__all__ = ["Program", "class_of"]
+__all__ = ["Calls", "Program", "class_of"]
 
 
 class Program:
@@ -40,7 +40,7 @@ class Program:
         self._decisions: dict[Decision, None] = {}
         self._meant: dict[int, set[tuple[str, str, str, int]]] = defaultdict(set)
         self._opaque: dict[Opaque, None] = {}
-        self._lost: dict[Opaque, None] = {}
+        self._lost: dict[Lost, None] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -90,7 +90,7 @@ class Program:
         """Take up a site that ran outside of the captured graphs."""
         site = place.site
         reason = "it ran outside of the captured graphs, with its native backward"
-        self._lost[Opaque(site.path, f"{site.name} ({site.spelling})", reason, site.source)] = None
+        self._lost[Lost(site.path, f"{site.name} ({site.spelling})", reason, site.source)] = None
 
     @property
     def plan(self) -> Plan:
@@ -111,3 +111,7 @@ def class_of(module: nn.Module | None) -> type[Any]:
         return nn.Module
     kind: type[Any] = getattr(module, "_model_class", None) or type_before_parametrizations(module)
     return kind
+
+
+Calls: TypeAlias = Counter[tuple[Program, str, str]]
+"""How many sites of a program, owner path and op there have been."""

@@ -13,14 +13,14 @@ from torch import Tensor, fx, nn
 
 from .._torch import tree
 from .._torch.dynamo import is_tracing
-from ..activations import OPS
-from ..provenance import Origin, caller
-from ..sites import Located
+from ..graph.provenance import Origin, caller
+from ..sites.site import Located
 from ..table import Entry
+from ..vocabulary.activations import OPS
 from . import frames
 from .frames import Setting
-from .pieces import Calls, Decoupled, Occurrence, Piece
-from .programs import Program, class_of
+from .pieces import Decoupled, Occurrence, Piece
+from .programs import Calls, Program, class_of
 from .watch import Watch, activation_call, located, located_parameter, possible_activations
 
 __all__ = ["Session"]

@@ -17,9 +17,11 @@ from torch import Tensor, fx, nn
 
 from .._torch import tree
 from .._torch.dispatch import DispatchMode, current_dispatch_mode
-from ..activations import OPS
-from ..provenance import META, Origin, is_users
-from ..sites import Located, find_parameters, find_sites
+from ..graph.provenance import META, Origin, is_users
+from ..sites.operations import find_sites
+from ..sites.parameters import find_parameters
+from ..sites.site import Located
+from ..vocabulary.activations import OPS
 from .frames import frames
 
 __all__ = [

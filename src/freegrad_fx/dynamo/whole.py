@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from ..aliasing import written_argument
 from ..errors import PlanError
+from ..graph.aliasing import written_argument
 
 __all__ = ["Call", "captured_tensor", "fold", "refusal", "unfold"]
 

@@ -11,26 +11,22 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from .._torch.modules import has_backward_hooks
-from ..aliasing import Aliasing, named_in_place, of_library
-from ..capture import Capture, Opaque
+from ..capture import Capture
+from ..core.rule import Forward
+from ..core.text import shown
 from ..errors import PlanError
-from ..nodes import called_module, called_path
-from ..rules.rule import Forward, shown
-from ..sites import (
-    Located,
-    Operation,
-    Parameter,
-    Site,
-    find_opaque,
-    find_parameters,
-    find_sites,
-    unused_parameters,
-)
+from ..graph.aliasing import Aliasing, named_in_place, of_library
+from ..graph.nodes import called_module, called_path
+from ..sites.opaque import find_opaque
+from ..sites.operations import find_sites
+from ..sites.parameters import find_parameters, unused_parameters
+from ..sites.remarks import Lost
+from ..sites.site import Located, LocatedOperation, LocatedParameter, Site
 from ..table import Entry, RuleTable
 from .decision import Decided, Decision
 from .plan import Plan
 
-__all__ = ["FROZEN", "make_plan"]
+__all__ = ["make_plan"]
 
 
 def make_plan(
@@ -66,13 +62,13 @@ def make_plan(
     nowhere: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
-        found: list[Parameter] = []
+        found: list[LocatedParameter] = []
         for variant, pairs, aliasing in zip(capture.variants, decided, aliasings, strict=True):
             here = find_parameters(variant.graph, capture.root)
             replaced = {
                 place.node
                 for place, decision in pairs
-                if decision.forward is not None and isinstance(place, Operation)
+                if decision.forward is not None and isinstance(place, LocatedOperation)
             }
             pairs.extend(
                 (place, _decide_parameter(place, table, aliasing, replaced)) for place in here
@@ -130,7 +126,7 @@ def _ambient(
 ) -> Decision:
     """What becomes of a decision where sites that no entry decides follow `use` blocks, or those that did before."""
     meant, own = True, set[fx.Node | str](place.site.names)
-    if isinstance(place, Operation):
+    if isinstance(place, LocatedOperation):
         meant, own = place.op is not None and "activations" in place.op.groups, {place.node}
     if decision.action != "native" or decision.entry is not None or place.obstacle:
         return decision
@@ -140,7 +136,7 @@ def _ambient(
 
 
 def _decide_operations(
-    places: Sequence[Operation], table: RuleTable, aliasing: Callable[[], Aliasing]
+    places: Sequence[LocatedOperation], table: RuleTable, aliasing: Callable[[], Aliasing]
 ) -> Decided:
     """The decisions for one graph. A place is not the same one in another graph for having the same name there."""
     decided: Decided = []
@@ -159,7 +155,7 @@ def _decide_operations(
 
 
 def _decide_parameter(
-    place: Parameter,
+    place: LocatedParameter,
     table: RuleTable,
     aliasing: Callable[[], Aliasing],
     replaced: Collection[fx.Node],
@@ -180,15 +176,15 @@ def _decide_parameter(
     return decision
 
 
-def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Opaque]:
+def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Lost]:
     """Backward hooks of modules whose backward is replaced: no gradient passes through the module any more."""
     for place, decision in decided:
-        if decision.action in ("rewrite", "ambient") and isinstance(place, Operation):
+        if decision.action in ("rewrite", "ambient") and isinstance(place, LocatedOperation):
             module = called_module(place.node, root)
             if module is not None and has_backward_hooks(module):
                 what = f"the backward hooks of {type(module).__name__}"
                 reason = "they do not fire: the rule takes the place of the module's backward"
-                yield Opaque(called_path(place.node), what, reason, place.site.source)
+                yield Lost(called_path(place.node), what, reason, place.site.source)
 
 
 def _decide(place: Located, table: RuleTable) -> Decision:
@@ -205,12 +201,12 @@ def _decide(place: Located, table: RuleTable) -> Decision:
     _check_rules(place, entry)
     if entry.forward is not None:
         _check_replaceable(place, entry.forward)
-    elif isinstance(place, Parameter) and not place.tensor.requires_grad:
-        return Decision(site, "native", entry=index, reason=FROZEN)
+    elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
+        return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
     return Decision(site, "rewrite", entry.rules, entry.forward, index, f"matches {entry.selector}")
 
 
-FROZEN = (
+_FROZEN = (
     "it is frozen (requires_grad=False), so it gets no gradient; transform again once it learns"
 )
 
@@ -220,9 +216,9 @@ def _check_rules(place: Located, entry: Entry) -> None:
     assert entry.rules is not None
     where = f"site {place.site.name} ({place.site.spelling})"
     for rule in entry.rules:
-        if place.site.kind not in rule.sites:
+        if place.site.kind not in rule.kinds:
             raise PlanError(
-                f"rule {rule.name!r} is for {' and '.join(rule.sites)} sites alone, and entry {entry.selector!r} gives "
+                f"rule {rule.name!r} is for {' and '.join(rule.kinds)} sites alone, and entry {entry.selector!r} gives "
                 f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put one before it that gives "
                 f"this site another rule or None."
             )
@@ -232,12 +228,12 @@ def _check_rules(place: Located, entry: Entry) -> None:
                 f"the shape, at {where}. Leave it native ({{{place.op.name!r}: None}}), or give it a rule "
                 f"registered with keeps_shape=False."
             )
-        if isinstance(place, Parameter) and place.sparse and not rule.sparse:
+        if isinstance(place, LocatedParameter) and place.sparse and not rule.sparse:
             raise PlanError(
                 f"rule {rule.name!r} cannot take the sparse gradient of {where}. Build the embedding with "
                 f"sparse=False, or give it a rule that can: one that is registered with sparse=True."
             )
-    no_output = isinstance(place, Parameter) and entry.forward is None
+    no_output = isinstance(place, LocatedParameter) and entry.forward is None
     for rule in entry.rules if no_output else entry.rules[1:]:
         if "y" in rule.inputs:
             remedy = "a parameter has none" if no_output else "it must come first in a composition"

@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
-from ..rules.rule import Forward, Rule, shown
-from ..sites import Located, Site
+from ..core.rule import Forward, Rule
+from ..core.text import shown
+from ..sites.site import Located, Site
 from .layout import plain
 
 __all__ = ["Decided", "Decision", "backward_of", "named", "site_as_dict"]
@@ -25,6 +26,7 @@ class Decision:
         entry: The index of the table's entry that decided, or None.
         reason: Why.
         modes: In which of the model's modes the site exists; ``""`` for all.
+        frozen: Whether it is a parameter that would get a rule if it learnt.
     """
 
     site: Site
@@ -34,6 +36,7 @@ class Decision:
     entry: int | None = None
     reason: str = ""
     modes: str = ""
+    frozen: bool = False
 
     def reads(self, name: str) -> bool:
         """Whether a rule of it reads ``"x"`` or ``"y"``; an ambient one may."""

@@ -11,7 +11,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from ..rules.rule import shown
+from ..core.text import shown
 
 __all__ = ["aligned", "as_json", "filled", "html_table", "plain", "terminal_width"]
 

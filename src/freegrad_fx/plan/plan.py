@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..capture import Opaque
+from ..sites.remarks import Lost, Opaque
 from ..table import Entry, RuleTable
 from .decision import Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
@@ -36,7 +36,7 @@ class Plan:
     decisions: tuple[Decision, ...]
     table: RuleTable
     opaque: tuple[Opaque, ...] = ()
-    lost: tuple[Opaque, ...] = ()
+    lost: tuple[Lost, ...] = ()
     meant: tuple[int, ...] = ()
 
     @property

@@ -1,47 +1,33 @@
-"""The backward rules: what a rule is (`rule`), and the built-in ones, a file per family."""
+"""The built-in backward rules, a file for each family. What a rule is stands in `core`.
 
-from .attribution import guided
-from .gradient import (
-    centralize,
-    clip_norm,
-    clip_value,
-    d_linear,
-    d_relu,
-    noise,
-    rectangular,
-    reverse,
-    scale,
-    triangular,
-)
-from .jamming import full_jam, positive_jam, rectangular_jam
-from .rule import Composition, Rule, RuleLike, available, compose, get, register
-from .straight_through import clipped_straight_through, straight_through
-from .surrogate import arctan, fast_sigmoid
+Every rule is an attribute of this module, under the name of its function: ``rules.rectangular``, ``rules.d_relu``.
+"""
+
+import importlib
+import pkgutil
+from typing import TYPE_CHECKING
+
+from ..core.register import register
+from ..core.rule import Composition, Rule, RuleLike, available, compose, get
+
+for _module in pkgutil.iter_modules(__path__, f"{__name__}."):
+    importlib.import_module(_module.name)
+
+_BUILT_IN = {get(name).function.__name__: get(name) for name in available()}
+globals().update(_BUILT_IN)
 
 __all__ = [
     "Composition",
     "Rule",
     "RuleLike",
-    "arctan",
     "available",
-    "centralize",
-    "clip_norm",
-    "clip_value",
-    "clipped_straight_through",
     "compose",
-    "d_linear",
-    "d_relu",
-    "fast_sigmoid",
-    "full_jam",
     "get",
-    "guided",
-    "noise",
-    "positive_jam",
-    "rectangular",
-    "rectangular_jam",
     "register",
-    "reverse",
-    "scale",
-    "straight_through",
-    "triangular",
 ]
+__all__ += sorted(_BUILT_IN)
+
+if TYPE_CHECKING:
+
+    def __getattr__(name: str) -> Rule:
+        """A built-in rule, for type checkers: they do not see what families register."""

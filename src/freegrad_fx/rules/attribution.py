@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from . import fused, masks
-from .rule import register
+from ..core.register import register
+from . import masks
 
 __all__ = ["guided"]
+
+
+def _fast_guided(grad: Tensor, x: Tensor) -> Any:
+    if not masks.can_mask(grad, x):
+        return NotImplemented
+    result = grad.clamp(min=0)
+    torch.ops.aten.threshold_backward.grad_input(result, x, 0, grad_input=result)
+    return result
 
 
 @register(
     "guided",
     reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop",
     mask=masks.positive,
-    fused=fused.guided,
+    fast=_fast_guided,
 )
 def guided(grad: Tensor, mask: Tensor) -> Tensor:
     """max(grad, 0)·1[x > 0]"""

@@ -5,12 +5,14 @@ FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from . import fused, masks
+from ..core.register import register
+from . import masks
 from .draws import normal_like
-from .rule import register
 
 __all__ = [
     "centralize",
@@ -30,7 +32,7 @@ __all__ = [
     "d(ReLU)",
     reference="FreeGrad; the derivative of max(0, x)",
     mask=masks.positive,
-    fused=fused.positive,
+    fast=masks.where_positive,
 )
 def d_relu(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·1[x > 0]"""
@@ -48,17 +50,22 @@ def d_linear(grad: Tensor) -> Tensor:
     reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
     requires="a <= b",
     mask=masks.window,
-    fused=fused.window,
+    fast=masks.where_in_window,
 )
 def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
     return masks.only_where(mask, grad)
 
 
+def _fast_triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
+    slope = x.abs().div_(-max(width, 1e-6)).add_(1).clamp_(min=0)
+    return slope.mul_(grad) if slope.dtype == grad.dtype else NotImplemented
+
+
 @register(
     "triangular",
     reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574",
-    fused=fused.triangular,
+    fast=_fast_triangular,
 )
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
@@ -105,11 +112,15 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     return grad * factor.clamp(max=1).to(grad.dtype)
 
 
+def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
+    return torch.randn_like(grad).mul_(sigma).add_(grad)
+
+
 @register(
     "noise",
     reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807",
     requires="sigma >= 0",
-    fused=fused.noise,
+    fast=_fast_noise,
 )
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     """grad + N(0, sigma²)"""

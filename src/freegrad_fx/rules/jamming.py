@@ -5,27 +5,52 @@ FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
-from . import fused, masks
+from ..core.register import register
+from . import masks
 from .draws import uniform_like
-from .rule import register
 
 __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
 
 _PAPER = "FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
 
 
-@register("full_jam", reference=_PAPER, fused=fused.full_jam)
+def _fast_jam(grad: Tensor) -> Tensor:
+    return torch.rand_like(grad).mul_(grad)
+
+
+@register("full_jam", reference=_PAPER, fast=_fast_jam)
 def full_jam(grad: Tensor) -> Tensor:
     """grad·U(0, 1)"""
     return grad * uniform_like(grad)
 
 
-@register("positive_jam", reference=_PAPER, mask=masks.nonnegative, fused=fused.positive_jam)
+def _fast_positive_jam(grad: Tensor, x: Tensor) -> Any:
+    bounds = masks.outer(0.0, 0.0, x.dtype)
+    if bounds is None or not masks.can_mask(grad, x):
+        return NotImplemented
+    result = _fast_jam(grad)
+    torch.ops.aten.threshold_backward.grad_input(result, x, bounds[0], grad_input=result)
+    return result
+
+
+@register("positive_jam", reference=_PAPER, mask=masks.nonnegative, fast=_fast_positive_jam)
 def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·U(0, 1)·1[x ≥ 0]"""
     return masks.only_where(mask, grad * uniform_like(grad))
+
+
+def _fast_window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
+    bounds = masks.outer(a, b, x.dtype)
+    if bounds is None or not masks.can_mask(grad, x):
+        return NotImplemented
+    result = _fast_jam(grad)
+    torch.ops.aten.hardtanh_backward.grad_input(result, x, *bounds, grad_input=result)
+    return result
 
 
 @register(
@@ -33,7 +58,7 @@ def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
     reference=_PAPER,
     requires="a <= b",
     mask=masks.window,
-    fused=fused.window_jam,
+    fast=_fast_window_jam,
 )
 def rectangular_jam(grad: Tensor, mask: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""

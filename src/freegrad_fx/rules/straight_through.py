@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import fused, masks
-from .rule import register
+from ..core.register import register
+from . import masks
 
 __all__ = ["clipped_straight_through", "straight_through"]
 
@@ -25,7 +25,7 @@ def straight_through(grad: Tensor) -> Tensor:
     reference="Hubara et al. 2016, arXiv:1602.02830; larq SteSign (XNOR-Net's bound is strict)",
     requires="bound >= 0",
     mask=masks.ball,
-    fused=fused.clipped,
+    fast=masks.where_in_ball,
 )
 def clipped_straight_through(grad: Tensor, mask: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive"""

@@ -14,18 +14,10 @@ from typing import Any
 
 from torch import Tensor
 
+from ..core.contract import NATIVE, OPTIONS
+from ..core.parameter import Parameter
+from ..core.rule import Forward, Rule, RuleLike, available, compose, get
 from ..errors import PlanError, RuleError, TableError, unknown
-from ..rules.rule import (
-    NATIVE,
-    OPTIONS,
-    Forward,
-    Parameter,
-    Rule,
-    RuleLike,
-    available,
-    compose,
-    get,
-)
 from .entry import Entry, on
 from .fields import brief, call_text
 
@@ -247,7 +239,7 @@ def _dump_part(rule: Rule) -> str | dict[str, Any]:
 
 
 def _dump_values(rule: Rule) -> dict[str, Any]:
-    defaults = rule.defaults
+    defaults = rule.declaration.defaults
     return {
         name: _dump_value(rule, name, value)
         for name, value in rule.given.items()

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..activations import FORWARDS
+from ..core.rule import Composition, Forward, Rule, RuleLike, get
+from ..core.text import shown
 from ..errors import RuleError, TableError, unknown
-from ..rules.rule import Composition, Forward, Rule, RuleLike, get, shown
-from ..sites import Located, Site
+from ..sites.site import Located, Site
+from ..vocabulary.activations import FORWARDS
 from .fields import Calls, Names, Types
 from .selector import Selector
 
@@ -115,7 +116,7 @@ class Selection:
 
         Args:
             rule: A rule name, a `Rule`, a composition, or None to keep the native backward.
-            **parameters: Values for the rule's parameters, and `save` and `fuse`; see `Rule`.
+            **parameters: Values for the rule's parameters, and `save` and `compile`; see `Rule`.
 
         Raises:
             RuleError: The rule is unknown or not fully bound, or a value is not what it requires.

@@ -12,8 +12,8 @@ from typing import Any, TypeAlias
 import torch
 from torch import nn
 
-from ..activations import GROUPS, OPS
 from ..errors import TableError, unknown
+from ..vocabulary.activations import GROUPS, OPS
 from .classes import Class, imported
 
 __all__ = [

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..activations import GROUPS
 from ..errors import TableError
-from ..sites import Located, Site
+from ..sites.site import Located, Site
+from ..vocabulary.activations import GROUPS
 from .classes import Class, class_name, imported, matching_classes, qualified
 from .fields import (
     ALL,

@@ -12,10 +12,10 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import nn
 
-from ..activations import GROUPS
+from ..core.rule import RuleLike
 from ..errors import TableError, unknown
-from ..rules.rule import RuleLike
-from ..sites import Located
+from ..sites.site import Located
+from ..vocabulary.activations import GROUPS
 from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .fields import ALL, OP_NAMES, PARAMETERS

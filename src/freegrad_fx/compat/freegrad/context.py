@@ -9,7 +9,8 @@ from typing import Any, Self, TypeAlias
 from torch import Tensor
 
 from freegrad_fx.context import Block
-from freegrad_fx.rules import Rule
+from freegrad_fx.core.declaration import Declaration
+from freegrad_fx.core.rule import Rule
 
 from . import registry
 
@@ -65,4 +66,4 @@ class use(Block):
             return ()
         params: Mapping[str, Any] = MappingProxyType(dict(self.params))
         name = self.rule if isinstance(self.rule, str) else getattr(self.rule, "__name__", "rule")
-        return (Rule(name, function, inputs, MappingProxyType({}), params),)
+        return (Rule(Declaration(name, function, inputs, {}), params),)

@@ -1,15 +1,6 @@
 """FreeGrad's rules."""
 
-from .basic import (
-    centralize,
-    clip_norm,
-    heaviside,
-    identity,
-    noise,
-    rectangular,
-    scale,
-    triangular,
-)
+from .basic import centralize, clip_norm, heaviside, identity, noise, rectangular, scale, triangular
 from .jamming import full_jam, positive_jam, rectangular_jam
 
 __all__ = [

@@ -1,0 +1,55 @@
+"""Modules that have moved: models that were saved before name them by their old places."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "find_moved"]
+
+MOVED = {
+    "captured": "capture.captured",
+    "provenance": "graph.provenance",
+    "rules.rule": "core.rule",
+    "serialise": "graph.serialise",
+}
+"""The modules whose names are in models that were saved before 0.1.0, with their places now."""
+
+_PACKAGE = __name__.rpartition(".")[0]
+
+
+class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Finds a module of an old name: one that hands out what the module of the new name has."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        package, _, module = name.partition(".")
+        if package != _PACKAGE or module not in MOVED:
+            return None
+        return importlib.util.spec_from_loader(name, self)
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType:
+        place = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
+        module = ModuleType(spec.name, f"The old name of {place}.")
+
+        def look_up(name: str) -> Any:
+            return getattr(importlib.import_module(place), name)
+
+        module.__getattr__ = look_up  # type: ignore[method-assign]
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        pass
+
+
+def find_moved() -> None:
+    """Let the old names be found."""
+    if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
+        sys.meta_path.append(_Moved())

@@ -1,0 +1,1 @@
+"""What `decoupled` comes to where a rule acts. Knows no rule by name, and nothing of graphs."""

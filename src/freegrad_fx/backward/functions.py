@@ -1,0 +1,255 @@
+"""The `torch.autograd.Function` of a rule: what it saves, and what it hands on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._torch.dispatch import runs_alone
+from .._torch.functions import direct_apply
+from .._torch.tensors import version
+from ..core.contract import MASK
+from ..core.rule import Rule
+from ..errors import RuleError
+from .kernels import run_compiled
+
+__all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "rule_behind"]
+
+
+OVERWRITTEN = "overwritten"
+"""What a graph says is saved where the operation has written its output into ``x``."""
+
+
+class Call(NamedTuple):
+    """A rule at a place, and how it runs."""
+
+    rule: Rule
+    site: str
+    parameters: dict[str, Any]
+    save: str
+    compile: bool
+
+
+class _Decoupled(torch.autograd.Function):
+    """The identity on `y` in the forward, a rule on `x` in the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, call: Call) -> Tensor:
+        # `y` itself or a view of it would make autograd refuse in-place operations on the result
+        output = y.detach()
+        _save(ctx, x, output, call)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad,) = grads
+        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None
+
+
+apply = direct_apply(_Decoupled)
+"""`_Decoupled.apply` where no transform of `torch.func` is active; see `decouple`."""
+
+
+class Composable(torch.autograd.Function):
+    """`_Decoupled` once more, as the transforms of torch.func take it; several times as slow. It saves no masks."""
+
+    generate_vmap_rule = True
+
+    # Where nothing requires a gradient, Dynamo counts the arguments to tell a forward like this from one with a `ctx`:
+    # their number has to be fixed
+    @staticmethod
+    def forward(
+        y: Tensor,
+        x: Tensor,
+        rule: Rule,
+        site: str,
+        save: str,
+        names: tuple[str, ...],
+        values: tuple[Any, ...],
+    ) -> Tensor:
+        """The values of `y`."""
+        return y.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        """Save what the rule reads."""
+        _, x, rule, site, save, names, values = inputs
+        parameters = dict(zip(names, values, strict=True))
+        save = "x" if save == MASK else save
+        _save(ctx, x, output, Call(rule, site, parameters, save, False))
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        """The gradients of `y` and `x`; None for the others."""
+        (grad,) = grads
+        unlearned = (None,) * len(ctx.needs_input_grad[2:])
+        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
+
+
+def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
+    rule, _, parameters, save, _ = call
+    tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else None
+    ctx.call, ctx.like = call, (x.shape, x.dtype)
+    inputs = rule.declaration.inputs
+    saved: tuple[Tensor, ...] = ()
+    if inputs:
+        if save == "y":
+            x = output
+        elif save == MASK and "x" in inputs:
+            x = _mask(x, call)
+        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
+        saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
+    if tensors:
+        ctx.tensors = tensors
+        saved = (*saved, *map(parameters.__getitem__, tensors))
+    if saved:
+        ctx.save_for_backward(*saved)
+
+
+_X = ("x",)
+
+
+def _mask(x: Tensor, call: Call) -> Tensor:
+    """The mask of ``x`` that a rule reads; raise `RuleError` where there is none."""
+    declaration, where = call.rule.declaration, f"rule {call.rule.name!r} at site {call.site!r}"
+    if declaration.mask is None:
+        raise RuleError(
+            f"{where} reads more of x than a mask, so that there is none to save. Leave save='mask' out; if it was "
+            f"registered anew since, transform the original model again."
+        )
+    counts = not (declaration.own or torch.compiler.is_compiling() or x.is_inference())
+    before = version(x) if counts else 0
+    mask: Any = declaration.mask_of(x, call.parameters)
+    if counts and version(x) != before:
+        raise RuleError(f"{where} has a mask that changes x in place. Make it a pure function.")
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+        got = type(mask).__name__
+        if isinstance(mask, Tensor):
+            got = f"a tensor of {mask.dtype} and shape {tuple(mask.shape)}"
+        raise RuleError(
+            f"{where} has a mask that returns {got}; it has to return booleans of the shape of x, {tuple(x.shape)}."
+        )
+    return mask
+
+
+def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any]]:
+    """The formula that a backward is computed with, what it reads, and its parameters."""
+    rule, _, parameters, save, _ = ctx.call
+    inputs: tuple[Tensor, ...] = ctx.saved_tensors
+    declaration = rule.declaration
+    count = len(declaration.inputs)
+    if len(inputs) > count:
+        values = dict(zip(ctx.tensors, inputs[count:], strict=True))
+        parameters, inputs = {**parameters, **values}, inputs[:count]
+    return declaration.gate if save == MASK else declaration.function, inputs, parameters
+
+
+def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+    """The gradient of x."""
+    call: Call = ctx.call
+    function, inputs, parameters = _formula(ctx)
+    if torch.compiler.is_compiling():  # it sees writes by itself, and takes no sparse gradient
+        inputs = tuple(_after(tensor, grad) for tensor in inputs)
+        return _checked(function(grad, *inputs, **parameters), grad, ctx)
+    if grad.layout is not torch.strided:
+        grad = _coalesced(grad, call)
+    declaration = call.rule.declaration
+    before = 0 if declaration.own else _versions(grad, inputs)
+    result: Any = NotImplemented
+    if call.compile:
+        if runs_alone(grad):
+            result = run_compiled(call.rule, call.site, function, grad, *inputs, **parameters)
+    elif (
+        declaration.fast is not None
+        and call.save != MASK
+        and parameters is call.parameters  # no tensors among them
+        and runs_alone(grad)
+    ):
+        result = declaration.fast(grad, *inputs, **parameters)
+    if result is NotImplemented:
+        result = function(grad, *inputs, **parameters)
+    if not declaration.own and before != _versions(grad, inputs):
+        raise RuleError(
+            f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, which other gradients are "
+            f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
+        )
+    return _checked(result, grad, ctx)
+
+
+def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
+    """The rule that a node of an autograd graph applies, its site, and the rule as a function of the gradient alone.
+
+    None for other nodes, and where the input of the site needs no gradient.
+    """
+    call = getattr(node, "call", None)
+    if not isinstance(call, Call) or not node.needs_input_grad[1]:
+        return None
+    function, inputs, parameters = _formula(node)
+    saved = [tensor.detach() for tensor in inputs]
+    parameters = {n: v.detach() if isinstance(v, Tensor) else v for n, v in parameters.items()}
+    return call.rule, call.site, lambda grad: function(grad, *saved, **parameters)
+
+
+def _after(tensor: Tensor, grad: Tensor) -> Tensor:
+    """The same values, as if they depended on the gradient; a mask that is to be saved as it is.
+
+    A compiler then computes masks of them in the backward. Left to itself it computes them in the forward and saves
+    them as booleans, which Inductor's code for CPUs writes one by one, ten times slower than the rest together.
+    """
+    if (
+        grad.device.type != "cpu"
+        or tensor.shape != grad.shape
+        or not tensor.dtype.is_floating_point
+    ):
+        return tensor
+    return torch.where(grad == grad, tensor, tensor)
+
+
+def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
+    """How often the tensors were written into, together."""
+    count = 0 if grad.is_inference() else version(grad)
+    for tensor in inputs:
+        count += 0 if tensor.is_inference() else version(tensor)
+    return count
+
+
+def _coalesced(grad: Tensor, call: Call) -> Tensor:
+    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
+    if not call.rule.sparse or grad.layout != torch.sparse_coo:
+        raise RuleError(
+            f"rule {call.rule.name!r} cannot take the gradient at site {call.site!r}, whose layout is {grad.layout}. "
+            f"Make it dense, nn.Embedding(..., sparse=False) say, or register the rule with sparse=True if it treats "
+            f"every entry by itself and keeps zeros."
+        )
+    return grad.coalesce()
+
+
+def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
+    """Return a rule's result in the dtype of `x`, or raise `RuleError` where it is no gradient for `x`."""
+    shape, dtype = ctx.like
+    if type(result) is Tensor and result.dtype is dtype and result.shape == shape:
+        return result
+    rule, site = ctx.call.rule, ctx.call.site
+    where = f" at site {site!r}" if site else ""
+    if not isinstance(result, Tensor):
+        raise RuleError(
+            f"rule {rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
+            f"A rule returns the gradient for x; for no gradient, torch.zeros_like(grad)."
+        )
+    if result.shape != shape:
+        raise RuleError(
+            f"rule {rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
+            f"for an input of shape {tuple(shape)}; grad has shape {tuple(grad.shape)}."
+        )
+    if result.dtype == dtype:
+        return result
+    # Under autocast an operation's output may have another dtype than its input: its rule may compute in either.
+    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, dtype)):
+        raise RuleError(
+            f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
+            f"{dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
+        )
+    return result.to(dtype)

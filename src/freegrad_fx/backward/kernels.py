@@ -1,0 +1,73 @@
+"""One kernel for the backward of a rule: its formula, compiled. What `compile=True` runs in eager mode."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .._torch.dynamo import gives_up_recompiling, is_compile_error
+from ..core.rule import Rule
+from ..errors import RuleError
+
+__all__ = ["run_compiled"]
+
+Formula: TypeAlias = Callable[..., Tensor]
+
+
+def run_compiled(
+    rule: Rule, site: str, function: Formula, grad: Tensor, *inputs: Tensor, **parameters: Any
+) -> Any:
+    """Compute what a rule makes of a gradient, in one kernel.
+
+    Args:
+        rule: The rule.
+        site: The name of the place in the model, for error messages.
+        function: Its formula, of ``x`` or of the mask of ``x``.
+        grad: The gradient.
+        *inputs: What the formula reads.
+        **parameters: The rule's parameters.
+
+    Returns:
+        The gradient for ``x``; ``NotImplemented`` where it has been compiled in too many ways.
+
+    Raises:
+        RuleError: The formula cannot be compiled.
+    """
+    layouts = tuple((t.dtype, t.device.type, *_order(t)) for t in (grad, *inputs))
+    kernel = _kernel(function, tuple(sorted(parameters)), layouts)
+    try:
+        return kernel(grad, *inputs, **parameters)
+    except Exception as error:
+        if gives_up_recompiling(error):
+            return NotImplemented
+        if not is_compile_error(error):
+            raise
+        reason = str(error).strip().partition("\n")[0]
+        raise RuleError(
+            f"compile=True: rule {rule.name!r} at site {site!r} cannot be compiled here ({type(error).__name__}: "
+            f"{reason}). Leave compile=True out; its formula is run as it is then."
+        ) from error
+
+
+def _order(tensor: Tensor) -> list[int]:
+    """The dimensions of a tensor as they stand in memory."""
+    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
+
+
+@functools.lru_cache(maxsize=256)
+def _kernel(
+    function: Callable[..., Tensor], names: tuple[str, ...], layouts: tuple[Any, ...]
+) -> Callable[..., Tensor]:
+    """A function, compiled for tensors of some dtypes and layouts, and of any size."""
+
+    def run(grad: Tensor, *inputs: Tensor, **parameters: Any) -> Tensor:
+        return function(grad, *inputs, **parameters)
+
+    # Dynamo counts by code how often something is compiled, and gives up: each has a code of its own
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
+    return torch.compile(own, fullgraph=True, dynamic=True)

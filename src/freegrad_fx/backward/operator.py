@@ -1,0 +1,94 @@
+"""The operator ``freegrad_fx::decoupled``: a rule as compilers and their caches know it."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._torch.dynamo import takes_for_constant
+from ..core.rule import Rule, of_token
+from .functions import Call, apply
+
+__all__ = ["operands"]
+
+
+def operands(
+    rule: Rule, site: str, parameters: dict[str, Any], save: str
+) -> tuple[list[Any], list[Any], str]:
+    """What ``freegrad_fx::decoupled`` is given behind `y` and `x`.
+
+    Returns:
+        The parameters that are neither numbers nor plain, which have to be tensors; those that are numbers, which a
+        compiler may take for variables; and everything else as text, ``""`` where it cannot be written.
+    """
+    token = rule.declaration.token
+    if not token:
+        return [], [], ""
+    if not parameters:
+        return [], [], _written(token, site, save, (), ())
+    found: list[dict[str, Any]] = [{}, {}, {}]
+    # One loop, and no function: Dynamo goes through it for every site
+    for name, value in parameters.items():
+        kind = type(value)
+        if kind is float or (
+            kind is int and -(2**63) <= value < 2**63
+        ):  # which an operator can hold
+            found[1][name] = value
+        elif kind in _PLAIN:
+            found[2][name] = value
+        else:
+            found[0][name] = value
+    tensors, numbers, plain = found
+    names = (*tensors, *numbers, *plain)
+    call = _written(token, site, save, names, tuple(plain.values()))
+    return [*tensors.values()], [*numbers.values()], call
+
+
+_PLAIN = (bool, int, str, tuple, type(None))
+
+
+# Dynamo calls it while it traces, and takes the answer for a constant
+@takes_for_constant
+def _written(
+    token: str, site: str, save: str, names: tuple[str, ...], values: tuple[Any, ...]
+) -> str:
+    try:
+        text = json.dumps([token, site, save, names, values, _digest()])
+    except (TypeError, ValueError):  # a tuple can hold anything
+        return ""
+    return text if _read(text)[3:] == (names, values) else ""
+
+
+def _read(call: str) -> tuple[str, str, str, tuple[str, ...], tuple[Any, ...]]:
+    token, site, save, names, values, _ = json.loads(call)
+    found = tuple(tuple(value) if isinstance(value, list) else value for value in values)
+    return token, site, save, tuple(names), found
+
+
+@functools.cache
+def _digest() -> str:
+    """What this package computes, as a number: a cache is to serve no other release."""
+    texts = [file.read_bytes() for file in sorted(Path(__file__).parent.parent.rglob("*.py"))]
+    return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
+
+
+def _run_operator(
+    y: Tensor, x: Tensor, tensors: list[Tensor], numbers: list[int | float], call: str
+) -> Tensor:
+    token, site, save, names, values = _read(call)
+    parameters = dict(zip(names, [*tensors, *numbers, *values], strict=True))
+    return apply(y, x, Call(of_token(token), site, parameters, save, False))  # type: ignore[no-any-return]
+
+
+# Composite: autograd, and AOTAutograd's trace of it, sees what it calls
+_library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
+_library.define(
+    "decoupled(Tensor y, Tensor x, Tensor[] tensors, Scalar[] numbers, str call) -> Tensor"
+)
+_library.impl("decoupled", _run_operator, "CompositeImplicitAutograd")

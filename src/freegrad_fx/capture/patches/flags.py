@@ -1,0 +1,59 @@
+"""The `training` flags of modules, read while a model is traced."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+from typing import Any
+
+from torch import nn
+
+from ..._torch.replacing import replaced
+from ...graph.provenance import is_users
+from ..merge import FlagRead
+from .recorder import Recorder
+
+__all__ = ["answering_training", "noted_flags", "recorded_flags"]
+
+
+def answering_training(
+    answer: Callable[[nn.Module, FrameType], Any],
+) -> contextlib.AbstractContextManager[None]:
+    """Ask `answer` when `module.training` is read; what it answers with None is read as ever.
+
+    The flag is an entry of the instance's ``__dict__``; a property on the class goes before it.
+    """
+
+    def read(module: nn.Module) -> Any:
+        # between this frame and the reader's there is that of the replacement
+        if (flag := answer(module, sys._getframe(2))) is not None:
+            return flag
+        try:
+            return module.__dict__["training"]
+        except KeyError:
+            raise AttributeError("training") from None
+
+    return replaced(nn.Module, "training", lambda _: property(read))
+
+
+def recorded_flags(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
+    """Reading `module.training` gives a proxy of the flag."""
+    return answering_training(lambda module, _: recorder.training_flag(module))
+
+
+@contextlib.contextmanager
+def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
+    """Lists who reads whose `training` flag."""
+    paths = {module: path for path, module in root.named_modules()}
+    found: set[FlagRead] = set()
+
+    def note(module: nn.Module, frame: FrameType) -> None:
+        if module in paths:
+            reader = frame.f_locals.get("self")
+            path = paths.get(reader) if isinstance(reader, nn.Module) else None
+            found.add(FlagRead(path, paths[module], is_users(frame.f_code)))
+
+    with answering_training(note):
+        yield found

@@ -1,0 +1,48 @@
+"""What the patches ask of a tracer."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+from torch.fx.proxy import Proxy
+
+from ..._torch import tree
+
+__all__ = ["Recorder", "with_proxies"]
+
+
+class Recorder(Protocol):
+    """What the patches ask of a tracer."""
+
+    def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
+        """Record a node."""
+
+    def training_flag(self, module: nn.Module) -> Any:
+        """The proxy of a module's flag; None where the module is not traced."""
+
+    def known_tensor(self, tensor: torch.Tensor) -> Proxy | None:
+        """The proxy of a parameter, buffer or tensor attribute of the model; None for other tensors."""
+
+    def is_held(self, tensor: torch.Tensor) -> bool:
+        """Whether a list or dict of the model holds a tensor."""
+
+    def assign(self, module: nn.Module, name: str, value: Any) -> bool:
+        """Record an assignment of a proxy to an attribute; False where it is to be carried out."""
+
+
+def with_proxies(
+    recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments with a proxy for every tensor of the model; the very same where there is none."""
+    found = False
+
+    def swap(value: Any) -> Any:
+        nonlocal found
+        proxy = recorder.known_tensor(value) if isinstance(value, torch.Tensor) else None
+        found = found or proxy is not None
+        return value if proxy is None else proxy
+
+    swapped = tree.map_leaves(swap, (args, kwargs))
+    return swapped if found else (args, kwargs)

@@ -1,0 +1,179 @@
+"""Tensors that no proxy stands for yet, and questions that proxies would answer wrongly."""
+
+from __future__ import annotations
+
+import builtins
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch.fx.proxy import Proxy
+from torch.overrides import TorchFunctionMode
+
+from ..._torch.graphs import SET_GRAD_ENABLED
+from ..._torch.replacing import replaced
+from ...graph.aliasing import named_in_place
+from ...graph.provenance import caller, is_users
+from ...ops.checks import require_tensor
+from ..proxies import FlagProxy, RecordingProxy
+from .recorder import Recorder, with_proxies
+from .refusals import is_grad_enabled
+
+__all__ = ["RecordMode", "answered_isinstance", "recorded_factories"]
+
+
+_FACTORIES = frozenset(
+    {
+        torch.arange,
+        torch.empty,
+        torch.eye,
+        torch.full,
+        torch.linspace,
+        torch.logspace,
+        torch.normal,
+        torch.ones,
+        torch.rand,
+        torch.randint,
+        torch.randn,
+        torch.randperm,
+        torch.scalar_tensor,
+        torch.tensor,
+        torch.zeros,
+    }
+)
+
+
+def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
+    """`isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right."""
+    tensor = torch.empty(0)
+    proxies: dict[type[Any], bool] = {}  # nearly everything that is asked about is none
+
+    def answering(ask: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
+        def answer(value: Any, kinds: Any) -> bool:
+            kind = type(value)
+            if kind not in proxies:
+                proxies[kind] = issubclass(kind, Proxy)
+            if not proxies[kind]:
+                return ask(value, kinds)
+            code = sys._getframe(2).f_code
+            if not (is_users(code) or code is torch.is_tensor.__code__):
+                return ask(value, kinds)
+            if issubclass(kind, FlagProxy):
+                return ask(True, kinds)
+            if not any(user.target is require_tensor for user in value.node.users):
+                recorder.create_proxy("call_function", require_tensor, (value, caller()), {})
+            return ask(tensor, kinds)
+
+        return answer
+
+    return replaced(builtins, "isinstance", answering)
+
+
+@contextlib.contextmanager
+def recorded_factories(recorder: Recorder) -> Iterator[None]:
+    """`torch.rand(x.shape[0])` is a node; its C++ would refuse the proxy before anything else could take the call."""
+
+    def recording(factory: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: recorder.create_proxy("call_function", factory, args, kwargs)
+
+    with contextlib.ExitStack() as stack:
+        for factory in _FACTORIES:
+            stack.enter_context(replaced(torch, factory.__name__, recording))
+        yield
+
+
+# What is asked of a tensor rather than computed from it.
+_PROPERTIES_COMPUTED = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
+
+
+_METHODS_ASKED = frozenset(
+    {
+        "size",
+        "dim",
+        "numel",
+        "nelement",
+        "stride",
+        "is_floating_point",
+        "is_complex",
+        "is_contiguous",
+        "element_size",
+        "data_ptr",
+        "get_device",
+        "storage_offset",
+        "untyped_storage",
+        "register_hook",
+        "requires_grad_",
+        "__hash__",
+        "__len__",
+        "__repr__",
+        "__format__",
+        "__deepcopy__",
+        "__reduce_ex__",
+    }
+)
+
+
+def _computes(func: Any) -> bool:
+    name = getattr(func, "__name__", "")
+    if name == "__get__":
+        return getattr(func.__self__, "__name__", "") in _PROPERTIES_COMPUTED
+    return name not in _METHODS_ASKED and name != "__set__"
+
+
+_INPLACE_NAMES = frozenset(
+    f"__i{name}__" for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+) | {"__setitem__"}
+
+
+class RecordMode(TorchFunctionMode):
+    """Records what no proxy takes part in: functions that make a tensor from nothing, and changes of the grad mode."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.previous: list[Proxy] = []
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func in _FACTORIES:  # fetched before the trace: `from torch import rand`
+            return self.recorder.create_proxy("call_function", func, args, kwargs or {})
+        if func is SET_GRAD_ENABLED:
+            self._record_grad_mode(*args)
+            return func(*args)
+        name = getattr(func, "__name__", "")
+        writes = named_in_place(name) or name in _INPLACE_NAMES
+        first = args[0] if args else None
+        if writes and isinstance(first, torch.Tensor) and self.recorder.is_held(first):
+            raise TypeError(
+                "the forward writes into a tensor that a list or dict of the model holds"
+            )
+        # A parameter that the forward found without asking for it by name (`self.parameters()`)
+        traced, traced_kwargs = with_proxies(self.recorder, args, kwargs or {})
+        if traced is args or not _computes(func):
+            return func(*args, **(kwargs or {}))
+        if getattr(func, "__name__", "") == "__get__":
+            return getattr(traced[0], func.__self__.__name__)
+        return RecordingProxy.__torch_function__(func, types, traced, traced_kwargs)
+
+    def _record_grad_mode(self, enabled: bool) -> None:
+        """Leaving a `no_grad` block restores the mode that a *call* found, not the one that the trace found."""
+        setter = sys._getframe(2)
+        inside = setter.f_back
+        names = (setter.f_code.co_name, inside.f_code.co_name if inside is not None else "")
+        context = setter.f_locals.get("self")
+        mode: Any = enabled
+        if "__exit__" in names and self.previous:
+            mode = self.previous.pop()
+        elif names[0] != "__enter__" or not isinstance(context, torch.set_grad_enabled):
+            # `set_grad_enabled` sets the mode when it is made and again when it is entered
+            self.previous.append(
+                self.recorder.create_proxy("call_function", is_grad_enabled, (), {})
+            )
+        self.recorder.create_proxy("call_function", SET_GRAD_ENABLED, (mode,), {})

@@ -1,0 +1,104 @@
+"""What torch.export takes apart or makes graphs of their own, put back into one graph."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+
+from .._torch.graphs import SET_GRAD_ENABLED
+from ..errors import CaptureError
+from ..graph.provenance import META
+from ..sites.remarks import Opaque
+from .merge import Exported
+
+__all__ = ["collapse", "find", "hidden_regions", "inline_grad_modes"]
+
+
+# Functions that export takes apart, and that are one activation to the user.
+_COMPOSITES = {
+    "function.softsign": F.softsign,
+    "function.tanhshrink": F.tanhshrink,
+    "function.softmin": F.softmin,
+}
+
+
+def find(module: nn.Module, target: str) -> Any:
+    """What stands at a dotted path in a module; None where nothing does."""
+    found: Any = module
+    for name in target.split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
+    """Put `no_grad` regions, which export makes graphs of their own, back between two changes of the grad mode."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.higher_order.wrap_with_autocast:
+            raise CaptureError("torch.autocast inside a forward cannot be put into a graph")
+        if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
+            continue
+        enabled, holder, *operands = node.args
+        region = find(module, str(holder.target))
+        inline_grad_modes(region, region.graph)
+        inside = list(region.graph.nodes)
+        values = dict(zip([n for n in inside if n.op == "placeholder"], operands, strict=True))
+        results: Any = ()
+        with graph.inserting_before(node):
+            before = graph.call_function(torch.is_grad_enabled)
+            start = graph.call_function(SET_GRAD_ENABLED, (enabled,))
+            for inner in inside:
+                if inner.op == "output":
+                    results = fx.map_arg(inner.args[0], values.__getitem__)
+                elif inner.op == "get_attr":
+                    name = f"{holder.target}_{inner.target}".replace(".", "_")
+                    setattr(module, name, find(region, str(inner.target)))
+                    values[inner] = graph.create_node("get_attr", name)
+                elif inner.op != "placeholder":
+                    values[inner] = graph.node_copy(inner, values.__getitem__)
+            end = graph.call_function(SET_GRAD_ENABLED, (before,))
+        for made in (before, start, end):
+            made.meta = dict(node.meta)
+        for user in list(node.users):
+            user.replace_all_uses_with(results[user.args[1]])
+            graph.erase_node(user)
+        graph.erase_node(node)
+        if not holder.users:
+            graph.erase_node(holder)
+
+
+def collapse(graph: fx.Graph) -> None:
+    """Make one node again of the activations that export takes apart: a rule is meant for the whole."""
+    groups: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        call, function = node.meta.get("torch_fn", ("", ""))
+        if function in _COMPOSITES:
+            groups.setdefault(call, []).append(node)
+    for nodes in groups.values():
+        last, inside = nodes[-1], set(nodes)
+        (x,) = {n for node in nodes for n in node.all_input_nodes if n not in inside}
+        function = last.meta["torch_fn"][1]
+        # aten.softmax.int(x, dim, dtype)
+        rest = last.args[1:] if function == "function.softmin" else ()
+        more = {"dtype": rest[1]} if len(rest) > 1 else {}
+        with graph.inserting_before(last):
+            whole = graph.call_function(_COMPOSITES[function], (x, *rest[:1]), more)
+        whole.meta = dict(last.meta)
+        last.replace_all_uses_with(whole)
+        for node in reversed(nodes):
+            graph.erase_node(node)
+
+
+def hidden_regions(exported: Exported) -> Iterator[Opaque]:
+    """Regions that stay graphs of their own (checkpoints, conditionals)."""
+    for node in exported.graph.nodes:
+        if node.op == "get_attr" and isinstance(
+            exported.parts.get(str(node.target)), fx.GraphModule
+        ):
+            user = next(iter(node.users), node)
+            owner = node.meta[META]
+            what = f"the region of {getattr(user.target, '__name__', user.target)}, kept whole"
+            yield Opaque(owner.owner, what, "it is a graph of its own", owner.source)

@@ -1,0 +1,1 @@
+"""What a backward rule is. Knows no rule by name, and nothing of graphs."""

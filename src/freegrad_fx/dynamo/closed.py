@@ -1,0 +1,59 @@
+"""Operators that run graphs of their own in which a rule would not act, and the sites in those."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import fx
+
+from ..graph.provenance import META, Origin, origin
+from ..sites.operations import find_sites
+from ..sites.remarks import Opaque
+from ..sites.site import Located
+from ..table import RuleTable
+from .frames import Setting
+from .homes import Home, Modules, source_of
+from .nested import OPEN, all_bodies, graph_operator
+from .programs import class_of
+
+__all__ = ["closed_operators", "is_given_a_rule", "sites_in_closed"]
+
+
+def sites_in_closed(
+    homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules
+) -> Iterator[tuple[str, Located]]:
+    """The sites in the graphs that such an operator runs, with its name."""
+    for node, home in homes.items():
+        name = graph_operator(node)
+        if not name or name in OPEN or name == "autograd_function_apply":
+            continue
+        for body in all_bodies(node, home.graph_module):
+            for inner in body.graph.nodes:
+                owner = home.program.owner(
+                    (*setting.modules, *modules.of(node), *modules.of(inner))
+                )
+                where = Origin(home.program.path(owner), source_of(inner), class_of(owner))
+                inner.meta[META] = where
+            yield from ((name, place) for place in find_sites(body.graph, body))
+
+
+def is_given_a_rule(place: Located, table: RuleTable) -> bool:
+    """Whether the entry that decides a site gives it a rule."""
+    index = table.decide(place)
+    return index is not None and table.entries[index].rules is not None
+
+
+def closed_operators(homes: Mapping[fx.Node, Home]) -> Iterator[Opaque]:
+    """The operators that run graphs in which a rule would not act, as far as these compute activations."""
+    for node, home in homes.items():
+        name = graph_operator(node)
+        if not name or name in OPEN:
+            continue
+        where = origin(node)
+        if name == "autograd_function_apply":
+            what, reason = "an autograd.Function", "keeps the backward it has"
+        elif any(find_sites(b.graph, b) for b in all_bodies(node, home.graph_module)):
+            what, reason = f"torch.{name}", "its branches are graphs of their own"
+        else:
+            continue
+        yield Opaque(where.owner, what, reason, where.source)

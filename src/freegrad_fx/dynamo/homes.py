@@ -1,0 +1,140 @@
+"""Where the nodes of a graph of Dynamo's come from: it opens every module, and says which were being called."""
+
+from __future__ import annotations
+
+import gc
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from ..graph.provenance import META, Origin, is_users_file, origin
+from ..sites.operations import find_sites
+from ..table import RuleTable
+from .frames import Setting
+from .nested import nodes_in_order
+from .programs import Calls, Program, class_of
+from .whole import captured_tensor
+
+__all__ = ["Home", "Modules", "find_homes", "names_inside", "number_calls", "source_of"]
+
+
+@dataclass(frozen=True)
+class Home:
+    """Where a node comes from."""
+
+    graph_module: fx.GraphModule  # the graph that it is in
+    program: Program
+    owner: nn.Module | None
+    parameter: Tensor | None = None
+
+    @property
+    def parameter_or_owner(self) -> Any:
+        """The parameter that a node is, or else the module that owns it."""
+        return self.owner if self.parameter is None else self.parameter
+
+    def origin(self, node: fx.Node) -> Origin:
+        """The origin to write on a node."""
+        names = () if self.parameter is None else self.program.names(self.parameter)
+        return Origin(self.program.path(self.owner), source_of(node), class_of(self.owner), names)
+
+
+def find_homes(
+    gm: fx.GraphModule,
+    setting: Setting,
+    program_of: Callable[[nn.Module | None], Program],
+    modules: Modules,
+) -> dict[fx.Node, Home]:
+    """Where every node comes from, in the order in which they run."""
+    homes: dict[fx.Node, Home] = {}
+    for node, graph_module in nodes_in_order(gm):
+        called = modules.of(node)
+        program = program_of(setting.top(*called))
+        owner = program.owner((*setting.modules, *called))
+        homes[node] = Home(graph_module, program, owner)
+    programs = dict.fromkeys(home.program for home in homes.values())
+    for node in homes:
+        if (example := _example(node)) is None:
+            continue
+        for program in programs:
+            if names := program.names(example):
+                homes[node] = Home(gm, program, program.holder(names[0]), example)
+    return homes
+
+
+class Modules:
+    """Finds the modules that Dynamo names by their identity."""
+
+    def __init__(self, setting: Setting) -> None:
+        tops = [m for m in (setting.root, *setting.modules) if m is not None]
+        self._known = {id(module): module for top in tops for module in top.modules()}
+        self._searched = False
+
+    def of(self, node: fx.Node) -> list[nn.Module]:
+        """The modules that were being called when a node was made, the outermost first, as far as they exist."""
+        return [module for _, module in self.calls(node)]
+
+    def calls(self, node: fx.Node) -> list[tuple[str, nn.Module]]:
+        """The same, with the key of the call."""
+        found = []
+        for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
+            # a second call of a module is marked by an @
+            module = self._find(int(key.partition("@")[0]))
+            if module is not None and type(module) is kind:
+                found.append((key, module))
+        return found
+
+    def _find(self, identity: int) -> nn.Module | None:
+        if identity not in self._known and not self._searched:
+            # What a compiled function calls is known to Dynamo alone
+            self._searched = True
+            alive = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
+            self._known.update((id(module), module) for module in alive)
+        return self._known.get(identity)
+
+
+def _example(node: fx.Node) -> Tensor | None:
+    """The parameter that an input of a graph is."""
+    tensor = captured_tensor(node)
+    return tensor if isinstance(tensor, nn.Parameter) else None
+
+
+_FRAME = re.compile(r'^  File "(.*)", line (\d+), in ', re.MULTILINE)
+
+
+def source_of(node: fx.Node) -> str:
+    """``file:line`` of the user's code; the last of the frames is the innermost."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    users = [f"{file}:{line}" for file, line in frames if is_users_file(file)]
+    return users[-1] if users else ""
+
+
+def names_inside(anchor: nn.Module | None) -> dict[int, str]:
+    """The paths of modules and the names of parameters inside of a module, by identity."""
+    if anchor is None:
+        return {}
+    named = [*anchor.named_modules(), *anchor.named_parameters()]
+    return {id(thing): path for path, thing in named}
+
+
+def number_calls(
+    homes: Mapping[fx.Node, Home],
+    graph_modules: tuple[fx.GraphModule, ...],
+    table: RuleTable,
+    before: Calls,
+) -> None:
+    """Count the calls of sites over several graphs, in the order in which their nodes run."""
+    calls = Counter(before)
+    sites = {
+        place.node: place.site
+        for module in graph_modules
+        for place in find_sites(module.graph, module, table.types_in(module))
+    }
+    for node, home in homes.items():
+        if node in sites:
+            key = home.program, sites[node].path, sites[node].op
+            node.meta[META] = replace(origin(node), call=calls[key])
+            calls[key] += 1

@@ -1,0 +1,1 @@
+"""Questions about the nodes of graphs, and graphs as data. Knows nothing of rules."""

@@ -1,0 +1,71 @@
+"""What a node of a graph calls and reads: the questions that every stage asks. Knows nothing of rules or sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from .._torch.modules import children_of
+from ..ops.calls import call_with
+from ..vocabulary.op import Spelling
+from ..vocabulary.recognition import recognise
+
+__all__ = [
+    "argument",
+    "attribute",
+    "called_module",
+    "called_path",
+    "first_argument",
+    "spelled",
+    "submodule",
+]
+
+
+def attribute(node: fx.Node, root: nn.Module) -> Any:
+    """What a get_attr node reads; None for other nodes, and where there is nothing."""
+    found: Any = root if node.op == "get_attr" else None
+    for name in str(node.target).split("."):
+        found = getattr(found, name, None)
+    return found
+
+
+def submodule(root: nn.Module, path: str) -> nn.Module:
+    """The module at a dotted path; what `get_submodule` returns, without its checks of every step."""
+    found: nn.Module | None = root
+    for name in path.split(".") if path else ():
+        if found is None or isinstance(found, torch.jit.ScriptModule):  # its `_modules` is no dict
+            return root.get_submodule(path)
+        found = children_of(found).get(name)
+    return root.get_submodule(path) if found is None else found
+
+
+def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module that a node calls, as it is or with other tensors for its parameters; None for other calls."""
+    if node.op == "call_module":
+        return submodule(root, str(node.target))
+    if node.target is call_with:
+        module = attribute(node.args[0], root)  # type: ignore[arg-type]
+        return module if isinstance(module, nn.Module) else None
+    return None
+
+
+def called_path(node: fx.Node) -> str:
+    """The dotted path of the module that a node calls."""
+    return str(node.args[0].target) if node.target is call_with else str(node.target)  # type: ignore[union-attr]
+
+
+def first_argument(node: fx.Node) -> int:
+    """At which position the arguments of what a node calls begin."""
+    return 2 if node.target is call_with else 0
+
+
+def argument(node: fx.Node, key: int | str) -> Any:
+    """The argument of a node at a position or under a keyword."""
+    return node.args[key] if isinstance(key, int) else node.kwargs[key]
+
+
+def spelled(node: fx.Node, root: nn.Module) -> Spelling | None:
+    """How a node spells an activation, or None."""
+    return recognise(node, called_module(node, root), first_argument(node))

@@ -1,0 +1,151 @@
+"""Graphs copied, turned into plain data and back, and into code.
+
+FX pickles a graph by tracing its generated code again, and its nodes form a list too deep for pickle.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import importlib
+import keyword
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.graph import CodeGen
+
+from .._torch import graphs, tree
+from .provenance import META
+
+# Whatever is patched in PyTorch is patched by one thread at a time.
+LOCK = threading.RLock()
+
+__all__ = ["LOCK", "GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
+
+
+def copy_graph(graph: fx.Graph) -> fx.Graph:
+    """Copy a graph with what is written on its nodes."""
+    codegen = graphs.code_generator(
+        graph
+    )  # it holds the structure of inputs and outputs, which does not change
+    graph.set_codegen(CodeGen())
+    try:
+        new = copy.deepcopy(graph)
+    finally:
+        graph.set_codegen(codegen)
+    new.set_codegen(codegen)
+    for old_node, new_node in zip(graph.nodes, new.nodes, strict=True):
+        new_node.meta = dict(old_node.meta)
+    return new
+
+
+@dataclass(frozen=True)
+class _Ref:
+    name: str
+
+
+def _ref(node: fx.Node) -> Any:
+    return _Ref(node.name)
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A function, by the name it can be imported under."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class GraphDump:
+    """A graph as plain data."""
+
+    nodes: list[tuple[Any, ...]]
+    codegen: Any
+
+
+def dump_graph(graph: fx.Graph) -> GraphDump:
+    """Turn a graph into plain data that can be pickled."""
+    nodes = []
+    for node in graph.nodes:
+        args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
+        target = _name(node.target) if node.op == "call_function" else node.target
+        nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
+    return GraphDump(nodes, _dump_codegen(graph))
+
+
+def load_graph(dump: GraphDump) -> fx.Graph:
+    """Turn what `dump_graph` made into a graph."""
+    graph = fx.Graph()
+    graph.set_codegen(_load_codegen(dump.codegen))
+    nodes: dict[str, fx.Node] = {}
+    for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
+        args, kwargs = fx.node.map_aggregate(
+            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
+        )
+        target = _resolve(target.name) if isinstance(target, _Named) else target
+        node = graph.create_node(op, target, args, kwargs, name, type_expr)
+        if meta is not None:
+            node.meta[META] = meta
+        nodes[name] = node
+    return graph
+
+
+def _dump_codegen(graph: fx.Graph) -> Any:
+    """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
+    structures = graphs.structures_of(graph)
+    if structures is None:
+        return graphs.code_generator(graph)
+    args, *specs = structures
+    return (args, *(None if s is None else tree.dump_spec(s) for s in specs))
+
+
+def _load_codegen(dump: Any) -> CodeGen:
+    if isinstance(dump, CodeGen):
+        return dump
+    args, *specs = dump
+    loaded = (None if s is None else tree.load_spec(s) for s in specs)
+    codegen: CodeGen = graphs.with_structures(args, *loaded)
+    return codegen
+
+
+def _name(target: Any) -> Any:
+    """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
+    try:
+        name = graphs.qualified_name(target)
+        return _Named(name) if _resolve(name) is target else target
+    except (RuntimeError, AttributeError, ImportError):
+        return target
+
+
+def _resolve(name: str) -> Any:
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            module = importlib.import_module(".".join(parts[:cut]))
+            return reduce(getattr, parts[cut:], module)
+        except (ImportError, AttributeError):
+            continue
+    return reduce(getattr, parts[1:], torch)
+
+
+@contextlib.contextmanager
+def keywords_as_names() -> Iterator[None]:
+    """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
+
+    def write(usual: Callable[[str, str], str]) -> Callable[[str, str], str]:
+        def written(base: str, target: str) -> str:
+            if not any(keyword.iskeyword(name) for name in target.split(".")):
+                return usual(base, target)
+            for name in target.split("."):
+                base = f'getattr({base}, "{name}")'
+            return base
+
+        return written
+
+    with LOCK, graphs.attributes_written_by(write):
+        yield

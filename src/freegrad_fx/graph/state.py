@@ -1,0 +1,60 @@
+"""What modules hold beside registered tensors: the tensors in it, and plain Python values."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .._torch.modules import CHILDREN
+
+__all__ = ["ATTRIBUTES_OF_EVERY_MODULE", "collect_tensors", "is_python_state", "tensors_in"]
+
+
+ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def tensors_in(value: Any) -> dict[int, Tensor]:
+    """The tensors, by identity, in a value: in containers, functions, and modules that are not registered."""
+    found: dict[int, Tensor] = {}
+    collect_tensors(value, found, set())
+    return found
+
+
+def collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
+    """Add the tensors in a value to `found`, by identity; what is in `seen` has been looked through."""
+    if isinstance(value, Tensor):
+        found[id(value)] = value
+        return
+    items: Iterable[Any] = ()
+    if isinstance(value, dict):
+        items = value.values()
+    elif isinstance(value, list | tuple | set):
+        items = value
+    elif isinstance(value, types.FunctionType):
+        cells = [c.cell_contents for c in value.__closure__ or () if c != _EMPTY]
+        items = (*cells, value.__defaults__, value.__kwdefaults__)
+    elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
+        # one that is not registered, in a list say
+        items = [v for m in value.modules() for k, v in m.__dict__.items() if k != CHILDREN]
+    else:
+        return
+    if id(value) not in seen:  # a part may refer to its whole
+        seen.add(id(value))
+        for item in items:
+            collect_tensors(item, found, seen)
+
+
+_EMPTY = types.CellType()
+
+
+def is_python_state(value: Any) -> bool:
+    """Whether a value is a number, text, None or a plain container of such."""
+    if type(value) in (list, tuple, set, frozenset):
+        return all(map(is_python_state, value))
+    if type(value) is dict:
+        return all(map(is_python_state, [*value, *value.values()]))
+    return value is None or type(value) in (bool, int, float, complex, str, bytes)

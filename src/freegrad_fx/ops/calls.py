@@ -1,0 +1,202 @@
+"""`call_with`: calls a module with other tensors in the place of some of its parameters."""
+
+from __future__ import annotations
+
+import functools
+import threading
+import types
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import reduce
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
+from torch.overrides import handle_torch_function
+
+from .._torch import modules
+from .._torch.dispatch import is_transformed
+from .._torch.tensors import mark_as_parameter, version
+from ..backward.hazards import refuse_sharded_parts
+from ..context import surrounded
+
+__all__ = ["call_with"]
+
+
+def call_with(
+    module: nn.Module, parameters: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
+) -> Any:
+    """Call a module with other tensors in the place of some of its parameters; the module keeps its own.
+
+    Formula: ``module(*args, **kwargs)``, where the parameter of each name in `parameters` has the value given.
+
+    Args:
+        module: The module.
+        parameters: Tensors by the names of the module's parameters, which may be those of its submodules.
+        *args: What the module is called with.
+        **kwargs: What the module is called with.
+    """
+    given = (*parameters.values(), *args, *kwargs.values())
+    # Tensors of a subclass, and modes, are the business of what the module itself calls
+    traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
+    if traced:
+        return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
+    if _are_own(parameters, module):  # no rule acts
+        return module(*args, **kwargs)
+    refuse_sharded_parts(module, parameters)
+    if torch.compiler.is_compiling():
+        return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
+    before = {name: (_version(value), _memory(value)) for name, value in parameters.items()}
+    if _can_be_viewed(module, parameters):
+        result = _call_view(module, parameters, args, kwargs)
+    else:  # the module itself is changed for the time of the call
+        with surrounded(lambda: _swapped(module, parameters)):
+            result = module(*args, **kwargs)
+    for name, value in parameters.items():
+        version_before, memory = before[name]
+        if (_version(value), _memory(value)) == (version_before, memory):
+            continue
+        own: Any = reduce(getattr, name.split("."), module)
+        if memory != _memory(own):
+            raise RuntimeError(
+                f"the forward of {type(module).__name__} writes into its parameter {name!r}, which is read through "
+                f"another forward here: the write is lost. Leave the parameter its own forward."
+            )
+        if memory != _memory(value):  # weight.data = ..., as projections of weights are written
+            own.data = value.data
+    return result
+
+
+_swapping = threading.RLock()
+
+
+@contextmanager
+def _swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let a module have other tensors for some of its parameters; one thread at a time."""
+    _let_be_parameters(parameters.values())
+    # What functional_call is made of
+    with _swapping, modules.with_parameters(module, parameters):
+        yield
+
+
+def _version(tensor: Tensor) -> int:
+    return 0 if is_transformed(tensor) or tensor.is_inference() else version(tensor)
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where the values of a tensor are; 0 where it has none of its own."""
+    own = type(tensor) in (Tensor, nn.Parameter) and not is_transformed(tensor)
+    return tensor.data_ptr() if own else 0
+
+
+def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
+    """Whether tensors are the parameters that a module has under their names anyway."""
+    named = (
+        (reduce(getattr, name.split("."), module), value) for name, value in parameters.items()
+    )
+    return all(own is value for own, value in named)
+
+
+def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
+    """Whether nothing but its own code runs in a module, so that a view of it does what the module does.
+
+    A hook would see the view instead of the module, a method that is kept as an attribute would see the module instead
+    of the view, and PyTorch caches parametrized weights by the identity of their module.
+    """
+    if (
+        modules.has_hooks(module)
+        or modules.has_global_hooks()
+        or isinstance(module, torch.jit.ScriptModule)
+        or is_parametrized(module)
+        or not (_of_torch(module) or _knows_no_module(_own_attributes(module)))
+    ):
+        return False
+    parts = _by_part(dict.fromkeys(names))
+    return all(_can_be_viewed(getattr(module, part), inside) for part, inside in parts.items())
+
+
+def _of_torch(module: nn.Module) -> bool:
+    return type(module).__module__.startswith("torch.nn.modules.")
+
+
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    return {k: v for k, v in module.__dict__.items() if k not in _OF_EVERY_MODULE}
+
+
+_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+
+
+def _knows_no_module(attribute: Any) -> bool:
+    if isinstance(attribute, dict):
+        attribute = attribute.values()
+    if isinstance(attribute, Collection) and not isinstance(attribute, str | bytes | Tensor):
+        # A long one is not looked through at every call
+        return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
+    if isinstance(attribute, types.FunctionType):
+        return attribute.__closure__ is None
+    return not isinstance(attribute, types.MethodType | functools.partial | nn.Module)
+
+
+def _call_view(
+    module: nn.Module,
+    parameters: Mapping[str, Tensor],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Call a view of a module: the same class and attributes, with other tensors for some parameters."""
+    written: list[_Written] = []
+    view = _view(module, parameters, written, of_torch=True)
+    try:
+        return view(*args, **kwargs)
+    finally:
+        for own, seen, before in written:  # what the forward assigned
+            for name in before.keys() - seen.keys():
+                own.pop(name, None)
+            for name, value in seen.items():
+                if name not in before or value is not before[name]:
+                    own[name] = value
+
+
+# A dict of a module, that of its view, and what this one was before the call
+_Written: TypeAlias = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
+
+
+def _view(
+    module: nn.Module, parameters: Mapping[str, Tensor], written: list[_Written], of_torch: bool
+) -> nn.Module:
+    view: nn.Module = object.__new__(type(module))
+    of_torch = of_torch and _of_torch(module)
+    own = {name: value for name, value in parameters.items() if "." not in name}
+    parts = {
+        name: _view(getattr(module, name), inside, written, of_torch)
+        for name, inside in _by_part(parameters).items()
+    }
+    values = {**modules.parameters_of(module), **own}
+    children = {**modules.children_of(module), **parts}
+    view.__dict__ = {**module.__dict__, modules.PARAMETERS: values, modules.CHILDREN: children}
+    if not of_torch:  # in which no code but the library's runs
+        _let_be_parameters(own.values())
+        pairs: list[tuple[Any, dict[str, Any]]] = [
+            (module.__dict__, view.__dict__),
+            (modules.parameters_of(module), values),
+            (modules.children_of(module), children),
+        ]
+        written.extend((original, seen, dict(seen)) for original, seen in pairs)
+    return view
+
+
+def _let_be_parameters(tensors: Iterable[Tensor]) -> None:
+    """Let tensors be parameters for code that asks for an `nn.Parameter`."""
+    for tensor in tensors:
+        mark_as_parameter(tensor)
+
+
+def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """What belongs to each submodule, of values by dotted names."""
+    parts: dict[str, dict[str, Any]] = {}
+    for name, value in values.items():
+        part, dot, rest = name.partition(".")
+        if dot:
+            parts.setdefault(part, {})[rest] = value
+    return parts

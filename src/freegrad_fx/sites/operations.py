@@ -1,0 +1,137 @@
+"""Finds the sites of operations in a graph."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import fx, nn
+
+from .._torch.modules import has_forward_hooks
+from .._torch.operators import Overload
+from ..graph.nodes import argument, called_module, called_path, first_argument, spelled
+from ..graph.provenance import origin
+from ..ops.functions import apply_function, function_of
+from ..ops.gradients import decoupled, stop_gradient
+from ..vocabulary.op import Spelling
+from .owners import ALREADY, class_at, qualified, rule_of, short_name
+from .site import LocatedOperation, Site
+
+__all__ = ["find_sites", "spelling_of"]
+
+
+def find_sites(
+    graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
+) -> list[LocatedOperation]:
+    """List the sites of operations in a graph, in execution order.
+
+    Args:
+        graph: A captured graph.
+        root: The module whose submodules it calls.
+        types: Classes of modules and of autograd.Functions whose calls are sites too.
+    """
+    found: list[LocatedOperation] = []
+    calls: Counter[tuple[str, str]] = Counter()
+    for node in graph.nodes:
+        module = called_module(node, root)
+        called = _called(node, module)
+        spelling: Spelling | _Custom | None = spelled(node, root)
+        if spelling is None and called is not None and issubclass(called, tuple(types)):
+            spelling = _custom_spelling(node, module)
+        if spelling is None:
+            continue
+        where = origin(node)
+        # An origin that tells the class tells the path too: the graph may call modules by names of its own
+        own = module is None or where.owner_type is not None
+        path = where.owner if own else called_path(node)
+        name = spelling.op.name if isinstance(spelling, Spelling) else _class_name(called)
+        owner = where.owner_type or class_at(root, path)
+        site = Site(
+            kind="operation",
+            op=name,
+            path=path,
+            call=calls[path, name] if where.call is None else where.call,
+            spelling=spelling_of(node, called, spelling.inplace),
+            source=where.source,
+            type=qualified(owner),
+        )
+        calls[path, name] += 1
+        found.append(
+            LocatedOperation(
+                site=site,
+                owners=(owner,),
+                obstacle=_obstacle(node, module, spelling),
+                op=spelling.op if isinstance(spelling, Spelling) else None,
+                called=called,
+                node=node,
+                key=spelling.key,
+                inplace=spelling.inplace,
+            )
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class _Custom:
+    """How a node calls a class that the table names: what `Spelling` is for a line of the vocabulary."""
+
+    key: int | str
+    inplace: bool
+    writes_out: bool = False
+
+
+def _called(node: fx.Node, module: nn.Module | None) -> type[Any] | None:
+    if node.target is apply_function:
+        function: type[Any] = function_of(str(node.args[0]))
+        return function
+    return None if module is None else type(module)
+
+
+def _class_name(called: type[Any] | None) -> str:
+    return called.__name__ if called is not None else ""
+
+
+def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
+    """The first tensor given to it is the activated one; only its `inplace` can tell that it is overwritten."""
+    first = first_argument(node)
+    positional = list(enumerate(node.args))[first:]
+    given: list[tuple[int | str, Any]] = [*positional, *node.kwargs.items()]
+    key = next((key for key, value in given if isinstance(value, fx.Node)), None)
+    return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
+
+
+def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> str:
+    source = argument(node, spelling.key)
+    while source.target == "clone":  # an operation in place may run on a copy of what is cut
+        source = source.args[0]
+    if source.target is stop_gradient:
+        rules = [rule_of(user) for user in node.users if user.target is decoupled]
+        if rules:
+            return ALREADY.format(", ".join(rules))
+        return "its input is cut from the autograd graph already"
+    if spelling.inplace and module is not None and has_forward_hooks(module):
+        return "works in place and has forward hooks: what it returns need not be what it writes"
+    if spelling.writes_out:
+        return "writes its result into an out= tensor, which autograd does not support"
+    return ""
+
+
+def spelling_of(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
+    """How the model writes what a node calls, for reports."""
+    if called is not None and issubclass(called, nn.Module):
+        return f"{short_name(called)}({'inplace=True' if inplace else ''})"
+    if called is not None:
+        return f"{called.__name__}.apply"
+    if node.op == "call_method":
+        return f"Tensor.{node.target}"
+    if isinstance(node.target, Overload):
+        return str(node.target).rpartition(".")[0]
+    owner = getattr(node.target, "__module__", None) or "torch"
+    owner = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}.get(
+        owner, owner
+    )
+    owner = "F" if owner.startswith("torch.nn") else owner
+    name = getattr(node.target, "__name__", str(node.target))
+    return f"{owner}.{name}{'(inplace=True)' if inplace and not name.endswith('_') else ''}"

@@ -1,0 +1,156 @@
+"""Finds the parameters that a graph uses: one site each, whatever the number of its names and uses."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from ..graph.nodes import attribute, called_module, called_path
+from ..graph.provenance import Origin, origin
+from ..graph.state import tensors_in
+from ..ops.gradients import decoupled, kept
+from .owners import ALREADY, class_at, qualified, rule_of, short_name
+from .site import LocatedParameter, Site
+
+__all__ = ["find_parameters", "unused_parameters"]
+
+
+def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
+    """List the parameters that a graph uses, in the order in which the model has them.
+
+    Args:
+        graph: A captured graph. Where it gets parameters as inputs, their origins name them.
+        root: The module whose submodules and parameters it uses.
+    """
+    names: dict[int, tuple[str, ...]] = {}
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names[id(parameter)] = (*names.get(id(parameter), ()), name)
+    uses: dict[tuple[str, ...], _Uses] = {}
+    insides: dict[nn.Module, _Inside] = {}
+    for node in graph.nodes:
+        tensor = _parameter_read(node, root)
+        if tensor is not None and (own := origin(node).parameter or names.get(id(tensor), ())):
+            uses.setdefault(own, _Uses(tensor)).reads.append(node)
+        module = called_module(node, root)
+        if module is None:
+            continue
+        inside = insides.get(module) or insides.setdefault(module, _Inside(module))
+        for parameter, local in inside.parameters:
+            use = uses.setdefault(names[id(parameter)], _Uses(parameter))
+            use.calls.append((node, local))
+            use.embeds += [m for m in inside.embeds if m.weight is parameter]
+        for identity in names.keys() & inside.held:
+            use = uses.setdefault(names[identity], _Uses(root.get_parameter(names[identity][0])))
+            use.obstacle = (
+                f"{called_path(node) or 'the root'} ({type(module).__name__}, kept whole) holds it in a list, a dict "
+                f"or an attribute, and may use it natively"
+            )
+    order = {own: index for index, own in enumerate(dict.fromkeys(names.values()))}
+    return [
+        _parameter(root, own, uses[own])
+        for own in sorted(uses, key=lambda own: order.get(own, len(order)))
+    ]
+
+
+def unused_parameters(root: nn.Module, used: Iterable[LocatedParameter]) -> list[LocatedParameter]:
+    """List the parameters of a model that are in none of its graphs."""
+    found = {id(place.tensor) for place in used}
+    names: dict[int, list[str]] = defaultdict(list)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        names[id(parameter)].append(name)
+    return [
+        _parameter(root, tuple(names[id(p)]), _Uses(p, obstacle="no graph of the model uses it"))
+        for p in root.parameters()
+        if id(p) not in found
+    ]
+
+
+@dataclass
+class _Uses:
+    """What is found out about a parameter; see `LocatedParameter`."""
+
+    tensor: Tensor
+    reads: list[fx.Node] = field(default_factory=list)
+    calls: list[tuple[fx.Node, tuple[str, ...]]] = field(default_factory=list)
+    embeds: list[nn.Embedding | nn.EmbeddingBag] = field(default_factory=list)
+    obstacle: str = ""
+
+
+class _Inside:
+    """What is in a module that is called: parameters with their names, lookup tables, and tensors not registered."""
+
+    def __init__(self, module: nn.Module) -> None:
+        local: dict[nn.Parameter, list[str]] = defaultdict(list)
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            local[parameter].append(name)
+        parts = list(module.modules())
+        self.parameters = [(parameter, tuple(names)) for parameter, names in local.items()]
+        self.embeds = [m for m in parts if isinstance(m, nn.Embedding | nn.EmbeddingBag)]
+        self.held: set[int] = set().union(*map(_held_outside, parts))
+
+
+def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> LocatedParameter:
+    path, _, name = names[0].rpartition(".")
+    where = origin(uses.reads[0]) if uses.reads else Origin()
+    holders = [n.rpartition(".")[0] for n in names]
+    owners = (where.owner_type,) if where.owner_type else tuple(class_at(root, h) for h in holders)
+    site = Site(
+        kind="parameter",
+        op="parameter",
+        path=path,
+        call=0,
+        spelling=f"{short_name(owners[0])}.{name}",
+        type=qualified(owners[0]),
+        names=names,
+    )
+    return LocatedParameter(
+        site=site,
+        owners=owners,
+        obstacle=uses.obstacle or _decoupled_already(uses.reads, names),
+        tensor=uses.tensor,
+        reads=tuple(uses.reads),
+        calls=tuple(uses.calls),
+        embeds=tuple(uses.embeds),
+    )
+
+
+def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
+    """The parameter that a node is, or what stands for it."""
+    if node.op == "get_attr":
+        tensor = attribute(node, root)
+        return tensor if isinstance(tensor, nn.Parameter) else None
+    if node.op == "placeholder" and origin(node).parameter:
+        example = node.meta.get("example_value", node.meta.get("val"))
+        return example if isinstance(example, Tensor) else None
+    return None
+
+
+def _held_outside(module: nn.Module) -> set[int]:
+    """The tensors, by identity, that a module of the user's holds otherwise than as its parameters and buffers."""
+    if type_before_parametrizations(module).__module__.startswith("torch."):
+        return set()
+    return set(tensors_in({k: v for k, v in module.__dict__.items() if k not in _REGISTERED}))
+
+
+# Hooks among them: that these refer to the model is no sign that they compute with its parameters
+_REGISTERED = frozenset(nn.Module().__dict__)
+
+
+def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
+    """What an earlier transform did to a parameter, of the model or of a part, where it had the end of its name."""
+    users = dict.fromkeys(user for node in reads for user in node.users)
+    copies = [
+        user for user in users if user.target in ("clone", kept)
+    ]  # made for rules that read x
+    sites = [f".{name}" for name in names]
+    rules = [
+        rule_of(user)
+        for user in dict.fromkeys((*users, *(user for copied in copies for user in copied.users)))
+        if user.target is decoupled
+        and any(site.endswith(f".{user.kwargs.get('site')}") for site in sites)
+    ]
+    return ALREADY.format(", ".join(rules)) if rules else ""
