@@ -16,6 +16,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from freegrad_fx._torch import dispatch
 from freegrad_fx._torch.graphs import SET_GRAD_ENABLED
 
+# PyTorch's own, of the decompositions that forward mode compiles
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
+
 TRANSFORMS: dict[str, Callable[[Callable[[Tensor], Tensor]], Any]] = {
     "grad": lambda f: torch.func.grad(f)(torch.tensor(1.0)),
     "jvp": lambda f: torch.func.jvp(f, (torch.ones(2),), (torch.ones(2),)),
@@ -228,7 +231,6 @@ def answers_under(recorder: str, look: Callable[[], Any]) -> set[Any]:
     ],
     ids=["in_pre_dispatch", "is_exporting", "is_jit_tracing", "proxy_mode", "is_functionalised"],
 )
-@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_recorders_are_told_apart(look: Any, recorders: set[str]) -> None:
     answers = {name: answers_under(name, look) for name in RECORDERS}
     assert answers == {name: {name in recorders} for name in RECORDERS}

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 
 from freegrad_fx._torch.graphs import (
     ASSERT,
-    GENERATED_FROM,
     INPUT_STRUCTURE,
     OUTPUT_STRUCTURE,
     SET_GRAD_ENABLED,
@@ -146,7 +145,6 @@ def test_a_module_runs_the_graph_that_is_set_from_the_next_recompilation_on() ->
     tanh = calling(torch.tanh)
     set_generated_graph(module, tanh)
     assert torch.equal(module(X), X.relu())
-    assert vars(module)[GENERATED_FROM] is tanh
     assert fx.GraphModule.graph.fget(module) is tanh
     fx.GraphModule.recompile(module)
     assert torch.equal(module(X), X.tanh())
@@ -306,7 +304,7 @@ def test_make_fx_records_of_a_derivative_what_it_depends_on() -> None:
     """Whether that is the gradient tells whether a rule is linear in it."""
 
     def depends(rule: Callable[[Tensor], Tensor]) -> bool:
-        graph = make_fx(lambda grad, v: torch.func.vjp(rule, grad)[1](v)[0])(X, X).graph
+        graph = make_fx(lambda grad, v: torch.func.vjp(rule, grad)[1](v)[0])(X, X.clone()).graph
         grad, *others = graph.nodes
         reached = {grad}
         for node in others:

@@ -86,14 +86,13 @@ class Widened(torch.autograd.Function):
 
 
 def test_a_node_knows_the_gradient_that_it_is_given() -> None:
-    node = Widened.apply(torch.ones(2, requires_grad=True)).grad_fn
-    like = empty_like_gradient(node)
-    assert (like.shape, like.dtype, like.device.type) == ((3, 5), torch.float64, "cpu")
-
-
-def test_a_node_knows_it_after_the_output_is_gone_and_changed() -> None:
     y = Widened.apply(torch.ones(2, requires_grad=True))
-    node = y.grad_fn
-    y.zero_()
-    del y
+    like = empty_like_gradient(y.grad_fn)
+    assert (like.shape, like.dtype, like.device.type) == ((3, 5), torch.float64, "cpu")
+    assert not like.requires_grad
+
+
+def test_a_node_knows_it_too_where_what_is_computed_from_the_output_stands_for_that() -> None:
+    y = Widened.apply(torch.ones(2, requires_grad=True)).sum()
+    ((node, _),) = y.grad_fn.next_functions
     assert empty_like_gradient(node).shape == (3, 5)

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from torch import fx, nn
 
+from ..errors import TorchVersionError
 from .releases import lookup, private, unsupported, uses_private_names
 
 __all__ = [
@@ -48,11 +49,24 @@ def takes_for_constant(function: Called) -> Called:
 
 
 def leave_to_python(function: Called) -> Called:
-    """Decorate a function that Dynamo leaves to Python, where it is called from code that is compiled.
+    """Decorate a function that Dynamo leaves to Python, with all that it calls.
 
-    `torch.compiler.disable` does the same, and imports the whole compiler.
+    `torch.compiler.disable` does the same, and imports the whole compiler. This marks the function and its code, and
+    replaces nothing of PyTorch.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
+    strategies = private("torch._C._dynamo.eval_frame", _COMPILED)
+    try:
+        skip = strategies._FrameAction.SKIP
+        strategy = strategies._FrameExecStrategy(skip, skip)
+        strategies.set_code_exec_strategy(function.__code__, strategy)
+    except (AttributeError, TorchVersionError) as error:
+        text = str(unsupported(_COMPILED, error))
+
+        def refuse(*args: Any, **kwargs: Any) -> Any:
+            raise TorchVersionError(text)
+
+        return refuse  # type: ignore[return-value]
     return function
 
 

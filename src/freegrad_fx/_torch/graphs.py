@@ -13,7 +13,6 @@ from .replacing import replaced
 
 __all__ = [
     "ASSERT",
-    "GENERATED_FROM",
     "INPUT_STRUCTURE",
     "OUTPUT_STRUCTURE",
     "SET_GRAD_ENABLED",
@@ -37,9 +36,6 @@ ASSERT: Any = private("torch._assert", "recording an assertion")
 
 INPUT_STRUCTURE, OUTPUT_STRUCTURE = "_in_spec", "_out_spec"
 """The attributes in which a GraphModule holds how its inputs and outputs are nested; its code reads them."""
-
-GENERATED_FROM = "_graph"
-"""The attribute in which a GraphModule holds its graph."""
 
 _CODE = "generating the code of a graph"
 
