@@ -291,6 +291,9 @@ TABLES = {
         [fg.on("relu", call=1).backward("reverse"), fg.on("relu").backward("straight_through")]
     ),
     "where": fg.RuleTable([fg.on("relu", where=lambda s: "act" in s.path).backward(RULE)]),
+    "where, for one module": fg.RuleTable(
+        [fg.on("relu", where=lambda s: "second" in s.path).backward("reverse"), fg.on("relu").backward(RULE)]
+    ),
     "type": fg.RuleTable([fg.on("relu", type=nn.ReLU).backward(RULE)]),
     "parameter": fg.RuleTable([fg.on(parameter="third.*.weight").backward("reverse")]),
     "none": fg.RuleTable([fg.on("relu", module="first").backward(None), fg.on("relu").backward(RULE)]),
@@ -1045,6 +1048,21 @@ def test_report_takes_what_was_compiled_and_the_backend() -> None:
     assert fg.report(backend) == backend.report() != fg.report(function)
     with pytest.raises(TypeError, match="got Model"):
         fg.report(model)
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_a_dropout_that_is_in_place_by_position_leaves_the_rule_its_input(inner: str) -> None:
+    def forward(self: Model, x: Tensor, inplace: bool = True) -> Tensor:
+        x = self.a(x)
+        y = torch.tanh(x)
+        return y + self.b(F.dropout(x, 1.0, True, inplace))
+
+    model = Model(forward)
+    out_of_place = copy.copy(model)
+    out_of_place.given = lambda self, x: forward(self, x, inplace=False)
+    expected = by_interception(out_of_place, sample())
+    compiled = fg.compile(model, {"activations": RULE}, backend=inner, fullgraph=True)
+    assert_same(gradients(compiled, model, sample()), expected)
 
 
 def test_a_function_of_a_size_stays_one() -> None:

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.fx
@@ -152,8 +153,16 @@ def test_a_part_is_kept_whole_and_the_rest_rewritten(kind: type[nn.Module]) -> N
     assert names == ["<root>:relu[0]", "<root>:relu[1]", "after.1:relu[0]"]
 
 
-def test_draws_of_a_part_kept_whole_are_new_at_each_call() -> None:
-    gm = fg.transform(build(around(DrawsInPython)), NATIVE)
+class DrawsInNumpy(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.f(x)) * float(np.random.rand())
+
+
+@pytest.mark.parametrize("kind", [DrawsInPython, DrawsInNumpy])
+def test_draws_of_a_part_kept_whole_are_new_at_each_call(kind: type[nn.Module]) -> None:
+    before = random.getstate(), np.random.get_state()[1].tolist()
+    gm = fg.transform(build(around(kind)), NATIVE)
+    assert (random.getstate(), np.random.get_state()[1].tolist()) == before
     part = gm.part
     assert not torch.equal(part(sample()), part(sample()))
 

@@ -673,6 +673,20 @@ def test_a_number_that_no_operator_holds_reaches_the_formula() -> None:
     assert grad.tolist() == [(2**70 + 3) % 7] * 3
 
 
+def test_a_tuple_in_a_tuple_reaches_the_formula_as_one() -> None:
+    formula = made_of(
+        "def f(grad, *, t: tuple = ()):\n"
+        "    return grad * (t[0][1] if isinstance(t[0], tuple) else -1.0)"
+    )
+    fg.register("by nested tuples")(formula)
+    for value in (2.0, 3.0):
+        rule = fg.get("by nested tuples")(t=((1.0, value), 4))
+        run = torch.compile(fg.transform(nn.Tanh(), rule), backend="aot_eager", fullgraph=True)
+        x = torch.zeros(3, requires_grad=True)
+        (grad,) = torch.autograd.grad(run(x).sum(), x)
+        assert grad.tolist() == [value] * 3
+
+
 def made_of(text: str) -> Callable[..., Tensor]:
     namespace: dict[str, Any] = {}
     exec(text, namespace)

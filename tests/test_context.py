@@ -173,6 +173,59 @@ def test_the_innermost_block_of_each_scope_wins() -> None:
     assert gradients(gm, X) == gradients(NET, X)
 
 
+def test_of_a_block_that_is_entered_twice_the_inner_entry_is_left_first() -> None:
+    gm = fg.transform(NET)
+    outer, inner = fg.use(RECTANGULAR), fg.use("scale", {"s": 3.0})
+    with outer:
+        with inner:
+            with outer:
+                assert close(gradients(gm, X), intercepted())
+            assert close(gradients(gm, X), intercepted(three))
+        assert close(gradients(gm, X), intercepted())
+    assert gradients(gm, X) == gradients(NET, X)
+
+
+def with_hooks(module: nn.Module) -> nn.Module:
+    module.register_forward_hook(lambda module, args, y: y * 2)
+    return nn.Sequential(module)
+
+
+class WritesOut(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        out = torch.empty_like(x)
+        torch.sigmoid(x, out=out)
+        return out
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: with_hooks(nn.ReLU(inplace=True)), "works in place and has forward hooks"),
+        (WritesOut, "writes its result into an out= tensor"),
+    ],
+    ids=["hooks", "out"],
+)
+def test_a_site_that_no_rule_can_be_given_to_follows_no_block(make: Any, reason: str) -> None:
+    model = make()
+    gm = fg.transform(model)
+    (decision,) = [d for d in fg.report(gm).decisions if d.site.kind == "operation"]
+    assert decision.action == "native"
+    assert decision.reason.startswith(reason)
+    x = torch.linspace(-1, 1, 5)
+    with fg.use("scale", {"s": 3.0}, scope="all"):
+        assert torch.equal(gm(x.clone()), model(x.clone()))
+
+
+def test_backward_hooks_of_a_module_that_follows_blocks_are_lost_and_said_to_be() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    model[1].register_full_backward_hook(lambda module, into, out: None)
+    with pytest.warns(fg.FreegradWarning, match="the backward hooks of ReLU"):
+        gm = fg.transform(model)
+    (lost,) = fg.report(gm).lost
+    assert lost.path == "1"
+    assert "they do not fire" in lost.reason
+
+
 def test_the_rules_of_a_table_win() -> None:
     gm = fg.transform(NET, {"relu": RECTANGULAR, "silu": None}, ambient=True)
 
@@ -276,7 +329,7 @@ def test_what_cannot_serve_is_refused_when_the_block_is_made() -> None:
     fg.register("test: y")(lambda grad, y: grad * y)
     fg.register("test: shape", keeps_shape=False)(lambda grad: grad)
     for scope in ("params", "all"):
-        with pytest.raises(fg.RuleError, match="for activation sites alone"):
+        with pytest.raises(fg.RuleError, match="for operation sites alone"):
             fg.use("test: activations", scope=scope)
         with pytest.raises(fg.RuleError, match="a parameter has none"):
             fg.use("test: y", scope=scope)

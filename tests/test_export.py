@@ -403,6 +403,33 @@ class StructuralPart(Net):
         return F.silu(self.branch(self.backbone(x)))
 
 
+class Looking(Batched):
+    """Looks at its flag, and does the same in both modes."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            return super().forward(x)
+        return super().forward(x)
+
+
+class Numbered(Net):
+    """A part that branches on its flag, and one whose path begins with the same letters."""
+
+    def make(self) -> None:
+        self.layer1, self.layer10 = Looking(), Branching()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.silu(self.layer10(self.layer1(x)))
+
+
+def test_a_part_is_in_its_own_mode_beside_one_that_branches_and_begins_with_its_name() -> None:
+    original, gm = build(Numbered).train(), exported(build(Numbered)).train()
+    assert [sorted(variant.flags) for variant in gm.variants] == [["layer10"]] * 2
+    for model in (original, gm):
+        model.get_submodule("layer1").eval()
+    assert not difference(original, gm, THRICE, Interception(BACKWARD))
+
+
 def test_two_graphs_where_the_structure_differs() -> None:
     gm = check_capture(StructuralPart, *OTHER_BATCHES, example_inputs=(sample(),))
     assert len(gm.variants) == 2

@@ -176,6 +176,24 @@ def test_what_it_declines_the_formula_computes(counted: list[str]) -> None:
     assert torch.equal(grad, 11 * x)
 
 
+def test_it_is_given_the_input_and_never_a_mask_that_was_saved_instead() -> None:
+    def fused(grad: Tensor, x: Tensor) -> Tensor:
+        return grad * (x + 1 > 1)
+
+    @fg.register("gated", fast=fused, mask=lambda x: x > 0)
+    def gated(grad: Tensor, mask: Tensor) -> Tensor:
+        ran.append(mask.dtype)
+        return grad * mask
+
+    ran: list[torch.dtype] = []
+    x = torch.tensor([-2.0, 0.0, 2.0], requires_grad=True)
+    for save, expected in (("x", []), ("mask", [torch.bool])):
+        y = fg.ops.decoupled(torch.relu(fg.ops.stop_gradient(x)), x, rule=gated(save=save))
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert grad.tolist() == [0, 0, 1]
+        assert ran == expected
+
+
 def test_it_has_the_arguments_of_its_rule() -> None:
     with pytest.raises(fg.RuleError, match=r"fast=.* has not the arguments of rule 'other'"):
 

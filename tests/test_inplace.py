@@ -784,6 +784,64 @@ def test_an_out_argument_is_skipped_and_reported() -> None:
         assert_identical(a, e)
 
 
+def identity_is_overwritten(m: Any, x: Tensor) -> Any:
+    before = m.f(x)
+    after = m.identity(before)
+    after.mul_(-2.0)
+    return before, after
+
+
+def identity_alone_is_read(m: Any, x: Tensor) -> Any:
+    return m.identity(m.f(x)).mul_(-2.0)
+
+
+def identity_and_its_input_are_read(m: Any, x: Tensor) -> Any:
+    before = m.f(x)
+    return before, m.identity(before)
+
+
+@pytest.mark.parametrize(
+    ("body", "action"),
+    [
+        (identity_is_overwritten, "skip"),
+        (identity_alone_is_read, "rewrite"),
+        (identity_and_its_input_are_read, "rewrite"),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_an_identity_whose_input_sees_a_later_write_is_skipped_with_the_reason(
+    body: Any, action: str
+) -> None:
+    """A rule would cut its result from its input, which then keeps the old values."""
+    model = Written(body)
+    model.identity = nn.Identity()
+    expected = observe(model, with_x(model))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        gm = fg.transform(model, {"identity": "straight_through"})
+    (decision,) = fg.report(gm).decisions
+    assert decision.action == action
+    if action == "skip":
+        assert decision.reason.startswith("it may return its input, which is read after")
+        assert decision.reason in str(caught[0].message)
+    actual = observe(gm, with_x(gm))
+    assert_same(actual, expected)
+    assert_same_gradients(actual, expected)
+
+
+def test_an_identity_whose_result_is_written_into_has_memory_of_its_own() -> None:
+    """What is in front of it may have saved its output: the original is refused by autograd, this one is right."""
+    model = Written(lambda m, x: m.identity(torch.tanh(m.f(x))).mul_(-2.0))
+    model.identity = nn.Identity()
+    assert "modified by an inplace operation" in observe(model, with_x(model)).refused
+    gm = fg.transform(model, {"identity": "straight_through"})
+    by_hand = Written(lambda m, x: torch.tanh(m.f(x)) * -2.0)
+    by_hand.load_state_dict(model.state_dict())
+    actual, expected = (observe(m, with_x(m)) for m in (gm, by_hand))
+    assert_same(actual, expected)
+    assert_same_gradients(actual, expected)
+
+
 # --- any program ---
 
 # With the rule that is the true derivative of relu the rewritten model must have the gradients of the original, which

@@ -289,6 +289,39 @@ def test_what_is_no_gradient_is_named_by_the_compiler_too(name: str) -> None:
         compiled(torch.randn(2, 3)).sum().backward()
 
 
+IMPURE: dict[str, tuple[Callable[..., Tensor], str]] = {
+    "grad": (lambda grad, x: grad.mul_(2), ""),
+    "grad, saved as x": (lambda grad, x: grad.mul_(2), "x"),
+    "x": (lambda grad, x: grad * x.clamp_(0), ""),
+    "x, saved as x": (lambda grad, x: grad * x.clamp_(0), "x"),
+    "y": (lambda grad, y: grad * y.add_(1), ""),
+    "the second of both": (lambda grad, x, y: grad * x + y.neg_(), ""),
+}
+
+
+@pytest.mark.parametrize("name", IMPURE)
+def test_a_rule_that_changes_what_it_is_given_is_named_with_its_site(name: str) -> None:
+    function, save = IMPURE[name]
+    fg.register("impure")(function)
+    grad, x = torch.randn(2, 3)
+    with pytest.raises(
+        fg.RuleError, match="rule 'impure' at site 'here' changes its arguments in place"
+    ):
+        gradient(lambda x: around(torch.relu, "impure", "here", save=save)(x * 1), x, grad)
+
+
+def test_a_rule_that_changes_the_mask_that_was_saved_is_named_with_its_site() -> None:
+    def gate(grad: Tensor, mask: Tensor) -> Tensor:
+        return grad * mask.logical_not_()
+
+    fg.register("impure", mask=lambda x: x > 0)(gate)
+    grad, x = torch.randn(2, 3)
+    with pytest.raises(
+        fg.RuleError, match="rule 'impure' at site 'here' changes its arguments in place"
+    ):
+        gradient(around(torch.relu, "impure", "here", save="mask"), x, grad)
+
+
 def test_a_transformed_model_names_the_site() -> None:
     fg.register("sums")(lambda grad: grad.sum())
     model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.ReLU()))
@@ -313,6 +346,14 @@ def test_a_rule_may_answer_in_the_dtype_of_the_gradient_where_the_input_has_anot
             torch.ones(3, 4),
         )
         assert actual.dtype == torch.bfloat16
+
+
+def test_a_rule_may_answer_in_the_dtype_that_gradient_and_input_have_together() -> None:
+    """The product of a half and a bfloat16 is a float32; the input receives its own dtype."""
+    fg.register("product")(lambda grad, x: grad * x)
+    x, grad = torch.randn(3, dtype=torch.bfloat16), torch.randn(3, dtype=torch.float16)
+    actual = gradient(lambda x: decoupled(stop_gradient(x).half(), x, rule="product"), x, grad)
+    assert torch.equal(actual, (grad.float() * x.float()).bfloat16())
 
 
 def test_forward_mode_is_refused() -> None:

@@ -445,6 +445,26 @@ def test_where_no_plan_could_see_it_the_backward_says_so() -> None:
     assert torch.equal(ruled.to_dense(), -2 * native.to_dense())
 
 
+def test_a_rule_is_given_a_sparse_gradient_with_one_entry_for_each_row() -> None:
+    """A row that is looked up twice has a gradient of two entries, and a clipped sum is no sum of clipped ones."""
+
+    @fg.register("clip_rows", sparse=True)
+    def clip_rows(grad: Tensor) -> Tensor:
+        if not grad.is_sparse:
+            return grad.clamp(-1, 1)
+        values = grad._values().clamp(-1, 1)
+        return torch.sparse_coo_tensor(grad._indices(), values, grad.shape, check_invariants=False)
+
+    found = []
+    for sparse in (False, True):
+        torch.manual_seed(0)
+        gm = fg.transform(nn.Embedding(5, 2, sparse=sparse), {"params": "clip_rows"})
+        (gm(torch.tensor([3, 1, 3])) * 0.75).sum().backward()
+        found.append(gm.weight.grad.to_dense())
+    assert torch.equal(*found)
+    assert found[0][3].tolist() == [1, 1]
+
+
 class Lookup(nn.Module):
     def __init__(self, by_module: bool) -> None:
         super().__init__()

@@ -18,6 +18,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
+from freegrad_fx.ops import calls
 from parameter_models import floats
 
 X = floats(4, 6)
@@ -138,6 +139,53 @@ def test_threads_that_run_one_model_at_once_do_not_meet_in_it(kind: Any) -> None
         thread.join()
     assert right == [True] * 40
     assert all(p is own[name] for name, p in gm.named_parameters())
+
+
+class Announced:
+    """A lock that tells when a thread has to wait for it."""
+
+    def __init__(self) -> None:
+        self.lock, self.waited_for = threading.RLock(), threading.Event()
+
+    def __enter__(self) -> None:
+        if not self.lock.acquire(blocking=False):
+            self.waited_for.set()
+            self.lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
+
+
+def test_a_module_is_changed_for_one_thread_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second thread begins inside of the forward of the first, which goes on once that waits, or reads as well."""
+    lock = Announced()
+    monkeypatch.setattr(calls, "_swapping", lock)
+    first_is_done = threading.Event()
+    threads: list[threading.Thread] = []
+    found: dict[str, float] = {}
+
+    def call(name: str, value: float) -> None:
+        weight = torch.full((1, 1), value)
+        found[name] = calls.call_with(module, {"weight": weight}, torch.ones(1, 1)).item()
+
+    def second_meets_first(module: nn.Module, inputs: Any) -> None:
+        if threads:  # this is the second one
+            lock.waited_for.set()
+            assert first_is_done.wait(60)
+            return
+        threads.append(threading.Thread(target=call, args=("second", 3.0)))
+        threads[0].start()
+        assert lock.waited_for.wait(60)
+
+    module = nn.Linear(1, 1, bias=False)
+    own = module.weight
+    # With hooks it is not called as a view
+    module.register_forward_pre_hook(second_meets_first)
+    module.register_forward_hook(lambda *_: first_is_done.set())
+    call("first", 2.0)
+    threads[0].join(60)
+    assert found == {"first": 2.0, "second": 3.0}
+    assert module.weight is own
 
 
 def test_an_error_in_the_forward_leaves_the_parameters_where_they_are() -> None:

@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -93,6 +94,8 @@ IMPORTABLE = {
 IN_THIS_PROCESS = {
     "lambda": lambda x: 5 * torch.sign(x),
     "object": Quantizer(),
+    # no Python number, and no code that a graph could have
+    "partial-of-numpy": functools.partial(scaled_sign, factor=np.float64(3.0)),
     "bound-method": Quantizer().coarse,
 }
 
@@ -277,6 +280,36 @@ def test_a_weight_that_the_forward_writes_into_is_a_reported_skip(model: Any) ->
     with pytest.warns(fg.FreegradWarning, match="writes into it"):
         gm = fg.transform(model(), read_through("binarize", parameter="*"))
     assert [d.action for d in fg.report(gm).decisions if d.site.kind == "parameter"] == ["skip"]
+
+
+class InTwoGraphs(nn.Module):
+    """Reads a weight, changes it outside of the graphs, and reads it again."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(6, 6, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        outside_of_the_graphs(self.layer.weight)
+        return self.layer(x)
+
+
+@torch.compiler.disable
+def outside_of_the_graphs(weight: Tensor) -> None:
+    with torch.no_grad():
+        weight.copy_(weight.neg().roll(1, 0))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_weight_that_changes_between_two_graphs_of_a_call_is_read_anew() -> None:
+    model = InTwoGraphs()
+    first = model.layer.weight.detach().clone()
+    second = first.neg().roll(1, 0)
+    binarize = OPS["binarize"].function
+    compiled = fg.compile(model, read_through("binarize"), backend="eager")
+    assert torch.equal(compiled(X), F.linear(F.linear(X, binarize(first)), binarize(second)))
+    assert torch.equal(model.layer.weight, second)
 
 
 # --- whole networks, against others' formulas ---

@@ -286,6 +286,19 @@ def test_a_plan_does_not_differ_from_itself_or_from_another_way_to_say_it() -> N
         assert str(plan.diff(other)) == "Net: 5 the same."
 
 
+def test_a_site_that_is_skipped_for_another_reason_is_a_difference() -> None:
+    plans = []
+    for rule in ("scale", "guided"):
+        gm = fg.transform(nn.Sequential(nn.ReLU()), rule)
+        with pytest.warns(fg.FreegradWarning, match="already decoupled"):
+            plans.append(fg.explain(gm, "reverse"))
+    diff = plans[0].diff(plans[1])
+    assert [(a.action, b.action) for a, b in diff.changed] == [("skip", "skip")]
+    assert "'scale'" in diff.changed[0][0].reason
+    assert "'guided'" in diff.changed[0][1].reason
+    assert not plans[0].diff(plans[0])
+
+
 def test_sites_of_one_plan_alone_are_listed() -> None:
     before = fg.explain(Net(), {"relu": "scale"})
     after = fg.explain(Net(), {Block: "scale", "params": fg.rules.scale(s=3.0)})

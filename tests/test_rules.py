@@ -175,6 +175,31 @@ def test_centralize_equals_its_formula(data: st.DataObject) -> None:
     assert_equal_up_to_rounding(actual - size, (expected - size.double()).to(grad.dtype), grad)
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(("a", "b"), [(-1e6, 1e6), (-1e39, 1e39), (-1e309, 1e309), (0.0, 1e39)])
+def test_a_window_may_be_wider_than_the_numbers_of_a_dtype(
+    a: float, b: float, dtype: torch.dtype
+) -> None:
+    x = torch.tensor([-2.0, -0.0, 1.0, 2048.0, math.nan], dtype=dtype)
+    passes = torch.tensor([a <= value <= b for value in x.tolist()])
+    for grad in (torch.ones(5, dtype=dtype), torch.full((5,), math.inf, dtype=dtype)):
+        actual = fg.rules.rectangular(a=a, b=b).backward(grad, x=x)
+        assert torch.equal(actual, torch.where(passes, grad, 0))
+        rewritten = fg.transform(nn.Tanh(), fg.rules.rectangular(a=a, b=b, save="mask"))
+        leaf = x.clone().requires_grad_()
+        assert torch.equal(torch.autograd.grad(rewritten(leaf), leaf, grad)[0], actual)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_a_window_that_ends_at_the_largest_number_leaves_infinity_out(dtype: torch.dtype) -> None:
+    largest = torch.finfo(dtype).max
+    x = torch.tensor([-math.inf, -largest, 0.0, largest, math.inf], dtype=dtype)
+    rule = fg.rules.rectangular(a=-largest, b=largest)
+    assert rule.backward(torch.ones(5, dtype=dtype), x=x).tolist() == [0, 1, 1, 1, 0]
+    rule = fg.rules.rectangular(a=-math.inf, b=math.inf)
+    assert rule.backward(torch.ones(5, dtype=dtype), x=x).tolist() == [1] * 5
+
+
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_rule_leaves_its_arguments_as_they_are(name: str) -> None:
     grad, x, y = torch.randn(3, 4, 5)
@@ -647,6 +672,24 @@ def test_parameters_are_not_positional() -> None:
         fg.rules.scale(torch.ones(3))  # meant as the function that it was
 
 
+def test_what_a_rule_of_freegrads_signature_calls_underscore_takes_no_parameters() -> None:
+    fixed = fg.register("fixed")(lambda ctx, grad, tin, s=2.0, **_: grad * s)
+    with pytest.raises(fg.RuleError, match="unknown parameter of rule 'fixed': 'alpha'"):
+        fixed(alpha=1.0)
+    with pytest.raises(fg.RuleError, match="unknown parameter of rule 'fixed'"):
+        fixed(_=1.0)
+    assert fixed(s=3.0).backward(torch.ones(2), x=torch.ones(2)).tolist() == [3, 3]
+    free = fg.register("free")(lambda ctx, grad, tin, **params: grad * params["alpha"])
+    assert free(alpha=4.0).backward(torch.ones(2), x=torch.ones(2)).tolist() == [4, 4]
+
+
+@pytest.mark.parametrize("name", ["grad", "x", "y", "mask", "rule", "site", "ambient"])
+def test_a_rule_that_takes_more_parameters_takes_none_of_a_reserved_name(name: str) -> None:
+    free = fg.register("free")(lambda ctx, grad, tin, **params: grad)
+    with pytest.raises(fg.RuleError, match=f"unknown parameter of rule 'free': '{name}'"):
+        free(**{name: 1.0})
+
+
 def test_a_required_parameter_has_to_be_bound_before_the_rule_is_used() -> None:
     @fg.register("required")
     def required(grad: Tensor, *, k: float, t: float, s: float = 1.0) -> Tensor:
@@ -720,6 +763,19 @@ def test_equal_rules_are_those_with_the_same_values() -> None:
     assert hash(rectangular(a=1.0, b=2.0)) == hash(rectangular(b=2.0)(a=1.0))
 
 
+@pytest.mark.parametrize(
+    "option", [{"save": "mask"}, {"compile": True}, {"forward": "heaviside"}], ids=str
+)
+def test_how_a_rule_runs_is_a_part_of_it(option: dict[str, Any]) -> None:
+    plain = fg.rules.rectangular
+    assert plain(**option) == plain(**option)
+    assert plain(**option) != plain
+    assert fg.compose(plain(**option)) != fg.compose(plain)
+    assert len({plain, plain(**option), plain(**option)}) == 2
+    first, second = (fg.RuleTable([fg.on("relu").backward(r)]) for r in (plain, plain(**option)))
+    assert first != second
+
+
 def test_rules_of_one_name_and_another_formula_are_not_equal() -> None:
     first = fg.register("twin")(lambda grad: grad)
     second = fg.register("twin", overwrite=True)(lambda grad: 2 * grad)
@@ -729,6 +785,9 @@ def test_rules_of_one_name_and_another_formula_are_not_equal() -> None:
 SOME = {
     "rectangular(a=-0.5, b=0.5)": lambda: fg.rules.rectangular,
     "rectangular(a=-1.0, b=0.5)": lambda: fg.rules.rectangular(a=-1),
+    "rectangular(a=-0.5, b=0.5, save='mask', compile=True)": lambda: fg.rules.rectangular(
+        save="mask", compile=True
+    ),
     "guided": lambda: fg.rules.guided,
     "get('d(ReLU)')": lambda: fg.rules.d_relu,
     "get('d(Linear)')(forward='heaviside')": lambda: fg.rules.d_linear(forward="heaviside"),

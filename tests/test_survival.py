@@ -153,6 +153,28 @@ def test_a_deepcopy_is_apart(pair: str) -> None:
     assert_kept(gm, by_hand)
 
 
+@pytest.mark.parametrize("way", ["copy.copy", "copy.deepcopy"])
+@pytest.mark.parametrize("edited", ["original", "copy"])
+@BOTH
+def test_what_is_done_to_the_graphs_of_one_leaves_the_other_as_it_is(
+    pair: str, edited: str, way: str
+) -> None:
+    original, by_hand = make(pair)
+    gm = fg.transform(original, RULES)
+    survivor = WAYS[way](gm)
+    if edited == "original":
+        gm, survivor = survivor, gm
+    for variant in survivor.variants:
+        for node in variant.graph.find_nodes(op="call_function", target=fg.ops.decoupled):
+            node.replace_all_uses_with(node.args[0])
+            variant.graph.erase_node(node)
+    survivor.recompile()
+    assert not any(n.target is fg.ops.decoupled for n in survivor.graph.nodes)
+    gm.recompile()
+    for training in (True, False):
+        assert_kept(gm.train(training), by_hand)
+
+
 IN_ANOTHER_PROCESS = """
 import sys
 import torch

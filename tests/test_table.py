@@ -97,6 +97,10 @@ def test_selections_that_mean_the_same_are_equal(one: Any, other: Any) -> None:
     [
         (fg.on("relu"), fg.on("gelu")),
         (fg.on("relu", call=1), fg.on("relu", call=slice(1, 2))),
+        (fg.on("relu", call=slice(0, None, 2)), fg.on("relu", call=slice(0, None, 3))),
+        (fg.on("relu", call=slice(0, 2)), fg.on("relu", call=slice(0, 3))),
+        (fg.on("relu", module="a"), fg.on("relu", module="b")),
+        (fg.on("params", parameter="a"), fg.on("params", parameter="b")),
         (fg.on(type=nn.ReLU), fg.on("activations", type=nn.ReLU)),
         (fg.on("relu"), fg.on("relu", forward="tanh")),
         (fg.on("relu", where=callable), fg.on("relu", where=bool)),
@@ -105,6 +109,14 @@ def test_selections_that_mean_the_same_are_equal(one: Any, other: Any) -> None:
 )
 def test_selections_that_mean_something_else_are_not_equal(one: Any, other: Any) -> None:
     assert one.backward("scale") != other.backward("scale")
+
+
+def test_the_last_call_that_can_be_named_is_the_one_before_a_billion() -> None:
+    last = 10**9 - 1
+    assert fg.on("relu", call=[last, slice(0, last)]).sites.call == (last, slice(0, last, 1))
+    for call in (last + 1, slice(0, last + 1)):
+        with pytest.raises(fg.TableError, match="no model has that many calls"):
+            fg.on("relu", call=call)
 
 
 def test_classes_of_one_name_that_no_name_leads_to_are_not_equal() -> None:

@@ -865,7 +865,44 @@ def test_the_report_of_a_copy_shows_the_copy_s_tensor() -> None:
         assert any(shown is buffer for buffer in model.buffers())
 
 
+def test_several_tensors_as_parameters_of_rules_stay_apart() -> None:
+    first, second, third = torch.tensor(2.0), torch.tensor(3.0), torch.tensor(5.0)
+    chain = fg.compose(fg.rules.scale(s=first), fg.rules.scale(s=second))
+    gm = fg.transform(
+        nn.Sequential(nn.Tanh(), nn.ReLU()), {"tanh": chain, "relu": fg.rules.scale(s=third)}
+    )
+    x = torch.ones(1, requires_grad=True)
+    for model in (gm, copy.deepcopy(gm)):
+        assert torch.autograd.grad(model(x), x)[0].item() == 2.0 * 3.0 * 5.0
+    first.fill_(-1.0)
+    assert torch.autograd.grad(gm(x), x)[0].item() == -1.0 * 3.0 * 5.0
+
+
 def test_the_report_of_a_wrapped_model_is_that_of_the_model() -> None:
     gm = fg.transform(Net(), "scale")
     for wrapped in (torch.compile(gm, backend="eager"), nn.DataParallel(gm)):
         assert fg.report(wrapped) is fg.report(gm)
+
+
+class Holder(nn.Module):
+    """Holds a part under the name that PyTorch's wrappers give to what they wrap."""
+
+    def __init__(self, **parts: nn.Module) -> None:
+        super().__init__()
+        for name, part in parts.items():
+            self.add_module(name, part)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(self.module(x))
+
+
+def test_a_model_whose_only_part_is_called_module_has_its_own_report() -> None:
+    gm = fg.transform(Holder(module=nn.ReLU()), "scale")
+    assert [d.site.name for d in fg.report(gm).decisions] == ["module:relu[0]", "<root>:tanh[0]"]
+
+
+def test_the_report_of_a_part_is_not_that_of_a_model_with_other_parts() -> None:
+    gm = fg.transform(nn.Sequential(nn.ReLU()), "scale")
+    for model in (Holder(module=gm, head=nn.Tanh()), nn.Sequential(gm), Holder(module=nn.ReLU())):
+        with pytest.raises(TypeError, match=f"got {type(model).__name__}"):
+            fg.report(model)

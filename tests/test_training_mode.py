@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import models
+from freegrad_fx.capture.symbolic import MAX_VARIANTS
 from models import assert_same_forward, assert_same_gradients, differs, edited_by_hand, run
 
 NATIVE: dict[str, None] = {"activations": None}
@@ -408,6 +409,50 @@ def test_both_kinds_of_branches_are_captured_once_each() -> None:
     assert graphs(Block) == graphs(OnlyFunctionalDropout) == 1
     assert graphs(RootBranches) == graphs(PartBranches) == 2
     assert graphs(TwoPartsBranch) == 4
+
+
+class Switches(nn.Module):
+    """Parts that branch on their flags, each by itself; and one that does so where all of them are in train mode."""
+
+    def __init__(self, parts: int, last: bool) -> None:
+        super().__init__()
+        self.linear, self.last = nn.Linear(6, 6), last
+        self.parts = nn.ModuleList(Switch() for _ in range(parts))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.linear(x)
+        for part in self.parts:
+            x = part(x)
+        if self.last and all(part.training for part in self.parts) and self.training:
+            x = F.silu(x)
+        return x
+
+
+class Switch(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + 0.5) if self.training else torch.tanh(x)
+
+
+@pytest.mark.parametrize(
+    ("parts", "last", "variants"),
+    [(4, False, MAX_VARIANTS), (4, True, 2), (5, False, 2)],
+    ids=["as many as are allowed", "one more", "twice as many"],
+)
+def test_a_graph_for_every_mode_up_to_a_number_and_beyond_it_for_both_modes_alone(
+    parts: int, last: bool, variants: int
+) -> None:
+    model = Switches(parts, last)
+    gm = fg.transform(model, {"activations": None})
+    assert len(gm.variants) == variants
+    for training in (True, False):
+        assert torch.equal(gm.train(training)(sample()), model.train(training)(sample()))
+    model.train().parts[1].eval()
+    gm.train().get_submodule("parts.1").eval()
+    if variants == 2:
+        with pytest.raises(fg.CaptureError, match="Put these modules in one mode together"):
+            gm(sample())
+    else:
+        assert torch.equal(gm(sample()), model(sample()))
 
 
 def test_a_mode_set_while_training_goes_on() -> None:

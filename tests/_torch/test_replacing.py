@@ -122,6 +122,30 @@ def test_replacements_nest() -> None:
     assert Owner().method(1) == 2
 
 
+def plus_one(original: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *args: original(*args) + 1
+
+
+def test_the_innermost_of_several_is_what_a_further_one_is_given() -> None:
+    with replaced(Owner, "method", times_ten), replaced(Owner, "method", plus_one):
+        with replaced(Owner, "method", times_ten):
+            assert Owner().method(1) == 210
+        assert Owner().method(1) == 21
+
+
+def test_the_innermost_of_a_thread_is_in_force_while_another_thread_has_one_of_its_own() -> None:
+    def here_and_there() -> tuple[int, int]:
+        with replaced(Owner, "method", times_ten):
+            return Owner().method(1), threads.submit(Owner().method, 1).result()
+
+    with ThreadPoolExecutor(1) as threads, ExitStack() as stack:
+        for make in (times_ten, plus_one):
+            threads.submit(stack.enter_context, replaced(Owner, "method", make)).result()
+        assert here_and_there() == (20, 21)
+        threads.submit(stack.close).result()
+    assert Owner().method(1) == 2
+
+
 def test_they_may_end_in_any_order() -> None:
     before = vars(Owner)["method"]
     first, second = ExitStack(), ExitStack()
