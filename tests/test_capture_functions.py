@@ -12,6 +12,7 @@ import pickle
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -96,6 +97,20 @@ class WithSetupContext(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> Any:
         (x,) = ctx.saved_tensors
         return 5 * grad * x, None
+
+
+class KeywordsAndContext(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor, levels: int = 4) -> Tensor:
+        return (x * levels).round() / levels
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, ctx.levels = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad * ctx.levels, None
 
 
 class InPlace(torch.autograd.Function):
@@ -509,6 +524,32 @@ def test_dynamo_keeps_a_stored_apply(kind: type[nn.Module], backend: str) -> Non
     assert difference(build(kind), compiled) == ""
 
 
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_a_function_with_an_apply_of_its_own_compiles(backend: str) -> None:
+    compiled = fg.transform(build(WithAnApplyOfItsOwn), NATIVE)
+    compiled.compile(backend=backend, fullgraph=True)
+    assert difference(build(WithAnApplyOfItsOwn), compiled) == ""
+
+
+TAKES_KEYWORDS = torch.__version__.split(".")[:2] >= ["2", "13"]
+
+
+@pytest.mark.skipif(not TAKES_KEYWORDS, reason="apply takes no keywords in torch 2.12")
+@pytest.mark.parametrize("function", [StraightThroughRound, KeywordsAndContext])
+def test_keywords_of_apply_are_arguments_in_every_thread(function: Any) -> None:
+    class Keywords(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            result = function.apply(x, levels=8)
+            found.append(threads.submit(lambda: function.apply(sample(), levels=8)).result())
+            return F.relu(self.f(result))
+
+    found: list[Tensor] = []
+    with ThreadPoolExecutor(1) as threads:
+        gm = fg.transform(build(Keywords), NATIVE)
+        assert torch.equal(found[0], (sample() * 8).round() / 8)
+        assert difference(build(Keywords), gm) == ""
+
+
 @pytest.mark.parametrize("kind", STORED)
 def test_export_refuses_it_and_names_what_takes_it(kind: type[nn.Module]) -> None:
     with pytest.raises(fg.CaptureError, match=r"autograd\.Function .* whose backward") as caught:
@@ -532,6 +573,7 @@ def test_no_two_errors_send_from_one_to_the_other() -> None:
         fg.transform(build(Both), NATIVE)
     with pytest.raises(fg.CaptureError) as exported:
         fg.transform(build(Both), NATIVE, example_inputs=(sample(),))
+    assert "example_inputs" not in str(symbolic.value)
     for error in (symbolic, exported):
         assert "freegrad_fx.compile(model, rules)" in str(error.value)
     original = build(Both)

@@ -32,12 +32,27 @@ def test_a_model_saved_before_the_moves_loads(saved: dict[str, Any], capture: st
     assert fg.report(model).with_action("rewrite")[0].site.name == "1:relu[0]"
 
 
+def test_a_replaced_forward_and_a_renamed_option_are_understood(saved: dict[str, Any]) -> None:
+    model = saved["heaviside"]["model"]
+    assert set(model(saved["x"]).unique().tolist()) <= {0.0, 1.0}
+    (decision,) = fg.report(model).with_action("rewrite")
+    assert decision.rules[0].compile
+    assert "compile = True" in model.code
+    assert saved["rule"] == fg.rules.fast_sigmoid(forward=fg.vocabulary.heaviside, compile=True)
+
+
+def test_a_plan_saved_before_is_the_plan_of_now(saved: dict[str, Any]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU())
+    assert not saved["plan"].diff(fg.explain(model, {"relu": "rectangular"}))
+
+
 @pytest.mark.parametrize("name", MOVED)
 def test_an_old_name_has_what_the_new_one_has(name: str) -> None:
     old = importlib.import_module(f"freegrad_fx.{name}")
-    new = importlib.import_module(f"freegrad_fx.{MOVED[name]}")
-    for exported in new.__all__:
-        assert getattr(old, exported) is getattr(new, exported)
+    for place in MOVED[name]:
+        new = importlib.import_module(f"freegrad_fx.{place}")
+        for exported in new.__all__:
+            assert getattr(old, exported) is getattr(new, exported)
     with pytest.raises(AttributeError):
         _ = old.nothing
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 import reference
 from freegrad_fx.ops import decoupled, stop_gradient
+from freegrad_fx.rules import masks
 from freegrad_fx.rules.masks import positive
 
 MASKED = [name for name in fg.rules.available() if fg.get(name).declaration.mask is not None]
@@ -416,3 +418,20 @@ def test_a_copied_and_a_loaded_model_save_the_same() -> None:
     for other in (copy.deepcopy(function), pickle.loads(pickle.dumps(function))):
         assert other.code == function.code
         same(gradient(other, X), gradient(function, X))
+
+
+def test_a_mask_that_wraps_another_is_not_taken_for_it() -> None:
+    @functools.wraps(masks.positive)
+    def above(x: Tensor) -> Tensor:
+        return x > -1
+
+    @fg.register("above", mask=above)
+    def above_rule(grad: Tensor, mask: Tensor) -> Tensor:
+        """grad·1[x > −1]"""
+        return masks.only_where(mask, grad)
+
+    for inplace in (False, True):
+        gm = fg.transform(nn.Sequential(nn.Identity(), nn.ReLU(inplace)), {"relu": above_rule})
+        x = torch.tensor([-2.0, -0.5, 2.0], requires_grad=True)
+        (grad,) = torch.autograd.grad(gm(x * 1).sum(), x)
+        assert grad.tolist() == [0.0, 1.0, 1.0]

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 import freegrad_fx
 
@@ -109,6 +110,24 @@ def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
                     yield node.lineno, alias.name
         elif isinstance(node, ast.Constant) and node.value in HELD:
             yield node.lineno, repr(node.value)
+
+
+# Methods that PyTorch calls by private names, and that classes of the package may define
+HOOKS = {"_replicate_for_data_parallel", "_repr_html_"}
+BASES = (nn.Module, fx.GraphModule, fx.Tracer, fx.Proxy, torch.autograd.Function, TorchFunctionMode)
+INHERITED = {name for base in BASES for name in dir(base) if is_private(name)} - HOOKS
+
+
+@pytest.mark.parametrize("name", OUTSIDE)
+def test_no_private_method_of_pytorch_is_overridden_elsewhere(name: str) -> None:
+    methods = [
+        line.name
+        for node in ast.walk(tree_of(OUTSIDE[name]))
+        if isinstance(node, ast.ClassDef) and node.bases
+        for line in node.body
+        if isinstance(line, ast.FunctionDef)
+    ]
+    assert INHERITED.isdisjoint(methods)
 
 
 @pytest.mark.parametrize("name", OUTSIDE)

@@ -14,12 +14,13 @@ from typing import Any
 __all__ = ["MOVED", "find_moved"]
 
 MOVED = {
-    "captured": "capture.captured",
-    "provenance": "graph.provenance",
-    "rules.rule": "core.rule",
-    "serialise": "graph.serialise",
+    "activations": ("vocabulary", "vocabulary.op"),
+    "captured": ("capture.captured",),
+    "provenance": ("graph.provenance",),
+    "rules.rule": ("core.rule",),
+    "serialise": ("graph.serialise",),
 }
-"""The modules whose names are in models that were saved before 0.1.0, with their places now."""
+"""The modules whose names are in models that were saved before 0.1.0, with where their content is now."""
 
 _PACKAGE = __name__.rpartition(".")[0]
 
@@ -36,11 +37,14 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return importlib.util.spec_from_loader(name, self)
 
     def create_module(self, spec: ModuleSpec) -> ModuleType:
-        place = f"{_PACKAGE}.{MOVED[spec.name.partition('.')[2]]}"
-        module = ModuleType(spec.name, f"The old name of {place}.")
+        places = [f"{_PACKAGE}.{place}" for place in MOVED[spec.name.partition(".")[2]]]
+        module = ModuleType(spec.name, f"The old name of {', '.join(places)}.")
 
         def look_up(name: str) -> Any:
-            return getattr(importlib.import_module(place), name)
+            for found in map(importlib.import_module, places):
+                if hasattr(found, name) and not name.startswith("__"):
+                    return getattr(found, name)
+            raise AttributeError(f"module {spec.name!r} has no attribute {name!r}")
 
         module.__getattr__ = look_up  # type: ignore[method-assign]
         return module

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch import tree
-from ._torch.graphs import SET_GRAD_ENABLED, is_erased
+from ._torch.graphs import grad_mode_setter, is_erased
 from ._torch.modules import buffers_of
 from .backward.functions import OVERWRITTEN
 from .capture.captured import sets_grad_mode
@@ -156,10 +156,10 @@ def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
     with graph.inserting_before(first):
         if enabled:
             before = graph.call_function(torch.is_grad_enabled)
-            graph.call_function(SET_GRAD_ENABLED, (True,))
+            graph.call_function(grad_mode_setter(), (True,))
         yield
         if enabled:
-            graph.call_function(SET_GRAD_ENABLED, (before,))
+            graph.call_function(grad_mode_setter(), (before,))
 
 
 def _enables_gradients(place: LocatedParameter, root: nn.Module) -> bool:

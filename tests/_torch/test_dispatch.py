@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from freegrad_fx._torch import dispatch
-from freegrad_fx._torch.graphs import SET_GRAD_ENABLED
+from freegrad_fx._torch.graphs import grad_mode_setter
 
 # PyTorch's own, of the decompositions that forward mode compiles
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit")
@@ -327,7 +327,7 @@ def test_a_function_mode_is_handed_changes_of_the_grad_mode_and_finds_who_makes_
         change()
     found = []
     for function, setter in zip(mode.functions, mode.callers, strict=True):
-        assert function is SET_GRAD_ENABLED
+        assert function is grad_mode_setter()
         name, caller = setter.f_code.co_name, setter.f_back.f_code.co_name
         if "__exit__" in (name, caller):
             found.append("left")

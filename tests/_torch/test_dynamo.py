@@ -38,7 +38,7 @@ from freegrad_fx._torch.dynamo import (
     tracing_context,
     wrap_compiled_function,
 )
-from freegrad_fx._torch.graphs import SET_GRAD_ENABLED
+from freegrad_fx._torch.graphs import grad_mode_setter
 from freegrad_fx._torch.modules import call_code
 from freegrad_fx._torch.operators import GraphOperator, operator_name
 
@@ -797,7 +797,7 @@ def test_changes_of_the_grad_mode_are_nodes() -> None:
         return x + y
 
     calls = calls_in(captured(function))
-    assert calls[0] is calls[2] is SET_GRAD_ENABLED
+    assert calls[0] is calls[2] is grad_mode_setter()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import subprocess
 import sys
 import textwrap
@@ -403,3 +404,42 @@ def test_a_checkpoint_in_a_checkpoint_is_followed_too(checkpoints: dict[str, str
     assert forward.count("record is asked") == 2
     assert backward.count("record runs") >= 2
     assert "otherwise" not in backward
+
+
+def test_a_forward_tells_of_its_arguments_what_it_told_before() -> None:
+    """`apply` binds keywords by the code of the forward, in every thread."""
+
+    class Scales(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, factor: float = 1.0) -> Tensor:
+            return x * factor
+
+    before = Scales.forward.__code__, Scales.forward.__defaults__, inspect.signature(Scales.forward)
+    with functions_answered_by(lambda *_: NotImplemented):
+        forward = Scales.forward
+        assert (forward.__code__, forward.__defaults__, inspect.signature(forward)) == before
+
+
+def test_a_forward_called_without_apply_leaves_the_next_apply_as_it_is() -> None:
+    """With gradients disabled it looks like an apply, but no `setup_context` follows."""
+
+    class Squares(torch.autograd.Function):
+        @staticmethod
+        def forward(x: Any) -> Any:
+            return x * x
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+            ctx.factor = 9.0
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            return grad * ctx.factor
+
+    answer = object()
+    x = torch.ones(2, requires_grad=True)
+    with functions_answered_by(lambda _, args: answer if args[0] == "asked" else NotImplemented):
+        with torch.no_grad():
+            assert Squares.forward("asked") is answer
+        (grad,) = torch.autograd.grad(Squares.apply(x).sum(), x)
+    assert grad.tolist() == [9.0, 9.0]

@@ -16,14 +16,14 @@ from torch.fx.graph import CodeGen
 from torch.utils import _pytree as pytree
 
 from freegrad_fx._torch.graphs import (
-    ASSERT,
     INPUT_STRUCTURE,
     OUTPUT_STRUCTURE,
-    SET_GRAD_ENABLED,
+    assertion,
     attributes_written_by,
     code_generator,
     forward_from_source,
     generated_code,
+    grad_mode_setter,
     is_erased,
     make_fx,
     qualified_name,
@@ -49,9 +49,9 @@ def calling(target: Callable[..., Any], *more: Any) -> fx.Graph:
 def test_a_graph_can_change_the_grad_mode() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.call_function(SET_GRAD_ENABLED, (False,))
+    graph.call_function(grad_mode_setter(), (False,))
     unlearned = graph.call_method("mul", (x, 2))
-    graph.call_function(SET_GRAD_ENABLED, (True,))
+    graph.call_function(grad_mode_setter(), (True,))
     learned = graph.call_method("mul", (x, 2))
     graph.output((unlearned, learned))
     module = fx.GraphModule(nn.Module(), graph)
@@ -65,7 +65,7 @@ def test_a_graph_can_change_the_grad_mode() -> None:
 def test_a_graph_can_check_a_condition() -> None:
     graph = fx.Graph()
     x = graph.placeholder("x")
-    graph.call_function(ASSERT, (x, "it has to be so"))
+    graph.call_function(assertion(), (x, "it has to be so"))
     graph.output(x)
     module = fx.GraphModule(nn.Module(), graph)
     assert module(True) is True
@@ -76,8 +76,8 @@ def test_a_graph_can_check_a_condition() -> None:
 
 
 def test_a_check_of_a_proxy_is_recorded() -> None:
-    graph = fx.symbolic_trace(lambda x: (ASSERT(x, "so"), x)[1]).graph
-    assert [node.target for node in graph.nodes if node.op == "call_function"] == [ASSERT]
+    graph = fx.symbolic_trace(lambda x: (assertion()(x, "so"), x)[1]).graph
+    assert [node.target for node in graph.nodes if node.op == "call_function"] == [assertion()]
 
 
 @pytest.mark.parametrize(
@@ -90,8 +90,8 @@ def test_a_check_of_a_proxy_is_recorded() -> None:
         (torch.ops.aten.softmax.int, "torch.ops.aten.softmax.int"),
         (operator.add, "_operator.add"),
         (torch._C._nn.gelu, "torch._C._nn.gelu"),
-        (SET_GRAD_ENABLED, "torch._C._set_grad_enabled"),
-        (ASSERT, "torch._assert"),
+        (grad_mode_setter(), "torch._C._set_grad_enabled"),
+        (assertion(), "torch._assert"),
     ],
     ids=lambda v: v if isinstance(v, str) else "",
 )

@@ -32,6 +32,11 @@ def test_a_stand_in_raises_when_it_is_used_and_not_before(name: str) -> None:
     with pytest.raises(fg.TorchVersionError, match="knowing everything"):
         isinstance(1, missing)
 
+    with pytest.raises(fg.TorchVersionError, match="knowing everything"):
+        missing.anything  # noqa: B018
+    with pytest.raises(fg.TorchVersionError, match="knowing everything"):
+        issubclass(int, missing)
+
     class Derived(missing):  # type: ignore[misc]
         pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator
@@ -174,6 +175,26 @@ def test_threads_may_end_in_any_order() -> None:
     leave.set()
     thread.join()
     assert vars(Owner)["method"] is before
+
+
+def test_a_thread_finds_its_own_while_others_come_and_go() -> None:
+    over = threading.Event()
+
+    def others() -> None:
+        while not over.is_set():
+            with replaced(Owner, "method", lambda _: lambda self, x: -x):
+                pass
+
+    with ThreadPoolExecutor(3) as threads, replaced(Owner, "method", times_ten):
+        found = [threads.submit(others) for _ in range(3)]
+        interval = sys.getswitchinterval()
+        sys.setswitchinterval(1e-6)
+        try:
+            assert {Owner().method(1) for _ in range(20_000)} == {20}
+        finally:
+            sys.setswitchinterval(interval)
+            over.set()
+    assert [one.result() for one in found] == [None] * 3
 
 
 def test_an_error_undoes_it() -> None:

@@ -78,8 +78,9 @@ def functions_answered_by(intercept: Intercept) -> Iterator[None]:
 
             return made
 
-        for function in list(_subclasses(torch.autograd.Function)):
-            watch(function)
+        for function in _subclasses(torch.autograd.Function):
+            if not function.__module__.startswith("torch._"):  # those of compilers and transforms
+                watch(function)
         stack.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
         yield
 
@@ -96,7 +97,7 @@ def _subclasses(function: Function) -> dict[Function, None]:
 @contextlib.contextmanager
 def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
     has_context = function.setup_context is torch.autograd.Function.setup_context
-    answered = False
+    nothing = answered = object()
 
     def forward_with(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -105,18 +106,18 @@ def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
             result = NotImplemented if inputs is None else intercept(function, inputs)
             if result is NotImplemented:
                 return forward(*args, **kwargs)
-            answered = True
+            answered = result
             return result
 
         return run
 
     def setup_with(setup: Callable[..., Any]) -> Callable[..., Any]:
-        def prepare(*args: Any, **kwargs: Any) -> Any:
+        def prepare(ctx: Any, inputs: Any, output: Any) -> Any:
             nonlocal answered
-            if answered:  # `apply` calls it after the forward, which has not run
-                answered = False
+            if output is answered:  # `apply` calls it after the forward, which has not run
+                answered = nothing
                 return None
-            return setup(*args, **kwargs)
+            return setup(ctx, inputs, output)
 
         return prepare
 

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import fx
 
-from .releases import private, uses_private_names
+from .releases import lookup, private, uses_private_names
 from .replacing import replaced
 
 __all__ = [
-    "ASSERT",
     "INPUT_STRUCTURE",
     "OUTPUT_STRUCTURE",
-    "SET_GRAD_ENABLED",
+    "Tracer",
+    "assertion",
     "attributes_written_by",
     "code_generator",
     "forward_from_source",
     "generated_code",
+    "grad_mode_setter",
     "is_erased",
     "make_fx",
     "qualified_name",
@@ -28,11 +30,18 @@ __all__ = [
     "with_structures",
 ]
 
-SET_GRAD_ENABLED: Any = private("torch._C._set_grad_enabled", "recording the grad mode")
-"""What a graph calls to change the grad mode."""
 
-ASSERT: Any = private("torch._assert", "recording an assertion")
-"""What a graph calls to check a condition."""
+@functools.cache
+def grad_mode_setter() -> Any:
+    """What a graph calls to change the grad mode."""
+    return lookup("torch._C._set_grad_enabled", "recording the grad mode")
+
+
+@functools.cache
+def assertion() -> Any:
+    """What a graph calls to check a condition."""
+    return lookup("torch._assert", "recording an assertion")
+
 
 INPUT_STRUCTURE, OUTPUT_STRUCTURE = "_in_spec", "_out_spec"
 """The attributes in which a GraphModule holds how its inputs and outputs are nested; its code reads them."""
@@ -95,6 +104,23 @@ def attributes_written_by(
         write: Given the usual one, returns the function from an object's text and a dotted name to the text.
     """
     return replaced(fx.graph, "_format_target", write)
+
+
+class Tracer(fx.Tracer):
+    """A tracer with a say in what stands for each argument of the forward."""
+
+    def argument_proxy(self, name: str, default: Callable[[], Any]) -> Any:
+        """What stands for an argument.
+
+        Args:
+            name: Its name, with the stars of ``*args`` and ``**kwargs``.
+            default: Makes the placeholder that every argument has by default.
+        """
+        return default()
+
+    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
+        usual = super()._proxy_placeholder
+        return self.argument_proxy(name, lambda: usual(name, None, sig, fn))
 
 
 def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:

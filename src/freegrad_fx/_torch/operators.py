@@ -27,8 +27,8 @@ else:
     Overload = private("torch._ops.OpOverload", _OPERATORS)
     GraphOperator = private("torch._ops.HigherOrderOperator", _OPERATORS)
 
-NATIVE: Any = private("torch._C._nn", "finding the spellings of activations")
-"""The module of functions that `torch.nn.functional` is made of."""
+NATIVE: tuple[Any, ...] = tuple(filter(None, [getattr(torch._C, "_nn", None)]))
+"""The modules of functions that `torch.nn.functional` is made of."""
 
 
 def _existing(*names: str) -> tuple[Any, ...]:

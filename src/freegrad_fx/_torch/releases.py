@@ -38,7 +38,11 @@ def lookup(name: str, feature: str) -> Any:
 
 
 def private(name: str, feature: str) -> Any:
-    """Like `lookup`, for use at import: for a missing name, return a stand-in that raises when it is used."""
+    """Like `lookup`, for use at import: for a missing name, return a stand-in that raises when it is used.
+
+    For what is called, or asked with `isinstance`. What is compared by identity would differ from everything, without
+    an error: `lookup` is for that.
+    """
     try:
         return lookup(name, feature)
     except TorchVersionError as error:
@@ -55,6 +59,14 @@ class _Missing(type):
         raise TorchVersionError(cls._text)
 
     def __instancecheck__(cls, instance: object) -> bool:
+        raise TorchVersionError(cls._text)
+
+    def __subclasscheck__(cls, subclass: type) -> bool:
+        raise TorchVersionError(cls._text)
+
+    def __getattr__(cls, name: str) -> Any:
+        if name.startswith("__"):  # Python asks for these of every class
+            raise AttributeError(name)
         raise TorchVersionError(cls._text)
 
 

@@ -12,7 +12,7 @@ import functools
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 __all__ = ["Replacement", "replace_for_good", "replaced", "replacements"]
@@ -46,7 +46,7 @@ class _Slot:
     name: str
     raw: Any = _ABSENT  # what the owner itself holds under the name
     original: Any = None
-    entries: list[Replacement] = field(default_factory=list)
+    entries: tuple[Replacement, ...] = ()  # replaced as a whole: other threads read it meanwhile
 
     def now(self) -> Any:
         """What the thread that asks finds."""
@@ -95,12 +95,12 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
         if key not in _slots:
             setattr(owner, name, _dispatcher(slot, entry.value))
             _slots[key] = slot
-        slot.entries.append(entry)
+        slot.entries = (*slot.entries, entry)
     try:
         yield
     finally:
         with _lock:
-            slot.entries.remove(entry)
+            slot.entries = tuple(other for other in slot.entries if other is not entry)
             if not slot.entries:
                 del _slots[key]
                 if slot.raw is _ABSENT:
@@ -113,22 +113,36 @@ def _dispatcher(slot: _Slot, value: Any) -> Any:
     """What an attribute holds while it is replaced."""
     if isinstance(value, property):
         return property(*_accessors(slot))
-    entries, thread_of_now = slot.entries, threading.get_ident
+    if inspect.isclass(slot.owner) and isinstance(
+        inspect.getattr_static(slot.owner, slot.name, None), staticmethod | classmethod
+    ):
+        return staticmethod(_Static(slot))
+    thread_of_now = threading.get_ident
 
     def call(*args: Any, **kwargs: Any) -> Any:
         # the usual case without a further call: isinstance() is among what is replaced
-        last = entries[-1] if entries else None
-        if last is not None and last.thread == thread_of_now():
-            return last.value(*args, **kwargs)
+        entries = slot.entries
+        if entries and entries[-1].thread == thread_of_now():
+            return entries[-1].value(*args, **kwargs)
         return slot.now()(*args, **kwargs)
 
     with contextlib.suppress(AttributeError, TypeError):
         functools.update_wrapper(call, slot.original)
-    # read from the class, so that a static method stays one
-    static = inspect.isclass(slot.owner) and isinstance(
-        inspect.getattr_static(slot.owner, slot.name, None), staticmethod | classmethod
-    )
-    return staticmethod(call) if static else call
+    return call
+
+
+class _Static:
+    """Takes the place of a static method, and tells of its code what the method tells: PyTorch binds keywords by it."""
+
+    def __init__(self, slot: _Slot) -> None:
+        functools.update_wrapper(self, slot.original)
+        self._slot = slot
+        for name in ("__code__", "__defaults__", "__kwdefaults__"):
+            if hasattr(slot.original, name):
+                setattr(self, name, getattr(slot.original, name))
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._slot.now()(*args, **kwargs)
 
 
 def _accessors(slot: _Slot) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:

@@ -311,7 +311,7 @@ def _load_module(
 
 def sets_grad_mode(graph: fx.Graph) -> bool:
     """Whether a graph enables or disables gradients by itself."""
-    return any(node.target is graphs.SET_GRAD_ENABLED for node in graph.nodes)
+    return any(node.target is graphs.grad_mode_setter() for node in graph.nodes)
 
 
 def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:

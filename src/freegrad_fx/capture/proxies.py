@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, fx
 from torch.fx.proxy import Proxy, TraceError
 
-from .._torch.graphs import ASSERT
+from .._torch.graphs import assertion
 
 __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
@@ -32,7 +32,7 @@ class RecordingProxy(Proxy):
         frame = sys._getframe(1)
         if _asserts(frame):
             message = f"the assertion at {frame.f_code.co_filename}:{frame.f_lineno} fails"
-            self.tracer.create_proxy("call_function", ASSERT, (self, message), {})
+            self.tracer.create_proxy("call_function", assertion(), (self, message), {})
             return True
         return self.tracer.to_bool(self)
 

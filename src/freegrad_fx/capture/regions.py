@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._torch.graphs import SET_GRAD_ENABLED
+from .._torch.graphs import grad_mode_setter
 from ..errors import CaptureError
 from ..graph.provenance import META
 from ..sites.remarks import Opaque
@@ -49,7 +49,7 @@ def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
         results: Any = ()
         with graph.inserting_before(node):
             before = graph.call_function(torch.is_grad_enabled)
-            start = graph.call_function(SET_GRAD_ENABLED, (enabled,))
+            start = graph.call_function(grad_mode_setter(), (enabled,))
             for inner in inside:
                 if inner.op == "output":
                     results = fx.map_arg(inner.args[0], values.__getitem__)
@@ -59,7 +59,7 @@ def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
                     values[inner] = graph.create_node("get_attr", name)
                 elif inner.op != "placeholder":
                     values[inner] = graph.node_copy(inner, values.__getitem__)
-            end = graph.call_function(SET_GRAD_ENABLED, (before,))
+            end = graph.call_function(grad_mode_setter(), (before,))
         for made in (before, start, end):
             made.meta = dict(node.meta)
         for user in list(node.users):

@@ -15,6 +15,7 @@ from ..errors import CaptureError, unknown
 from ..graph.provenance import innermost
 from ..graph.serialise import LOCK
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
+from ..ops import apply_function
 from ..sites.remarks import Lost
 from .captured import Variant
 from .copying import python_state_changed
@@ -182,14 +183,24 @@ def _traced(tracer: Tracer, root: nn.Module) -> fx.Graph:
             f"{type(root).__name__} cannot be captured: {tracer.explain(error)}\n"
             f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
             "The forward of the model itself does there what a symbolic trace cannot follow, such as a branch on the "
-            "values or shapes of its inputs. Give example_inputs=(...) to capture it by torch.export; or compile it, "
-            "freegrad_fx.compile(model, rules), which takes any program; or move that part into a submodule: it is "
-            "then kept whole, and the rest is rewritten."
+            f"values or shapes of its inputs. {_remedies(tracer)}or move that part into a submodule: it is then kept "
+            "whole, and the rest is rewritten."
             + "".join(
                 f" If it needs keywords in **{c}: concrete_args={{{c!r}: torch.fx.PH}}."
                 for c in collects
             )
         ) from error
+
+
+def _remedies(tracer: Tracer) -> str:
+    """The other ways in that take what a symbolic trace does not, the first that works first."""
+    if any(node.target is apply_function for node in tracer.graph.nodes):
+        # what export would refuse
+        return "Compile it: freegrad_fx.compile(model, rules), which keeps the model's autograd.Function as it is; "
+    return (
+        "Give example_inputs=(...) to capture it by torch.export; or compile it, freegrad_fx.compile(model, rules), "
+        "which takes any program; "
+    )
 
 
 def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Lost]:

@@ -23,7 +23,7 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .._torch import tree
+from .._torch import graphs, tree
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..errors import CaptureError
@@ -41,7 +41,7 @@ __all__ = ["Tracer", "flag_path"]
 T = TypeVar("T")
 
 
-class Tracer(fx.Tracer):
+class Tracer(graphs.Tracer):
     """Traces one variant of a model: one set of values for the `training` flags it branches on.
 
     Args:
@@ -161,17 +161,18 @@ class Tracer(fx.Tracer):
             return super().to_bool(obj)
         return self._taken(path)
 
-    def _proxy_placeholder(self, name: str, concrete_args: Any, sig: Any, fn: Any) -> Any:
+    def argument_proxy(self, name: str, default: Callable[[], Any]) -> Any:
+        """Stand for an argument of the forward: open, or the constant that it is specialised to."""
         plain = name.lstrip("*")
         if plain not in self.specialised:
-            proxy = super()._proxy_placeholder(name, None, sig, fn)
+            proxy = default()
             if plain == name and self.asks_identity:
                 self.create_proxy("call_function", require_open, (proxy, name), {})
             return proxy
         value = self.specialised[plain]
-        default = () if name.startswith("*") else (_as_argument(value),)
-        proxy = self.create_proxy("placeholder", name, default, {})
-        expected = default[0] if default else value
+        usual = () if name.startswith("*") else (_as_argument(value),)
+        proxy = self.create_proxy("placeholder", name, usual, {})
+        expected = usual[0] if usual else value
         self.create_proxy("call_function", require_specialised, (proxy, expected, plain), {})
         return _Constant(value)
 

@@ -78,7 +78,7 @@ class Declaration:
     @property
     def reads_sign(self) -> bool:
         """Whether the formula asks of ``x`` only where it is positive, which an output may tell as well."""
-        return getattr(self.mask, _SIGN, False) is True
+        return self.mask is not None and getattr(self.mask, _SIGN, None) is self.mask
 
     def mask_of(self, x: Tensor, parameters: Mapping[str, Any]) -> Tensor:
         """The mask that the formula reads of ``x``, for these parameters."""
@@ -98,5 +98,5 @@ _SIGN = "_freegrad_fx_tells_sign"
 
 def tells_sign(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Decorate a mask of ``x`` that is ``x > 0``: it can be read from any tensor that is positive where ``x`` is."""
-    setattr(mask, _SIGN, True)
+    setattr(mask, _SIGN, mask)  # itself: a function that wraps it takes over its attributes
     return mask

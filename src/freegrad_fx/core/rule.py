@@ -29,6 +29,7 @@ __all__ = [
     "compose",
     "get",
     "of_token",
+    "with_names_of_now",
 ]
 
 Forward: TypeAlias = str | Callable[[Tensor], Tensor]
@@ -247,7 +248,12 @@ class Rule:
 
 
 def _rebind(name: str, bound: dict[str, Any], forward: Forward | None) -> Rule:
-    return get(name)(forward=forward, **bound)
+    return get(name)(forward=forward, **with_names_of_now(bound))
+
+
+def with_names_of_now(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of a rule that were saved, under the names that they have now."""
+    return {"compile" if name == "fuse" else name: value for name, value in options.items()}
 
 
 @dataclass(frozen=True)

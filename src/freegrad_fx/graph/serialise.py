@@ -20,6 +20,8 @@ from torch import fx
 from torch.fx.graph import CodeGen
 
 from .._torch import graphs, tree
+from ..core.rule import with_names_of_now
+from ..ops import decoupled
 from .provenance import META
 
 # Whatever is patched in PyTorch is patched by one thread at a time.
@@ -88,6 +90,8 @@ def load_graph(dump: GraphDump) -> fx.Graph:
             (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
         )
         target = _resolve(target.name) if isinstance(target, _Named) else target
+        if target is decoupled:
+            kwargs = with_names_of_now(kwargs)
         node = graph.create_node(op, target, args, kwargs, name, type_expr)
         if meta is not None:
             node.meta[META] = meta

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from .._torch.dynamo import takes_for_constant
 from .._torch.functions import base_apply, overrides_apply
 from .._torch.tensors import version
 from ..errors import RuleError
@@ -48,12 +47,12 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     """
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
-    if _wraps_apply(function):
+    # Dynamo calls the `apply` of the base class in any case
+    if not torch.compiler.is_compiling() and _wraps_apply(function):
         return base_apply(function_of(function))(*args, **kwargs)
     return function_of(function).apply(*args, **kwargs)
 
 
-@takes_for_constant
 def _wraps_apply(function: str) -> bool:
     """Whether a Function has code of its own around `apply`: a trace has gone through that already."""
     return overrides_apply(function_of(function))

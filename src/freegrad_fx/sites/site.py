@@ -42,6 +42,11 @@ class Site:
     type: str = ""
     names: tuple[str, ...] = ()
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # what was saved before kinds had the names of now
+        kind = "operation" if state["kind"] == "activation" else state["kind"]
+        self.__dict__.update({**state, "kind": kind})
+
     @property
     def name(self) -> str:
         """``path:op[call]``, or the parameter's name, as reports and errors print it."""

@@ -67,7 +67,7 @@ class Spelling:
     writes_out: bool  # the call writes its result into an `out=` tensor
 
 
-_FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, NATIVE)
+_FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, *NATIVE)
 
 
 _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)

@@ -12,7 +12,7 @@ import torch
 from torch.fx.proxy import Proxy
 from torch.overrides import TorchFunctionMode
 
-from ..._torch.graphs import SET_GRAD_ENABLED
+from ..._torch.graphs import grad_mode_setter
 from ..._torch.replacing import replaced
 from ...graph.aliasing import named_in_place
 from ...graph.provenance import caller, is_users
@@ -144,7 +144,7 @@ class RecordMode(TorchFunctionMode):
     ) -> Any:
         if func in _FACTORIES:  # fetched before the trace: `from torch import rand`
             return self.recorder.create_proxy("call_function", func, args, kwargs or {})
-        if func is SET_GRAD_ENABLED:
+        if func is grad_mode_setter():
             self._record_grad_mode(*args)
             return func(*args)
         name = getattr(func, "__name__", "")
@@ -176,4 +176,4 @@ class RecordMode(TorchFunctionMode):
             self.previous.append(
                 self.recorder.create_proxy("call_function", is_grad_enabled, (), {})
             )
-        self.recorder.create_proxy("call_function", SET_GRAD_ENABLED, (mode,), {})
+        self.recorder.create_proxy("call_function", grad_mode_setter(), (mode,), {})
