@@ -197,6 +197,40 @@ def test_a_thread_finds_its_own_while_others_come_and_go() -> None:
     assert [one.result() for one in found] == [None] * 3
 
 
+def for_this_thread(change: int) -> Callable[[Callable[..., int]], Callable[..., int]]:
+    """A replacement that itself hands on what other threads call."""
+
+    def make(before: Callable[..., int]) -> Callable[..., int]:
+        thread = threading.get_ident()
+
+        def method(self: Owner, x: int) -> int:
+            return before(self, x) + (change if threading.get_ident() == thread else 0)
+
+        return method
+
+    return make
+
+
+def test_a_replacement_may_ask_for_the_thread_itself() -> None:
+    before = vars(Owner)["method"]
+
+    def inside() -> int:
+        with replaced(Owner, "method", for_this_thread(1000), asks_for_thread=True):
+            return Owner().method(1)
+
+    first, second = ExitStack(), ExitStack()
+    first.enter_context(replaced(Owner, "method", for_this_thread(10), asks_for_thread=True))
+    assert in_another_thread(lambda: Owner().method(1)) == 2
+    assert in_another_thread(inside) == 1002
+    second.enter_context(replaced(Owner, "method", for_this_thread(100), asks_for_thread=True))
+    assert Owner().method(1) == 112
+    assert temporary() == [(Owner, "method")] * 2
+    second.close()
+    assert Owner().method(1) == 12
+    first.close()
+    assert vars(Owner)["method"] is before
+
+
 def test_an_error_undoes_it() -> None:
     before = vars(Owner)["method"]
     with pytest.raises(ZeroDivisionError), replaced(Owner, "method", times_ten):

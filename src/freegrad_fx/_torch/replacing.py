@@ -76,7 +76,9 @@ def replace_for_good(owner: Any, name: str, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None]:
+def replaced(
+    owner: Any, name: str, make: Callable[[Any], Any], *, asks_for_thread: bool = False
+) -> Iterator[None]:
     """Replace an attribute while the block runs, for the thread that runs it.
 
     Args:
@@ -84,6 +86,8 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
         name: The name of a function in it; or of an attribute of its instances, which a property takes the place of.
         make: Returns the replacement, given what the thread finds there before: a function for a function, which is
             called with one frame between its caller and itself; or a property.
+        asks_for_thread: Whether the replacement itself hands calls of other threads on to what was there before. It is
+            then called without a frame in between, which matters for what is called at every step.
     """
     key = (id(owner), name)
     thread = threading.get_ident()
@@ -91,9 +95,10 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
         slot = _slots.get(key)
         if slot is None:
             slot = _Slot(owner, name, vars(owner).get(name, _ABSENT), getattr(owner, name, None))
-        entry = Replacement(owner, name, make(slot.now()), thread)
-        if key not in _slots:
-            setattr(owner, name, _dispatcher(slot, entry.value))
+        before = getattr(owner, name) if asks_for_thread else slot.now()
+        entry = Replacement(owner, name, make(before), thread)
+        if key not in _slots or asks_for_thread:
+            setattr(owner, name, entry.value if asks_for_thread else _dispatcher(slot, entry.value))
             _slots[key] = slot
         slot.entries = (*slot.entries, entry)
     try:
@@ -107,6 +112,8 @@ def replaced(owner: Any, name: str, make: Callable[[Any], Any]) -> Iterator[None
                     delattr(owner, name)
                 else:
                     setattr(owner, name, slot.raw)
+            elif asks_for_thread:
+                setattr(owner, name, slot.entries[-1].value)
 
 
 def _dispatcher(slot: _Slot, value: Any) -> Any:

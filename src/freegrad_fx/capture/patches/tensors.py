@@ -5,6 +5,7 @@ from __future__ import annotations
 import builtins
 import contextlib
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -47,6 +48,7 @@ _FACTORIES = frozenset(
 
 def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
     """`isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right."""
+    thread = threading.get_ident()
     tensor = torch.empty(0)
     proxies: dict[type[Any], bool] = {}  # nearly everything that is asked about is none
 
@@ -55,9 +57,9 @@ def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager
             kind = type(value)
             if kind not in proxies:
                 proxies[kind] = issubclass(kind, Proxy)
-            if not proxies[kind]:
+            if not proxies[kind] or threading.get_ident() != thread:
                 return ask(value, kinds)
-            code = sys._getframe(2).f_code
+            code = sys._getframe(1).f_code
             if not (is_users(code) or code is torch.is_tensor.__code__):
                 return ask(value, kinds)
             if issubclass(kind, FlagProxy):
@@ -68,7 +70,7 @@ def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager
 
         return answer
 
-    return replaced(builtins, "isinstance", answering)
+    return replaced(builtins, "isinstance", answering, asks_for_thread=True)
 
 
 @contextlib.contextmanager
