@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import inspect
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.nn.utils import parametrize
 
 import freegrad_fx.vocabulary
 
-__all__ = ["OUT_SPELLINGS", "SPELLINGS", "Spell"]
+__all__ = ["OUT_SPELLINGS", "SPELLINGS", "Spell", "quick"]
 
 
 @dataclass(frozen=True)
@@ -355,3 +356,16 @@ def _with_out() -> Iterator[Spell]:
 SPELLINGS: list[Spell] = [*_modules(), *_calls(), *_oddities()]
 
 OUT_SPELLINGS: list[Spell] = list(_with_out())
+
+
+def quick(spells: Iterable[Spell]) -> list[Any]:
+    """Parameters: one spelling of each op and callable. The others, with further arguments, are slow tests."""
+    seen: set[str] = set()
+    found = []
+    for spell in spells:
+        called = spell.id.partition("(")[0]
+        found.append(
+            pytest.param(spell, id=spell.id, marks=pytest.mark.slow if called in seen else ())
+        )
+        seen.add(called)
+    return found

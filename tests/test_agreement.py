@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import reference
-from spellings import OUT_SPELLINGS, SPELLINGS, Spell
+from spellings import OUT_SPELLINGS, SPELLINGS, Spell, quick
 
 Naive = Callable[[Tensor, Tensor, Tensor], Tensor]
 
@@ -158,7 +158,7 @@ def by_id(spell: Spell) -> str:
     return spell.id
 
 
-@pytest.mark.parametrize("spell", [s for s in SPELLINGS if s.op != "glu"], ids=by_id)
+@pytest.mark.parametrize("spell", quick(s for s in SPELLINGS if s.op != "glu"))
 def test_a_transformed_activation_agrees_with_the_hand_written_one(spell: Spell) -> None:
     check(spell, spell.make(), lambda oracle: oracle)
 
@@ -227,7 +227,7 @@ HAND_WRITTEN: dict[type[Watched], Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("spell", INPLACE, ids=by_id)
+@pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_in_place_is_seen_under_the_input_s_name(spell: Spell) -> None:
     check(spell, Watched(spell), HAND_WRITTEN[Watched])
 
@@ -244,7 +244,7 @@ def test_what_is_written_in_place_is_seen_by_views_and_written_over(
     check(CALLED[called], surroundings(CALLED[called]), HAND_WRITTEN[surroundings])
 
 
-@pytest.mark.parametrize("spell", INPLACE, ids=by_id)
+@pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_into_the_caller_s_tensor_is_seen_by_the_caller(spell: Spell) -> None:
     model = spell.make()
     model.inplace = False

@@ -256,6 +256,7 @@ def candidates_of(section: str) -> set[str]:
     }.get(section, set())
 
 
+@pytest.mark.slow
 def test_every_target_is_for_something_that_is_measured() -> None:
     for section in {target.section for target in TARGETS}:
         assert section in SECTIONS
@@ -349,6 +350,7 @@ EAGER = ("operators", "small", "steps", "attribution", "transform", "memory")
 COMPILED = ("compiled", "fuse", "compiled-steps")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Setting backward hooks on ReLU activations")
 def test_every_section_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert {*EAGER, *COMPILED, "compile"} == set(SECTIONS)
