@@ -519,13 +519,18 @@ def with_a_gap(self: Model, x: Tensor) -> Tensor:
     return torch.relu(x - 0.1)
 
 
+def ours(caught: Any) -> list[Any]:
+    """The warnings of this package: Dynamo has some of its own on Python 3.13.0."""
+    return [warning for warning in caught if issubclass(warning.category, fg.FreegradWarning)]
+
+
 def test_what_ran_outside_of_the_graphs_is_a_warning_with_its_name_and_line() -> None:
     model = Model(with_a_gap)
     backend = fg.backend("straight_through", inner="eager")
     compiled = torch.compile(model, backend=backend)
     with pytest.warns(fg.FreegradWarning, match=OUTSIDE) as caught:
         compiled(sample().requires_grad_())
-    (warning,) = caught
+    (warning,) = ours(caught)
     line = not_compiled.__wrapped__.__code__.co_firstlineno + 2
     assert f"of Model ran, with their native backward: <root>:relu[1] ({__file__}:{line})." in str(
         warning.message
@@ -686,8 +691,8 @@ def test_a_site_in_a_branch_of_cond_keeps_its_backward_and_is_named() -> None:
     compiled = torch.compile(model, backend=backend)
     with pytest.warns(fg.FreegradWarning, match=r"is in torch\.cond, which runs graphs") as caught:
         actual = gradients(compiled, model, x)
-    said = " ".join(str(warning.message) for warning in caught)
-    assert len(caught) == 2
+    said = " ".join(str(warning.message) for warning in ours(caught))
+    assert len(ours(caught)) == 2
     assert "site act.act:relu[0]" in said
     assert "site <root>:tanh[0]" in said
     # calls are counted as if the branches were not there

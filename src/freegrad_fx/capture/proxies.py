@@ -56,7 +56,9 @@ def _asserts(frame: FrameType) -> bool:
     """Whether a frame is deciding an `assert`, where False would raise."""
     instructions = list(dis.get_instructions(frame.f_code))
     at = next((i for i, ins in enumerate(instructions) if ins.offset == frame.f_lasti), None)
-    if at is None or "JUMP" not in instructions[at].opname:
+    if at is not None and instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):
+        at += 1  # since Python 3.13 the truth is asked for before the jump
+    if at is None or at >= len(instructions) or "JUMP" not in instructions[at].opname:
         return False
     jump = instructions[at]
     if jump.opname.endswith("IF_TRUE"):
