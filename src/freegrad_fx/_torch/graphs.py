@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
@@ -31,13 +30,11 @@ __all__ = [
 ]
 
 
-@functools.cache
 def grad_mode_setter() -> Any:
     """What a graph calls to change the grad mode."""
     return lookup("torch._C._set_grad_enabled", "recording the grad mode")
 
 
-@functools.cache
 def assertion() -> Any:
     """What a graph calls to check a condition."""
     return lookup("torch._assert", "recording an assertion")

@@ -21,6 +21,7 @@ Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
 
 
+@functools.cache  # some names are looked up at every call of a compiled model
 def lookup(name: str, feature: str) -> Any:
     """Return what a dotted name in PyTorch refers to.
 

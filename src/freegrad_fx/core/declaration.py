@@ -66,11 +66,6 @@ class Declaration:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
-    def family(self) -> str:
-        """The name of the file that the rule is in."""
-        return self.function.__module__.rpartition(".")[2]
-
-    @property
     def defaults(self) -> dict[str, Any]:
         """The parameters that have a default, with it."""
         return {p.name: p.default for p in self.parameters.values() if not p.required}
