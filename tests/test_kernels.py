@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from freegrad_fx._torch.releases import release
 from freegrad_fx.backward import kernels
 
 pytestmark = pytest.mark.inductor
@@ -58,6 +59,9 @@ def test_a_kernel_computes_what_the_formula_does(rule: fg.Rule, counted: list[st
     assert counted == [rule.name]
 
 
+@pytest.mark.skipif(
+    release() < (2, 13), reason="torch 2.12 compiles anew for each value of a number"
+)
 def test_one_kernel_serves_every_shape_and_value(counted: list[str]) -> None:
     compilations = 0
 

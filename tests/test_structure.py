@@ -153,6 +153,12 @@ def test_a_private_name_is_found(code: str) -> None:
     assert list(private_names(ast.parse(code)))
 
 
+@pytest.mark.parametrize("name", [name for name in OUTSIDE if name != "_torch"])
+def test_whether_something_compiles_is_asked_of_the_room_for_private_names(name: str) -> None:
+    """`torch.compiler.is_compiling` answers no, in torch 2.12, while AOTAutograd traces."""
+    assert "torch.compiler.is_compiling(" not in OUTSIDE[name].read_text("utf-8")
+
+
 # --- replacements ---
 
 

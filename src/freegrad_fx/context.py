@@ -14,9 +14,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-import torch
-
-from ._torch.dynamo import leave_to_python
+from ._torch.dynamo import is_compiling, leave_to_python
 from ._torch.functions import follow_checkpoints
 from .core.declaration import Declaration
 from .core.rule import Rule, RuleLike, compose, get
@@ -82,7 +80,7 @@ def explicit_rules_act() -> bool:
 
 
 def _require_own_blocks() -> None:
-    if not torch.compiler.is_compiling() and _entered.get() != _state.blocks:
+    if not is_compiling() and _entered.get() != _state.blocks:
         raise RuntimeError(
             "the use() and native() blocks of this asynchronous task are not those in force in its thread. A block "
             "belongs to a thread: enter it in the task or thread that calls the model, around the call, and do not "

@@ -28,6 +28,7 @@ from freegrad_fx._torch.dynamo import (
     compiler,
     gives_up_recompiling,
     is_compile_error,
+    is_compiling,
     is_compiling_backward,
     is_tracing,
     leave_to_python,
@@ -179,6 +180,33 @@ def test_a_function_that_is_left_to_python_is_not_compiled_and_neither_is_what_i
 
     torch.compile(function, backend="eager")(X)
     assert found == [False, False]
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_backward_that_is_traced_knows_it(backend: str) -> None:
+    """`torch.compiler.is_compiling` answers no there in torch 2.12."""
+    found = []
+
+    class Doubled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x * 1
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:
+            found.append((type(grad) is Tensor, is_compiling()))
+            return grad * 2
+
+    library = torch.library.Library("freegrad_fx_probe", "FRAGMENT")
+    library.define(f"doubled_{backend}(Tensor x) -> Tensor")
+    library.impl(f"doubled_{backend}", lambda x: Doubled.apply(x), "CompositeImplicitAutograd")
+    doubled = getattr(torch.ops.freegrad_fx_probe, f"doubled_{backend}")
+    x = X.clone().requires_grad_()
+    # a graph that was compiled before would come from a cache
+    with torch._functorch.config.patch(enable_autograd_cache=False):
+        torch.compile(lambda x: doubled(x), backend=backend)(x).sum().backward()
+    Doubled.apply(x).sum().backward()
+    assert found == [(False, True), (True, False)]
 
 
 def test_a_block_whose_methods_are_left_to_python_is_in_force_in_the_code_inside() -> None:
@@ -419,13 +447,18 @@ def fail(*_: Any) -> Any:
     raise ZeroDivisionError
 
 
+@leave_to_python
+def fail_in_python(*_: Any) -> Any:
+    raise ZeroDivisionError
+
+
 def test_errors_of_the_compiler_are_told_from_those_of_the_code() -> None:
     def breaking(x: Tensor) -> Tensor:
         torch._dynamo.graph_break()
         return x
 
     def failing(x: Tensor) -> Tensor:
-        return leave_to_python(fail)(x)
+        return fail_in_python(x)
 
     refused = raised(lambda: torch.compile(breaking, backend="eager", fullgraph=True)(X))
     assert is_compile_error(refused)
@@ -616,7 +649,7 @@ def test_the_wrapper_sees_what_runs_between_graphs() -> None:
 def test_an_error_goes_through_the_wrapper_and_leaves_the_next_call_as_it_was() -> None:
     def function(x: Tensor, fails: bool) -> Tensor:
         if fails:
-            leave_to_python(fail)()
+            fail_in_python()
         return x * 2
 
     backend = Following()

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .dynamo import is_compiling
 from .releases import lookup, private
 
 __all__ = [
@@ -96,7 +97,7 @@ def runs_alone(tensor: Tensor) -> bool:
     """Whether nothing differentiates, batches, compiles or records what is computed from a tensor now."""
     return type(tensor) is Tensor and not (
         torch.is_grad_enabled()
-        or torch.compiler.is_compiling()
+        or is_compiling()
         or is_transformed(tensor)
         or is_batched(tensor)
         or dispatch_modes()

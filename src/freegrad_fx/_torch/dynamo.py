@@ -8,10 +8,11 @@ from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
 
+import torch
 from torch import fx, nn
 
 from ..errors import TorchVersionError
-from .releases import lookup, private, unsupported, uses_private_names
+from .releases import lookup, private, release, unsupported, uses_private_names
 
 __all__ = [
     "add_guard",
@@ -20,6 +21,7 @@ __all__ = [
     "compiler",
     "gives_up_recompiling",
     "is_compile_error",
+    "is_compiling",
     "is_compiling_backward",
     "is_tracing",
     "leave_to_python",
@@ -34,6 +36,8 @@ __all__ = [
 Called = TypeVar("Called", bound=Callable[..., Any])
 
 _COMPILED = "following what torch.compile compiles"
+
+_frames = private("torch._C._dynamo.eval_frame", _COMPILED)
 
 
 # --- what Dynamo makes of a function ---
@@ -55,11 +59,10 @@ def leave_to_python(function: Called) -> Called:
     replaces nothing of PyTorch.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
-    strategies = private("torch._C._dynamo.eval_frame", _COMPILED)
     try:
-        skip = strategies._FrameAction.SKIP
-        strategy = strategies._FrameExecStrategy(skip, skip)
-        strategies.set_code_exec_strategy(function.__code__, strategy)
+        skip = _frames._FrameAction.SKIP
+        strategy = _frames._FrameExecStrategy(skip, skip)
+        _frames.set_code_exec_strategy(function.__code__, strategy)
     except (AttributeError, TorchVersionError) as error:
         text = str(unsupported(_COMPILED, error))
 
@@ -108,6 +111,15 @@ def tracing_context() -> Any:
 def is_tracing() -> bool:
     """Whether a compiler runs code on stand-ins for tensors."""
     return tracing_context() is not None
+
+
+def _is_compiling() -> bool:
+    return torch.compiler.is_compiling() or is_tracing()
+
+
+# Before torch 2.13, the public function answers no while AOTAutograd traces.
+is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_compiling
+"""Whether `torch.compile` or `torch.export` traces the code that asks."""
 
 
 def is_compiling_backward() -> bool:

@@ -12,7 +12,15 @@ import torch
 
 from ..errors import FreegradWarning, TorchVersionError
 
-__all__ = ["TESTED", "lookup", "private", "unsupported", "uses_private_names", "warn_if_untested"]
+__all__ = [
+    "TESTED",
+    "lookup",
+    "private",
+    "release",
+    "unsupported",
+    "uses_private_names",
+    "warn_if_untested",
+]
 
 TESTED = ("2.12", "2.13", "2.14", "2.15")
 """The minor releases that the tests are run with, the oldest first."""
@@ -107,13 +115,18 @@ def unsupported(feature: str, detail: object) -> TorchVersionError:
 @functools.cache
 def warn_if_untested() -> None:
     """Warn, once in a process, if PyTorch is newer than the newest release that is tested."""
-    if _minor(torch.__version__) > _minor(TESTED[-1]):
+    if release() > _minor(TESTED[-1]):
         warnings.warn(
             f"torch {torch.__version__} is newer than the releases that freegrad_fx is tested with, {TESTED[0]} to "
             f"{TESTED[-1]}. Compare gradients with those of the untransformed model before you rely on them.",
             FreegradWarning,
             stacklevel=4,
         )
+
+
+def release() -> tuple[int, int]:
+    """The minor release of PyTorch that is installed, such as ``(2, 13)``."""
+    return _minor(torch.__version__)
 
 
 def _minor(version: str) -> tuple[int, int]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._torch.dispatch import function_transforms_active, without_dead_transform
+from .._torch.dynamo import is_compiling
 from ..core.rule import Rule
 from ..errors import RuleError
 from .functions import OVERWRITTEN, Call, Composable, apply
@@ -54,7 +55,7 @@ def decouple(
             f"rule {rule.name!r} at site {site!r} asks now for more of x than where it is positive, which is all that "
             f"the graph has kept: it was registered anew since. Transform the original model again."
         )
-    if torch.compiler.is_compiling():
+    if is_compiling():
         refuse_compiled_transform()
         tensors, numbers, call = operands(rule, site, parameters, save)
         if call and all(isinstance(value, Tensor) for value in tensors):
@@ -69,7 +70,7 @@ def decouple(
 
 def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
     """The values, none of them a tensor that was there before: torch.compile takes none twice for one Function."""
-    if not torch.compiler.is_compiling():
+    if not is_compiling():
         return values
     found: list[Any] = [x]
     for value in values:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._torch.dispatch import runs_alone
+from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from .._torch.tensors import version
 from ..core.contract import MASK
@@ -120,7 +121,7 @@ def _mask(x: Tensor, call: Call) -> Tensor:
             f"{where} reads more of x than a mask, so that there is none to save. Leave save='mask' out; if it was "
             f"registered anew since, transform the original model again."
         )
-    counts = not (declaration.own or torch.compiler.is_compiling() or x.is_inference())
+    counts = not (declaration.own or is_compiling() or x.is_inference())
     before = version(x) if counts else 0
     mask: Any = declaration.mask_of(x, call.parameters)
     if counts and version(x) != before:
@@ -151,7 +152,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     """The gradient of x."""
     call: Call = ctx.call
     function, inputs, parameters = _formula(ctx)
-    if torch.compiler.is_compiling():  # it sees writes by itself, and takes no sparse gradient
+    if is_compiling():  # it sees writes by itself, and takes no sparse gradient
         inputs = tuple(_after(tensor, grad) for tensor in inputs)
         return _checked(function(grad, *inputs, **parameters), grad, ctx)
     if grad.layout is not torch.strided:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .._torch import dispatch
-from .._torch.dynamo import takes_for_constant
+from .._torch.dynamo import is_compiling, takes_for_constant
 from ..errors import FreegradWarning
 
 __all__ = [
@@ -65,7 +65,7 @@ def warn_if_recorded() -> bool:
 
 def refuse_compiled_transform() -> None:
     """Raise `RuntimeError` if a transform of `torch.func` is being compiled: the compiler would drop the rule."""
-    if torch.compiler.is_compiling() and _in_transform():
+    if is_compiling() and _in_transform():
         raise RuntimeError(
             "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
             "Do not compile the transform: put @torch.compiler.disable on the function that calls it. What is around "

@@ -20,6 +20,7 @@ import torch
 from torch import fx, nn
 
 from .._torch import graphs, modules, tree
+from .._torch.dynamo import is_compiling
 from ..context import in_the_blocks_of_now, surrounded
 from ..errors import CaptureError
 from ..graph.serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
@@ -186,7 +187,7 @@ class CapturedModule(fx.GraphModule):
         return result
 
     def _one_thread(self) -> contextlib.AbstractContextManager[Any]:
-        if torch.compiler.is_compiling():
+        if is_compiling():
             return contextlib.nullcontext()
         return surrounded(lambda: self._graph_lock)
 

@@ -17,6 +17,7 @@ from torch.overrides import handle_torch_function
 
 from .._torch import modules
 from .._torch.dispatch import is_transformed
+from .._torch.dynamo import is_compiling
 from .._torch.tensors import mark_as_parameter, version
 from ..backward.hazards import refuse_sharded_parts
 from ..context import surrounded
@@ -45,7 +46,7 @@ def call_with(
     if _are_own(parameters, module):  # no rule acts
         return module(*args, **kwargs)
     refuse_sharded_parts(module, parameters)
-    if torch.compiler.is_compiling():
+    if is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
     before = {name: (_version(value), _memory(value)) for name, value in parameters.items()}
     if _can_be_viewed(module, parameters):

@@ -8,10 +8,10 @@ from collections.abc import Callable
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
+from .._torch.dynamo import is_compiling
 from .._torch.functions import base_apply, overrides_apply
 from .._torch.tensors import version
 from ..errors import RuleError
@@ -48,7 +48,7 @@ def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
     # Dynamo calls the `apply` of the base class in any case
-    if not torch.compiler.is_compiling() and _wraps_apply(function):
+    if not is_compiling() and _wraps_apply(function):
         return base_apply(function_of(function))(*args, **kwargs)
     return function_of(function).apply(*args, **kwargs)
 
@@ -74,7 +74,7 @@ def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) 
     """
     if has_torch_function_unary(x):
         return handle_torch_function(apply_forward, (x,), x, function, *before, **parameters)
-    counts = not torch.compiler.is_compiling() and not x.is_inference()
+    counts = not is_compiling() and not x.is_inference()
     before_call = version(x) if counts else 0
     result = function_of(function)(*before, x, **parameters)
     if counts and version(x) != before_call:

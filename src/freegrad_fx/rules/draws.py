@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .._torch.dynamo import takes_for_constant, tracing_context
+from .._torch.dynamo import is_compiling, takes_for_constant, tracing_context
 
 __all__ = ["normal_like", "uniform_like"]
 
@@ -30,7 +30,7 @@ def normal_like(tensor: Tensor) -> Tensor:
 
 def _is_slow(tensor: Tensor) -> bool:
     """Whether Inductor's own generator would be used, which on a CPU takes several times as long as PyTorch's."""
-    return torch.compiler.is_compiling() and tensor.device.type == "cpu"
+    return is_compiling() and tensor.device.type == "cpu"
 
 
 _draws: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDictionary()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._torch.dispatch import runs_alone
+from .._torch.dynamo import is_compiling
 from ..core.declaration import tells_sign
 
 __all__ = [
@@ -47,7 +48,7 @@ def window(x: Tensor, *, a: float, b: float) -> Tensor:
     """1[a ≤ x ≤ b]"""
     largest = torch.finfo(x.dtype).max if x.is_floating_point() else 0
     numbers = not (isinstance(a, Tensor) or isinstance(b, Tensor))
-    if numbers and not torch.compiler.is_compiling() and -largest <= a <= b <= largest:
+    if numbers and not is_compiling() and -largest <= a <= b <= largest:
         return x.clamp(a, b) == x  # the same, and one pass over booleans instead of three
     return (x >= a) & (x <= b)
 

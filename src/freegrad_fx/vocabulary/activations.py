@@ -65,7 +65,7 @@ TABLE = (
     make_op("clamp", also="clip", needs_more=True),
     make_op("clamp_min", needs_more=True),
     make_op("clamp_max", needs_more=True),
-    make_op("abs", also="absolute", functions=(torch.abs, operator.abs)),
+    make_op("abs", also="absolute __abs__", functions=(torch.abs, operator.abs)),
     make_op("identity", nn.Identity, also="positive"),
 )  # fmt: skip
 
