@@ -19,7 +19,6 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,9 +28,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
+import inplace_cases as inplace
 import models
-import test_inplace as inplace
 from models import naive
+from places import IMPORTABLE
 from sweep import Interception
 
 RECTANGULAR = fg.rules.rectangular(a=-0.4, b=0.6)
@@ -503,7 +503,7 @@ def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
         thread = threading.Thread(target=enter)
         thread.start(), thread.join(), enter()
     """
-    root = str(Path(fg.__file__).parents[1])
+    root = os.pathsep.join(IMPORTABLE)
     command = [sys.executable, "-c", textwrap.dedent(program)]
     subprocess.run(command, check=True, env={**os.environ, "PYTHONPATH": root})
 

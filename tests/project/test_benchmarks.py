@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from places import DOCS, ROOT
 
 # a package of the checkout, not of what is installed
-sys.path.append(str(Path(__file__).parent.parent))
+sys.path.append(str(ROOT))
 
 from benchmarks import _cases as cases
 from benchmarks import _compiling as compiling
@@ -398,8 +399,6 @@ def test_peers_that_are_installed_are_named_with_their_versions() -> None:
 
 
 # --- what the docs show of it ---
-
-DOCS = Path(__file__).parent.parent / "docs"
 
 
 def test_the_tables_in_the_docs_are_the_numbers_that_were_measured() -> None:

@@ -34,6 +34,7 @@ from models import (
     naive,
     run,
 )
+from places import IMPORTABLE
 
 # Not the defaults: a copy that loses the parameters fails too.
 RULES = {
@@ -194,7 +195,7 @@ def test_torch_load_in_another_process(pair: str, tmp_path: Path) -> None:
     torch.save(fg.transform(original, RULES), files[0])
     torch.save(sample(), files[1])
     # Nothing there imports freegrad_fx but what was saved.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(IMPORTABLE)}
     subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, *files], check=True, env=environment, timeout=120
     )

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from places import ROOT
 from tables import tables
 
 EXAMPLE = """\
@@ -538,7 +539,7 @@ def test_no_file_raises_anything_but_the_one_error(content: bytes, tmp_path: Pat
 
 
 def test_the_readme_shows_the_same_table_in_python_and_in_toml() -> None:
-    readme = (Path(__file__).parents[1] / "README.md").read_text("utf-8")
+    readme = (ROOT / "README.md").read_text("utf-8")
     section = readme.partition("<!-- table -->")[2].partition("<!-- end of table -->")[0]
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
     names: dict[str, Any] = {

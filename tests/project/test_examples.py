@@ -21,6 +21,7 @@ from _data import IMAGES, Data, Source, load, load_digits, load_ones, read_idx, 
 from _experiments import Experiment, Variant, main
 from _results import Results, Run, spread
 from _training import Epoch, accuracy
+from places import DOCS
 
 # ---- Data ----------------------------------------------------------------------------------------
 
@@ -398,7 +399,6 @@ def test_an_epoch_of_every_experiment_is_the_same_with_either_package(
 
 # ---- The page that shows the full runs -----------------------------------------------------------
 
-DOCS = Path(__file__).parent.parent / "docs"
 FULL_RUNS = sorted((DOCS / "_static" / "experiments").glob("*.json"))
 COMPARED = sorted((DOCS / "_static" / "experiments").rglob("*.json"))
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import freegrad.registry
@@ -11,8 +10,7 @@ import pytest
 import torch
 
 from freegrad_fx.core import rule as rule_module
-
-DOCS = Path(__file__).parents[1] / "docs"
+from places import DOCS
 
 
 @pytest.fixture(autouse=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from freegrad_fx.core import rule as rule_module
+from places import DOCS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "tables.md").read_text("utf-8")
+PAGE = (DOCS / "tables.md").read_text("utf-8")
 
 
 def between(start: str, end: str) -> str:

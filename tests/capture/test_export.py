@@ -30,6 +30,7 @@ from torchvision import models as vision
 import freegrad_fx as fg
 import models
 from models import Branching, Smooth, assert_same_forward, assert_same_gradients
+from places import IMPORTABLE
 from side_by_side import (
     BACKWARD,
     RULE,
@@ -1051,7 +1052,7 @@ def test_torch_load_in_another_process(make: Make, tmp_path: Path) -> None:
     torch.save(exported(build(make)), files[0])
     torch.save(rows(9), files[1])
     # Nothing there imports freegrad_fx but what was saved.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(IMPORTABLE)}
     subprocess.run(
         [sys.executable, "-c", IN_ANOTHER_PROCESS, *files], check=True, env=environment, timeout=120
     )

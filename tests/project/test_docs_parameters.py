@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,8 +10,9 @@ import torch
 
 import freegrad_fx as fg
 from freegrad_fx.core import rule as rule_module
+from places import DOCS
 
-PAGE = (Path(__file__).parents[1] / "docs" / "parameters.md").read_text("utf-8")
+PAGE = (DOCS / "parameters.md").read_text("utf-8")
 
 
 def blocks(language: str) -> list[str]:

@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 import freegrad_fx as fg
 import models
 from freegrad_fx.ops import apply_function
+from places import IMPORTABLE
 from side_by_side import (
     BACKWARD,
     RULE,
@@ -811,7 +812,6 @@ def test_two_classes_of_one_name_are_told_apart() -> None:
 
 SCRIPT = """
 import sys, torch
-sys.path[:0] = sys.argv[2:]
 gm = torch.load(sys.argv[1], weights_only=False)
 x = torch.randn(4, 6, generator=torch.Generator().manual_seed(2))
 gradient, = torch.autograd.grad(gm(x).square().sum(), [gm.f.weight])
@@ -823,10 +823,9 @@ def test_another_process_loads_it_with_its_backward(tmp_path: Path) -> None:
     file = str(tmp_path / "model.pt")
     model = build(USES["a_spike"])
     torch.save(fg.transform(model, NATIVE), file)
-    paths = [str(Path(__file__).parent), str(Path(fg.__file__).parent.parent)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(IMPORTABLE)}
     subprocess.run(
-        [sys.executable, "-c", SCRIPT, file, str(Path(__file__).parent.parent), *paths],
+        [sys.executable, "-c", SCRIPT, file],
         check=True,
         env=environment,
     )

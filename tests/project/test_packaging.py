@@ -6,15 +6,14 @@ import ast
 import re
 import tomllib
 from importlib.metadata import metadata, version
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 import freegrad_fx as fg
 from freegrad_fx._torch.releases import TESTED
+from places import ROOT
 
-ROOT = Path(__file__).parent.parent
 PROJECT: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 PYTHONS = ("3.11", "3.12", "3.13")
 

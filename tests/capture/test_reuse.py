@@ -13,7 +13,6 @@ import pickle
 import subprocess
 import sys
 from collections import OrderedDict
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -24,6 +23,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 import freegrad_fx as fg
 from freegrad_fx.graph.provenance import origin
+from places import IMPORTABLE
 from side_by_side import (
     RULE,
     Net,
@@ -425,8 +425,8 @@ def test_the_owner_path_is_torch_s_own_module_stack() -> None:
 SCRIPT = """
 import json, sys
 sys.path[:0] = json.loads(sys.argv[1])
-import test_capture_reuse
-print(json.dumps(test_capture_reuse.names_of_everything()))
+from tests.capture import test_reuse
+print(json.dumps(test_reuse.names_of_everything()))
 """
 
 
@@ -444,8 +444,7 @@ def names_of_everything() -> dict[str, Any]:
 
 
 def test_names_are_the_same_in_every_process() -> None:
-    here = Path(__file__).parent
-    paths = json.dumps([str(here), str(Path(fg.__file__).parent.parent)])
+    paths = json.dumps(IMPORTABLE)
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"
     process = subprocess.run(
         [sys.executable, "-c", SCRIPT, paths],
