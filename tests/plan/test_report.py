@@ -131,7 +131,7 @@ def test_entries_without_sites_are_flagged_each_for_what_it_is() -> None:
     assert [e.selector for e in plan.shadowed] == ["relu, module=encoder.1.*"]
     assert [e.selector for e in plan.unmatched] == ["tanh"]
     text = str(plan)
-    assert "Entry 'relu, module=encoder.1.*': all its sites are another entry's." in text
+    assert "Entry 'relu, module=encoder.1.*': all its sites are decided by earlier entries." in text
     assert "Entry 'tanh': MATCHES NOTHING." in text
     flags = [(e["hits"], e["unmatched"], e["shadowed"]) for e in plan.to_dict()["entries"]]
     assert flags == [

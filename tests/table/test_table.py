@@ -647,11 +647,11 @@ def test_a_rule_says_which_sites_it_is_for() -> None:
     assert fg.get("for_weights").kinds == ("parameter",)
     assert fg.rules.scale.kinds == ("operation", "parameter")
     with pytest.raises(
-        fg.PlanError, match=r"'for_weights' is for parameter sites alone.*0\.act:relu\[0\]"
+        fg.PlanError, match=r"'for_weights' is for parameter sites only.*0\.act:relu\[0\]"
     ):
         fg.explain(Net(), "for_weights")
     with pytest.raises(
-        fg.PlanError, match=r"'for_calls' is for operation sites alone.*0\.fc\.weight"
+        fg.PlanError, match=r"'for_calls' is for operation sites only.*0\.fc\.weight"
     ):
         fg.explain(Net(), {"params": "for_calls"})
     fg.explain(Net(), {"params": "for_weights", "activations": "for_calls"})

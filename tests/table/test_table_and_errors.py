@@ -200,7 +200,7 @@ def test_of_two_classes_the_first_in_the_dict_decides() -> None:
     got = decided(model, {nn.ReLU: "reverse", Special: "scale"})
     assert set(got.values()) == {"reverse"}
     plan = fg.explain(model, {nn.ReLU: "reverse", Special: "scale"})
-    assert "Entry 'Special': all its sites are another entry's." in str(plan)
+    assert "Entry 'Special': all its sites are decided by earlier entries." in str(plan)
 
 
 def test_none_keeps_the_native_backward_bit_for_bit() -> None:
@@ -276,7 +276,7 @@ def test_without_its_class_named_it_is_kept_whole_and_reported() -> None:
     assert opaque.path == "spike"
     assert "Spike, kept whole" in opaque.what
     assert source_of(Spike, "if x.sum()") == opaque.source
-    assert f"Not looked into: {opaque}" in str(fg.report(gm))
+    assert f"Opaque: {opaque}" in str(fg.report(gm))
     with pytest.raises(fg.PlanError, match=r"strict: .*not looked into: spike: Spike, kept whole"):
         fg.transform(Spiking(), "scale", strict=True)
 
@@ -439,7 +439,7 @@ def test_a_rule_of_the_output_has_to_come_first() -> None:
     with pytest.raises(fg.PlanError) as error:
         fg.transform(Net(), {"relu": fg.compose("scale", "by_output")})
     assert "rule 'by_output' needs the output y" in str(error.value)
-    assert "must come first in a composition; at site relu:relu[0]" in str(error.value)
+    assert "must come first in the composition; at site relu:relu[0]" in str(error.value)
     fg.transform(Net(), {"relu": fg.compose("by_output", "scale")})
 
 
@@ -477,7 +477,9 @@ def test_an_entry_that_is_overruled_everywhere_is_no_mistake_and_is_reported() -
     model = nn.Sequential(nn.ReLU())
     gm = fg.transform(model, {"relu": "scale", "activations": "reverse"}, strict=True)
     assert fg.report(gm).unmatched == ()
-    assert "Entry 'activations': all its sites are another entry's." in str(fg.report(gm))
+    assert "Entry 'activations': all its sites are decided by earlier entries." in str(
+        fg.report(gm)
+    )
 
 
 def test_a_native_entry_that_matches_nothing_warns_too() -> None:
@@ -621,7 +623,7 @@ def test_below_the_root_it_is_kept_whole_and_the_rest_is_rewritten(kind: type[nn
     (opaque,) = plan.opaque
     assert opaque.path == "1"
     assert opaque.source.startswith(str(inspect.getsourcefile(kind)))
-    assert "Not looked into: 1: " in str(plan)
+    assert "Opaque: 1: " in str(plan)
     x = torch.randn(4, 3)
     assert torch.equal(gm(x), model(x))
 
@@ -809,7 +811,7 @@ def test_a_site_that_is_decoupled_already_is_skipped_with_the_reason() -> None:
 )
 def test_only_what_was_transformed_has_a_report(model: Any) -> None:
     with pytest.raises(
-        TypeError, match=r"report\(\) takes what transform\(\) or compile\(\) returned, "
+        TypeError, match=r"report\(\) takes the result of transform\(\) or compile\(\), "
     ):
         fg.report(model)
 

@@ -1,7 +1,13 @@
-"""Sites and a table → a plan: what is decided at every site, and how that is shown.
+"""Sites and a rule table → a plan: what is decided at every site, and how the decisions are shown.
 
-`decision` is one site's, `decide` makes them, `plan` is all of them, `diff` compares two, `lookup` finds the one of a
-model, `layout` lays out text. Nothing here rewrites.
+- `decision`: the decision for one site
+- `decide`: makes the decisions
+- `plan`: the decisions for a model, as text, HTML, JSON and plain data
+- `diff`: compares two plans
+- `lookup`: finds the plan of a transformed or compiled model
+- `layout`: tables of text and HTML
+
+Nothing in this package rewrites a graph.
 """
 
 from .decide import make_plan

@@ -1,4 +1,4 @@
-"""Sites × RuleTable → Plan: what is to happen at every site, and why. Nothing is rewritten here."""
+"""Sites × RuleTable → Plan: the decision for each site, and the reason for it. This module rewrites nothing."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..graph.nodes import called_module, called_path
 from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
 from ..sites.parameters import find_parameters, unused_parameters
-from ..sites.remarks import Lost
+from ..sites.remarks import Lost, Opaque
 from ..sites.site import Located, LocatedOperation, LocatedParameter, Site
 from ..table import Entry, RuleTable
 from .decision import Decided, Decision
@@ -37,21 +37,22 @@ def make_plan(
     ambient: bool = False,
     ambient_before: Collection[fx.Node | str] = (),
 ) -> tuple[Plan, list[Decided]]:
-    """Decide every site of a capture.
+    """Decide what happens at every site of a captured model.
 
     Args:
-        capture: The capture.
-        table: The table.
-        leaf_modules: The module classes that the caller wanted kept whole.
-        parameters: List the parameters even if no entry of the table can mean one.
-        ambient: Let activations and parameters that no entry decides follow `use` blocks.
-        ambient_before: Operations, and names of parameters, that do so whatever they are, unless an entry decides them.
+        capture: The captured model.
+        table: The rule table.
+        leaf_modules: The module classes that the caller asked to keep as one opaque call.
+        parameters: List the parameters even if no entry of the table can select one.
+        ambient: Make every activation and every parameter that no entry decides follow `use` blocks.
+        ambient_before: Operations, and names of parameters, that follow `use` blocks already. They continue to do so
+            unless an entry decides them.
 
     Returns:
-        The plan, and for every graph of the capture its sites with the decisions.
+        The plan, and for each graph of the capture its sites with their decisions.
 
     Raises:
-        PlanError: An entry gives a rule to a site that the rule cannot serve.
+        PlanError: An entry gives a site a rule that cannot act there.
     """
     types = table.types_in(capture.root)
     aliasings = [cache(partial(Aliasing, v.graph, capture.root)) for v in capture.variants]
@@ -59,58 +60,81 @@ def make_plan(
         _decide_operations(find_sites(variant.graph, capture.root, types), table, aliasing)
         for variant, aliasing in zip(capture.variants, aliasings, strict=True)
     ]
-    nowhere: Decided = []
+    unused: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
-        found: list[LocatedParameter] = []
-        for variant, pairs, aliasing in zip(capture.variants, decided, aliasings, strict=True):
-            here = find_parameters(variant.graph, capture.root)
-            replaced = {
-                place.node
-                for place, decision in pairs
-                if decision.forward is not None and isinstance(place, LocatedOperation)
-            }
-            pairs.extend(
-                (place, _decide_parameter(place, table, aliasing, replaced)) for place in here
-            )
-            found += here
-        unused = unused_parameters(capture.root, found)
-        nowhere.extend((place, _decide(place, table)) for place in unused)
+        decided, unused = _with_parameters(capture, table, decided, aliasings)
     decided = [
         [(p, _ambient(p, d, ambient, ambient_before)) for p, d in pairs] for pairs in decided
     ]
-    modes: dict[Decision, list[str]] = {}
-    for variant, pairs in zip(capture.variants, decided, strict=True):
-        for _, decision in pairs:
-            modes.setdefault(decision, []).append(variant.label)
-    everywhere = len(capture.variants)
-    in_order = sorted(modes, key=lambda decision: decision.site.kind == "parameter")
-    opaque = [*capture.opaque]
-    whole = {note.path for note in opaque}
-    lost = [*capture.lost]
-    for variant, pairs in zip(capture.variants, decided, strict=True):
-        calls = find_opaque(variant.graph, capture.root, types, leaf_modules)
-        opaque += [c for c in calls if c not in opaque and c.path not in whole]
-        lost += [n for n in _silent_hooks(pairs, capture.root) if n not in lost]
+    opaque, lost = _remarks(capture, decided, types, leaf_modules)
     plan = Plan(
         model=capture.class_name,
-        decisions=(
-            *(
-                replace(d, modes="" if len(modes[d]) == everywhere else "; ".join(modes[d]))
-                for d in in_order
-            ),
-            *(decision for _, decision in nowhere),
-        ),
+        decisions=(*_merged(capture, decided), *(decision for _, decision in unused)),
         table=table,
-        opaque=tuple(opaque),
-        lost=tuple(lost),
-        meant=_meant([pair for pairs in (*decided, nowhere) for pair in pairs], table),
+        opaque=opaque,
+        lost=lost,
+        meant=_meant([pair for pairs in (*decided, unused) for pair in pairs], table),
     )
     return plan, decided
 
 
+def _with_parameters(
+    capture: Capture,
+    table: RuleTable,
+    decided: Sequence[Decided],
+    aliasings: Sequence[Callable[[], Aliasing]],
+) -> tuple[list[Decided], Decided]:
+    """Decide the parameters, given the decisions for the operations.
+
+    Returns:
+        For each graph the operations and the parameters with their decisions, and the parameters that no graph uses.
+    """
+    both: list[Decided] = []
+    found: list[LocatedParameter] = []
+    for variant, pairs, aliasing in zip(capture.variants, decided, aliasings, strict=True):
+        here = find_parameters(variant.graph, capture.root)
+        replaced = {
+            place.node
+            for place, decision in pairs
+            if decision.forward is not None and isinstance(place, LocatedOperation)
+        }
+        both.append([*pairs, *((p, _decide_parameter(p, table, aliasing, replaced)) for p in here)])
+        found += here
+    unused = unused_parameters(capture.root, found)
+    return both, [(place, _decide(place, table)) for place in unused]
+
+
+def _merged(capture: Capture, decided: Sequence[Decided]) -> Iterator[Decision]:
+    """The decisions of all graphs, each once, with the modes in which its site exists; operations come first."""
+    modes: dict[Decision, list[str]] = {}
+    for variant, pairs in zip(capture.variants, decided, strict=True):
+        for _, decision in pairs:
+            modes.setdefault(decision, []).append(variant.label)
+    for decision in sorted(modes, key=lambda decision: decision.site.kind == "parameter"):
+        labels = modes[decision]
+        in_all = len(labels) == len(capture.variants)
+        yield replace(decision, modes="" if in_all else "; ".join(labels))
+
+
+def _remarks(
+    capture: Capture,
+    decided: Sequence[Decided],
+    types: Sequence[type[Any]],
+    leaf_modules: Sequence[type[nn.Module]],
+) -> tuple[tuple[Opaque, ...], tuple[Lost, ...]]:
+    """The opaque calls of all graphs, and what the rewritten graphs will not do."""
+    opaque, lost = [*capture.opaque], [*capture.lost]
+    listed = {note.path for note in opaque}
+    for variant, pairs in zip(capture.variants, decided, strict=True):
+        calls = find_opaque(variant.graph, capture.root, types, leaf_modules)
+        opaque += [c for c in calls if c not in opaque and c.path not in listed]
+        lost += [n for n in _silent_hooks(pairs, capture.root) if n not in lost]
+    return tuple(opaque), tuple(lost)
+
+
 def _meant(decided: Decided, table: RuleTable) -> tuple[int, ...]:
-    """For every entry the number of sites it matches: those that it decides, and others that an earlier one does."""
+    """For each entry, how many sites it matches: those it decides, and those that an earlier entry decides."""
     sites: list[set[Site]] = [set() for _ in table.entries]
     for place, decision in decided:
         if decision.entry is not None:
@@ -124,13 +148,13 @@ def _meant(decided: Decided, table: RuleTable) -> tuple[int, ...]:
 def _ambient(
     place: Located, decision: Decision, everywhere: bool, before: Collection[fx.Node | str]
 ) -> Decision:
-    """What becomes of a decision where sites that no entry decides follow `use` blocks, or those that did before."""
-    meant, own = True, set[fx.Node | str](place.site.names)
-    if isinstance(place, LocatedOperation):
-        meant, own = place.op is not None and "activations" in place.op.groups, {place.node}
+    """The decision for a site, made ambient if no entry decides the site and it has to follow `use` blocks."""
     if decision.action != "native" or decision.entry is not None or place.obstacle:
         return decision
-    if not (everywhere and meant) and own.isdisjoint(before):
+    eligible, keys = True, set[fx.Node | str](place.site.names)
+    if isinstance(place, LocatedOperation):
+        eligible, keys = place.op is not None and "activations" in place.op.groups, {place.node}
+    if not (everywhere and eligible) and keys.isdisjoint(before):
         return decision
     return replace(decision, action="ambient", reason="native outside of use() blocks")
 
@@ -138,17 +162,17 @@ def _ambient(
 def _decide_operations(
     places: Sequence[LocatedOperation], table: RuleTable, aliasing: Callable[[], Aliasing]
 ) -> Decided:
-    """The decisions for one graph. A place is not the same one in another graph for having the same name there."""
+    """The decisions for the operations of one graph."""
     decided: Decided = []
     for place in places:
         decision = _decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
-            # It may return its input itself. A write into the result would then reach the input, behind autograd's back
+            # It can return the input tensor itself. Autograd would not notice that a write into the result changes it
             memory = aliasing()
             if memory.written_after(place.node, place.node, certainly=True) and memory.read_after(
                 place.input, place.node
             ):
-                reason = "it may return its input, which is read after the result is written into"
+                reason = "it can return its input itself, and the input is read after the result has been written into"
                 decision = Decision(place.site, "skip", entry=decision.entry, reason=reason)
         decided.append((place, decision))
     return decided
@@ -160,34 +184,38 @@ def _decide_parameter(
     aliasing: Callable[[], Aliasing],
     replaced: Collection[fx.Node],
 ) -> Decision:
+    """The decision for a parameter; `replaced` holds the operations whose forward is replaced."""
     users = {*(u for node in place.reads for u in node.users), *(node for node, _ in place.calls)}
     if users and users.issubset(replaced):
-        unused = replace(place, obstacle="the forward of what uses it is replaced")
+        unused = replace(place, obstacle="every operation that uses it has its forward replaced")
         return _decide(unused, table)
     decision = _decide(place, table)
     if decision.forward is not None and (
         place.renormalised or any(map(aliasing().written, place.reads))
     ):
-        # the write would reach what the new forward computed, and not the parameter
-        reason = (
-            "the forward of the model writes into it, so that it cannot be read through another one"
-        )
+        # The write would change the result of the new forward instead of the parameter
+        reason = "the model writes into it in its forward, so its own forward cannot be replaced"
         return Decision(place.site, "skip", entry=decision.entry, reason=reason)
     return decision
 
 
 def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Lost]:
-    """Backward hooks of modules whose backward is replaced: no gradient passes through the module any more."""
+    """Backward hooks of modules whose backward is replaced: no gradient flows through these modules."""
     for place, decision in decided:
         if decision.action in ("rewrite", "ambient") and isinstance(place, LocatedOperation):
             module = called_module(place.node, root)
             if module is not None and has_backward_hooks(module):
                 what = f"the backward hooks of {type(module).__name__}"
-                reason = "they do not fire: the rule takes the place of the module's backward"
+                reason = "they are not called: the rule replaces the backward of the module"
                 yield Lost(called_path(place.node), what, reason, place.site.source)
 
 
 def _decide(place: Located, table: RuleTable) -> Decision:
+    """The decision of the table for a site.
+
+    Raises:
+        PlanError: The entry that decides the site gives it a rule or a forward that cannot act there.
+    """
     site = place.site
     index = table.decide(place)
     if index is None:
@@ -206,44 +234,46 @@ def _decide(place: Located, table: RuleTable) -> Decision:
     return Decision(site, "rewrite", entry.rules, entry.forward, index, f"matches {entry.selector}")
 
 
-_FROZEN = (
-    "it is frozen (requires_grad=False), so it gets no gradient; transform again once it learns"
-)
+_FROZEN = "it is frozen (requires_grad=False), so it gets no gradient; transform again after unfreezing it"
 
 
 def _check_rules(place: Located, entry: Entry) -> None:
-    """Raise `PlanError` if the rules of an entry cannot serve a site."""
+    """Raise `PlanError` if a rule of an entry cannot act at a site."""
     assert entry.rules is not None
     where = f"site {place.site.name} ({place.site.spelling})"
     for rule in entry.rules:
         if place.site.kind not in rule.kinds:
             raise PlanError(
-                f"rule {rule.name!r} is for {' and '.join(rule.kinds)} sites alone, and entry {entry.selector!r} gives "
-                f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put one before it that gives "
-                f"this site another rule or None."
+                f"rule {rule.name!r} is for {' and '.join(rule.kinds)} sites only, but entry {entry.selector!r} gives "
+                f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put an entry before it that "
+                f"gives this site another rule or None."
             )
         if place.op is not None and not place.op.keeps_shape and rule.keeps_shape:
             raise PlanError(
                 f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
-                f"the shape, at {where}. Leave it native ({{{place.op.name!r}: None}}), or give it a rule "
+                f"the shape, at {where}. Keep its native backward ({{{place.op.name!r}: None}}), or give it a rule "
                 f"registered with keeps_shape=False."
             )
         if isinstance(place, LocatedParameter) and place.sparse and not rule.sparse:
             raise PlanError(
                 f"rule {rule.name!r} cannot take the sparse gradient of {where}. Build the embedding with "
-                f"sparse=False, or give it a rule that can: one that is registered with sparse=True."
+                f"sparse=False, or give it a rule registered with sparse=True."
             )
     no_output = isinstance(place, LocatedParameter) and entry.forward is None
     for rule in entry.rules if no_output else entry.rules[1:]:
         if "y" in rule.inputs:
-            remedy = "a parameter has none" if no_output else "it must come first in a composition"
+            problem = (
+                "a parameter has no output; choose a rule that does not read y"
+                if no_output
+                else "it must come first in the composition"
+            )
             raise PlanError(
-                f"rule {rule.name!r} needs the output y of an operation: {remedy}; at {where}."
+                f"rule {rule.name!r} needs the output y of an operation: {problem}; at {where}."
             )
 
 
 def _works_in_place(forward: Callable[..., Tensor]) -> bool:
-    """Whether a function of torch writes into its argument by its name or its `inplace`."""
+    """Whether a function of torch works in place, by its name or by a bound `inplace=True`."""
     function: Any = forward
     while isinstance(function, functools.partial):
         if function.keywords.get("inplace", False):
@@ -253,20 +283,21 @@ def _works_in_place(forward: Callable[..., Tensor]) -> bool:
 
 
 def _check_replaceable(place: Located, forward: Forward) -> None:
-    """Raise `PlanError` if the forward of a site cannot be replaced by another."""
+    """Raise `PlanError` if `forward` cannot replace the forward of a site."""
     where = f"site {place.site.name} ({place.site.spelling})"
     if isinstance(forward, nn.Module | type):
         kind = "class" if isinstance(forward, type) else "module"
         raise PlanError(
-            f"a forward is a function of a tensor, got the {kind} {forward!r}, at {where}. Its parameters and mode "
-            f"would not be the model's: give a function, such as torch.tanh."
+            f"a forward must be a function of a tensor, got the {kind} {forward!r}, at {where}. Its parameters and "
+            f"mode would not belong to the model. Give a function, such as torch.tanh."
         )
     if not isinstance(forward, str) and _works_in_place(forward):
         raise PlanError(
-            f"the forward {shown(forward)} writes into its argument, which is the model's own tensor, at {where}. "
-            f"Give the function that does not: torch.relu, not torch.relu_."
+            f"the forward {shown(forward)} works in place, so it would overwrite a tensor of the model, at {where}. "
+            f"Give the out-of-place function: torch.relu instead of torch.relu_."
         )
     if place.op is not None and not place.op.keeps_shape:
         raise PlanError(
-            f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}."
+            f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}. Keep the forward of "
+            f"{place.op.name}."
         )

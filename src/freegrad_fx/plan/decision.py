@@ -1,4 +1,4 @@
-"""What is decided for one site, and how that is said."""
+"""The decision for one site, and its wording."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class Decision:
 
     Attributes:
         site: The site.
-        action: ``"rewrite"``; ``"ambient"`` where it follows `use` blocks; ``"native"`` where the table leaves it;
-            ``"skip"`` where the table wants a rule and none can be given.
-        rules: The rules it gets, the first for the gradient that comes in.
-        forward: What replaces its forward, the canonical name of an operation or a function; or None.
-        entry: The index of the table's entry that decided, or None.
-        reason: Why.
-        modes: In which of the model's modes the site exists; ``""`` for all.
-        frozen: Whether it is a parameter that would get a rule if it learnt.
+        action: ``"rewrite"``: the site gets rules. ``"ambient"``: it follows `use` blocks. ``"native"``: it keeps its
+            backward. ``"skip"``: the table gives it a rule, but no rule can act there.
+        rules: The rules of the site. The first receives the incoming gradient.
+        forward: What replaces the forward: the canonical name of an operation, or a function. None keeps the forward.
+        entry: The index of the table entry that decides the site, or None.
+        reason: The reason for the action.
+        modes: The modes of the model in which the site exists; ``""`` for all modes.
+        frozen: Whether the site is a parameter that gets no rule only because it does not require a gradient.
     """
 
     site: Site
@@ -39,7 +39,7 @@ class Decision:
     frozen: bool = False
 
     def reads(self, name: str) -> bool:
-        """Whether a rule of it reads ``"x"`` or ``"y"``; an ambient one may."""
+        """Whether the rules read the input ``"x"`` or the output ``"y"``; those of a `use` block can read both."""
         return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
 
 
@@ -48,7 +48,7 @@ Decided: TypeAlias = list[tuple[Located, Decision]]
 
 
 def backward_of(decision: Decision) -> str:
-    """The backward that a site gets, in words."""
+    """The backward of a site, as text."""
     if decision.action != "rewrite":
         return f"{decision.action}: {decision.reason}"
     rules = " → ".join(map(repr, decision.rules))
@@ -58,7 +58,7 @@ def backward_of(decision: Decision) -> str:
 
 
 def named(forward: Any) -> str:
-    """How a forward is called that replaces one."""
+    """The name of a replacement forward."""
     return forward if isinstance(forward, str) else shown(forward)
 
 

@@ -1,4 +1,4 @@
-"""What is decided otherwise in one plan than in another. Knows decisions and how to lay them out; decides nothing."""
+"""The differences between the decisions of two plans."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ _COLUMNS = ("site", "before", "after")
 
 @dataclass(frozen=True)
 class PlanDiff:
-    """The sites of two plans that differ; true where there are any.
+    """The sites at which two plans differ. It is true if there is at least one.
 
-    A site is the same one where kind, path, op, call and mode are. Two decisions differ where the action, the rules or
-    the forward do, or the reason for a skip; which entry decided makes no difference.
+    Sites are matched by kind, path, op, call index and mode. Two decisions differ if their action, rules, forward or
+    reason for a skip differ. The entry that decides a site is not compared.
 
     Attributes:
-        models: The names of the two models' classes.
-        changed: The sites of both plans that are decided otherwise, with both decisions.
-        removed: The sites that only the first plan has. A parameter that is native in one plan and not listed in the
-            other is no difference.
-        added: The sites that only the second plan has.
-        same: How many sites are decided alike.
+        models: The names of the classes of the two models.
+        changed: The sites of both plans whose decisions differ, each with both decisions.
+        removed: The sites of the first plan only. A parameter that is native in one plan and not listed in the other
+            does not count as a difference.
+        added: The sites of the second plan only.
+        same: How many sites have equal decisions.
     """
 
     models: tuple[str, str]
@@ -44,10 +44,10 @@ class PlanDiff:
         return self.to_text()
 
     def to_text(self, width: int | None = None) -> str:
-        """An aligned table of what differs.
+        """The differences as an aligned table.
 
         Args:
-            width: How many characters a line may have; 0 for any number. By default those of the terminal.
+            width: The maximal length of a line; 0 for no limit. Default: the width of the terminal.
         """
         width = terminal_width() if width is None else width
         rows = [_COLUMNS, *self._rows()]
@@ -97,7 +97,7 @@ def diff(
     """Compare the decisions of two plans, site by site.
 
     Args:
-        models: The names of the two models' classes.
+        models: The names of the classes of the two models.
         before: The decisions of the first plan.
         after: The decisions of the second plan.
     """
@@ -122,7 +122,7 @@ def _only_in(plan: dict[Any, Decision], other: dict[Any, Decision]) -> tuple[Dec
 
 
 def _missing(decision: Decision) -> str:
-    """What to say of a site that the other plan does not have. Without an entry for them, parameters are not listed."""
+    """The text for a site that a plan does not have. Parameters are listed only if an entry selects parameters."""
     parameter = decision.site.kind == "parameter"
     return "native: no entry is for parameters" if parameter else "no such site"
 

@@ -1,4 +1,4 @@
-"""Tables of text, of HTML and plain data as JSON. Knows nothing of plans."""
+"""Text tables, HTML tables, and plain data as JSON. This module does not know plans."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ __all__ = ["aligned", "as_json", "filled", "html_table", "plain", "terminal_widt
 
 
 def terminal_width() -> int:
-    """The width of the terminal; 0 where the output goes to a file or a pipe, which have none."""
+    """The width of the terminal; 0 if the output goes to a file or a pipe."""
     return shutil.get_terminal_size((0, 0)).columns
 
 
 def aligned(
     rows: Sequence[Sequence[str]], width: int, wrapped: Sequence[str], optional: Sequence[str] = ()
 ) -> str:
-    """Lay out rows as a table, the first of them as its head.
+    """Lay out rows as a text table. The first row is the head.
 
     Args:
         rows: The cells.
-        width: How many characters a line may have; 0 for any number. A terminal of a handful is not catered for.
-        wrapped: The columns whose cells go on in the next line where they are too long; the cells of others lose
-            their middle.
-        optional: The columns that are left out where the rest would become too narrow, the first one first.
+        width: The maximal length of a line; 0 for no limit. A width of a few characters can be exceeded.
+        wrapped: The columns whose long cells are broken into lines. In other columns the middle of a long cell is
+            replaced by an ellipsis.
+        optional: The columns that are omitted, in this order, if the table is too wide otherwise.
     """
     columns = list(zip(*rows, strict=True))
     least = {c: min(max(map(len, c)), 24 if c[0] in wrapped else 16) for c in columns}
@@ -58,11 +58,12 @@ def aligned(
 
 
 def _total(widths: Iterable[int]) -> int:
-    """The length of a line, with two blanks between columns."""
+    """The length of a line, with two spaces between columns."""
     return sum(width + 2 for width in widths) - 2
 
 
 def _without_middle(text: str, width: int) -> str:
+    """A text of at most `width` characters, with an ellipsis for the middle of a longer one."""
     if len(text) <= width:
         return text
     end = (width - 1) // 2
@@ -70,12 +71,12 @@ def _without_middle(text: str, width: int) -> str:
 
 
 def filled(text: str, width: int) -> str:
-    """A paragraph, broken into lines of a width; 0 for any."""
+    """A paragraph, broken into lines of at most `width` characters; 0 for no limit."""
     return textwrap.fill(text, width, subsequent_indent="    ") if width else text
 
 
 def html_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as an HTML table, the first of them as its head."""
+    """Rows as an HTML table. The first row is the head."""
 
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
@@ -86,12 +87,12 @@ def html_table(rows: Iterable[Sequence[str]]) -> str:
 
 
 def as_json(data: dict[str, Any], indent: int | None = None) -> str:
-    """Plain data as JSON, which has no infinity: it is the text ``"inf"``."""
+    """Plain data as JSON. JSON has no infinity; it is written as the text ``"inf"``."""
     return json.dumps(_mapped(data, _finite), indent=indent, allow_nan=False, ensure_ascii=False)
 
 
 def plain(value: Any) -> Any:
-    """A value as plain data: functions and tensors are text."""
+    """A value as plain data. Functions and tensors become text."""
     return _mapped(
         value, lambda v: v if v is None or isinstance(v, bool | int | float | str) else shown(v)
     )
@@ -102,7 +103,7 @@ def _finite(value: Any) -> Any:
 
 
 def _mapped(value: Any, change: Callable[[Any], Any]) -> Any:
-    """Change what is inside of dicts, lists and tuples."""
+    """Apply a function to every value in nested dicts, lists and tuples."""
     if isinstance(value, dict):
         return {str(key): _mapped(item, change) for key, item in value.items()}
     if isinstance(value, list | tuple):

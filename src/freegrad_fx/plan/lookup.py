@@ -1,4 +1,4 @@
-"""`report`: finds the plan that was carried out on a model, in whatever wraps it."""
+"""`report`: finds the plan of a transformed or compiled model, also inside wrappers."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from .plan import Plan
 __all__ = ["PLAN", "report"]
 
 PLAN = "_freegrad_fx_plan"
-"""The attribute that holds what was done, or a function that tells it."""
+"""The attribute that holds the plan, or a function that returns it."""
 
 
 def report(model: Any) -> Plan:
-    """What was rewritten, what was not, and why.
+    """Return the plan of a model: for every site, what was decided and why.
 
     Args:
-        model: What `transform` or `compile` returned, also wrapped by `torch.compile` or `DataParallel`, or a
+        model: The result of `transform` or `compile`, also wrapped by `torch.compile` or `DataParallel`, or a
             `backend`.
 
     Returns:
-        The plan that was carried out: ``print`` it, show it in a notebook, or take ``to_dict()``. That of compiled code
-        grows as graphs are captured.
+        The plan. ``print`` it, show it in a notebook, or call ``to_dict()``. The plan of compiled code grows as graphs
+        are captured.
 
     Raises:
-        TypeError: `model` comes from none of these.
-        PlanError: Of compiled code, nothing has run yet.
+        TypeError: `model` is none of these.
+        PlanError: `model` is compiled, and has not been called yet.
     """
     found, wrapped = None, model
     while found is None and wrapped is not None:
@@ -37,14 +37,14 @@ def report(model: Any) -> Plan:
     plan = found() if callable(found) else found
     if not isinstance(plan, Plan):
         raise TypeError(
-            f"report() takes what transform() or compile() returned, or a backend, got {type(model).__name__}. A "
-            f"second trace of a transformed model keeps its rules, but not the report."
+            f"report() takes the result of transform() or compile(), or a backend, got {type(model).__name__}. A "
+            f"second trace of a transformed model keeps its rules, but not its report."
         )
     return plan
 
 
 def _wrapped_by(model: Any) -> nn.Module | None:
-    """The model that torch.compile, DataParallel and their kin have wrapped."""
+    """The model inside a wrapper such as those of torch.compile and DataParallel; None for other modules."""
     if not isinstance(model, nn.Module) or len(children_of(model)) != 1:
         return None
     return compiled_model(model) or children_of(model).get("module")

@@ -1,4 +1,4 @@
-"""The decisions for a model, and how they are shown to people, notebooks and programs."""
+"""The decisions for a model, and their forms: text, HTML, JSON and plain data."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ _COLUMNS = ("path", "call", "op", "spelling", "backward", "line", "entry")
 
 @dataclass(frozen=True)
 class Plan:
-    """The decision for every site of a model, and what no decision could reach.
+    """The decision for every site of a model, and the code that no rule can reach.
 
     Attributes:
         model: The name of the model's class.
-        decisions: In execution order.
-        table: The table.
-        opaque: Code that was kept whole, in which activations may be computed.
-        lost: What the graph cannot do that the model did.
-        meant: For every entry of the table the number of sites it matches, decided by it or by an earlier one.
+        decisions: The decisions, in execution order: those for operations, then those for parameters.
+        table: The rule table.
+        opaque: Calls that were not traced into, in which activations can be computed.
+        lost: What the model does and the graph does not.
+        meant: For each entry of the table, the number of sites that it matches, including sites that an earlier entry
+            decides.
     """
 
     model: str
@@ -41,7 +42,7 @@ class Plan:
 
     @property
     def hits(self) -> tuple[int, ...]:
-        """For every entry of the table the number of sites it decided."""
+        """For each entry of the table, the number of sites that it decides."""
         decided = [decision.entry for decision in self.decisions]
         return tuple(decided.count(index) for index in range(len(self.table.entries)))
 
@@ -53,12 +54,12 @@ class Plan:
 
     @property
     def shadowed(self) -> tuple[Entry, ...]:
-        """The entries all of whose sites an earlier one decides."""
+        """The entries whose sites are all decided by earlier entries."""
         counted = zip(self.table.entries, self.meant, self.hits, strict=True) if self.meant else ()
         return tuple(entry for entry, sites, hits in counted if sites and not hits)
 
     def with_action(self, action: str) -> tuple[Decision, ...]:
-        """The decisions of one action."""
+        """The decisions with an action: ``"rewrite"``, ``"ambient"``, ``"native"`` or ``"skip"``."""
         return tuple(decision for decision in self.decisions if decision.action == action)
 
     def __str__(self) -> str:
@@ -68,7 +69,7 @@ class Plan:
         """The plan as an aligned table.
 
         Args:
-            width: How many characters a line may have; 0 for any number. By default those of the terminal.
+            width: The maximal length of a line; 0 for no limit. Default: the width of the terminal.
         """
         width = terminal_width() if width is None else width
         rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
@@ -83,7 +84,7 @@ class Plan:
         return f"<p>{html.escape(self._totals())}</p>{table}<ul>{remarks}</ul>"
 
     def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors are text."""
+        """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors become text."""
         unmatched, shadowed = self.unmatched, self.shadowed
         return {
             "model": self.model,
@@ -108,10 +109,10 @@ class Plan:
         return as_json(self.to_dict(), indent)
 
     def diff(self, other: Plan) -> PlanDiff:
-        """What is decided otherwise in another plan, of this model or of another one: ``print`` it."""
+        """Compare with another plan, of this model or of another one. ``print`` the result."""
         return diff((self.model, other.model), self.decisions, other.decisions)
 
-    # -- what is said
+    # -- text
 
     def _totals(self) -> str:
         counts = [f"{len(self.with_action(a))} {w}" for a, w in _ACTIONS if self.with_action(a)]
@@ -132,14 +133,14 @@ class Plan:
             none = (
                 "MATCHES NOTHING"
                 if entry in self.unmatched
-                else "all its sites are another entry's"
+                else "all its sites are decided by earlier entries"
             )
             yield f"Entry {entry.selector!r}: {_sites(hits) if hits else none}."
         for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
             count = sum(d.forward == forward for d in self.decisions)
             yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."
         for opaque in self.opaque:
-            yield f"Not looked into: {opaque}."
+            yield f"Opaque: {opaque}."
         for lost in self.lost:
             yield f"LOST: {lost}."
 
@@ -153,7 +154,7 @@ _ACTIONS = (
 
 
 def _short(source: str) -> str:
-    """The last two parts of a path are enough to find a file."""
+    """The last two parts of a path, which are enough to find a file."""
     return os.sep.join(source.split(os.sep)[-2:])
 
 
