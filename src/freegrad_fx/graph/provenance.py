@@ -52,14 +52,15 @@ def origin(node: fx.Node) -> Origin:
     return found if isinstance(found, Origin) else Origin()
 
 
-@functools.lru_cache(maxsize=4096)
 def is_users(code: CodeType) -> bool:
-    """Whether code is neither PyTorch's nor ours."""
+    """Whether code is neither PyTorch's nor this package's."""
     return is_users_file(code.co_filename)
 
 
+# Cached by name: code objects that differ only in their file compare equal
+@functools.lru_cache(maxsize=4096)
 def is_users_file(name: str) -> bool:
-    """Whether a file is neither PyTorch's nor ours."""
+    """Whether a file is neither PyTorch's nor this package's."""
     return not name.startswith(_OURS)
 
 
