@@ -18,11 +18,10 @@ from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
 import reference
+from built_in import BUILT_IN
 from freegrad_fx.ops import apply_function, decoupled, function_key, stop_gradient
 
-BUILT_IN = [rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
-RANDOM = {"full_jam", "positive_jam", "rectangular_jam", "noise"}
-DETERMINISTIC = [name for name in BUILT_IN if name not in RANDOM]
+DETERMINISTIC = [name for name in BUILT_IN if name not in reference.RANDOM]
 
 
 @pytest.fixture

@@ -1,106 +1,223 @@
-"""The naive oracles: every rule once more, as its formula in the catalogue, and the plainest decoupled operation.
+"""The expected values: a naive formula for every built-in rule, and the plainest decoupled operation.
 
-Nothing here comes from the product. A formula is Python arithmetic on one entry of each tensor, in double precision;
-a rule that looks at the whole tensor is a few lines over lists. The defaults are stated anew, so that a changed
-default fails a test.
+Nothing here comes from the package. A formula is Python arithmetic in double precision, and its signature states what
+the tests check: what the rule reads (`g`, then any of `x`, `y` and `draw`), its parameters, and their defaults.
+
+This is the only place in the tests to edit for a new rule. Add one function:
+
+    @entry("my_rule")
+    def my_rule(g: float, x: float, *, slope: float = 1.0) -> float:
+        return g * slope * x
 """
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["ENTRYWISE", "JAMS", "WHOLE_TENSOR", "entrywise", "oracle"]
+__all__ = [
+    "DRAWS",
+    "ENTRYWISE",
+    "EXACT",
+    "RANDOM",
+    "WHOLE_TENSOR",
+    "defaults_of",
+    "entry",
+    "entrywise",
+    "inputs_of",
+    "of",
+    "oracle",
+    "whole_tensor",
+]
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+ENTRYWISE: dict[str, Callable[..., float]] = {}
+"""Formulas of one entry of the gradient, from the entries at the same place."""
+
+RANDOM: dict[str, Callable[..., float]] = {}
+"""The same with a random number, `draw`."""
+
+WHOLE_TENSOR: dict[str, Callable[..., Tensor]] = {}
+"""Formulas of the whole gradient."""
+
+EXACT: set[str] = set()
+"""The rules that round at most once, so that the gradient is the formula's bit for bit."""
+
+DRAWS: dict[str, Callable[[Tensor], Tensor]] = {}
+"""The random numbers of a rule, from a tensor of their shape and dtype."""
 
 
-# --- one entry of the gradient, from one entry of the gradient and of the input ---
-# g·1[...] is 0 outside, also for an infinite g: nothing passes, as in PyTorch's own derivative of relu.
+def entry(
+    name: str, *, exact: bool = False, draw: Callable[[Tensor], Tensor] | None = None
+) -> Callable[[_F], _F]:
+    """Declare the formula of a rule that computes each entry from the entries at the same place.
+
+    Args:
+        name: The name of the rule.
+        exact: Whether the rule rounds at most once. The gradient is then compared bit for bit.
+        draw: For a random rule, the function that its `draw` comes from.
+    """
+
+    def declare(formula: _F) -> _F:
+        (RANDOM if draw else ENTRYWISE)[name] = formula
+        EXACT.update([name] if exact else [])
+        DRAWS.update({name: draw} if draw else {})
+        return formula
+
+    return declare
 
 
+def whole_tensor(name: str) -> Callable[[_F], _F]:
+    """Declare the formula of a rule that reads the whole gradient, and returns a tensor in double precision."""
+
+    def declare(formula: _F) -> _F:
+        WHOLE_TENSOR[name] = formula
+        return formula
+
+    return declare
+
+
+def of(name: str) -> Callable[..., Any]:
+    """The formula of a rule."""
+    for formulas in (ENTRYWISE, RANDOM, WHOLE_TENSOR):
+        if name in formulas:
+            return formulas[name]
+    raise LookupError(
+        f"the tests have no expected values for rule {name!r}. Add its naive formula to tests/support/reference.py, "
+        f"decorated with @entry({name!r}) or @whole_tensor({name!r}). No other file of the tests has to change."
+    )
+
+
+def inputs_of(name: str) -> tuple[str, ...]:
+    """Which of x and y a rule reads."""
+    return tuple(n for n in inspect.signature(of(name)).parameters if n in ("x", "y"))
+
+
+def defaults_of(name: str) -> dict[str, Any]:
+    """The parameters of a rule, with their defaults."""
+    parameters = inspect.signature(of(name)).parameters.values()
+    return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+def entrywise(
+    formula: Callable[..., float],
+    grad: Tensor,
+    x: Tensor | None = None,
+    y: Tensor | None = None,
+    draw: Tensor | None = None,
+    **parameters: Any,
+) -> Tensor:
+    """Apply a formula to each entry of `grad` and to the entries at the same place of what else it reads."""
+    given = {"x": x, "y": y, "draw": draw}
+    read = [given[n] for n in inspect.signature(formula).parameters if n in given]
+    entries = [t.reshape(-1).double().tolist() for t in (grad, *read)]
+    values = [formula(*numbers, **parameters) for numbers in zip(*entries, strict=True)]
+    return torch.tensor(values, dtype=torch.float64).reshape(grad.shape).to(grad.dtype)
+
+
+# --- one entry of the gradient ---
+# g·1[...] is 0 where the condition does not hold, also for an infinite g, as in PyTorch's derivative of relu.
+
+
+@entry("d(ReLU)", exact=True)
 def d_relu(g: float, x: float) -> float:
     return g if x > 0 else 0.0
 
 
-def d_linear(g: float, x: float) -> float:
+@entry("d(Linear)", exact=True)
+def d_linear(g: float) -> float:
     return g
 
 
+@entry("rectangular", exact=True)
 def rectangular(g: float, x: float, *, a: float = -0.5, b: float = 0.5) -> float:
     return g if a <= x <= b else 0.0
 
 
+@entry("triangular")
 def triangular(g: float, x: float, *, width: float = 1.0) -> float:
-    slope = 1 - abs(x) / width
+    slope = 1 - abs(x) / (1e-6 if width < 1e-6 else width)
     return g * (0.0 if slope < 0 else slope)
 
 
-def scale(g: float, x: float, *, s: float = 1.0) -> float:
+@entry("scale", exact=True)
+def scale(g: float, *, s: float = 1.0) -> float:
     return s * g
 
 
-def reverse(g: float, x: float, *, alpha: float = 1.0) -> float:
+@entry("reverse", exact=True)
+def reverse(g: float, *, alpha: float = 1.0) -> float:
     return -alpha * g
 
 
-def clip_value(g: float, x: float, *, max_value: float = 1.0) -> float:
+@entry("clip_value", exact=True)
+def clip_value(g: float, *, max_value: float = 1.0) -> float:
     if g > max_value:
         return max_value
     return -max_value if g < -max_value else g
 
 
-def straight_through(g: float, x: float) -> float:
+@entry("straight_through", exact=True)
+def straight_through(g: float) -> float:
     return g
 
 
+@entry("clipped_straight_through", exact=True)
 def clipped_straight_through(g: float, x: float, *, bound: float = 1.0) -> float:
     return g if abs(x) <= bound else 0.0
 
 
+@entry("fast_sigmoid")
 def fast_sigmoid(g: float, x: float, *, slope: float = 25.0) -> float:
     d = 1 + slope * abs(x)
     return g / (d * d)
 
 
+@entry("arctan")
 def arctan(g: float, x: float, *, alpha: float = 2.0) -> float:
     z = math.pi * alpha * x / 2
     return g * ((alpha / 2) / (1 + z * z))
 
 
+@entry("guided", exact=True)
 def guided(g: float, x: float) -> float:
     return (0.0 if g < 0 else g) if x > 0 else 0.0
 
 
-ENTRYWISE: dict[str, Callable[..., float]] = {
-    "d(ReLU)": d_relu,
-    "d(Linear)": d_linear,
-    "rectangular": rectangular,
-    "triangular": triangular,
-    "scale": scale,
-    "reverse": reverse,
-    "clip_value": clip_value,
-    "straight_through": straight_through,
-    "clipped_straight_through": clipped_straight_through,
-    "fast_sigmoid": fast_sigmoid,
-    "arctan": arctan,
-    "guided": guided,
-}
+# --- one entry of the gradient, with a random number ---
 
 
-def entrywise(formula: Callable[..., float], grad: Tensor, x: Tensor, **parameters: Any) -> Tensor:
-    """Apply a formula to each entry of `grad` and the entry of `x` at the same place."""
-    entries = zip(grad.reshape(-1).double().tolist(), x.reshape(-1).double().tolist(), strict=True)
-    values = [formula(g, e, **parameters) for g, e in entries]
-    return torch.tensor(values, dtype=torch.float64).reshape(grad.shape).to(grad.dtype)
+@entry("noise", draw=torch.randn_like)
+def noise(g: float, draw: float, *, sigma: float = 0.1) -> float:
+    return g + sigma * draw
 
 
-# --- rules that look at the whole gradient ---
+@entry("full_jam", exact=True, draw=torch.rand_like)
+def full_jam(g: float, draw: float) -> float:
+    return g * draw
 
 
+@entry("positive_jam", exact=True, draw=torch.rand_like)
+def positive_jam(g: float, x: float, draw: float) -> float:
+    return g * draw if x >= 0 else 0.0
+
+
+@entry("rectangular_jam", exact=True, draw=torch.rand_like)
+def rectangular_jam(g: float, x: float, draw: float, *, a: float = -5.0, b: float = 5.0) -> float:
+    return g * draw if a <= x <= b else 0.0
+
+
+# --- the whole gradient ---
+
+
+@whole_tensor("clip_norm")
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     entries = grad.reshape(-1).double().tolist()
     norm = math.sqrt(sum(g * g for g in entries))
@@ -109,6 +226,7 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     return torch.tensor([g * factor for g in entries], dtype=torch.float64).reshape(grad.shape)
 
 
+@whole_tensor("centralize")
 def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
     if grad.dim() == 0:
         return grad.double() - grad.double()
@@ -121,32 +239,6 @@ def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
         if entries:
             result[index] -= sum(entries) / len(entries)
     return result
-
-
-WHOLE_TENSOR: dict[str, Callable[..., Tensor]] = {"clip_norm": clip_norm, "centralize": centralize}
-
-
-# --- random rules: the interval in which an entry has to be ---
-
-
-def full_jam(g: float, x: float) -> float:
-    return g
-
-
-def positive_jam(g: float, x: float) -> float:
-    return g if x >= 0 else 0.0
-
-
-def rectangular_jam(g: float, x: float, *, a: float = -5.0, b: float = 5.0) -> float:
-    return g if a <= x <= b else 0.0
-
-
-JAMS: dict[str, Callable[..., float]] = {
-    "full_jam": full_jam,
-    "positive_jam": positive_jam,
-    "rectangular_jam": rectangular_jam,
-}
-"""What U(0, 1) is multiplied with."""
 
 
 # --- the plainest decoupled operation ---

@@ -5,6 +5,7 @@ FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -51,6 +52,13 @@ def d_linear(grad: Tensor) -> Tensor:
     requires="a <= b",
     mask=masks.window,
     fast=masks.where_in_window,
+    examples=(
+        {"a": -1.0, "b": 0.25},
+        {"a": -2.0, "b": -2.0},
+        {"a": 0.3, "b": 0.3},
+        {"a": -math.inf, "b": 0.3},
+        {"a": 0.0, "b": math.inf},
+    ),
 )
 def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive"""
@@ -66,6 +74,7 @@ def _fast_triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
     "triangular",
     reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574",
     fast=_fast_triangular,
+    examples=({"width": 0.25}, {"width": 0.3}, {"width": 2.5}, {"width": 0.0}, {"width": -1.0}),
 )
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
@@ -73,7 +82,12 @@ def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     return grad * (1 - x.abs() / width).clamp(min=0)
 
 
-@register("scale", reference="FreeGrad; optax.scale", sparse=True)
+@register(
+    "scale",
+    reference="FreeGrad; optax.scale",
+    sparse=True,
+    examples=({"s": -1.5}, {"s": 0.0}, {"s": 0.1}, {"s": 7.0}),
+)
 def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
     """s·grad"""
     return s * grad
@@ -83,6 +97,7 @@ def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
     "reverse",
     reference="Ganin & Lempitsky 2015, arXiv:1409.7495 (gradient reversal, DANN)",
     sparse=True,
+    examples=({"alpha": -2.0}, {"alpha": 0.0}, {"alpha": 0.3}),
 )
 def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
     """−alpha·grad"""
@@ -93,6 +108,7 @@ def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
     "clip_value",
     reference="optax.clip; torch.nn.utils.clip_grad_value_",
     requires="max_value >= 0",
+    examples=({"max_value": 0.0}, {"max_value": 0.3}, {"max_value": 3.0}, {"max_value": math.inf}),
 )
 def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
     """min(max(grad, −max_value), max_value)"""
@@ -103,6 +119,13 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
     "clip_norm",
     reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063",
     requires="max_norm >= 0, eps >= 0",
+    examples=(
+        {"max_norm": 0.0},
+        {"max_norm": 0.5, "eps": 1e-6},
+        {"max_norm": 3.0, "eps": 50.0},
+        {"max_norm": 100.0},
+        {"max_norm": math.inf},
+    ),
 )
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
@@ -121,6 +144,7 @@ def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
     reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807",
     requires="sigma >= 0",
     fast=_fast_noise,
+    examples=({"sigma": 0.0}, {"sigma": 0.3}, {"sigma": 2.5}),
 )
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
     """grad + N(0, sigma²)"""
@@ -130,6 +154,7 @@ def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
 @register(
     "centralize",
     reference="FreeGrad; Yong et al. 2020, arXiv:2004.01461 (there for weights, over dims 1…)",
+    examples=({"dim": 0}, {"dim": 1}, {"dim": (0, -1)}),
 )
 def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
     """grad − mean(grad, dim)"""

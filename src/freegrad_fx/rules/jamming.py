@@ -5,6 +5,7 @@ FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ def _fast_window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
     requires="a <= b",
     mask=masks.window,
     fast=_fast_window_jam,
+    examples=({"a": -0.5, "b": 1.0}, {"a": -0.3, "b": 0.5}, {"a": 0.3, "b": math.inf}),
 )
 def rectangular_jam(grad: Tensor, mask: Tensor, *, a: float = -5.0, b: float = 5.0) -> Tensor:
     """grad·U(0, 1)·1[a ≤ x ≤ b], both ends inclusive"""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from ..core.register import register
@@ -26,6 +28,7 @@ def straight_through(grad: Tensor) -> Tensor:
     requires="bound >= 0",
     mask=masks.ball,
     fast=masks.where_in_ball,
+    examples=({"bound": 0.0}, {"bound": 0.3}, {"bound": 4.0}, {"bound": math.inf}),
 )
 def clipped_straight_through(grad: Tensor, mask: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive"""

@@ -29,6 +29,7 @@ def _in_one_buffer_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Any:
     reference="Zenke & Ganguli 2018, doi:10.1162/neco_a_01086; snnTorch fast_sigmoid (Norse ignores its slope)",
     requires="slope >= 0",
     fast=_in_one_buffer_sigmoid,
+    examples=({"slope": 0.0}, {"slope": 0.3}, {"slope": 5.0}, {"slope": 100.0}),
 )
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     """grad / (1 + slope·|x|)²"""
@@ -48,6 +49,7 @@ def _in_one_buffer_arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
     reference="Fang et al. 2021, arXiv:2007.05785; snnTorch atan, SpikingJelly ATan",
     requires="alpha > 0",
     fast=_in_one_buffer_arctan,
+    examples=({"alpha": 0.3}, {"alpha": 1.0}, {"alpha": 5.0}),
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""

@@ -1,9 +1,8 @@
-"""The built-in rules are their formulas, and a rule is what its signature declares."""
+"""What a rule is: registration, declaration, binding, equality, pickling and composition."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 import pickle
 from collections.abc import Callable
@@ -13,363 +12,11 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-import reference
+from built_in import saved_by
 from freegrad_fx.core import rule as rule_module
-
-FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
-
-BUILT_IN = [rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
-
-FORMULAS: dict[str, Callable[..., Any]] = {
-    **reference.ENTRYWISE,
-    **reference.WHOLE_TENSOR,
-    **reference.JAMS,
-}
-
-
-# --- the formulas ---
-
-
-def numbers(*marks: float) -> st.SearchStrategy[float]:
-    """Numbers that every float type has, the marks with both neighbours, and what is no number."""
-    around = [v for m in marks for v in (m, m * 1.125, m * 0.875)]
-    special = [0.0, -0.0, math.inf, -math.inf, math.nan]
-    return st.sampled_from([*around, *special]) | st.floats(-32, 32, width=16)
-
-
-@st.composite
-def tensors(
-    draw: st.DrawFn, marks: tuple[float, ...] = ()
-) -> tuple[Tensor, Tensor]:  # grad, x: of one shape and dtype, empty and 0-dim ones among them
-    shape = tuple(draw(st.lists(st.integers(0, 3), max_size=3)))
-    dtype = draw(st.sampled_from(FLOATS))
-    n = math.prod(shape)
-    values = [
-        draw(st.lists(numbers(*some), min_size=n, max_size=n)) for some in ((1.0, -2.0), marks)
-    ]
-    grad, x = (torch.tensor(v, dtype=torch.float64).to(dtype).reshape(shape) for v in values)
-    return grad, x
-
-
-def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor, grad: Tensor) -> None:
-    """Equal but for a few roundings of an intermediate of the size of the gradient."""
-    assert actual.dtype == grad.dtype
-    assert actual.shape == grad.shape
-    expected = expected.to(grad.dtype).double()
-    size = torch.where(grad.isfinite(), grad, 0).double().abs() + expected.abs()
-    wrong = (actual.double() - expected).abs() > 8 * torch.finfo(grad.dtype).eps * size
-    exact = ~expected.isfinite()
-    same = (actual.double() == expected) | (actual.isnan() & expected.isnan())
-    assert torch.where(exact, same, ~wrong & actual.isfinite()).all(), (actual, expected, grad)
-
-
-def bound(**choices: st.SearchStrategy[float]) -> st.SearchStrategy[dict[str, float]]:
-    """Any of the parameters; the others keep their defaults."""
-    return st.fixed_dictionaries({}, optional=choices)
-
-
-def interval(a: float, b: float) -> st.SearchStrategy[dict[str, float]]:
-    """Both ends of a window, either, or none; in order, also with the other's default."""
-    either = bound(a=bounds, b=bounds)
-    return either.filter(lambda given: given.get("a", a) <= given.get("b", b))
-
-
-bounds = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0, 4.0])
-widths = st.sampled_from([0.25, 1.0, 3.0])
-factors = st.sampled_from([-1.5, 0.0, 0.1, 1.0, 7.0])
-
-EXACT: dict[str, st.SearchStrategy[dict[str, float]]] = {
-    "d(ReLU)": bound(),
-    "d(Linear)": bound(),
-    "rectangular": interval(a=-0.5, b=0.5),
-    "straight_through": bound(),
-    "clipped_straight_through": bound(bound=st.sampled_from([0.0, 0.5, 1.0, 4.0])),
-    "guided": bound(),
-    "clip_value": bound(max_value=widths),
-    "reverse": bound(alpha=st.sampled_from([-2.0, 0.0, 0.5, 1.0])),
-}
-
-ROUNDED: dict[str, st.SearchStrategy[dict[str, float]]] = {
-    "triangular": bound(width=widths),
-    "scale": bound(s=factors),
-    "fast_sigmoid": bound(slope=st.sampled_from([0.5, 1.0, 5.0])),
-    "arctan": bound(alpha=st.sampled_from([0.5, 1.0, 2.0])),
-}
-
-
-def test_every_built_in_rule_is_tested_here() -> None:
-    assert set(EXACT) | set(ROUNDED) == set(reference.ENTRYWISE)
-    assert {*FORMULAS, "noise"} == set(BUILT_IN) == set(SAVED)
-    assert set(BUILT_IN) <= set(fg.rules.available())
-
-
-@pytest.mark.parametrize("name", sorted(FORMULAS))
-def test_a_rule_has_the_parameters_and_defaults_of_the_catalogue(name: str) -> None:
-    declared = {
-        p.name: p.default
-        for p in inspect.signature(FORMULAS[name]).parameters.values()
-        if p.kind is p.KEYWORD_ONLY
-    }
-    assert fg.get(name).declaration.defaults == declared
-    assert dict(fg.get(name).bound) == declared
-
-
-@pytest.mark.parametrize("name", sorted(EXACT))
-@given(data=st.data())
-def test_a_rule_that_selects_equals_its_formula_bit_for_bit(name: str, data: st.DataObject) -> None:
-    grad, x = data.draw(tensors(marks=(-2.0, -0.5, 0.25, 0.5, 1.0, 4.0)))
-    parameters = data.draw(EXACT[name])
-    rule = fg.get(name)(**parameters)
-    expected = reference.entrywise(FORMULAS[name], grad, x, **parameters)
-    actual = rule.backward(grad, x=x)
-    torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
-
-
-@pytest.mark.parametrize("name", sorted(ROUNDED))
-@given(data=st.data())
-def test_a_rule_that_computes_equals_its_formula(name: str, data: st.DataObject) -> None:
-    grad, x = data.draw(tensors(marks=(-3.0, -1.0, 0.25, 1.0)))
-    parameters = data.draw(ROUNDED[name])
-    rule = fg.get(name)(**parameters)
-    expected = reference.entrywise(FORMULAS[name], grad, x, **parameters)
-    assert_equal_up_to_rounding(rule.backward(grad, x=x), expected, grad)
-
-
-@given(data=st.data())
-def test_clip_norm_equals_its_formula(data: st.DataObject) -> None:
-    grad, _ = data.draw(tensors())
-    parameters = data.draw(bound(max_norm=st.sampled_from([0.0, 0.5, 10.0]), eps=st.just(1e-6)))
-    expected = reference.clip_norm(grad, **parameters)
-    assert_equal_up_to_rounding(fg.rules.clip_norm(**parameters).backward(grad), expected, grad)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_clip_norm_leaves_a_gradient_of_norm_max_norm(dtype: torch.dtype) -> None:
-    grad = torch.full((100, 100), 3.0, dtype=dtype)
-    clipped = fg.rules.clip_norm(max_norm=2.0).backward(grad)
-    assert clipped.double().norm().item() == pytest.approx(2.0, rel=1e-2)
-    assert torch.equal(fg.rules.clip_norm(max_norm=301.0).backward(grad), grad)
-
-
-def test_clip_norm_of_half_precision_survives_a_norm_that_half_precision_has_not() -> None:
-    grad = torch.full((100,), 60000.0, dtype=torch.float16)
-    clipped = fg.rules.clip_norm.backward(grad)
-    assert clipped.double().norm().item() == pytest.approx(1.0, rel=1e-2)
-
-
-@given(data=st.data())
-def test_centralize_equals_its_formula(data: st.DataObject) -> None:
-    grad, _ = data.draw(tensors())
-    grad = grad.nan_to_num(1.0, 2.0, -3.0)
-    dims = st.integers(-grad.dim(), grad.dim() - 1) if grad.dim() else st.just(-1)
-    several = st.permutations(range(grad.dim())).map(lambda p: tuple(p[: 1 + len(p) // 2]))
-    dim = data.draw(dims | several if grad.dim() else dims)
-    expected = reference.centralize(grad, dim=dim)
-    actual = fg.rules.centralize(dim=dim).backward(grad)
-    size = grad.abs().max() if grad.numel() else grad.new_zeros(())
-    assert_equal_up_to_rounding(actual - size, (expected - size.double()).to(grad.dtype), grad)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize(("a", "b"), [(-1e6, 1e6), (-1e39, 1e39), (-1e309, 1e309), (0.0, 1e39)])
-def test_a_window_may_be_wider_than_the_numbers_of_a_dtype(
-    a: float, b: float, dtype: torch.dtype
-) -> None:
-    x = torch.tensor([-2.0, -0.0, 1.0, 2048.0, math.nan], dtype=dtype)
-    passes = torch.tensor([a <= value <= b for value in x.tolist()])
-    for grad in (torch.ones(5, dtype=dtype), torch.full((5,), math.inf, dtype=dtype)):
-        actual = fg.rules.rectangular(a=a, b=b).backward(grad, x=x)
-        assert torch.equal(actual, torch.where(passes, grad, 0))
-        rewritten = fg.transform(nn.Tanh(), fg.rules.rectangular(a=a, b=b, save="mask"))
-        leaf = x.clone().requires_grad_()
-        assert torch.equal(torch.autograd.grad(rewritten(leaf), leaf, grad)[0], actual)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-def test_a_window_that_ends_at_the_largest_number_leaves_infinity_out(dtype: torch.dtype) -> None:
-    largest = torch.finfo(dtype).max
-    x = torch.tensor([-math.inf, -largest, 0.0, largest, math.inf], dtype=dtype)
-    rule = fg.rules.rectangular(a=-largest, b=largest)
-    assert rule.backward(torch.ones(5, dtype=dtype), x=x).tolist() == [0, 1, 1, 1, 0]
-    rule = fg.rules.rectangular(a=-math.inf, b=math.inf)
-    assert rule.backward(torch.ones(5, dtype=dtype), x=x).tolist() == [1] * 5
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_rule_leaves_its_arguments_as_they_are(name: str) -> None:
-    grad, x, y = torch.randn(3, 4, 5)
-    before = grad.clone(), x.clone(), y.clone()
-    fg.get(name).backward(grad, x=x, y=y)
-    assert all(map(torch.equal, (grad, x, y), before))
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (3, 4)], ids=str)
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_rule_keeps_shape_dtype_and_memory_format(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    grad, x = torch.randn(2, *shape).to(dtype)
-    for given_grad in (grad, grad.t() if grad.dim() == 2 else grad):
-        result = fg.get(name).backward(given_grad, x=x.reshape(given_grad.shape))
-        assert (result.shape, result.dtype) == (given_grad.shape, dtype)
-    image = torch.randn(2, 3, 4, 5).to(dtype, memory_format=torch.channels_last)
-    result = fg.get(name).backward(image, x=image)
-    assert result.is_contiguous(memory_format=torch.channels_last)
-
-
-# --- random rules ---
-
-RANDOM = ["full_jam", "noise", "positive_jam", "rectangular_jam"]
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_only_random_rules_differ_from_call_to_call(name: str) -> None:
-    grad, x = torch.randn(2, 50)
-    same = torch.equal(fg.get(name).backward(grad, x=x), fg.get(name).backward(grad, x=x))
-    assert same == (name not in RANDOM)
-
-
-@pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("name", RANDOM)
-def test_the_same_seed_gives_the_same_gradient(name: str, dtype: torch.dtype) -> None:
-    grad, x = torch.randn(2, 50).to(dtype)
-    torch.manual_seed(3)
-    first = fg.get(name).backward(grad, x=x)
-    torch.manual_seed(3)
-    assert torch.equal(fg.get(name).backward(grad, x=x), first)
-
-
-def assert_uniform(values: Tensor) -> None:
-    """Kolmogorov's distance from U(0, 1), and no dependence between neighbours."""
-    n = values.numel()
-    steps = (torch.arange(n) + 0.5) / n
-    assert (values.flatten().sort().values - steps).abs().max() < 1.6 / math.sqrt(n)
-    assert values.mean().item() == pytest.approx(0.5, abs=4 / math.sqrt(12 * n))
-    assert values.var().item() == pytest.approx(1 / 12, rel=0.05)
-    rows = values.reshape(100, -1)
-    assert abs(torch.corrcoef(rows[:2])[0, 1].item()) < 4 / math.sqrt(rows.shape[1])
-
-
-@pytest.mark.parametrize("name", sorted(reference.JAMS))
-def test_a_jam_is_uniform_where_the_formula_lets_it_through(name: str) -> None:
-    rule = fg.get(name)
-    grad = torch.full((100, 300), -4.0)
-    assert_uniform(rule.backward(grad, x=torch.full_like(grad, 2.0)) / grad)
-
-
-@pytest.mark.parametrize("name", sorted(reference.JAMS))
-@given(data=st.data())
-def test_a_jam_is_between_nothing_and_its_formula(name: str, data: st.DataObject) -> None:
-    grad, x = data.draw(tensors(marks=(-5.0, -1.0, 0.0, 2.0, 5.0)))
-    grad = grad.nan_to_num(1.0, 2.0, -3.0)
-    parameters = data.draw(interval(a=-5.0, b=5.0) if name == "rectangular_jam" else bound())
-    widest = reference.entrywise(reference.JAMS[name], grad, x, **parameters)
-    actual = fg.get(name)(**parameters).backward(grad, x=x)
-    assert actual.dtype == grad.dtype
-    assert (actual.abs() <= widest.abs()).all()
-    assert (actual * widest >= 0).all()
-
-
-@pytest.mark.parametrize("name", sorted(reference.JAMS))
-def test_a_jam_lets_every_entry_of_its_window_through(name: str) -> None:
-    x = torch.tensor([-6.0, -5.0, -0.5, -0.0, 0.0, 3.0, 5.0, 6.0, math.inf, math.nan]).repeat(50, 1)
-    grad = torch.ones_like(x)
-    window = reference.entrywise(reference.JAMS[name], grad, x)
-    assert torch.equal(fg.get(name).backward(grad, x=x).sum(0) > 0, window.sum(0) > 0)
-
-
-@pytest.mark.parametrize("sigma", [None, 0.0, 2.5])
-def test_noise_is_normal_around_the_gradient(sigma: float | None) -> None:
-    rule = fg.rules.noise if sigma is None else fg.rules.noise(sigma=sigma)
-    grad = torch.linspace(-3, 3, 30000).reshape(100, 300)
-    added = rule.backward(grad) - grad
-    if sigma == 0:
-        assert not added.any()
-    else:
-        assert_uniform(torch.special.ndtr(added / (0.1 if sigma is None else sigma)))
-
-
-# --- what is saved for the backward ---
-
-SAVED = {
-    "d(ReLU)": "x",
-    "d(Linear)": "",
-    "rectangular": "x",
-    "triangular": "x",
-    "scale": "",
-    "clip_norm": "",
-    "noise": "",
-    "centralize": "",
-    "full_jam": "",
-    "positive_jam": "x",
-    "rectangular_jam": "x",
-    "reverse": "",
-    "clip_value": "",
-    "straight_through": "",
-    "clipped_straight_through": "x",
-    "fast_sigmoid": "x",
-    "arctan": "x",
-    "guided": "x",
-}
-
-
-def saved_by(rule: fg.Rule) -> tuple[list[str], Tensor]:
-    """Which of x and y the decoupled operation keeps for its backward, and the gradient that it then gives."""
-    leaf = torch.randn(4, requires_grad=True)
-    x, y = leaf * 1, torch.randn(4)
-    names = {x.data_ptr(): "x", y.data_ptr(): "y"}
-    kept: list[str] = []
-
-    def pack(tensor: Tensor) -> Tensor:
-        kept.append(names.get(tensor.data_ptr(), "something else"))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        out = fg.ops.decoupled(y, x, rule=rule)
-    out.sum().backward()
-    return kept, leaf.grad
-
-
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_a_rule_saves_what_the_catalogue_says(name: str) -> None:
-    kept, grad = saved_by(fg.get(name))
-    assert kept == SAVED[name].split()
-    assert grad is not None
-
-
-def test_only_what_the_signature_names_is_saved() -> None:
-    @fg.register("neither")
-    def neither(grad: Tensor) -> Tensor:
-        return grad
-
-    @fg.register("input")
-    def takes_x(grad: Tensor, x: Tensor) -> Tensor:
-        return grad * x
-
-    @fg.register("output")
-    def takes_y(grad: Tensor, y: Tensor) -> Tensor:
-        return grad * y
-
-    @fg.register("both")
-    def both(grad: Tensor, y: Tensor, x: Tensor) -> Tensor:  # in any order
-        return grad * x - y
-
-    assert [saved_by(r)[0] for r in (neither, takes_x, takes_y, both)] == [
-        [],
-        ["x"],
-        ["y"],
-        ["y", "x"],
-    ]
-    assert both.inputs == ("y", "x")
-    one, two, three = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
-    assert both.backward(two, x=three, y=one).item() == 5
-
 
 # --- declaring a rule ---
 
@@ -528,10 +175,32 @@ def test_a_rule_tells_its_formula_reference_and_inputs() -> None:
     assert fg.register("untold")(lambda grad: grad).formula == ""
 
 
-@pytest.mark.parametrize("name", BUILT_IN)
-def test_every_built_in_rule_cites_what_it_comes_from(name: str) -> None:
-    assert fg.get(name).reference
-    assert "grad" in fg.get(name).formula
+def test_only_what_the_signature_names_is_saved() -> None:
+    @fg.register("neither")
+    def neither(grad: Tensor) -> Tensor:
+        return grad
+
+    @fg.register("input")
+    def takes_x(grad: Tensor, x: Tensor) -> Tensor:
+        return grad * x
+
+    @fg.register("output")
+    def takes_y(grad: Tensor, y: Tensor) -> Tensor:
+        return grad * y
+
+    @fg.register("both")
+    def both(grad: Tensor, y: Tensor, x: Tensor) -> Tensor:  # in any order
+        return grad * x - y
+
+    assert [saved_by(r)[0] for r in (neither, takes_x, takes_y, both)] == [
+        [],
+        ["x"],
+        ["y"],
+        ["y", "x"],
+    ]
+    assert both.inputs == ("y", "x")
+    one, two, three = torch.tensor(1.0), torch.tensor(2.0), torch.tensor(3.0)
+    assert both.backward(two, x=three, y=one).item() == 5
 
 
 # --- finding and binding ---
