@@ -111,7 +111,7 @@ def test_example_inputs_are_a_tuple_a_tensor_or_keyword_arguments(kind: str) -> 
 @pytest.mark.parametrize("wrong", [[sample()], 3, "x", {1, 2}], ids=["list", "int", "str", "set"])
 def test_anything_else_is_a_type_error_that_shows_what_to_write(wrong: Any) -> None:
     with pytest.raises(
-        TypeError, match=rf"example_inputs.*got {type(wrong).__name__}.*torch.randn"
+        TypeError, match=rf"example_inputs.*torch.randn.*got {type(wrong).__name__}"
     ):
         fg.transform(Plain(), RULE, example_inputs=wrong)
 
@@ -267,7 +267,7 @@ def test_sizes_that_belong_together_are_guarded_together() -> None:
 def test_an_example_batch_of_one_makes_the_batch_fixed_and_a_call_says_so() -> None:
     gm = exported(Plain(), example_inputs=(rows(1),))
     assert gm(rows(1)).shape == (1, 6)
-    with pytest.raises(fg.CaptureError, match=r"size\(\)\[0\] == 1.*give at least 2"):
+    with pytest.raises(fg.CaptureError, match=r"size\(\)\[0\] == 1.*use at least 2"):
         gm(rows(4))
 
 
@@ -464,7 +464,7 @@ def test_parts_that_branch_have_to_be_in_one_mode_together() -> None:
     gm = check_capture(TwoBranch, *THRICE, example_inputs=(sample(),))
     gm.train()
     gm.one.eval()
-    with pytest.raises(fg.CaptureError, match=r"training flags.*one mode"):
+    with pytest.raises(fg.CaptureError, match=r"training flags.*same mode"):
         gm(sample())
     gm.other.eval()
     original = build(TwoBranch).eval()

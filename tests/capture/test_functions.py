@@ -483,7 +483,7 @@ def test_a_stored_apply_keeps_the_functions_backward(kind: type[nn.Module]) -> N
     for rules, reference in ((NATIVE, None), (RULE, Interception(BACKWARD))):
         gm = fg.transform(build(kind), rules)
         assert difference(build(kind), gm, THRICE, reference) == ""
-    assert all(not o.what.endswith("kept whole") for o in fg.report(gm).opaque)
+    assert all(not o.what.endswith("kept as one opaque call") for o in fg.report(gm).opaque)
 
 
 @pytest.mark.parametrize("kind", STORED)

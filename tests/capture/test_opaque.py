@@ -148,7 +148,9 @@ def test_a_part_is_kept_whole_and_the_rest_rewritten(kind: type[nn.Module]) -> N
         reference = None if rules is NATIVE else InterceptionOutside(original, ["part"])
         assert difference(original, gm, THRICE, reference) == ""
     plan = fg.report(gm)
-    assert [(o.path, o.what) for o in plan.opaque] == [("part", f"{kind.__name__}, kept whole")]
+    assert [(o.path, o.what) for o in plan.opaque] == [
+        ("part", f"{kind.__name__}, kept as one opaque call")
+    ]
     names = [d.site.name for d in plan.decisions]
     assert names == ["<root>:relu[0]", "<root>:relu[1]", "after.1:relu[0]"]
 

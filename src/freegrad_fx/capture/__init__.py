@@ -1,7 +1,12 @@
-"""nn.Module → Graph.
+"""nn.Module → graphs.
 
-`copying` makes the copy that is captured; `symbolic` traces it; `export` has `torch.export` do it, from example
-inputs; `result` is what comes out. Nothing here knows rules or sites.
+- `copying`: the copy of the model that is captured
+- `symbolic`: capture by symbolic tracing, with the `tracer`, its `proxies` and `patches`
+- `export`: capture by `torch.export`, from example inputs
+- `captured`: the module that runs the graphs
+- `result`: the result of a capture
+
+Nothing in this package knows rules or sites.
 """
 
 from __future__ import annotations
@@ -28,37 +33,42 @@ def capture(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Capture a model as graphs that mean what it means, in train and in eval mode.
+    """Capture a model as graphs that compute what the model computes, in train and in eval mode.
 
     Args:
         model: The model. It is not changed.
-        leaf_types: Module classes to keep whole; other classes among them are passed over.
-        concrete_args: Values for which arguments of the forward are specialised; `torch.fx.PH` keeps one open.
-        example_inputs: Arguments, or keyword arguments, of the forward: the model is captured by `torch.export`.
-        dynamic_shapes: What `torch.export.export` takes; by default the first dimension of every tensor may change.
+        leaf_types: Module classes to keep as one opaque call. Classes of other kinds are ignored.
+        concrete_args: Values to which arguments of the forward are specialised; `torch.fx.PH` keeps an argument open.
+        example_inputs: Positional or keyword arguments of the forward. If given, the model is captured by
+            `torch.export`.
+        dynamic_shapes: As for `torch.export.export`. Default: the first dimension of every tensor is dynamic where the
+            model allows it.
 
     Raises:
-        TypeError: `model` is no `nn.Module`.
-        CaptureError: The model cannot be copied or traced; the message says where and why.
+        TypeError: `model` is not an `nn.Module`, or another argument is not of the type above.
+        CaptureError: The model cannot be copied or captured. The message gives the place and the reason.
     """
     check_model(model)
     if wrong := [t for t in leaf_types if not isinstance(t, type)]:
         raise TypeError(
-            f"leaf_modules is a list of module classes, got {wrong[0]!r}: leaf_modules=[MyBlock]"
+            f"leaf_modules must be a list of module classes, such as [MyBlock], got {wrong[0]!r}"
         )
     if concrete_args is not None and not isinstance(concrete_args, Mapping):
-        raise TypeError("concrete_args is a dict from names of arguments to values: {'mask': None}")
+        raise TypeError(
+            f"concrete_args must be a dict from argument names to values, such as {{'mask': None}}, got "
+            f"{type(concrete_args).__name__}"
+        )
     root = structural_copy(model)
     if isinstance(root, CapturedModule):
         if example_inputs is not None or concrete_args:
             raise CaptureError(
-                "the model is transformed already, and its graphs are kept as they are: example_inputs and "
-                "concrete_args are for the original model."
+                "the model is already transformed, and its graphs are reused: example_inputs and concrete_args can "
+                "only be given for the original model."
             )
         return Capture(root, type(model).__name__, root.variants)
     if dynamic_shapes is not None and example_inputs is None:
         raise TypeError(
-            "dynamic_shapes says which dimensions of example_inputs may change: give both"
+            "dynamic_shapes describes the dimensions of example_inputs: give example_inputs too"
         )
     if example_inputs is not None:
         _refuse_with_examples(leaf_types, concrete_args)
@@ -68,14 +78,15 @@ def capture(
 
 
 def _refuse_with_examples(leaf_types: Sequence[type[Any]], concrete_args: Any) -> None:
+    """Raise `CaptureError` for arguments that cannot be combined with example inputs."""
     if leaf_types:
         names = ", ".join(t.__name__ for t in leaf_types)
         raise CaptureError(
-            f"torch.export opens every module, so none can be kept whole or selected by its class ({names}). Name "
-            f"ops instead, or transform without example_inputs."
+            f"torch.export traces into every module, so a module cannot be kept as one opaque call or selected by its "
+            f"class ({names}). Select ops instead, or transform without example_inputs."
         )
     if concrete_args:
         raise CaptureError(
-            "with example_inputs the arguments have the values that the examples have; concrete_args is for symbolic "
-            "tracing alone."
+            "concrete_args is for symbolic tracing only; with example_inputs, the arguments have the values of the "
+            "examples. Remove one of the two."
         )

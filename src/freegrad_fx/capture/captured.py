@@ -1,8 +1,8 @@
-"""The result of a capture: a GraphModule that keeps everything the model had, and one graph for each of its modes.
+"""The module that runs captured graphs: a GraphModule with the state, the hooks and the methods of the model.
 
-A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict, loses what no
-node refers to when it is copied, and has none of the model's methods. This one holds the whole module tree, and its
-class inherits from the model's. This file knows nothing of rules.
+A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict, loses
+submodules that no node refers to when it is copied, and lacks the methods of the model. A `CapturedModule` holds the
+complete module tree, and its class inherits from the class of the model. This file does not know rules.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ..ops.checks import require_specialised
 __all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
 
 SPECIALISED = "_specialised_arguments"
-"""The attribute that holds arguments which the graphs do not take, with the values that the graphs are for."""
+"""The attribute that holds the arguments that are constants of the graphs, with their values."""
 
 KEYWORD_ONLY = "_keyword_only_arguments"
-"""The attribute that names the arguments behind the first of those."""
+"""The attribute that holds the names of arguments that follow a constant one and have to be given by keyword."""
 
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
-# What belongs to the machinery of a GraphModule, not to the model in it.
+# Attributes of the GraphModule itself, which are not state of the model
 _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) | {
     "_variants",
     "_codes",
@@ -49,11 +49,11 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
 
 @dataclass(frozen=True)
 class Variant:
-    """A graph, and the values of the modules' `training` flags for which it is right.
+    """A graph, and the values of the `training` flags for which it is valid.
 
     Attributes:
-        flags: The dotted paths of modules whose flag the model branches on, with the value taken; empty for a
-            graph that is right in every mode.
+        flags: The dotted paths of the modules on whose flag the model branches, with the value taken. Empty for a
+            graph that is valid in every mode.
         graph: The graph.
     """
 
@@ -62,7 +62,7 @@ class Variant:
 
     @property
     def label(self) -> str:
-        """The flags as text: ``training`` / ``eval`` where they are all the same."""
+        """The flags as text: ``train`` or ``eval`` if all are equal, ``""`` if there are no flags."""
         if not self.flags:
             return ""
         if len(set(self.flags.values())) == 1:
@@ -73,15 +73,15 @@ class Variant:
 
 
 class CapturedModule(fx.GraphModule):
-    """A GraphModule with the module tree, the state, the hooks and the methods of the model it was captured from.
+    """A GraphModule with the module tree, the state, the hooks and the methods of the captured model.
 
-    Where the model branches on a module's `training` flag there are several graphs, and each call runs the one that
-    fits the flags: `train()`, `eval()`, and `eval()` on a part alone, mean what they mean on the model. Its class is a
-    subclass of the model's, so that what the model's class overrides (`train`, `state_dict`, extra state) and adds is
-    there.
+    If the model branches on `training` flags, there are several graphs, and each call runs the graph that fits the
+    flags. `train()`, `eval()`, and `eval()` on a submodule have the same effect as on the model. The class is a
+    subclass of the model's class, so overridden methods (`train`, `state_dict`, extra state) and additional methods
+    are available.
     """
 
-    # Of the one class that every instance has to itself: for each graph its generated `forward`, and the model's class.
+    # Every instance has a class of its own, with the generated `forward` of each graph and the class of the model
     _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
     _model_class: ClassVar[type[nn.Module] | None] = None
     _variants: tuple[Variant, ...]
@@ -89,15 +89,15 @@ class CapturedModule(fx.GraphModule):
 
     @classmethod
     def build(cls, root: nn.Module, variants: Sequence[Variant], class_name: str) -> CapturedModule:
-        """Make one.
+        """Make a module that runs graphs.
 
         Args:
-            root: A structural copy of the model; it is taken over.
+            root: A structural copy of the model. The result takes over its state.
             variants: The graphs.
             class_name: The name of the model's class.
 
         Raises:
-            CaptureError: The model uses a name that a GraphModule needs.
+            CaptureError: The model has a member with a name that GraphModule reserves.
         """
         model_class: type[nn.Module] | None = type(root)
         if isinstance(root, CapturedModule):
@@ -111,12 +111,12 @@ class CapturedModule(fx.GraphModule):
 
     @property
     def variants(self) -> tuple[Variant, ...]:
-        """The graphs, each with the `training` flags for which it is right."""
+        """The graphs, each with the `training` flags for which it is valid."""
         return self._variants
 
     @property
     def graph(self) -> fx.Graph:
-        """The graph that a call would run now."""
+        """The graph that a call runs with the current `training` flags."""
         return self._variants[self._active()].graph
 
     @graph.setter
@@ -130,19 +130,19 @@ class CapturedModule(fx.GraphModule):
 
     @property
     def code(self) -> str:
-        """The Python code of the graph that a call would run now."""
+        """The Python code of `graph`."""
         code: str = self._codes[self._active()]
         return code
 
     @property
     def itself(self) -> CapturedModule:
-        """The module: graphs that assign an attribute of the root name it so."""
+        """The module itself. Graphs that assign an attribute of the root refer to it by this name."""
         return self
 
     def recompile(self) -> Any:
-        """Generate `forward` anew from the graphs."""
+        """Generate `forward` from the graphs."""
         if "forward" in vars(type(self)):
-            # Compiled code trusts the class of a module that it calls to stay as it is: a new graph needs a new class
+            # Compiled code assumes that the class of a module does not change: a new graph needs a new class
             self.__class__ = _renewed(type(self))
         forwards, codes, specs = [], [], []
         result: Any = None
@@ -153,13 +153,13 @@ class CapturedModule(fx.GraphModule):
                 result = super().recompile()
             structures = (graphs.INPUT_STRUCTURE, graphs.OUTPUT_STRUCTURE)
             specs.append(tuple(getattr(self, name, None) for name in structures))
-            # Each graph has input and output structures of its own
+            # Each graph has its own input and output structures
             code = src = graphs.generated_code(self)
             for place, name in enumerate(structures):
                 src = src.replace(f"self.{name}", f"self._specs[{index}][{place}]")
             src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
             if src == code:
-                forwards.append(type(self).forward)  # which FX has just made
+                forwards.append(type(self).forward)  # FX has just generated it
             else:
                 names = {**result.globals, "_flattened": _flattened}
                 forwards.append(graphs.forward_from_source(src, names, {}))
@@ -167,9 +167,9 @@ class CapturedModule(fx.GraphModule):
         self._specs = tuple(specs)
         self._codes = tuple(codes)
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
-        # While one thread calls a module with other tensors for its parameters, no other may read these
+        # While one thread calls a module with replaced parameters, no other thread can be allowed to read them
         alone = any(n.target is call_with for v in self._variants for n in v.graph.nodes)
-        # The call that GraphModule wraps around its own handles errors in a way that torch.compile cannot trace
+        # GraphModule wraps its call in error handling that torch.compile cannot trace
         del type(self).__call__
         specialised = self.__dict__.get(SPECIALISED, {})
         if len(forwards) == 1 and not guard and not alone and not specialised:
@@ -202,12 +202,12 @@ class CapturedModule(fx.GraphModule):
                 return index
         known = "; ".join(variant.label for variant in self._variants)
         raise CaptureError(
-            f"{type(self).__name__} was captured for these training flags: {known}; and is called with others. "
-            f"Put these modules in one mode together."
+            f"{type(self).__name__} was captured for these training flags: {known}. It is called with others. Put "
+            f"these modules in the same mode."
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        # Entered in the memo before the state is copied, which may refer to it
+        # Registered in the memo before the state is copied, because the state can refer to the module
         new = _blank(self._model_class, type(self).__name__)
         memo[id(self)] = new
         return _fill(new, copy.deepcopy(self._state(), memo), self._copied_variants())
@@ -222,14 +222,14 @@ class CapturedModule(fx.GraphModule):
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
-            f"torch.jit.script cannot take {type(self).__name__}, which freegrad_fx captured: TorchScript has no "
-            f"custom backward. Script the original model: it computes the same values, with the same parameters."
+            f"torch.jit.script does not support {type(self).__name__}, which freegrad_fx captured: TorchScript has no "
+            f"custom backward. Script the original model, which computes the same values with the same parameters."
         )
 
     def _replicate_for_data_parallel(self) -> CapturedModule:
         new = self.__copy__()
         modules.make_replica(new)
-        # it runs in a thread of its own
+        # Each replica runs in its own thread
         new.__dict__["forward"] = in_the_blocks_of_now(new.forward)
         return new
 
@@ -238,13 +238,13 @@ class CapturedModule(fx.GraphModule):
         return _load_module, (self._model_class, type(self).__name__, self._state(), variants)
 
     def _state(self) -> dict[str, Any]:
-        # What compile() leaves there runs this module, not the one that the state is for
+        # The compiled call runs this module, so it is not passed on to a copy
         own = _MACHINERY | {modules.COMPILED_CALL}
         return {key: value for key, value in self.__dict__.items() if key not in own}
 
 
 def _check_names(root: nn.Module) -> None:
-    """Refuse a model whose own names are those that a GraphModule needs for itself."""
+    """Raise `CaptureError` if a member of a model has a name that GraphModule reserves."""
     needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
     members = {
         *modules.children_of(root),
@@ -255,24 +255,24 @@ def _check_names(root: nn.Module) -> None:
     own = {*root.__dict__, *members, *methods}
     if clashes := sorted((needed & own) | ({"meta"} & members)):
         raise CaptureError(
-            f"{type(root).__name__} has members named {', '.join(clashes)}, which torch.fx.GraphModule needs for "
-            f"itself. Rename them, or transform a module that holds the model: nn.Sequential(model)."
+            f"{type(root).__name__} has members named {', '.join(clashes)}, which are reserved by "
+            f"torch.fx.GraphModule. Rename them, or transform a module that holds the model: nn.Sequential(model)."
         )
 
 
 def _renewed(kind: type[CapturedModule]) -> Any:
-    """A class that is another one, and the same."""
+    """A new class with the name, the bases and the members of another class."""
     own = {k: v for k, v in vars(kind).items() if k not in ("__dict__", "__weakref__")}
     return types.new_class(kind.__name__, kind.__bases__, exec_body=lambda names: names.update(own))
 
 
 def _blank(model_class: type[nn.Module] | None, class_name: str) -> CapturedModule:
-    """An instance of a class of its own, without state: generated code belongs to the class."""
+    """An instance without state of a new class. The class is new because it holds the generated code."""
     body = {"__module__": CapturedModule.__module__, "_model_class": model_class}
     bases = (CapturedModule,) if model_class is None else (CapturedModule, model_class)
     try:
         made = types.new_class("GraphModuleImpl", bases, exec_body=lambda names: names.update(body))
-    except TypeError:  # a class that cannot be inherited from so: its methods stay behind
+    except TypeError:  # a class that cannot be a second base: its methods are not available
         made = types.new_class(
             "GraphModuleImpl", bases[:1], exec_body=lambda names: names.update(body)
         )
@@ -311,12 +311,12 @@ def _load_module(
 
 
 def sets_grad_mode(graph: fx.Graph) -> bool:
-    """Whether a graph enables or disables gradients by itself."""
+    """Whether a graph enables or disables gradients."""
     return any(node.target is graphs.grad_mode_setter() for node in graph.nodes)
 
 
 def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:
-    """The inputs of a call as a flat list; raise `CaptureError` where their structure is not the captured one."""
+    """The inputs of a call as a flat list. Raise `CaptureError` if their structure differs from the captured one."""
     if isinstance(inputs, tuple) and isinstance(inputs[0], list):
         inputs = (tuple(inputs[0]), inputs[1])  # as FX writes arguments and keyword arguments
     elif isinstance(inputs, list):
@@ -325,8 +325,8 @@ def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:
         return spec.flatten_up_to(inputs)
     except ValueError as error:
         raise CaptureError(
-            f"the model was captured for inputs of another structure ({error}). Transform it with example inputs of "
-            f"the structure you call it with."
+            f"the inputs have another structure than the example inputs ({error}). Transform the model with example "
+            f"inputs of the structure that it is called with."
         ) from error
 
 
@@ -338,15 +338,15 @@ def _dispatcher(
     specialised: Mapping[str, Any],
     keyword_only: Collection[str],
 ) -> Any:
-    """A `forward` with the signature of the generated ones, that runs the one that fits the training flags.
+    """A `forward` that runs the generated `forward` for the current training flags, and has its signature.
 
     Args:
-        src: The source of one of them.
-        names: What that source refers to.
+        src: The source of one generated `forward`.
+        names: The names that the source refers to.
         guard: Restore the grad mode even if the graph raises between two changes of it.
-        alone: Let one thread run it at a time.
-        specialised: Further arguments, with the one value that each may have.
-        keyword_only: Arguments that are given by keyword.
+        alone: Let only one thread at a time run it.
+        specialised: Further arguments, each with the only value that it can have.
+        keyword_only: Arguments that have to be given by keyword.
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
     arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
@@ -358,11 +358,11 @@ def _dispatcher(
     contexts += ["self._one_thread()"] * alone
     if contexts:
         call = f"with {', '.join(contexts)}:\n        {call}"
-    remedy = "Put the argument into the example_inputs that the model is transformed with."
+    remedy = "Include the argument in the example_inputs when transforming the model."
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
     own["_require_specialised"] = require_specialised
     checks = ""
-    # An argument behind one that is left out is given by keyword alone: its place is not that of the model's forward
+    # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
     first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
     if first is not None:
         signature.kwonlyargs = signature.args[first:]

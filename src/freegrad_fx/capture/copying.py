@@ -1,4 +1,4 @@
-"""The copy of a model that is captured: modules new, tensors shared; and which models can be copied at all."""
+"""The copy of a model that is captured: its modules are new, its tensors are shared with the model."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ __all__ = ["check_model", "python_state_changed", "structural_copy"]
 
 
 def check_model(model: Any) -> None:
-    """Raise what tells the caller why a model cannot be captured at all."""
+    """Check that a model can be captured at all.
+
+    Raises:
+        TypeError: `model` is not an `nn.Module`, is already compiled, or is a TorchScript module.
+        CaptureError: A parameter or buffer is not initialised.
+    """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
-        raise TypeError(f"transform() takes an instance of nn.Module, the model itself, got {what}")
+        raise TypeError(f"transform() takes a model, an instance of nn.Module, got {what}")
     if is_compiled_wrapper(model):
         raise TypeError(
-            "the model is already compiled: rules given to it now would not reach the compiled code. Transform "
-            "first, then compile: torch.compile(freegrad_fx.transform(compiled._orig_mod, rules))."
+            "the model is already compiled, and rules cannot be added to compiled code. Transform first, then compile: "
+            "torch.compile(freegrad_fx.transform(compiled._orig_mod, rules))."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(
-            "the model is a TorchScript module, whose code cannot be traced. Transform the nn.Module it was made from."
+            "the model is a TorchScript module, whose code cannot be traced. Transform the original nn.Module."
         )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
@@ -41,7 +46,7 @@ def check_model(model: Any) -> None:
 
 
 def structural_copy(model: nn.Module) -> nn.Module:
-    """Copy a model's modules, hooks and attributes, and share every tensor.
+    """Copy the modules, hooks and attributes of a model, and share every tensor.
 
     Raises:
         CaptureError: An attribute cannot be copied.
@@ -60,7 +65,7 @@ def structural_copy(model: nn.Module) -> nn.Module:
     except CaptureError:
         raise
     except Exception as error:
-        # What refuses to be copied (locks, open files, generators) is shared with the original.
+        # Objects that cannot be copied (locks, open files, generators) are shared with the model
         for module in model.modules():
             for value in module.__dict__.values():
                 try:
@@ -74,12 +79,12 @@ def structural_copy(model: nn.Module) -> nn.Module:
         except Exception:
             raise CaptureError(
                 f"{type(model).__name__} cannot be copied: {type(error).__name__}: {error}. transform() copies the "
-                f"modules (never the tensors), so copy.deepcopy(model) has to work."
+                f"modules and shares the tensors. Make sure that copy.deepcopy(model) works."
             ) from error
 
 
 def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """What `copy.deepcopy` makes of a module, several times faster for one whose class leaves copying to it."""
+    """`copy.deepcopy` of a module, several times faster if the class does not customise copying."""
     if id(module) in memo:
         found: nn.Module = memo[id(module)]
         return found
@@ -96,7 +101,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif type(value) in _ATOMS or (type(value) is tuple and is_python_state(value)):
             state[name] = value
         elif name in ATTRIBUTES_OF_EVERY_MODULE and not value:
-            state[name] = type(value)()  # a table of hooks, nearly always
+            state[name] = type(value)()  # nearly always an empty table of hooks
         elif name in _TENSORS:
             state[name] = type(value)(value)
         elif name != COMPILED_CALL:
@@ -112,9 +117,9 @@ _ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
 
 @functools.lru_cache(maxsize=4096)
 def _copies_plainly(kind: type[Any]) -> bool:
-    """Whether a class has no say in how its instances are copied."""
+    """Whether a class does not customise how its instances are copied."""
     if kind.__module__.startswith("torch.nn.modules.") and not issubclass(kind, nn.RNNBase):
-        return True  # what these say is for pickles of old releases
+        return True  # what these customise is for pickles of old releases
     return not hasattr(kind, "__deepcopy__") and all(
         getattr(kind, name, None) is getattr(nn.Module, name, None)
         for name in ("__new__", "__reduce__", "__reduce_ex__", "__getstate__", "__setstate__")
@@ -122,7 +127,11 @@ def _copies_plainly(kind: type[Any]) -> bool:
 
 
 def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
-    """Return the copy, or raise where it has tensors of its own: training it would not train the model."""
+    """Return the copy of a model.
+
+    Raises:
+        CaptureError: The copy does not share a tensor with the model, so training it would not train the model.
+    """
     pairs = zip(
         (*model.named_parameters(), *model.named_buffers()),
         (*copied.parameters(), *copied.buffers()),
@@ -130,8 +139,8 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
     )
     if own := [name for (name, tensor), other in pairs if tensor is not other]:
         raise CaptureError(
-            f"the copy of {type(model).__name__} does not share {own[0]!r} with the model; a __deepcopy__ of its own "
-            f"copies it. Let it respect the memo that it is given."
+            f"the copy of {type(model).__name__} does not share {own[0]!r} with the model, because a __deepcopy__ "
+            f"method copies it. Let the method use the memo that it receives."
         )
     return copied
 
@@ -139,15 +148,15 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
 def python_state_changed(
     model: nn.Module, copied: nn.Module, assigned: Container[tuple[str, str]] = ()
 ) -> dict[str, str]:
-    """Undo what running a copy did to numbers, text and plain containers.
+    """Restore the Python state (numbers, text and plain containers) that running a copy of a model changed.
 
     Args:
         model: The model.
         copied: The copy that was run.
-        assigned: Attributes to pass over, by module path and name.
+        assigned: Attributes to ignore, by module path and name.
 
     Returns:
-        The paths of the modules that changed any, with what they changed.
+        For each module that changed an attribute, its path and the change as text.
     """
     changed: dict[str, str] = {}
     for (path, run), original in zip(copied.named_modules(), model.modules(), strict=False):

@@ -1,7 +1,7 @@
 """Capture by `torch.export`, from example inputs: for models whose control flow depends on shapes or Python values.
 
-Both modes are exported. Where their graphs differ in nothing but constants that came from a module's `training` flag,
-one graph is kept and reads the flag; else both are.
+The model is exported in train mode and in eval mode. If the two graphs differ only in constants that came from a
+`training` flag, they are merged into one graph that reads the flag. Otherwise both graphs are kept.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..sites.remarks import Lost
 from .captured import KEYWORD_ONLY, SPECIALISED, Variant
 from .copying import python_state_changed
 from .guards import Guards, ranks, recorded_guards
-from .merge import Exported, merge
+from .merge import Exported, FlagRead, merge
 from .patches.flags import noted_flags
 from .patches.functions import refused_functions
 from .patches.random import RandomState
@@ -47,7 +47,7 @@ def capture_by_export(
     """Export `root`, the copy of `model`, in both modes.
 
     Raises:
-        CaptureError: Export fails, or would drop the backward of an `autograd.Function`.
+        CaptureError: The export fails, or the graph would not compute what the model computes.
     """
     with LOCK:
         return _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
@@ -60,21 +60,7 @@ def _capture(
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
 ) -> Capture:
-    flags = {module: module.training for module in root.modules()}
-    random = RandomState()
-    try:
-        with _without_hooks(root), noted_flags(root) as reads:
-            exported = []
-            for mode in (True, False):
-                for module in flags:  # not root.train(), which a model may override
-                    module.__dict__["training"] = mode
-                exported.append(_exported(root, args, kwargs, dynamic_shapes))
-        _refuse_python_effects(model, root, random)
-    finally:
-        random.restore()
-        for module, training in flags.items():
-            module.training = training
-    train, evaluation = exported
+    train, evaluation, reads = _export_both_modes(model, root, args, kwargs, dynamic_shapes)
     differing = merge(train, evaluation, reads)
     if not differing:
         variants = [Variant({}, train.graph)]
@@ -83,37 +69,72 @@ def _capture(
             Variant(dict.fromkeys(differing, mode), one.graph)
             for mode, one in ((True, train), (False, evaluation))
         ]
-    for variant, one in zip(variants, exported, strict=False):
+    for variant, one in zip(variants, (train, evaluation), strict=False):
         _adopt(root, one, variant.label)
     omitted = _omitted(root, args, kwargs)
     names = list(inspect.signature(type(root).forward).parameters)
-    behind = names[min(map(names.index, omitted)) :] if omitted else []
+    following = names[min(map(names.index, omitted)) :] if omitted else []
     root.__dict__[SPECIALISED] = omitted
-    root.__dict__[KEYWORD_ONLY] = tuple(name for name in behind if name in kwargs)
+    root.__dict__[KEYWORD_ONLY] = tuple(name for name in following if name in kwargs)
+    regions = (note for one in (train, evaluation) for note in hidden_regions(one))
     return Capture(
         root,
         type(model).__name__,
         tuple(variants),
-        tuple(dict.fromkeys(note for one in exported for note in hidden_regions(one))),
+        tuple(dict.fromkeys(regions)),
         (*_hooks_lost(root), *_forget_fakes(model, root)),
     )
 
 
+def _export_both_modes(
+    model: nn.Module,
+    root: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    dynamic_shapes: Any,
+) -> tuple[Exported, Exported, set[FlagRead]]:
+    """Export `root` in train and in eval mode, and restore its flags and the random number generators.
+
+    Returns:
+        The graph of train mode, the graph of eval mode, and the flags that were read.
+
+    Raises:
+        CaptureError: The export fails, or the forward has an effect that a graph would not repeat.
+    """
+    flags = {module: module.training for module in root.modules()}
+    random = RandomState()
+    try:
+        with _without_hooks(root), noted_flags(root) as reads:
+            exported = []
+            for mode in (True, False):
+                for module in flags:  # not root.train(), which a model can override
+                    module.__dict__["training"] = mode
+                exported.append(_exported(root, args, kwargs, dynamic_shapes))
+        _refuse_python_effects(model, root, random)
+    finally:
+        random.restore()
+        for module, training in flags.items():
+            module.training = training
+    train, evaluation = exported
+    return train, evaluation, reads
+
+
 _KEEPS_STATE = (
-    "{} cannot be captured: its forward changes Python state ({}), and a graph would do so once and for ever. Make it "
-    "a buffer."
+    "{} cannot be captured: its forward changes Python state ({}). A graph would not repeat the change at each call. "
+    "Make the state a buffer."
 )
 
 
 def _hooks_lost(root: nn.Module) -> Iterator[Lost]:
+    """The hooks of submodules, which are not in the graph."""
     for path, module in root.named_modules():
         if path and has_hooks(module):
             what = f"the hooks of {type(module).__name__}"
-            yield Lost(path, what, "export runs them once and drops them")
+            yield Lost(path, what, "torch.export runs them once and drops them")
 
 
 def _forget_fakes(model: nn.Module, root: nn.Module) -> Iterator[Lost]:
-    """Undo what the exported forward assigned to attributes: stand-ins of tensors, which the graph does not assign."""
+    """Restore the attributes to which the exported forward assigned fake tensors; the graph does not assign them."""
     for (path, run), original in zip(root.named_modules(), model.modules(), strict=False):
         for name, value in list(run.__dict__.items()):
             leaves = tree.leaves(value) if name not in ATTRIBUTES_OF_EVERY_MODULE else []
@@ -128,7 +149,7 @@ def _forget_fakes(model: nn.Module, root: nn.Module) -> Iterator[Lost]:
 
 @contextlib.contextmanager
 def _without_hooks(root: nn.Module) -> Iterator[None]:
-    """The hooks of the root go on running around the graph; they must not be in it too."""
+    """Remove the hooks of the root while it is exported: they run around the graph, so they must not be in it."""
     names = [name for name in root.__dict__ if name.endswith("_hooks") and "state_dict" not in name]
     kept = {name: root.__dict__[name] for name in names}
     for name in names:
@@ -140,11 +161,11 @@ def _without_hooks(root: nn.Module) -> Iterator[None]:
 
 
 def _refuse_python_effects(model: nn.Module, root: nn.Module, random: RandomState) -> None:
-    """Raise where the forward did something that a graph would do once and for ever."""
+    """Raise `CaptureError` if the forward drew random numbers or changed Python state, which no graph repeats."""
     if random.drawn_from():
         raise CaptureError(
             f"{type(model).__name__} draws random numbers from outside of PyTorch's tensor functions (random, "
-            f"numpy.random, or a generator): a graph would repeat one draw for ever. Use torch.rand(())."
+            f"numpy.random, or a generator). A graph would reuse the same numbers at each call. Use torch.rand(())."
         )
     if changed := python_state_changed(model, root):
         path, what = next(iter(changed.items()))
@@ -154,7 +175,7 @@ def _refuse_python_effects(model: nn.Module, root: nn.Module, random: RandomStat
 
 
 def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments with a default that the examples leave out; the graph is for their defaults."""
+    """The arguments that the examples omit, with their defaults, to which the graph is specialised."""
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1 + len(args) :]
     return {
         p.name: p.default
@@ -164,6 +185,7 @@ def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
 
 
 def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments in `example_inputs`."""
     if isinstance(example, Mapping):
         return (), dict(example)
     if isinstance(example, tuple):
@@ -171,14 +193,15 @@ def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(example, Tensor):
         return (example,), {}
     raise TypeError(
-        f"example_inputs is a tuple of the forward's arguments, or a dict of its keyword arguments, got "
-        f"{type(example).__name__}: example_inputs=(torch.randn(8, 3, 32, 32),)."
+        f"example_inputs must be a tuple of arguments of the forward, such as (torch.randn(8, 3, 32, 32),), or a dict "
+        f"of keyword arguments, got {type(example).__name__}."
     )
 
 
 def _exported(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Exported:
+    """Export `root` in its current mode as one flat graph, with the origin of each node."""
     program = _export(root, args, kwargs, dynamic_shapes)
     with warnings.catch_warnings(), keywords_as_names(), recorded_guards() as guards:
         warnings.simplefilter("ignore")
@@ -186,7 +209,7 @@ def _exported(
     graph = module.graph
     inline_grad_modes(module, graph)
     parts: dict[str, Any] = {}
-    # A module under several names has sites under the first, as in symbolic tracing
+    # The sites of a module with several names have the first name, as in symbolic tracing
     first = {module: path for path, module in root.named_modules()}
     names = {path: first[m] for path, m in root.named_modules(remove_duplicate=False)}
     for node in list(graph.nodes):
@@ -207,6 +230,7 @@ def _exported(
 def _export(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Any:
+    """The exported program. Without `dynamic_shapes` the first dimensions are dynamic if that can be exported."""
     attempts = (
         [dynamic_shapes]
         if dynamic_shapes is not None
@@ -234,20 +258,20 @@ def _export(
         except FreegradWarning as warning:
             raise CaptureError(
                 f"a part of {type(root).__name__} has backward rules already, which torch.export drops. Transform the "
-                f"model without example_inputs: symbolic tracing keeps them; or transform the original parts at once. "
-                f"If its rules are those of use() blocks alone, ambient=True lets the whole model follow them."
+                f"model without example_inputs, because symbolic tracing keeps these rules; or transform the original "
+                f"model as a whole. If the rules come from use() blocks only, transform with ambient=True."
             ) from warning
         except Exception as error:
             failure = error
     first = str(failure).strip().partition("\n")[0]
     raise CaptureError(
-        f"{type(root).__name__} cannot be captured from the example inputs: torch.export says "
-        f"{type(failure).__name__}: {first[:300]}. freegrad_fx.compile(model, rules) takes any program."
+        f"{type(root).__name__} cannot be captured from the example inputs: torch.export raised "
+        f"{type(failure).__name__}: {first[:300]}. Use freegrad_fx.compile(model, rules), which accepts any program."
     ) from failure
 
 
 def _batch_is_dynamic(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Leave the first dimension of every tensor to export: dynamic where the model allows it."""
+    """Dynamic shapes: the first dimension of every tensor is dynamic where the model allows it."""
 
     def spec(value: Any) -> Any:
         return (
@@ -263,6 +287,7 @@ def _batch_is_dynamic(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def _origin(node: fx.Node, names: Mapping[str, str]) -> Origin:
+    """The origin of a node of an exported graph."""
     stack = node.meta.get("nn_module_stack") or {"": ("", "")}
     owner = next(reversed(stack.values()))[0]
     source = ""
@@ -275,7 +300,7 @@ def _origin(node: fx.Node, names: Mapping[str, str]) -> Origin:
 
 
 def _adopt(root: nn.Module, exported: Exported, label: str) -> None:
-    """Give the model the modules and constants that the export made, under names of their own."""
+    """Add the modules and constants that the export created to the model, under unused names."""
     for target, part in exported.parts.items():
         name = re.sub(r"\W+", "_", f"captured_{label}_{target}".replace("__", "_"))
         while hasattr(root, name):

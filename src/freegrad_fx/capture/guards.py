@@ -1,4 +1,4 @@
-"""What an exported graph checks of the inputs of each call."""
+"""The checks of an exported graph on the inputs of each call."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ __all__ = ["Guards", "ranks", "recorded_guards"]
 
 
 class Guards(nn.Module):
-    """Raises where a call breaks what the export took for granted.
+    """Raises `CaptureError` if the inputs of a call do not satisfy the assumptions of the export.
 
     Args:
-        checks: Python expressions of ``args``, the flat inputs, each with the words for it.
+        checks: Python expressions of ``args``, the flat inputs, each with its description.
     """
 
     def __init__(self, checks: tuple[tuple[str, str], ...]) -> None:
@@ -36,8 +36,8 @@ class Guards(nn.Module):
                 recording.append(f"    torch._assert({expression}, messages[{number}])")
         messages = [
             f"the model was captured for inputs with {words}, and is called with others. Give transform() "
-            f"dynamic_shapes=... for what may change, or example inputs of the kind you call it with (a batch of 1 "
-            f"makes the batch fixed: give at least 2)."
+            f"dynamic_shapes=... for the dimensions that change, or example inputs with the sizes of the calls. An "
+            f"example with a batch of 1 makes the batch size constant; use at least 2."
             for _, words in self.checks
         ]
 
@@ -51,7 +51,7 @@ class Guards(nn.Module):
             self.__dict__[f"_{function}"] = exporting.traced_in_full(names[function])
 
     def forward(self, *args: Any) -> None:
-        """Check one call's flat inputs."""
+        """Check the flat inputs of a call."""
         self.__dict__["_record" if has_torch_function(args) else "_check"](*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -62,7 +62,7 @@ class Guards(nn.Module):
 
 
 def ranks(graph: fx.Graph) -> Iterator[tuple[str, str]]:
-    """Checks of the number of dimensions, which export takes for granted."""
+    """Checks of the number of dimensions and of None, for which export writes no guards."""
     for index, node in enumerate(n for n in graph.nodes if n.op == "placeholder"):
         value = node.meta.get("val")
         if isinstance(value, Tensor):
@@ -74,7 +74,7 @@ def ranks(graph: fx.Graph) -> Iterator[tuple[str, str]]:
 
 @contextlib.contextmanager
 def recorded_guards() -> Iterator[list[tuple[str, str]]]:
-    """The guards that `ExportedProgram.module` writes, as expressions that can be pickled."""
+    """Collect the guards that `ExportedProgram.module` writes, as expressions that can be pickled."""
     found: list[tuple[str, str]] = []
 
     def recording(write: Callable[..., Any]) -> Callable[..., Any]:

@@ -1,4 +1,4 @@
-"""Two modes, one graph: what the exported graphs of train and eval mode have in common reads the flags."""
+"""Merges the exported graphs of train and eval mode into one graph that reads the `training` flags."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Exported:
 
     Attributes:
         graph: The graph.
-        parts: The modules and constants in it that are not the model's, by the names that the graph gives them.
+        parts: The modules and constants that the export created, by their names in the graph.
     """
 
     graph: fx.Graph
@@ -31,12 +31,12 @@ class Exported:
 
 @dataclass(frozen=True)
 class FlagRead:
-    """One reading of a `training` flag during an export.
+    """One read of a `training` flag during an export.
 
     Attributes:
-        reader: The path of the module whose method read it; None where none did.
-        read: The path of the module whose flag it is.
-        users: Whether the reading code is not PyTorch's.
+        reader: The path of the module whose method reads the flag; None if the code is not a method of a module.
+        read: The path of the module that has the flag.
+        users: Whether the code that reads the flag is user code, not code of PyTorch.
     """
 
     reader: str | None
@@ -45,13 +45,21 @@ class FlagRead:
 
 
 def merge(train: Exported, evaluation: Exported, reads: Collection[FlagRead]) -> list[str]:
-    """Make both graphs read the flags wherever they differ in constants that came from them.
+    """Replace constants that came from `training` flags by reads of the flags, in both graphs.
 
-    A constant is taken to come from the flag of the module that owns its node, unless the owner read flags of others.
+    A constant that is True in train mode and False in eval mode is attributed to the flag of the module that owns its
+    node, unless this module reads the flag of another module. The counters of BatchNorm layers, which only the graph of
+    train mode has, are added to the graph of eval mode.
+
+    Args:
+        train: The graph of train mode; it is changed.
+        evaluation: The graph of eval mode; it is changed.
+        reads: The flags that were read during the exports.
 
     Returns:
-        The paths of the modules whose code differs otherwise: these have to be in one mode together, and each graph
-        is right in its own. Empty where the graphs are the same, and right in every mode.
+        The sorted paths of the modules whose code differs in another way, and of those on whose flags they branch. Each
+        graph is valid if all these modules are in its mode. If there are none, the graphs are equal, and valid in every
+        mode.
     """
     counters = [node for node in train.graph.nodes if _counts_batches(node)]
     mine = [node for node in train.graph.nodes if node not in counters]
@@ -82,7 +90,7 @@ def merge(train: Exported, evaluation: Exported, reads: Collection[FlagRead]) ->
 
 
 def _concerns(reader: str | None, owners: Collection[str]) -> bool:
-    """Whether a branch in a module's method can be why the code of one of some owners differs: it is in that module."""
+    """Whether a branch in a method of `reader` can be the reason for differences in the code of `owners`."""
     return bool(owners) and (
         not reader or any(owner == reader or owner.startswith(f"{reader}.") for owner in owners)
     )
@@ -97,7 +105,7 @@ def _structure(graph: fx.Graph) -> Any:
 
 
 def _key(node: fx.Node, parts: dict[str, Any]) -> tuple[Any, ...]:
-    """What two nodes have to have in common to stand for each other."""
+    """The key of a node. Two nodes of different graphs can correspond to each other if their keys are equal."""
     part = parts.get(str(node.target)) if node.op in ("get_attr", "call_module") else None
     if node.op in ("placeholder", "output"):
         return (node.op,)
@@ -114,12 +122,13 @@ def _key(node: fx.Node, parts: dict[str, Any]) -> tuple[Any, ...]:
 
 
 def _outline(part: nn.Module) -> list[str]:
+    """The nodes of a graph module as text."""
     graph = getattr(part, "graph", None)
     return [f"{n.op} {n.target} {n.args} {n.kwargs}" for n in graph.nodes] if graph else []
 
 
 def _counts_batches(node: fx.Node) -> bool:
-    """Whether a node is the counter of a BatchNorm in train mode."""
+    """Whether a node increments the batch counter of a BatchNorm layer."""
     counter = node.args[0] if node.args else None
     return (
         node.target is torch.ops.aten.add_.Tensor
@@ -131,7 +140,7 @@ def _counts_batches(node: fx.Node) -> bool:
 
 
 def _count_in_every_mode(counter: fx.Node, evaluation: fx.Graph) -> None:
-    """Add the flag, which is 1 in train mode, in both graphs."""
+    """Make both graphs add the flag to the counter: 1 in train mode, 0 in eval mode."""
     buffer = counter.args[0]
     assert isinstance(buffer, fx.Node)
     counter.update_arg(1, _flag(counter))
@@ -145,7 +154,7 @@ def _count_in_every_mode(counter: fx.Node, evaluation: fx.Graph) -> None:
 
 
 def _flag(node: fx.Node) -> fx.Node:
-    """A node, in front of `node`, that reads the flag of its owner."""
+    """Insert a node before `node` that reads the flag of its owner."""
     owner = _owner(node)
     with node.graph.inserting_before(node):
         flag = node.graph.create_node("get_attr", f"{owner}.training" if owner else "training")
@@ -154,7 +163,7 @@ def _flag(node: fx.Node) -> fx.Node:
 
 
 def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> list[int] | None:
-    """The positions at which `a` has True and `b` False; None if they differ otherwise."""
+    """The positions of arguments that are True in `a` and False in `b`; None if the nodes differ in another way."""
     b_args, b_kwargs = fx.map_arg((b.args, b.kwargs), lambda n: same.get(n, n))
     if len(a.args) != len(b_args):
         return None
@@ -168,7 +177,7 @@ def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> li
 
 
 def _equal(mine: Any, yours: Any) -> bool:
-    """Equal, where two nodes of different graphs that stand for nothing common may stand for each other."""
+    """Whether two arguments are equal. A node without a counterpart counts as equal to every node."""
     if isinstance(mine, fx.Node) and isinstance(yours, fx.Node):
         return mine is yours or mine.graph is not yours.graph
     if isinstance(mine, tuple | list) and isinstance(yours, tuple | list):

@@ -1,4 +1,4 @@
-"""The proxies that stand for values while a model is traced."""
+"""The proxies that represent values while a model is traced."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
 class RecordingProxy(Proxy):
-    """A proxy that records in-place operators, which FX makes out of place, and assertions."""
+    """A proxy that records in-place operators, which FX would replace by out-of-place ones, and assertions."""
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(Tensor, name):
-            raise TraceError(f"assigning to the attribute {name!r} of a tensor cannot be traced")
+            raise TraceError(
+                f"an assignment to the attribute {name!r} of a tensor cannot be traced"
+            )
         super().__setattr__(name, value)
 
     def __setitem__(self, key: Any, value: Any) -> None:
@@ -53,11 +55,11 @@ for _name in (*_INPLACE, *_INPLACE_BITS):
 
 
 def _asserts(frame: FrameType) -> bool:
-    """Whether a frame is deciding an `assert`, where False would raise."""
+    """Whether a frame evaluates the condition of an `assert` statement."""
     instructions = list(dis.get_instructions(frame.f_code))
     at = next((i for i, ins in enumerate(instructions) if ins.offset == frame.f_lasti), None)
     if at is not None and instructions[at].opname in ("TO_BOOL", "COMPARE_OP"):
-        at += 1  # since Python 3.13 the truth is asked for before the jump
+        at += 1  # since Python 3.13 a separate instruction converts to bool before the jump
     if at is None or at >= len(instructions) or "JUMP" not in instructions[at].opname:
         return False
     jump = instructions[at]
@@ -78,7 +80,7 @@ def _on_tensor(name: str) -> Callable[..., Any]:
 
 
 class TensorProxy(RecordingProxy):
-    """A parameter or buffer: its shape is a fact, not a proxy."""
+    """A proxy for a parameter or buffer. Its shape is known, so it is not a proxy."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
@@ -92,7 +94,7 @@ for _name in ("size", "dim", "numel", "__len__"):
 
 
 class FlagProxy(RecordingProxy):
-    """A `training` flag: compared or looked up it is what the trace takes it for, as in a branch."""
+    """A proxy for a `training` flag. Comparing or hashing it counts as a branch and uses the assumed value."""
 
     def __eq__(self, other: object) -> bool:
         return bool(self) == other
@@ -110,7 +112,7 @@ class FlagProxy(RecordingProxy):
 
 
 def any_proxy(*values: Any) -> bool:
-    """Whether a proxy is among some values, or in the containers among them."""
+    """Whether one of some values is a proxy or contains one."""
     found = False
 
     def look(value: Any) -> Any:

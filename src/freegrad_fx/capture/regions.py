@@ -1,4 +1,4 @@
-"""What torch.export takes apart or makes graphs of their own, put back into one graph."""
+"""Restores in one graph what torch.export decomposes or moves into nested graphs."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from .merge import Exported
 __all__ = ["collapse", "find", "hidden_regions", "inline_grad_modes"]
 
 
-# Functions that export takes apart, and that are one activation to the user.
+# Functions that export decomposes and that are one activation for the user
 _COMPOSITES = {
     "function.softsign": F.softsign,
     "function.tanhshrink": F.tanhshrink,
@@ -27,7 +27,7 @@ _COMPOSITES = {
 
 
 def find(module: nn.Module, target: str) -> Any:
-    """What stands at a dotted path in a module; None where nothing does."""
+    """The attribute of a module at a dotted path; None if there is none."""
     found: Any = module
     for name in target.split("."):
         found = getattr(found, name, None)
@@ -35,10 +35,13 @@ def find(module: nn.Module, target: str) -> Any:
 
 
 def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
-    """Put `no_grad` regions, which export makes graphs of their own, back between two changes of the grad mode."""
+    """Inline `no_grad` regions, which export makes nested graphs, between two changes of the grad mode."""
     for node in list(graph.nodes):
         if node.target is torch.ops.higher_order.wrap_with_autocast:
-            raise CaptureError("torch.autocast inside a forward cannot be put into a graph")
+            raise CaptureError(
+                "torch.autocast inside a forward cannot be captured by torch.export. Enter it around the call of the "
+                "model."
+            )
         if node.target is not torch.ops.higher_order.wrap_with_set_grad_enabled:
             continue
         enabled, holder, *operands = node.args
@@ -71,7 +74,7 @@ def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
 
 
 def collapse(graph: fx.Graph) -> None:
-    """Make one node again of the activations that export takes apart: a rule is meant for the whole."""
+    """Replace the nodes of a decomposed activation by one call, so that a rule applies to the activation."""
     groups: dict[str, list[fx.Node]] = {}
     for node in graph.nodes:
         call, function = node.meta.get("torch_fn", ("", ""))
@@ -93,12 +96,13 @@ def collapse(graph: fx.Graph) -> None:
 
 
 def hidden_regions(exported: Exported) -> Iterator[Opaque]:
-    """Regions that stay graphs of their own (checkpoints, conditionals)."""
+    """The regions that remain nested graphs, such as checkpoints and conditionals."""
     for node in exported.graph.nodes:
         if node.op == "get_attr" and isinstance(
             exported.parts.get(str(node.target)), fx.GraphModule
         ):
             user = next(iter(node.users), node)
             owner = node.meta[META]
-            what = f"the region of {getattr(user.target, '__name__', user.target)}, kept whole"
-            yield Opaque(owner.owner, what, "it is a graph of its own", owner.source)
+            name = getattr(user.target, "__name__", user.target)
+            what = f"the region of {name}, kept as one opaque call"
+            yield Opaque(owner.owner, what, "it is a nested graph", owner.source)

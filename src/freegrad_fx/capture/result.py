@@ -1,4 +1,4 @@
-"""What a capture is."""
+"""The result of a capture."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ __all__ = ["Capture"]
 
 @dataclass(frozen=True)
 class Capture:
-    """A model as graphs.
+    """A captured model.
 
     Attributes:
         root: The structural copy of the model that the graphs run on.
         class_name: The name of the model's class.
         variants: The graphs.
-        opaque: What was kept whole.
-        lost: What the graphs cannot do that the model did.
+        opaque: The calls that were not traced into.
+        lost: What the model does and the graphs do not.
     """
 
     root: nn.Module

@@ -1,4 +1,4 @@
-"""Symbolic capture: the copy of a model is traced, once for every branch that it takes on a `training` flag."""
+"""Symbolic capture: the copy of a model is traced once for every combination of `training` flags it branches on."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def capture_symbolically(
     trace = partial(_trace, model, root, leaf_types, specialised)
     found = _variants(trace)
     if found is None:
-        # A flag was used in a way that a proxy cannot see (`training is True`): every reading is a branch.
+        # A flag was used in a way that a proxy cannot intercept (`training is True`): every read counts as a branch
         found = _variants(partial(trace, concrete_flags=True)) or []
     if not found or len(found) > MAX_VARIANTS:
         found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
@@ -64,9 +64,10 @@ def _both_modes(root: nn.Module) -> list[dict[str, bool]]:
 
 
 def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
-    """Follow both sides of every branch on a flag; None where the graphs do not mean what plain flags would.
+    """Trace both sides of every branch on a flag.
 
-    Where there are more variants than may be kept, one more than that is returned.
+    Returns:
+        The traces, at most ``MAX_VARIANTS + 1``; None if a graph differs from the one that plain flags would give.
     """
     pending: list[dict[str, bool]] = [{}]
     found: list[_Traced] = []
@@ -88,7 +89,7 @@ def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
 
 
 def _outline(graph: fx.Graph, flags: Mapping[str, bool]) -> list[tuple[Any, ...]]:
-    """A graph without its names, and with flags for what they are taken for."""
+    """The nodes of a graph without their names, and with the assumed values in place of flags."""
     rows: list[tuple[Any, ...]] = []
     stands_for: dict[fx.Node, Any] = {}
     for node in graph.nodes:
@@ -102,7 +103,7 @@ def _outline(graph: fx.Graph, flags: Mapping[str, bool]) -> list[tuple[Any, ...]
 
 
 def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of the forward that are constants: those with a default, keyword collections, and what is asked."""
+    """The arguments of the forward that are constants: those with a default, ``**kwargs``, and `concrete_args`."""
     parameters = inspect.signature(type(root).forward).parameters
     for name in concrete_args:
         if name not in list(parameters)[1:]:
@@ -126,7 +127,7 @@ def _trace(
     concrete_flags: bool = False,
     verifies: frozenset[str] | None = None,
 ) -> _Traced:
-    """Trace one variant; once more, and with a sharper eye, where the first trace drew random numbers or kept state."""
+    """Trace one variant, and again with more checks if the first trace drew random numbers or changed Python state."""
     random = RandomState()
     with LOCK, random.restored_on_error():
         make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags, verifies)
@@ -137,8 +138,9 @@ def _trace(
         drawn, watched = random.drawn_from(), _state_kept(root, tracer)
         if "" in whole:
             raise CaptureError(
-                f"{type(root).__name__} cannot be captured: {whole['']}, and a graph would do so once and for ever. "
-                f"Make it a buffer, or move that part into a submodule: it is then kept whole."
+                f"{type(root).__name__} cannot be captured: {whole['']}. A graph would not repeat the change at each "
+                f"call. Make the attribute a buffer, or move that part into a submodule, which is then kept as one "
+                f"opaque call."
             )
         if drawn or watched or whole:
             random.restore()
@@ -150,14 +152,15 @@ def _trace(
             if random.drawn_from():
                 raise CaptureError(
                     f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
-                    f"functions (random, numpy.random, or a generator): a graph would repeat one draw for ever. Use "
-                    f"torch.rand(()), or move that part into a submodule: it is then kept whole."
+                    f"functions (random, numpy.random, or a generator). A graph would reuse the same numbers at each "
+                    f"call. Use torch.rand(()), or move that part into a submodule, which is then kept as one opaque "
+                    f"call."
                 )
     return tracer, graph, forgotten
 
 
 def _state_kept(root: nn.Module, tracer: Tracer) -> frozenset[tuple[str, str]]:
-    """The attributes that the forward assigns and that had a value before which a graph would not read anew."""
+    """The attributes that the forward assigns, if the previous value would become a constant of a graph."""
     return frozenset(
         (path, name)
         for path, name in tracer.assigned
@@ -182,29 +185,29 @@ def _traced(tracer: Tracer, root: nn.Module) -> fx.Graph:
         raise CaptureError(
             f"{type(root).__name__} cannot be captured: {tracer.explain(error)}\n"
             f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
-            "The forward of the model itself does there what a symbolic trace cannot follow, such as a branch on the "
-            f"values or shapes of its inputs. {_remedies(tracer)}or move that part into a submodule: it is then kept "
-            "whole, and the rest is rewritten."
+            "This line of the model's own forward cannot be traced symbolically, for example because it branches on "
+            f"the values or shapes of its inputs. {_remedies(tracer)}or move that part into a submodule, which is then "
+            "kept as one opaque call while the rest is rewritten."
             + "".join(
-                f" If it needs keywords in **{c}: concrete_args={{{c!r}: torch.fx.PH}}."
+                f" If the forward needs keywords in **{c}, give concrete_args={{{c!r}: torch.fx.PH}}."
                 for c in collects
             )
         ) from error
 
 
 def _remedies(tracer: Tracer) -> str:
-    """The other ways in that take what a symbolic trace does not, the first that works first."""
+    """The other ways to capture a model that cannot be traced symbolically, the first choice first."""
     if any(node.target is apply_function for node in tracer.graph.nodes):
-        # what export would refuse
-        return "Compile it: freegrad_fx.compile(model, rules), which keeps the model's autograd.Function as it is; "
+        # torch.export would refuse the Function
+        return "Compile it with freegrad_fx.compile(model, rules), which keeps the model's autograd.Function; "
     return (
-        "Give example_inputs=(...) to capture it by torch.export; or compile it, freegrad_fx.compile(model, rules), "
-        "which takes any program; "
+        "Give example_inputs=(...) to capture it by torch.export; or compile it with freegrad_fx.compile(model, "
+        "rules), which accepts any program; "
     )
 
 
 def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Lost]:
-    """Undo what the traced forward did to the attributes of the copy, and name what the graph will not do."""
+    """Restore the attributes that the traced forward changed, and list those that the graph does not assign."""
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
         for name in set(original.__dict__) | set(traced.__dict__):
             if name in ATTRIBUTES_OF_EVERY_MODULE:
@@ -218,5 +221,5 @@ def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterat
             else:
                 traced.__dict__.pop(name, None)
             if not assigned:
-                reason = "the forward puts tensors into it; the graph does not"
+                reason = "the forward stores tensors in it; the graph does not"
                 yield Lost(path, f"attribute {name!r}", reason)

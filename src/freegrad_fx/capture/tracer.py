@@ -1,20 +1,18 @@
 """The tracer: one symbolic trace of one variant of a model.
 
-A module's `training` flag is read by the graph at run time; a branch on one is noted. What cannot be traced below the
-root is kept whole and listed.
+The graph reads the `training` flags of modules at run time. A branch on a flag is recorded, because each side of it
+needs a graph. A submodule that cannot be traced is kept as one opaque call and listed.
 """
 
 from __future__ import annotations
 
 import copy
-import dis
 import enum
-import functools
 import math
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType, MappingProxyType
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -23,15 +21,15 @@ from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .._torch import graphs, tree
+from .._torch import graphs
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..errors import CaptureError
 from ..graph.provenance import META, Origin, caller, innermost
-from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque
 from ..vocabulary.recognition import recognise
+from .inventory import compares_identity, held_tensors, tensor_names
 from .patches.random import RandomState
 from .patches.symbolic import patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
@@ -42,18 +40,28 @@ T = TypeVar("T")
 
 
 class Tracer(graphs.Tracer):
-    """Traces one variant of a model: one set of values for the `training` flags it branches on.
+    """Traces one variant of a model: one set of values for the `training` flags that the model branches on.
 
     Args:
-        leaf_types: Module classes to keep whole.
-        assumed: Values for `training` flags; True for others.
-        specialised: Arguments of the forward that are constants.
-        concrete_flags: Read flags as the values they are assumed to have, and count each reading as a branch.
-        verifies: Read flags as plain values and as no branch, and keep whole these paths: those that the trace to be
-            verified kept whole for branching on their mode.
-        watch_random: Keep whole what draws random numbers outside of the graph.
-        watched: Attributes that the forward assigns, and must not read before, by module path and name.
-        whole: Paths of modules to keep whole, with the reason.
+        leaf_types: Module classes to keep as one opaque call.
+        assumed: The values of `training` flags, by module path. Other flags are assumed to be True.
+        specialised: The values of the arguments of the forward that are constants.
+        concrete_flags: Return the assumed value, not a proxy, where a flag is read. Every read counts as a branch.
+        verifies: Return the assumed value where a flag is read, and record no branch. The argument holds the paths of
+            modules to keep as one opaque call: those in `siteless` of the tracer whose graph is verified.
+        watch_random: Keep a module as one opaque call if it draws random numbers outside of the graph.
+        watched: Attributes, by module path and name, that the forward assigns. Reading one before it is assigned
+            cannot be traced.
+        whole: The paths of modules to keep as one opaque call, with the reason.
+
+    Attributes:
+        siteless: The paths of modules that are kept as one opaque call because they branch on their mode and contain
+            no site.
+        flags: The flags that the forward branched on, with the value taken.
+        flags_read: Whether the forward read a flag.
+        assigned: The attributes that the forward assigned, by module path and name.
+        opaque: The calls that were not traced into.
+        lost: What the graph does not do.
     """
 
     def __init__(
@@ -67,7 +75,7 @@ class Tracer(graphs.Tracer):
         watched: frozenset[tuple[str, str]] = frozenset(),
         whole: Mapping[str, str] = MappingProxyType({}),
     ) -> None:
-        # `math.floor(x)` and its kin are calls to be recorded, as `math.sqrt` is by default
+        # All functions of `math` are recorded; FX does so by default for some of them
         super().__init__(autowrap_modules=(math,))
         self.leaf_types = leaf_types
         self.assumed = assumed
@@ -86,17 +94,17 @@ class Tracer(graphs.Tracer):
         self.opaque: list[Opaque] = []
         self.lost: list[Lost] = []
         self._attributes: dict[str, Proxy] = {}
-        self.asks_identity = False
+        self.compares_identity = False
         self._tensor_names: dict[int, str] = {}
         self._held: set[int] = set()
 
-    # -- what FX asks
+    # -- methods that torch.fx calls
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
-        """Trace a module; what it read and did not use is not in the graph."""
-        self.asks_identity = any(map(_asks_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
-        self._tensor_names = _tensor_names(root)
-        self._held = _held_tensors(root)
+        """Trace a module. Attributes that it reads and does not use are not in the graph."""
+        self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
+        self._tensor_names = tensor_names(root)
+        self._held = held_tensors(root)
         with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
         if self.refusals:
@@ -108,11 +116,11 @@ class Tracer(graphs.Tracer):
         return graph
 
     def proxy(self, node: fx.Node) -> Proxy:
-        """Stand for a node's value."""
+        """Make the proxy for the value of a node."""
         return RecordingProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        """Keep a module one call: those of torch.nn, scripted ones, and what the caller wants whole."""
+        """Whether the call of a module is one node: for modules of torch.nn, scripted modules and `leaf_types`."""
         if isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)):
             return True
         # A parametrized module has a class of torch.nn.utils
@@ -120,7 +128,7 @@ class Tracer(graphs.Tracer):
         return kind.__module__.startswith(("torch.nn", "torch.ao.nn")) and kind is not nn.Sequential
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
-        """Make a node, and write on it where it comes from."""
+        """Make a node, and write its origin on it."""
         if kind == "output":
             self._record_assignments()
         node = super().create_node(kind, *args, **kwargs)
@@ -129,15 +137,15 @@ class Tracer(graphs.Tracer):
         return node
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Give the proxy of a parameter or buffer that a module is asked for."""
+        """Return a proxy in place of a parameter or buffer of a module."""
         if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
             return attr_val
         proxy = self.known_tensor(attr_val)
         return attr_val if proxy is None else proxy
 
     def create_arg(self, a: Any) -> Any:
-        """Turn a value into an argument of a node; a subclass of dict or list stays one."""
-        # FX would make a plain dict or list of it
+        """Make an argument of a node from a value. Subclasses of dict and list are preserved."""
+        # FX would convert it to a plain dict or list
         if isinstance(a, dict | list) and type(a) not in (
             dict,
             list,
@@ -154,7 +162,7 @@ class Tracer(graphs.Tracer):
         return argument
 
     def to_bool(self, obj: Proxy) -> bool:
-        """Decide a branch: on a flag as assumed, on anything else not at all."""
+        """Return the assumed value of a flag. Raise an error for other proxies, which cannot be branched on."""
         path = flag_path(obj.node)
         if path is None:
             self.refusals += 1
@@ -162,11 +170,11 @@ class Tracer(graphs.Tracer):
         return self._taken(path)
 
     def argument_proxy(self, name: str, default: Callable[[], Any]) -> Any:
-        """Stand for an argument of the forward: open, or the constant that it is specialised to."""
+        """Make the proxy for an argument of the forward, or the constant that the argument is specialised to."""
         plain = name.lstrip("*")
         if plain not in self.specialised:
             proxy = default()
-            if plain == name and self.asks_identity:
+            if plain == name and self.compares_identity:
                 self.create_proxy("call_function", require_open, (proxy, name), {})
             return proxy
         value = self.specialised[plain]
@@ -177,7 +185,7 @@ class Tracer(graphs.Tracer):
         return _Constant(value)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
-        """Make the arguments of the forward, constants among them."""
+        """Make the arguments of the forward, including the constants."""
         function, values = super().create_args_for_root(*args, **kwargs)
         return function, [v.value if isinstance(v, _Constant) else v for v in values]
 
@@ -188,52 +196,27 @@ class Tracer(graphs.Tracer):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> Any:
-        """Trace into a module, or keep it one call."""
+        """Trace into a module, or record its call as one node."""
         if threading.get_ident() != self.thread:
             return forward(*args, **kwargs)
         path = (self.submodule_paths or {}).get(m)
         if path is None:
-            # Made inside a forward, or kept in a list: what it computes is its caller's
+            # Created in a forward, or kept in a list: its operations belong to the caller
             return m.forward(*args, **kwargs)
         if self.is_leaf_module(m, path):
             return super().call_module(m, forward, args, kwargs)
         if path in (self.verifies or ()):
-            return self._call_whole(m, path, args, kwargs)
+            return self._call_opaque(m, path, args, kwargs)
         if path in self.whole:
-            _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", self.whole[path]))
-            return self._call_whole(m, path, args, kwargs)
+            self._note_opaque(m, path, self.whole[path])
+            return self._call_opaque(m, path, args, kwargs)
         if has_hooks(m):
-            reason = "they would be run on the trace instead of on each call; register them on a leaf or on the root"
+            reason = "they would run on the trace instead of on each call; register them on a leaf or on the root"
             _note(self.lost, Lost(path, f"the hooks of the container {type(m).__name__}", reason))
             forward = m.forward
-        before = _State(self)
-        random = RandomState() if self.watch_random else None
-        try:
-            result = super().call_module(m, forward, args, kwargs)
-            if random is not None and random.drawn_from():
-                random.restore()
-                raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
-            if self.refusals != before.refusals:
-                raise TypeError(_CAUGHT)
-        except CaptureError:
-            raise
-        except Exception as error:
-            before.restore()
-            where = innermost(error.__traceback__)
-            reason = self.explain(error)
-            _note(self.opaque, Opaque(path, f"{type(m).__name__}, kept whole", reason, where))
-            return self._call_whole(m, path, args, kwargs)
-        if set(self.flags) - before.flags.keys() and not self._has_sites(
-            before, m, forward, args, kwargs
-        ):
-            # A module that branches on its mode, and in which no backward could be replaced (stochastic depth, noise):
-            # called whole, it needs no graph for each of its branches.
-            before.restore()
-            self.siteless.add(path)
-            return self._call_whole(m, path, args, kwargs)
-        return result
+        return self._trace_or_call_opaque(m, path, forward, args, kwargs)
 
-    # -- what the patches ask
+    # -- methods that the patches call
 
     def training_flag(self, module: nn.Module) -> Any:
         """See `patches.Recorder`."""
@@ -270,26 +253,72 @@ class Tracer(graphs.Tracer):
             return False
         self.assigned[path, name] = value
         if name not in buffers_of(module):
-            return False  # carried out on the copy too, so that the rest of the forward reads it
+            return (
+                False  # the copy is assigned too, so that the rest of the forward reads the value
+            )
         self._attributes[f"{path}.{name}" if path else name] = value
         return True
 
-    # -- our own
+    # -- internals
 
     def _taken(self, path: str) -> bool:
+        """The assumed value of a flag, recorded as a branch."""
         return self.flags.setdefault(path, self.assumed.get(path, True))
 
-    def _call_whole(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
+    def _trace_or_call_opaque(
+        self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """Trace into a module; if that fails, or is not needed, keep it as one opaque call."""
+        before = _State(self)
+        try:
+            result = self._trace_into(m, forward, args, kwargs)
+        except CaptureError:
+            raise
+        except Exception as error:
+            before.restore()
+            self._note_opaque(m, path, self.explain(error), innermost(error.__traceback__))
+            return self._call_opaque(m, path, args, kwargs)
+        branches = self.flags.keys() - before.flags.keys()
+        if branches and not self._has_sites(before, m, forward, args, kwargs):
+            # A module that branches on its mode and contains no site (stochastic depth, noise) does not need a graph
+            # for each branch if it is kept as one call
+            before.restore()
+            self.siteless.add(path)
+            return self._call_opaque(m, path, args, kwargs)
+        return result
+
+    def _trace_into(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Trace into a module.
+
+        Raises:
+            TypeError: The module draws random numbers outside of the graph, or catches the error of a branch.
+        """
+        refusals = self.refusals
+        random = RandomState() if self.watch_random else None
+        result = super().call_module(m, forward, args, kwargs)
+        if random is not None and random.drawn_from():
+            random.restore()
+            raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
+        if self.refusals != refusals:
+            raise TypeError(_CAUGHT)
+        return result
+
+    def _call_opaque(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
+        """Record the call of a module as one node."""
         self.module_stack[path] = (path, type(m))
         try:
             return self.create_proxy("call_module", path, args, kwargs)
         finally:
             self.module_stack.popitem(last=True)
 
+    def _note_opaque(self, m: nn.Module, path: str, reason: str, source: str = "") -> None:
+        what = f"{type(m).__name__}, kept as one opaque call"
+        _note(self.opaque, Opaque(path, what, reason, source))
+
     def _has_sites(
         self, before: _State, m: nn.Module, forward: Any, args: Any, kwargs: Any
     ) -> bool:
-        """Whether a backward could be replaced in the module just traced, on either side of its branches."""
+        """Whether the module that was just traced contains a site, on either side of its branches."""
         if self._sites_since(before):
             return True
         after = _State(self)
@@ -333,24 +362,26 @@ class Tracer(graphs.Tracer):
         return proxy
 
     def explain(self, error: BaseException) -> str:
-        """Why something cannot be traced."""
+        """The reason why something cannot be traced, from the error that was raised."""
         if isinstance(error, AttributeError) and any(n == error.name for _, n in self.watched):
-            return f"it keeps state in the attribute {error.name!r} from call to call; make that a buffer"
+            return (
+                f"it keeps state in the attribute {error.name!r} between calls; make that a buffer"
+            )
         if isinstance(error, NameError) and "not a member of this module" in str(error):
-            return "it uses a parameter of a module that is not registered (kept in a list?); use nn.ModuleList"
+            return "it uses a parameter of a module that is not registered; use nn.ModuleList instead of a list"
         first = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first[:200]}"
 
 
 @dataclass(frozen=True)
 class _Constant:
-    """A constant argument on its way through FX, which would take a dict or tuple apart."""
+    """Wraps a constant argument, because FX would take a dict or tuple apart."""
 
     value: Any
 
 
 class _State:
-    """What a trace has recorded so far; it can be gone back to."""
+    """A snapshot of what a trace has recorded, to which the trace can be restored."""
 
     def __init__(self, tracer: Tracer) -> None:
         self.tracer = tracer
@@ -363,14 +394,14 @@ class _State:
         self.refusals = tracer.refusals
 
     def new_nodes(self) -> Iterator[fx.Node]:
-        """The nodes recorded since, the last first."""
+        """The nodes that were recorded after the snapshot, the last first."""
         for node in reversed(self.tracer.graph.nodes):
             if node is self.last:
                 return
             yield node
 
     def restore(self) -> None:
-        """Forget what was recorded since."""
+        """Remove what was recorded after the snapshot."""
         for node in list(self.new_nodes()):
             self.tracer.graph.erase_node(node)
         self.tracer.module_stack = copy.copy(self.module_stack)
@@ -382,54 +413,7 @@ class _State:
         self.tracer.refusals = self.refusals
 
 
-_CAUGHT = "the forward catches the error by which a trace says that it cannot follow a branch"
-
-
-@functools.lru_cache(maxsize=4096)
-def _asks_identity(kind: type[nn.Module]) -> bool:
-    """Whether a class's own code has `x is None` or its like, to which a proxy has one answer only."""
-    if kind.__module__.startswith("torch.nn."):
-        return False
-    codes = [
-        f.__code__
-        for c in kind.__mro__
-        for f in vars(c).values()
-        if isinstance(f, FunctionType)
-        and not c.__module__.startswith("torch.")
-        and f.__name__ != "__init__"
-    ]
-    return any(
-        i.opname == "IS_OP" or i.opname.endswith("_NONE")
-        for code in codes
-        for i in dis.get_instructions(code)
-    )
-
-
-def _tensor_names(root: nn.Module) -> dict[int, str]:
-    """The dotted name of every tensor of a model, by identity: parameters, buffers and plain attributes."""
-    names = {
-        id(value): f"{path}.{name}" if path else name
-        for path, module in root.named_modules()
-        for name, value in module.__dict__.items()
-        if isinstance(value, Tensor)
-    }
-    names.update({id(t): name for name, t in root.named_buffers()})
-    names.update({id(t): name for name, t in root.named_parameters()})
-    return names
-
-
-def _held_tensors(root: nn.Module) -> set[int]:
-    """The tensors, by identity, in the lists and dicts that the modules of a model have as attributes."""
-    attributes = [
-        value
-        for module in root.modules()
-        for name, value in module.__dict__.items()
-        if name not in ATTRIBUTES_OF_EVERY_MODULE
-        and isinstance(value, list | tuple | dict)
-        and not is_python_state(value)  # such as the strides of a convolution
-    ]
-    leaves = tree.leaves(attributes)
-    return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+_CAUGHT = "the forward branches on the value of a tensor, which cannot be traced, and catches the error that says so"
 
 
 def _note(notes: list[T], note: T) -> None:
@@ -438,7 +422,7 @@ def _note(notes: list[T], note: T) -> None:
 
 
 def flag_path(node: fx.Node) -> str | None:
-    """The path of the module whose `training` flag a node reads; None where it reads none."""
+    """The path of the module whose `training` flag a node reads; None for other nodes."""
     if node.op != "get_attr" or not isinstance(node.target, str):
         return None
     path, _, name = node.target.rpartition(".")
@@ -446,7 +430,7 @@ def flag_path(node: fx.Node) -> str | None:
 
 
 def _as_argument(value: Any) -> Any:
-    """A value as a graph can hold it; ``...`` for one that it cannot."""
+    """A value that a graph can hold as an argument; ``...`` for other values."""
     if isinstance(value, tuple | list) and type(value) in (tuple, list):
         return value if all(_as_argument(v) is not ... for v in value) else ...
     if type(value) is dict:

@@ -1,0 +1,64 @@
+"""What a tracer looks up in a model before it traces it: the names of its tensors, and how its code is written."""
+
+from __future__ import annotations
+
+import dis
+import functools
+from types import FunctionType
+
+from torch import Tensor, nn
+
+from .._torch import tree
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
+
+__all__ = ["compares_identity", "held_tensors", "tensor_names"]
+
+
+@functools.lru_cache(maxsize=4096)
+def compares_identity(kind: type[nn.Module]) -> bool:
+    """Whether the code of a module class contains `is` or `is not`, such as `x is None`.
+
+    Python does not ask a proxy for the result of such a test, so a trace always takes the same branch.
+    """
+    if kind.__module__.startswith("torch.nn."):
+        return False
+    codes = [
+        f.__code__
+        for c in kind.__mro__
+        for f in vars(c).values()
+        if isinstance(f, FunctionType)
+        and not c.__module__.startswith("torch.")
+        and f.__name__ != "__init__"
+    ]
+    return any(
+        i.opname == "IS_OP" or i.opname.endswith("_NONE")
+        for code in codes
+        for i in dis.get_instructions(code)
+    )
+
+
+def tensor_names(root: nn.Module) -> dict[int, str]:
+    """The dotted names of the parameters, buffers and tensor attributes of a model, by the identity of the tensor."""
+    names = {
+        id(value): f"{path}.{name}" if path else name
+        for path, module in root.named_modules()
+        for name, value in module.__dict__.items()
+        if isinstance(value, Tensor)
+    }
+    names.update({id(t): name for name, t in root.named_buffers()})
+    names.update({id(t): name for name, t in root.named_parameters()})
+    return names
+
+
+def held_tensors(root: nn.Module) -> set[int]:
+    """The identities of the tensors in lists, tuples and dicts that are attributes of the modules of a model."""
+    attributes = [
+        value
+        for module in root.modules()
+        for name, value in module.__dict__.items()
+        if name not in ATTRIBUTES_OF_EVERY_MODULE
+        and isinstance(value, list | tuple | dict)
+        and not is_python_state(value)  # such as the strides of a convolution
+    ]
+    leaves = tree.leaves(attributes)
+    return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
