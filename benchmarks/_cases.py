@@ -27,19 +27,27 @@ Shape: TypeAlias = tuple[int, ...]
 NATIVE = "native"
 NATIVE_RELU = "native relu"
 
-ELEMENTWISE = (
-    "d(Linear)", "d(ReLU)", "straight_through", "clipped_straight_through", "rectangular", "triangular", "fast_sigmoid",
-    "arctan", "scale", "reverse", "clip_value", "noise", "full_jam", "positive_jam", "rectangular_jam", "guided",
-)  # fmt: skip
-RULES = (*ELEMENTWISE, "clip_norm", "centralize")
+
+def is_elementwise(rule: fg.Rule) -> bool:
+    """Whether the first entry of the result depends only on the first entries of the gradient and the input."""
+    x = torch.ones(2)
+    results = []
+    for grad in (torch.tensor([1.0, 2.0]), torch.tensor([1.0, 3.0])):
+        torch.manual_seed(0)
+        results.append(rule.backward(grad, x=x, y=x)[0])
+    return torch.equal(*results)
+
+
+# The built-in rules.
+RULES = (*(rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)),)
+with torch.random.fork_rng(devices=[]):
+    ELEMENTWISE = (*(name for name in RULES if is_elementwise(fg.get(name))),)
 
 # A slope that SpikingJelly's SoftSign has, too.
 PARAMETERS: dict[str, dict[str, Any]] = {"fast_sigmoid": {"slope": 2.0}}
 
-# Rules that multiply with a mask of x, and can keep that instead of x.
-MASKED = (
-    "d(ReLU)", "clipped_straight_through", "rectangular", "positive_jam", "rectangular_jam", "guided",
-)  # fmt: skip
+# Rules that read x only through a mask, and can save the mask instead of x.
+MASKED = (*(name for name in RULES if fg.get(name).declaration.mask is not None),)
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import freegrad_fx as fg
+
 from ._cases import CHAIN, FUSED, MASKED, NATIVE, NATIVE_RELU, RULES, is_ours
 from ._measure import Comparison, Spread
 from ._peers import PEERS, peer_of
@@ -56,10 +58,9 @@ OTHERS = (
     "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam", *ON_HEAVISIDE,
 )  # fmt: skip
 LIGHT = ("rectangular", "rectangular, save=mask", "d(Linear)", "straight_through")
-OF_NOTHING = (
-    *GRADIENT_ALONE, "noise", "full_jam", "clip_norm", "centralize", "a rule of y",
-)  # fmt: skip
-OF_X = (*(name for name in RULES if name not in OF_NOTHING),)
+# Rules by what they save. A rule of y saves nothing more, as the next layer keeps its input.
+OF_NOTHING = (*(name for name in RULES if not fg.get(name).inputs), "a rule of y")
+OF_X = (*(name for name in RULES if "x" in fg.get(name).inputs),)
 OF_A_MASK = (*(f"{name}, save=mask" for name in MASKED),)
 
 TARGETS = (

@@ -78,11 +78,11 @@ def table(
 
 
 def families() -> dict[str, list[rules.Rule]]:
-    """The registered rules by the module that declares them, in the order of declaration."""
+    """The registered rules by their families, in the order of registration."""
     found: dict[str, list[rules.Rule]] = {}
     for name in rules.available():
         rule = rules.get(name)
-        found.setdefault(rule.function.__module__, []).append(rule)
+        found.setdefault(rule.declaration.family, []).append(rule)
     return found
 
 

@@ -1,4 +1,4 @@
-"""The declaration of a rule: all that is the same for every rule of its name, whatever its parameters are."""
+"""The declaration of a rule: everything that does not depend on the values of its parameters."""
 
 from __future__ import annotations
 
@@ -19,27 +19,29 @@ __all__ = ["Declaration", "tells_sign"]
 
 @dataclass(frozen=True, eq=False)
 class Declaration:
-    """What `register` makes of a function. Immutable, and one for each name.
+    """What `register` reads from a function and its own arguments. Immutable; there is one for each name.
 
     Attributes:
         name: The name in the registry.
         function: The formula, called as ``function(grad, [x], [y], **parameters)``.
-        inputs: Which of ``"x"`` and ``"y"`` the formula reads. Nothing else is saved for the backward.
-        parameters: The declared parameters.
+        inputs: Which of ``"x"`` and ``"y"`` the formula reads. Only these are saved for the backward.
+        parameters: The declared parameters, by name.
         keeps_shape: Whether the result has the shape of ``grad``.
-        reference: The paper or the peer the formula comes from.
-        requires: What has to hold of the parameters' values.
-        kinds: The kinds of sites that it can serve: ``"operation"``, ``"parameter"``.
-        sparse: Whether it maps a sparse gradient entry by entry, so that it can serve an embedding with
+        reference: The paper or the library that the formula comes from.
+        requires: The constraints on the values of the parameters.
+        kinds: The kinds of sites that the rule can serve: ``"operation"``, ``"parameter"``.
+        sparse: Whether the formula maps a sparse gradient entry by entry, so that the rule can serve an embedding with
             ``sparse=True``.
-        mask: What the formula reads of ``x``, where that is a mask alone: a function of ``x`` and parameters.
+        mask: For a formula that reads ``x`` only through a mask, the function that computes the mask from ``x`` and
+            parameters; otherwise None.
         mask_parameters: The parameters that the mask depends on.
-        gate: The formula, called as ``gate(grad, mask, [y], **parameters)``, where it reads a mask.
+        gate: For a formula that reads a mask, the formula, called as ``gate(grad, mask, [y], **parameters)``.
         fast: The formula in fewer passes over memory, for eager mode; see `register`.
-        examples: Values for the parameters that the formula is checked with, beside the defaults.
-        token: A text that stands for the formula, another one for another formula; ``""`` where no text can.
-        own: Whether it is one of this package, whose formulas are tested to change no argument.
-        takes_more: Whether it takes parameters that it does not declare, as FreeGrad's rules may.
+        examples: Values of the parameters that the rule is tested with, besides the defaults.
+        token: A text that identifies the formula in every process; ``""`` if the formula reads variables, so that no
+            text can identify it.
+        own: Whether this package defines the formula. Such formulas are tested not to change their arguments.
+        takes_more: Whether the rule accepts parameters that it does not declare, as rules of FreeGrad can.
     """
 
     name: str
@@ -62,26 +64,31 @@ class Declaration:
 
     @property
     def formula(self) -> str:
-        """The first line of the docstring of the rule: its mathematics."""
+        """The first line of the docstring of the rule, which is its formula."""
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
+    def family(self) -> str:
+        """The module that defines the rule: built-in rules are grouped by it."""
+        return str(getattr(self.function, "__module__", ""))
+
+    @property
     def defaults(self) -> dict[str, Any]:
-        """The parameters that have a default, with it."""
+        """The default values, by the name of the parameter. Parameters without a default are left out."""
         return {p.name: p.default for p in self.parameters.values() if not p.required}
 
     @property
     def reads_sign(self) -> bool:
-        """Whether the formula asks of ``x`` only where it is positive, which an output may tell as well."""
+        """Whether the formula reads only whether ``x > 0``. The output of a ReLU, for example, then replaces ``x``."""
         return self.mask is not None and getattr(self.mask, _SIGN, None) is self.mask
 
     def mask_of(self, x: Tensor, parameters: Mapping[str, Any]) -> Tensor:
-        """The mask that the formula reads of ``x``, for these parameters."""
+        """Compute the mask of ``x`` that the formula reads, for these parameters."""
         assert self.mask is not None
         return self.mask(x, **{name: parameters[name] for name in self.mask_parameters})
 
     def check(self, bound: Mapping[str, Any]) -> None:
-        """Raise `RuleError` if values are not what the rule requires of its parameters."""
+        """Raise `RuleError` if values do not satisfy the constraints of the rule."""
         for constraint in self.requires:
             if not constraint.holds(bound):
                 got = ", ".join(f"{name}={bound[name]!r}" for name in constraint.names)
@@ -92,6 +99,11 @@ _SIGN = "_freegrad_fx_tells_sign"
 
 
 def tells_sign(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Decorate a mask of ``x`` that is ``x > 0``: it can be read from any tensor that is positive where ``x`` is."""
-    setattr(mask, _SIGN, mask)  # itself: a function that wraps it takes over its attributes
+    """Mark a function as the mask ``x > 0``.
+
+    Any tensor that is positive exactly where ``x`` is positive gives the same mask.
+    """
+    setattr(
+        mask, _SIGN, mask
+    )  # the function itself, as a wrapper made with functools.wraps copies the attribute
     return mask
