@@ -176,15 +176,15 @@ def test_what_a_mask_has_to_be() -> None:
     def gate(grad: Tensor, mask: Tensor) -> Tensor:
         return grad * mask
 
-    with pytest.raises(fg.RuleError, match=r"names `mask` in its signature .* @register\('a'"):
+    with pytest.raises(fg.RuleError, match=r"has the argument `mask`, but .* @register\('a'"):
         fg.register("a")(gate)
-    with pytest.raises(fg.RuleError, match="registered without mask=, or the other way round"):
+    with pytest.raises(fg.RuleError, match="registered with mask=, but its signature"):
         fg.register("a", mask=positive)(lambda grad, x: grad)
-    with pytest.raises(fg.RuleError, match="asks for 'bound'; it takes x and, by keyword"):
+    with pytest.raises(fg.RuleError, match=r"has the argument 'bound'\. It must take x and"):
         fg.register("a", mask=lambda x, *, bound: x > bound)(gate)
-    with pytest.raises(fg.RuleError, match="asks for 'more'"):
+    with pytest.raises(fg.RuleError, match="has the argument 'more'"):
         fg.register("a", mask=lambda x, more: x > more)(gate)
-    with pytest.raises(fg.RuleError, match="`mask` stands in the place of `x`"):
+    with pytest.raises(fg.RuleError, match="`mask` of rule 'a' must replace `x`"):
         fg.register("a", mask=positive)(lambda grad, mask, x: grad)
     assert "a" not in fg.rules.available()
 
@@ -235,14 +235,14 @@ def test_complex_gradients() -> None:
 def test_wrong_things_to_save_are_named() -> None:
     with pytest.raises(fg.RuleError, match=r"'maks'.*Did you mean 'mask'"):
         fg.rules.rectangular(save="maks")
-    with pytest.raises(fg.RuleError, match=r"reads more than a mask.*d.ReLU., rectangular"):
+    with pytest.raises(fg.RuleError, match=r"no mask to save.*d.ReLU., rectangular"):
         fg.rules.fast_sigmoid(save="mask")
-    with pytest.raises(fg.RuleError, match="reads more than a mask"):
+    with pytest.raises(fg.RuleError, match="no mask to save"):
         fg.on("relu").backward("scale", save="mask")
-    with pytest.raises(fg.RuleError, match="thing to save"):
+    with pytest.raises(fg.RuleError, match="value of save="):
         fg.rules.d_relu(save="y")  # which a rewritten graph alone may do
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(fg.RuleError, match=r"'triangular' at site '' reads more of x than a mask"):
+    with pytest.raises(fg.RuleError, match=r"'triangular' at site '' reads x not only through a mask"):
         decoupled(torch.tanh(stop_gradient(x)), x, rule="triangular", save="mask")
 
 

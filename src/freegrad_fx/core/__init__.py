@@ -1,1 +1,1 @@
-"""What a backward rule is. Knows no rule by name, and nothing of graphs."""
+"""What a backward rule is. Does not know any rule by name, and does not know graphs."""

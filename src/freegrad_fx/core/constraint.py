@@ -1,6 +1,6 @@
-"""What a rule requires of its parameters, written as mathematics: ``"a <= b"``, ``"max_norm >= 0, eps > 0"``.
+"""Constraints on the parameters of a rule, written as mathematics: ``"a <= b"``, ``"max_norm >= 0, eps > 0"``.
 
-Knows numbers and names; of rules and tensors nothing.
+Works on names and numbers. Does not know rules or tensors.
 """
 
 from __future__ import annotations
@@ -26,16 +26,19 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.NotEq: operator.ne,
 }
 
-_FORM = 'A constraint compares parameters and numbers: requires="a <= b" or requires="0 <= p < 1, eps > 0".'
+_FORM = (
+    'A constraint compares parameters and numbers with <, <=, >, >= or !=, for example requires="a <= b" or '
+    'requires="0 <= p < 1, eps > 0".'
+)
 
 
 @dataclass(frozen=True)
 class Constraint:
-    """A chain of comparisons between parameters and numbers, all of which have to hold.
+    """A chain of comparisons between parameters and numbers. All comparisons must hold.
 
     Attributes:
-        text: The chain as mathematics, ``0 <= p < 1``.
-        names: The parameters in it.
+        text: The chain as mathematics, for example ``0 <= p < 1``.
+        names: The parameters that the chain names.
     """
 
     text: str
@@ -44,7 +47,11 @@ class Constraint:
     _comparisons: tuple[Callable[[Any, Any], bool], ...]
 
     def holds(self, values: Mapping[str, Any]) -> bool:
-        """Whether it holds for these values. It does where one of them is missing, or is no number."""
+        """Return whether the constraint holds for these values.
+
+        A constraint is not checked, and holds, if one of its parameters has no value or its value is not a number,
+        for example a tensor.
+        """
         if not all(isinstance(values.get(name), int | float) for name in self.names):
             return True
         operands = [values[o] if isinstance(o, str) else o for o in self._operands]
@@ -53,19 +60,24 @@ class Constraint:
 
 
 def read_constraints(rule: str, text: str, parameters: Collection[str]) -> tuple[Constraint, ...]:
-    """Read what `register` is given as `requires`.
+    """Parse the argument `requires` of `register`.
+
+    Args:
+        rule: The name of the rule, for errors.
+        text: Chains of comparisons, separated by commas.
+        parameters: The names of the rule's parameters.
 
     Raises:
-        RuleError: The text is no list of comparisons, or names what is no parameter of the rule.
+        RuleError: The text is not a list of comparisons, or it names an unknown parameter.
     """
     if not isinstance(text, str):
-        raise RuleError(f"rule {rule!r} requires {text!r}. {_FORM}")
+        raise RuleError(f"requires={text!r} of rule {rule!r} cannot be read. {_FORM}")
     if not text.strip():
         return ()
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError):
-        raise RuleError(f"rule {rule!r} requires {text!r}. {_FORM}") from None
+        raise RuleError(f"requires={text!r} of rule {rule!r} cannot be read. {_FORM}") from None
     chains = tree.elts if isinstance(tree, ast.Tuple) else [tree]
     return tuple(_read_chain(rule, chain, parameters) for chain in chains)
 
@@ -73,12 +85,12 @@ def read_constraints(rule: str, text: str, parameters: Collection[str]) -> tuple
 def _read_chain(rule: str, chain: ast.expr, parameters: Collection[str]) -> Constraint:
     text = ast.unparse(chain)
     if not isinstance(chain, ast.Compare) or any(type(c) not in _COMPARISONS for c in chain.ops):
-        raise RuleError(f"rule {rule!r} requires {text!r}. {_FORM}")
+        raise RuleError(f"requires={text!r} of rule {rule!r} cannot be read. {_FORM}")
     operands = tuple(_read_operand(rule, text, o) for o in (chain.left, *chain.comparators))
     names = tuple(dict.fromkeys(o for o in operands if isinstance(o, str)))
     for name in names:
         if name not in parameters:
-            raise RuleError(unknown(f"parameter in what rule {rule!r} requires:", name, parameters))
+            raise RuleError(unknown(f"parameter in requires= of rule {rule!r}:", name, parameters))
     return Constraint(text, names, operands, tuple(_COMPARISONS[type(c)] for c in chain.ops))
 
 
@@ -90,5 +102,5 @@ def _read_operand(rule: str, text: str, node: ast.expr) -> _Operand:
     except ValueError:
         value = None
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise RuleError(f"rule {rule!r} requires {text!r}. {_FORM}")
+        raise RuleError(f"requires={text!r} of rule {rule!r} cannot be read. {_FORM}")
     return value

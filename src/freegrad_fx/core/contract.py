@@ -1,7 +1,7 @@
-"""The vocabulary of a rule's signature, which is its declaration, and how a signature is read.
+"""The signature of a rule: which names it can have, and how it is read.
 
-Two signatures are understood: the package's own, ``rule(grad, x, y, *, parameters)``, and FreeGrad's,
-``fn(ctx, grad_out, tin, **params)``, which is made into the first.
+Two signatures are accepted: the package's own, ``rule(grad, x, y, *, parameters)``, and FreeGrad's,
+``fn(ctx, grad_out, tin, **params)``, which is converted into the first.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import functools
 import inspect
 import typing
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
@@ -26,52 +27,118 @@ __all__ = [
     "OPTIONS",
     "RESERVED",
     "SAVES",
+    "Formula",
     "adapted",
     "arguments_of",
-    "gated",
-    "mask_parameters",
-    "read_signature",
+    "read_formula",
 ]
 
 INPUTS = ("x", "y")
-"""What a formula can read beside the gradient."""
+"""The arguments of a formula besides the gradient."""
 
 MASK = "mask"
-"""What a formula names that reads ``x`` through a mask alone."""
+"""The argument that replaces ``x`` in a formula that reads ``x`` only through a mask."""
 
 SAVES = ("x", MASK)
-"""What can be saved for the backward of a rule that reads ``x``; the first is the default."""
+"""The values of the option `save`. The first is the default."""
 
 KINDS = ("operation", "parameter")
 """The kinds of sites."""
 
 NATIVE = "native"
-"""What a file writes for no rule, so that no rule can have this name."""
+"""The name that stands for the native backward in a table file. No rule can have this name."""
 
 OPTIONS = ("save", "compile")
-"""How a rule runs, beside its parameters."""
+"""The keywords of a rule that select how it runs."""
 
 RESERVED = ("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS)
-"""The names that no parameter of a rule can have."""
+"""Names that a parameter of a rule cannot have."""
 
 _VOCABULARY = (
-    "A rule is declared by its signature: `grad` first, then any of `x` (the operation's input; or `mask`, what the "
-    "function given as mask= makes of it) and `y` (its output), then, after `*`, its parameters with their defaults: "
-    "def rule(grad, x, *, slope: float = 25.0). Or as FreeGrad's rules are: def rule(ctx, grad_out, tin, slope=25.0)."
+    "The signature declares a rule: `grad` first; then any of `x` (the input of the operation; `mask` instead, if "
+    "mask= is given) and `y` (its output); then, after `*`, the parameters with their defaults. For example: "
+    "def rule(grad, x, *, slope: float = 25.0). FreeGrad's signature is accepted too: "
+    "def rule(ctx, grad_out, tin, slope=25.0)."
 )
 
 
-def read_signature(
-    name: str, function: Callable[..., Tensor]
-) -> tuple[tuple[str, ...], dict[str, Parameter]]:
-    """Read what a rule needs from its signature.
+@dataclass(frozen=True)
+class Formula:
+    """The formula of a rule, as its signature and its mask declare it.
 
-    Returns:
-        What it reads beside the gradient, in order: ``"x"`` or ``"mask"``, and ``"y"``; and its parameters.
+    Attributes:
+        function: The formula, called as ``function(grad, [x], [y], **parameters)``.
+        inputs: Which of ``"x"`` and ``"y"`` it reads, in the order of the signature.
+        parameters: Its parameters, by name.
+        gate: The formula as a function of a mask instead of ``x``; None if it does not read a mask.
+        mask_parameters: The parameters that the mask depends on.
+    """
+
+    function: Callable[..., Tensor]
+    inputs: tuple[str, ...]
+    parameters: Mapping[str, Parameter]
+    gate: Callable[..., Tensor] | None = None
+    mask_parameters: tuple[str, ...] = ()
+
+
+def read_formula(
+    name: str, function: Callable[..., Tensor], mask: Callable[..., Tensor] | None
+) -> Formula:
+    """Read the signature of a rule, and combine it with its mask.
+
+    Args:
+        name: The name of the rule, for errors.
+        function: The decorated function.
+        mask: The function that computes the mask from ``x``, if there is one.
 
     Raises:
-        RuleError: Something in the signature is outside of the vocabulary.
+        RuleError: The signature is not in the vocabulary, or it does not fit `mask`.
     """
+    inputs, parameters = _read_signature(name, function)
+    if (MASK in inputs) is not (mask is not None):
+        given, missing = (
+            ("has the argument `mask`", "mask= is not given")
+            if mask is None
+            else ("is registered with mask=", "its signature does not have the argument `mask`")
+        )
+        raise RuleError(
+            f"rule {name!r} {given}, but {missing}. Use both together: @register({name!r}, mask=function_of_x) and "
+            f"def rule(grad, mask)."
+        )
+    if mask is None:
+        return Formula(function, inputs, parameters)
+    names = _mask_parameters(name, mask, parameters)
+    inputs = tuple("x" if argument == MASK else argument for argument in inputs)
+    return Formula(_gated(function, mask, names), inputs, parameters, function, names)
+
+
+def arguments_of(name: str, what: str, function: Callable[..., Any]) -> list[tuple[str, Any]]:
+    """Return the name and the kind of each argument of a function.
+
+    Args:
+        name: The name of the rule, for errors.
+        what: The keyword of `register` that the function is given as, for errors.
+        function: The function.
+
+    Raises:
+        RuleError: The signature of the function cannot be read.
+    """
+    try:
+        return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
+    except (TypeError, ValueError):
+        raise RuleError(
+            f"{what}={function!r} of rule {name!r} is not a function whose signature can be read. Wrap it in a "
+            f"Python function."
+        ) from None
+
+
+# --- the signature ---
+
+
+def _read_signature(
+    name: str, function: Callable[..., Tensor]
+) -> tuple[tuple[str, ...], dict[str, Parameter]]:
+    """Return what the formula reads besides the gradient (``"x"`` or ``"mask"``, and ``"y"``), and its parameters."""
     signature = _signature(name, function)
     hints = _hints(function)
     inputs: list[str] = []
@@ -83,13 +150,16 @@ def read_signature(
             _check_input(name, position, argument)
             inputs += [argument] if position else []
         else:
-            raise RuleError(f"rule {name!r} has the argument `{spec}`. {_VOCABULARY}")
+            raise RuleError(
+                f"rule {name!r} has the argument `{spec}`, which is neither an input nor, after `*`, a parameter. "
+                f"{_VOCABULARY}"
+            )
     if {"x", MASK}.issubset(inputs) or inputs[:2] == ["y", MASK]:
         raise RuleError(
-            f"in rule {name!r}, `mask` stands in the place of `x`, first. {_VOCABULARY}"
+            f"the argument `mask` of rule {name!r} must replace `x` and follow `grad`. {_VOCABULARY}"
         )
     if "grad" not in signature.parameters:
-        raise RuleError(f"rule {name!r} takes no `grad`. {_VOCABULARY}")
+        raise RuleError(f"rule {name!r} has no argument `grad`. {_VOCABULARY}")
     return tuple(inputs), parameters
 
 
@@ -108,14 +178,14 @@ def _hints(function: Callable[..., Tensor]) -> dict[str, Any]:
     try:
         return typing.get_type_hints(function)
     except (NameError, TypeError):
-        # names that only the author's scope knows: the defaults tell the types
+        # an annotation names something local to the author's code: the types of the defaults are used instead
         return {}
 
 
 def _parameter(name: str, spec: inspect.Parameter, hints: Mapping[str, Any]) -> Parameter:
     if spec.name in RESERVED:
         raise RuleError(
-            f"rule {name!r} calls a parameter {spec.name!r}, which is reserved. {_VOCABULARY}"
+            f"a parameter of rule {name!r} is named {spec.name!r}, which is reserved. Rename it. {_VOCABULARY}"
         )
     of_default = Any if spec.default is spec.empty else type(spec.default)
     return Parameter(spec.name, hints.get(spec.name, of_default), spec.default)
@@ -123,47 +193,44 @@ def _parameter(name: str, spec: inspect.Parameter, hints: Mapping[str, Any]) -> 
 
 def _check_input(name: str, position: int, argument: str) -> None:
     if position == 0 and argument != "grad":
-        raise RuleError(f"the first argument of rule {name!r} is {argument!r}. {_VOCABULARY}")
-    if position > 0 and argument not in (*INPUTS, MASK):
-        raise RuleError(f"rule {name!r} asks for {argument!r}. {_VOCABULARY}")
-
-
-def arguments_of(name: str, what: str, function: Callable[..., Any]) -> list[tuple[str, Any]]:
-    """The arguments of a function; raise `RuleError` where they cannot be read."""
-    try:
-        return [(p.name, p.kind) for p in inspect.signature(function).parameters.values()]
-    except (TypeError, ValueError):
         raise RuleError(
-            f"{what}={function!r} of rule {name!r} is no function whose arguments can be read. Write one in "
-            f"Python, which may call it."
-        ) from None
+            f"the first argument of rule {name!r} is {argument!r}; it must be 'grad'. {_VOCABULARY}"
+        )
+    if position > 0 and argument not in (*INPUTS, MASK):
+        raise RuleError(f"rule {name!r} has the unknown argument {argument!r}. {_VOCABULARY}")
 
 
-def mask_parameters(
+# --- the mask ---
+
+
+def _mask_parameters(
     name: str, mask: Callable[..., Tensor], parameters: Mapping[str, Parameter]
 ) -> tuple[str, ...]:
-    """The parameters of a rule that a mask depends on. Raises `RuleError` if it asks for anything else."""
+    """Return the parameters of the rule that its mask depends on."""
     x, *others = arguments_of(name, "mask", mask) or [("", None)]
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     wrong = [
         n for n, kind in others if kind is not inspect.Parameter.KEYWORD_ONLY or n not in parameters
     ]
     if x[1] not in positional or wrong:
+        problem = f"has the argument {wrong[0]!r}" if wrong else "does not take x"
         raise RuleError(
-            f"mask={shown(mask)} of rule {name!r} asks for {wrong[0] if wrong else 'nothing'!r}; it takes x and, by "
-            f"keyword, parameters of the rule: {', '.join(parameters) or 'there are none'}."
+            f"mask={shown(mask)} of rule {name!r} {problem}. It must take x and, after `*`, only parameters of the "
+            f"rule: {', '.join(parameters) or 'this rule has none'}."
         )
     return tuple(n for n, _ in others)
 
 
-def gated(
-    gate: Callable[..., Tensor], mask: Callable[..., Tensor], mask_reads: tuple[str, ...]
+def _gated(
+    gate: Callable[..., Tensor], mask: Callable[..., Tensor], mask_parameters: tuple[str, ...]
 ) -> Callable[..., Tensor]:
-    """The function of ``x`` that a function of a mask of ``x`` is."""
+    """Combine a formula of a mask with the mask: a formula of ``x``."""
 
     @functools.wraps(gate)
     def function(grad: Tensor, x: Tensor, *others: Tensor, **values: Any) -> Tensor:
-        return gate(grad, mask(x, **{key: values[key] for key in mask_reads}), *others, **values)
+        return gate(
+            grad, mask(x, **{key: values[key] for key in mask_parameters}), *others, **values
+        )
 
     signature = inspect.signature(gate)
     named = [p.replace(name="x") if p.name == MASK else p for p in signature.parameters.values()]
@@ -175,14 +242,14 @@ def gated(
 
 
 def adapted(function: Callable[..., Tensor]) -> tuple[Callable[..., Tensor], bool]:
-    """Return a function of FreeGrad's signature as one of ours, and any other as it is.
+    """Convert a function with FreeGrad's signature to the package's own. Any other function is returned unchanged.
 
-    Formula: rule(grad, x, *, ...) = function(None, grad, x, ...). As in FreeGrad, ``ctx`` is None. What follows
-    ``tin`` are parameters.
+    Formula: rule(grad, x, *, ...) = function(None, grad, x, ...). As in FreeGrad, ``ctx`` is None. The arguments
+    after ``tin`` are parameters.
 
     Returns:
-        The function, and whether it takes parameters that it does not name: by ``**params``, not by ``**_``, as
-        FreeGrad's own rules call what they do not read.
+        The function, and whether it accepts parameters that it does not name. ``**params`` accepts them. ``**_`` does
+        not: FreeGrad's own rules use it for arguments that they ignore.
     """
     try:
         ctx, grad, x, *others = inspect.signature(function).parameters.values()

@@ -1,4 +1,4 @@
-"""What a formula computes, as a text that is the same in every process, where its own code tells all of it."""
+"""A hash of what a formula computes, for formulas whose own code determines it. The same in every process."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import torch
 
 __all__ = ["fingerprint"]
 
-# What they compute is known by the versions of torch and of Python
+# The versions of torch and of Python determine what these compute
 _LIBRARIES = ("math", "torch", "torch.linalg", "torch.nn", "torch.nn.functional", "torch.special")
 _BUILTINS = {
     *("abs", "bool", "float", "int", "isinstance", "len", "max", "min", "pow", "range", "round"),
@@ -24,14 +24,17 @@ _BUILTINS = {
 
 
 class _UnknownError(Exception):
-    """The code refers to something that may become something else."""
+    """The code refers to a name whose value can change."""
 
 
 def fingerprint(*functions: Callable[..., Any] | None) -> str | None:
-    """A number that differs where what functions compute does; None where their code does not tell it alone.
+    """Return a hash of the code of functions, or None if something else can change what they compute.
 
-    It does where it refers to nothing but modules of torch, math and some builtins: a variable, or a function outside
-    of it, may be given another value at any time.
+    The code determines what a function computes if it refers only to modules of torch, to math and to some builtins.
+    A global variable, or another function, can get another value at any time.
+
+    Args:
+        *functions: Functions, which are hashed together. None is skipped.
     """
     try:
         parts = [part for f in functions if f is not None for part in _of_function(f)]
@@ -65,8 +68,8 @@ def _of_code(code: types.CodeType) -> Iterator[str]:
 
 
 def _of_globals(code: types.CodeType, names: dict[str, Any]) -> Iterator[str]:
-    """What the names are that code looks up outside of itself."""
-    looked_up: Any = None  # a module, of which an attribute is asked for next
+    """The library functions that code looks up; raise `_UnknownError` for any other name."""
+    looked_up: Any = None  # a module, whose attribute is read next
     for instruction in dis.get_instructions(code):
         name = instruction.argval
         if looked_up is not None:
@@ -96,7 +99,7 @@ def _is_library(value: Any) -> bool:
 
 
 def _is_of_library(value: Any) -> bool:
-    """Whether what a module or a tensor has is its own."""
+    """Whether an attribute of a library module or of a tensor is defined by the library itself."""
     if isinstance(value, property | types.GetSetDescriptorType | types.MethodDescriptorType):
         return True
     home = str(getattr(value, "__module__", None) or "torch").partition(".")[0]

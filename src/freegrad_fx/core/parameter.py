@@ -1,4 +1,4 @@
-"""A parameter of a rule: its annotation, its default, and which values it takes. Knows no rule."""
+"""A parameter of a rule: its annotation, its default, and the values that it accepts. Does not know any rule."""
 
 from __future__ import annotations
 
@@ -19,7 +19,13 @@ __all__ = ["Parameter"]
 
 @dataclass(frozen=True)
 class Parameter:
-    """One keyword-only parameter of a rule: its annotation and its default."""
+    """One keyword-only parameter of a rule.
+
+    Attributes:
+        name: The name of the parameter.
+        annotation: The annotation in the signature of the rule; the type of the default if there is no annotation.
+        default: The default value; `inspect.Parameter.empty` if there is none.
+    """
 
     name: str
     annotation: Any
@@ -27,19 +33,26 @@ class Parameter:
 
     @property
     def required(self) -> bool:
-        """Whether the rule has no value for it until the caller gives one."""
+        """Whether the parameter has no default, so that the caller must bind it."""
         return self.default is inspect.Parameter.empty
 
     def check(self, rule: str, value: Any) -> Any:
-        """Return `value` as the annotation wants it, an int for a float; a tensor can stand for any number.
+        """Return `value` converted to the annotated type.
+
+        An int is converted if a float is expected, and a NumPy number becomes a Python number. A tensor is accepted in
+        place of a number.
+
+        Args:
+            rule: The name of the rule, for errors.
+            value: The value to check.
 
         Raises:
-            TypeError: It has another type.
-            RuleError: It is NaN, or too large for a float.
+            TypeError: The value has another type.
+            RuleError: The value is NaN, or too large for a float.
         """
         accepted = self.types
         if isinstance(value, float) and math.isnan(value):
-            raise RuleError(f"parameter {self.name!r} of rule {rule!r} is NaN, which is no number")
+            raise RuleError(f"parameter {self.name!r} of rule {rule!r} is NaN; it must be a number")
         if accepted is None:
             return value
         if isinstance(value, tuple) and tuple in accepted:
@@ -47,9 +60,9 @@ class Parameter:
             return tuple(element.check(rule, item) for item in value)
         if type(value) in accepted:
             return value
-        # Python takes a bool for an int, and would so hide a mistake
+        # a bool is an instance of int in Python, but almost certainly a mistake here
         if not isinstance(value, bool):
-            # numpy's scalars and ints where a float is wanted: what is stored is a plain Python number
+            # NumPy scalars, and ints for a float: a plain Python number is stored
             if int in accepted and isinstance(value, numbers.Integral):
                 return int(value)
             if float in accepted and isinstance(value, numbers.Real):
@@ -73,7 +86,7 @@ class Parameter:
 
     @property
     def types(self) -> tuple[type, ...] | None:
-        """The types of its values; None where anything is taken."""
+        """The accepted types of values; None if any value is accepted."""
         return _accepted_types(self.annotation)
 
 
@@ -83,13 +96,13 @@ def _alternatives(annotation: Any) -> tuple[Any, ...]:
 
 
 def _element_type(annotation: Any) -> Any:
-    """What ``tuple[int, ...]`` says of its elements; anything where it says nothing."""
+    """The element type of an annotation such as ``tuple[int, ...]``; Any if the annotation does not state it."""
     given = [typing.get_args(p) for p in _alternatives(annotation) if typing.get_origin(p) is tuple]
     return next((args[0] for args in given if args[1:] == (...,)), Any)
 
 
 def _accepted_types(annotation: Any) -> tuple[type, ...] | None:
-    """The types an annotation names; None where it is not made of plain types, and anything is taken."""
+    """The types that an annotation names; None if it names anything but plain types, so that any value is accepted."""
     parts = tuple(typing.get_origin(part) or part for part in _alternatives(annotation))
     plain = all(isinstance(part, type) and part not in (Any, object) for part in parts)
     return parts if plain else None

@@ -1,4 +1,4 @@
-"""`register`: makes a rule of a function."""
+"""`register`, the decorator that turns a function into a rule."""
 
 from __future__ import annotations
 
@@ -11,16 +11,7 @@ from torch import Tensor
 
 from ..errors import RuleError, unknown
 from .constraint import read_constraints
-from .contract import (
-    KINDS,
-    MASK,
-    NATIVE,
-    adapted,
-    arguments_of,
-    gated,
-    mask_parameters,
-    read_signature,
-)
+from .contract import KINDS, NATIVE, Formula, adapted, arguments_of, read_formula
 from .declaration import Declaration
 from .fingerprint import fingerprint
 from .rule import Rule, add, available
@@ -44,34 +35,42 @@ def register(
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
 
-    The signature is the declaration. ``grad`` is the gradient that comes in, ``x`` the operation's input, ``y`` its
-    output; only what the signature names is saved for the backward. Everything after ``*`` is a parameter. A rule is
-    a pure function of tensors: no in-place change of its arguments, no ``.item()``, no Python branch on data. It
-    returns the gradient for ``x``, of the shape and dtype of ``x``.
+    The signature is the declaration:
 
-    FreeGrad's signature ``fn(ctx, grad_out, tin, **params)`` is taken too: ``ctx`` is None, ``tin`` is ``x``, for a
-    parameter its value, and what follows are parameters.
+    - ``grad`` is the incoming gradient, ``x`` the input of the operation, ``y`` its output. Only what the signature
+      names is saved for the backward.
+    - Arguments after ``*`` are the parameters of the rule, with their defaults.
+
+    The first line of the docstring is the formula. The function returns the gradient for ``x``, with the shape and
+    dtype of ``x``. It must be a pure function of tensors: it must not change its arguments in place, call ``.item()``,
+    or branch on the values of tensors.
+
+    FreeGrad's signature ``fn(ctx, grad_out, tin, **params)`` is accepted too: ``ctx`` is None, ``tin`` is ``x`` (for a
+    parameter, its value), and the other arguments are parameters.
 
     Args:
         name: The name by which tables refer to the rule.
         reference: The paper or library that the formula comes from.
         keeps_shape: False for a rule that turns a gradient of the output's shape into one of another shape.
-        requires: What has to hold of the parameters, as mathematics: ``"a <= b"``, ``"0 <= p < 1, eps > 0"``.
-        kinds: ``"operation"`` or ``"parameter"`` for a rule that can serve one kind of sites alone.
+        requires: Constraints on the parameters, as mathematics: ``"a <= b"``, ``"0 <= p < 1, eps > 0"``.
+        kinds: ``"operation"`` or ``"parameter"`` if the rule can serve only one kind of site. Default: both.
         sparse: True for a rule that maps a sparse gradient entry by entry.
-        mask: For a rule that asks of ``x`` only where the gradient passes: a function of ``x`` and, by keyword, of
-            parameters of the rule, that returns booleans. The signature of the rule then has ``mask`` in the place of
-            ``x``, and ``save="mask"`` can store it in 1 byte for each entry.
-        fast: The same formula in fewer passes over memory, of the same signature (with ``x`` for ``mask``). It runs
-            in the place of the rule in eager mode, where nothing is differentiated twice and no transform of torch.func
-            is active, and may return ``NotImplemented`` for arguments that it is not for. The formula itself is always
-            right; this makes it fast.
-        examples: Values for the parameters that the rule is checked with, beside its defaults.
-        overwrite: Replace a rule of that name instead of refusing.
+        mask: For a rule that reads ``x`` only through a mask: a function of ``x`` and, by keyword, of parameters of
+            the rule, that returns booleans. The signature of the rule then has ``mask`` instead of ``x``, and
+            ``save="mask"`` can save the mask, one byte for each entry, instead of ``x``.
+        fast: The same formula in fewer passes over memory, with the same signature (with ``x``, not ``mask``). It
+            replaces the formula in eager mode, if the backward is not itself differentiated and no transform of
+            torch.func is active. It can return ``NotImplemented``, and the formula is used instead.
+        examples: Values of the parameters that the rule is tested with, besides the defaults, as dicts:
+            ``({"a": -1.0, "b": 1.0}, {"a": 0.0})``. They are bound, and so checked, at registration.
+        overwrite: True to replace a rule of the same name.
+
+    Returns:
+        A decorator that turns the function into a `Rule` and registers it.
 
     Raises:
-        RuleError: The name is taken, the signature is not in the vocabulary, `requires` or `kinds` cannot be read, or
-            the defaults are not what the rule requires, or `mask` or `fast` has another signature.
+        RuleError: The name is taken; the signature, `requires` or `kinds` cannot be read; `mask` or `fast` has the
+            wrong signature; or the defaults or `examples` do not satisfy `requires`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -83,48 +82,38 @@ def register(
         halve_negative(factor=0.1)
     """
     _check_name(name)
-    served = (kinds,) if isinstance(kinds, str) else tuple(kinds)
-    for kind in served or ("",):
-        if kind not in KINDS:
-            raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))
+    served = _read_kinds(name, kinds)
 
     def declare(written: Callable[..., Tensor]) -> Rule:
         function, takes_more = adapted(written)
         if name in available() and not overwrite:
             raise RuleError(
-                f"a rule {name!r} is already registered. Choose another name, or say overwrite=True."
+                f"rule {name!r} is already registered. Choose another name, or pass overwrite=True to replace it."
             )
-        inputs, parameters = read_signature(name, function)
-        gate = function if MASK in inputs else None
-        _check_mask(name, gate, mask)
-        of_mask: tuple[str, ...] = ()
-        if gate is not None and mask is not None:
-            of_mask = mask_parameters(name, mask, parameters)
-            function = gated(gate, mask, of_mask)
-            inputs = tuple("x" if given == MASK else given for given in inputs)
-        _check_fast(name, fast, function, mask)
+        formula = read_formula(name, function, mask)
+        _check_fast(name, fast, formula)
+        source = formula.gate or formula.function
         declaration = Declaration(
             name=name,
-            function=function,
-            inputs=inputs,
-            parameters=types.MappingProxyType(parameters),
+            function=formula.function,
+            inputs=formula.inputs,
+            parameters=types.MappingProxyType(dict(formula.parameters)),
             keeps_shape=keeps_shape,
             reference=reference,
-            requires=read_constraints(name, requires, parameters),
+            requires=read_constraints(name, requires, formula.parameters),
             kinds=served,
             sparse=sparse,
             mask=mask,
-            mask_parameters=of_mask,
-            gate=gate,
+            mask_parameters=formula.mask_parameters,
+            gate=formula.gate,
             fast=fast,
             examples=tuple(examples),
-            token=_token(name, gate or function, mask),
-            own=_is_own(gate or function, mask),
+            token=_token(name, source, mask),
+            own=_is_own(source, mask),
             takes_more=takes_more,
         )
         rule = Rule.of(declaration)
-        for example in declaration.examples:
-            rule(**example)
+        _check_examples(rule)
         add(rule)
         return rule
 
@@ -133,40 +122,51 @@ def register(
 
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
-        raise RuleError(f"a rule is registered under a name, got {name!r}: @register('my_rule')")
+        raise RuleError(
+            f"a rule is registered under a name, a non-empty str, got {name!r}. Write @register('my_rule')."
+        )
     if name == NATIVE:
-        raise RuleError(f"{NATIVE!r} stands for no rule in a table's file. Choose another name.")
-
-
-def _check_mask(
-    name: str, gate: Callable[..., Tensor] | None, mask: Callable[..., Tensor] | None
-) -> None:
-    if (gate is None) is not (mask is None):
         raise RuleError(
-            f"rule {name!r} names `mask` in its signature and is registered without mask=, or the other way round: "
-            f"@register({name!r}, mask=function_of_x) goes with def rule(grad, mask)."
+            f"a rule cannot be named {NATIVE!r}, which stands for the native backward in a table file. Choose another "
+            f"name."
         )
 
 
-def _check_fast(
-    name: str,
-    fast: Callable[..., Tensor] | None,
-    formula: Callable[..., Tensor],
-    mask: Callable[..., Tensor] | None,
-) -> None:
-    if fast is not None and arguments_of(name, "fast", fast) != arguments_of(
-        name, "formula", formula
-    ):
+def _read_kinds(name: str, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
+    served = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    for kind in served or ("",):
+        if kind not in KINDS:
+            raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))
+    return served
+
+
+def _check_fast(name: str, fast: Callable[..., Tensor] | None, formula: Formula) -> None:
+    if fast is None:
+        return
+    expected = arguments_of(name, "formula", formula.function)
+    if arguments_of(name, "fast", fast) != expected:
+        hint = " It takes x, not the mask." if formula.gate else ""
         raise RuleError(
-            f"fast={shown(fast)}{inspect.signature(fast)} has not the arguments of rule {name!r}, "
-            f"{inspect.signature(formula)}" + ": it is given x, not its mask." * (mask is not None)
+            f"fast={shown(fast)} of rule {name!r} has the signature {inspect.signature(fast)}; it must have the "
+            f"arguments of the formula, {inspect.signature(formula.function)}.{hint}"
         )
+
+
+def _check_examples(rule: Rule) -> None:
+    for example in rule.declaration.examples:
+        if not isinstance(example, Mapping):
+            raise RuleError(
+                f"examples= of rule {rule.name!r} must be a sequence of dicts, one for each set of values, for example "
+                f"examples=({{'slope': 5.0}},); got the entry {example!r}."
+            )
+        rule(**example)
 
 
 def _token(name: str, formula: Callable[..., Tensor], mask: Callable[..., Tensor] | None) -> str:
-    """A text that stands for a formula: another one has another text, in every process.
+    """Return a text that identifies a formula in every process.
 
-    Caches of compiled code go by it, those on disk too. ``""`` for one that reads variables, whose values may change.
+    Caches of compiled code, also on disk, use it as the key. ``""`` for a formula that reads variables, whose values
+    can change.
     """
     if _is_own(formula, mask):
         places = [f"{f.__module__}.{f.__qualname__}" for f in (formula, mask) if f is not None]
@@ -176,7 +176,7 @@ def _token(name: str, formula: Callable[..., Tensor], mask: Callable[..., Tensor
 
 
 def _is_own(*functions: Callable[..., Tensor] | None) -> bool:
-    """Whether functions stand in this package."""
+    """Return whether this package defines all of these functions."""
     package = __name__.partition(".")[0]
     return all(
         str(getattr(f, "__module__", "")).partition(".")[0] == package

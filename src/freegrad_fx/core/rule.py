@@ -1,6 +1,6 @@
-"""A rule: a declaration with its parameters bound; compositions of rules; and the rules by their names.
+"""A rule (a declaration with bound parameters), compositions of rules, and the registry of rules by name.
 
-This file knows no rule by name. The built-in rules stand in `rules`, a file per family.
+Does not know any rule by name. The built-in rules are in `rules`, one file for each family.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ __all__ = [
 ]
 
 Forward: TypeAlias = str | Callable[[Tensor], Tensor]
-"""What replaces a site's forward, an op's canonical name or a function of one tensor."""
+"""The replacement forward of a site, either the canonical name of an op or a function of one tensor."""
 
 
 @dataclass(frozen=True, eq=False)
 class Rule:
-    """A named backward with its parameters bound. Immutable; calling it with keywords rebinds.
+    """A named backward with bound parameters. Immutable; a call with keywords returns a rule with other values.
 
     Attributes:
-        declaration: What is the same for all rules of its name.
-        bound: The parameters' values.
-        forward: What replaces the site's forward: the canonical name of an operation, or a function; or None.
-        save: What is saved for the backward where the formula reads ``x``: ``"x"``, or ``"mask"``.
-        compile: Whether its backward runs as one compiled kernel in eager mode.
-        values: `bound` once more, as pairs: inside `torch.func.functional_call`, torch.compile reads no mapping proxy.
+        declaration: Everything that does not depend on the values of the parameters.
+        bound: The values of the parameters, by name.
+        forward: The replacement forward of the site: the canonical name of an operation, or a function; or None.
+        save: What is saved for the backward if the formula reads ``x``: ``"x"`` or ``"mask"``.
+        compile: Whether the backward runs as one compiled kernel in eager mode.
+        values: `bound` as pairs. torch.compile cannot read a mapping proxy inside `torch.func.functional_call`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -66,11 +66,11 @@ class Rule:
 
     @classmethod
     def of(cls, declaration: Declaration) -> Rule:
-        """The rule of a declaration, with the defaults of its parameters."""
+        """Return the rule of a declaration, with the defaults of its parameters."""
         declaration.check(declaration.defaults)
         return cls(declaration, types.MappingProxyType(declaration.defaults))
 
-    # -- of the declaration
+    # -- read from the declaration
 
     @property
     def name(self) -> str:
@@ -89,12 +89,12 @@ class Rule:
 
     @property
     def parameters(self) -> Mapping[str, Parameter]:
-        """The declared parameters."""
+        """The declared parameters, by name."""
         return self.declaration.parameters
 
     @property
     def kinds(self) -> tuple[str, ...]:
-        """The kinds of sites that it can serve: ``"operation"``, ``"parameter"``."""
+        """The kinds of sites that the rule can serve: ``"operation"``, ``"parameter"``."""
         return self.declaration.kinds
 
     @property
@@ -104,35 +104,35 @@ class Rule:
 
     @property
     def sparse(self) -> bool:
-        """Whether it takes sparse gradients."""
+        """Whether the rule accepts sparse gradients."""
         return self.declaration.sparse
 
     @property
     def reference(self) -> str:
-        """The paper or the peer the formula comes from."""
+        """The paper or the library that the formula comes from."""
         return self.declaration.reference
 
     @property
     def formula(self) -> str:
-        """The first line of the docstring of the rule: its mathematics."""
+        """The first line of the docstring of the rule, which is its formula."""
         return self.declaration.formula
 
-    # -- of its own
+    # -- of the rule itself
 
     @property
     def parts(self) -> tuple[Rule, ...]:
-        """The rule alone: a rule is a composition of one."""
+        """The rule itself, as a composition with one part."""
         return (self,)
 
     @property
     def options(self) -> dict[str, Any]:
-        """How it runs, as far as that is not the usual way."""
+        """The options `save` and `compile`, without those that have the default value."""
         found: dict[str, Any] = {} if self.save == SAVES[0] else {"save": self.save}
         return {**found, "compile": True} if self.compile else found
 
     @property
     def given(self) -> dict[str, Any]:
-        """What was bound by keyword: the parameters and the options."""
+        """The bound parameters and the options, as keywords."""
         return {**self.bound, **self.options}
 
     def __call__(
@@ -147,26 +147,37 @@ class Rule:
         """Return the rule with other values for some of its parameters.
 
         Args:
-            *args: Refused: parameters are bound by keyword.
-            forward: The canonical name of an operation that is to replace the forward of the sites this rule
-                is given to, for instance ``"heaviside"`` for a surrogate gradient, or a function of a tensor. This
-                changes the forward.
-            save: ``"mask"``: save where the gradient passes, 1 byte for each entry, instead of the operation's input;
-                for rules whose formula reads a mask alone. ``"x"`` is the usual way. It changes no gradient.
-            compile: Let the backward run as one kernel, which `torch.compile` makes of the formula, in eager mode. The
-                first backward waits for the compiler. The result is rounded once, where the formula rounds at each
-                step. What has been compiled for many dtypes and layouts runs as the formula in further ones.
-            **values: Parameters of the rule. A tensor can stand for a number, and is not compared with others.
+            *args: Not accepted: parameters are bound by keyword.
+            forward: The replacement forward of the sites that get this rule: the canonical name of an operation, for
+                example ``"heaviside"`` for a surrogate gradient, or a function of one tensor. This changes the output
+                of the model.
+            save: ``"mask"`` to save the mask, 1 byte for each entry, instead of ``x``; only for rules that read ``x``
+                only through a mask. Default: ``"x"``. The gradient is the same.
+            compile: True to run the backward as one kernel in eager mode. `torch.compile` generates it from the
+                formula. The first backward waits for the compiler. The result is rounded once, whereas the formula
+                rounds at each step. The number of dtypes and layouts that are compiled is limited; the formula is used
+                for further ones.
+            **values: Values of parameters. A tensor is accepted in place of a number; it is not checked against
+                the constraints of the rule, and rules compare it by identity.
+
+        Returns:
+            A new rule. Parameters and options that are not given keep their values.
 
         Raises:
-            RuleError: The rule has no parameter of that name, the values are not what the rule requires, or there is no
-                mask that it could save.
-            TypeError: A value has the wrong type, or is positional.
+            RuleError: The rule has no parameter of that name, the values do not satisfy its constraints, or `save` is
+                ``"mask"`` and the rule has no mask.
+            TypeError: A value has the wrong type, or an argument is positional.
+
+        Example:
+            >>> import freegrad_fx as fg
+            >>> fg.rules.clip_norm(max_norm=0.5)
+            clip_norm(max_norm=0.5, eps=1e-12)
         """
         if args:
+            keywords = ", ".join(f"{name}=..." for name in self.parameters)
             raise TypeError(
-                f"rule {self.name!r} takes its parameters by keyword: {self.name}({', '.join(self.parameters)}). "
-                f"To compute its gradient call rule.backward(grad, x=..., y=...)."
+                f"rule {self.name!r} accepts its parameters only by keyword: {self.name}({keywords}). "
+                f"To compute its gradient, call rule.backward(grad, x=..., y=...)."
             )
         bound = dict(self.bound)
         for name, value in values.items():
@@ -185,12 +196,12 @@ class Rule:
 
     def _checked_save(self, save: Any) -> str:
         if save not in SAVES:
-            raise RuleError(unknown(f"thing to save for rule {self.name!r}:", save, SAVES))
+            raise RuleError(unknown(f"value of save= for rule {self.name!r}:", save, SAVES))
         if save == MASK and self.declaration.mask is None:
             able = ", ".join(n for n, r in _registry.items() if r.declaration.mask is not None)
             raise RuleError(
-                f"rule {self.name!r} reads more than a mask, and has none to save. Leave save='mask' out; rules that "
-                f"have one, being registered with mask=, are {able}."
+                f"rule {self.name!r} is not registered with mask=, so there is no mask to save. Omit save='mask', or "
+                f"use a rule that has a mask: {able}."
             )
         return str(save)
 
@@ -200,11 +211,32 @@ class Rule:
         return compile
 
     def backward(self, grad: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
-        """Compute the gradient that the rule hands on: the formula, and nothing else."""
+        """Compute the formula.
+
+        Args:
+            grad: The incoming gradient, that of the output.
+            x: The input of the operation. Required if the formula reads it.
+            y: The output of the operation. Required if the formula reads it.
+
+        Returns:
+            The gradient for ``x``.
+
+        Raises:
+            RuleError: An input that the formula reads is missing, or a parameter is not bound.
+
+        Example:
+            >>> import torch, freegrad_fx as fg
+            >>> x = torch.tensor([-2.0, 0.25, 3.0])
+            >>> fg.rules.rectangular(a=-1.0, b=1.0).backward(torch.ones(3), x=x)
+            tensor([0., 1., 0.])
+        """
         given = {"x": x, "y": y}
+        needed = ", ".join(f"{name}=..." for name in self.inputs)
         for name in self.inputs:
             if given[name] is None:
-                raise RuleError(f"rule {self.name!r} needs {name!r}")
+                raise RuleError(
+                    f"rule {self.name!r} reads {name!r}, which is missing. Call rule.backward(grad, {needed})."
+                )
         self.require_bound()
         return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
 
@@ -218,7 +250,7 @@ class Rule:
             )
 
     def _key(self) -> tuple[Any, ...]:
-        # a tensor is compared by identity: it is a place whose value may change, and its own == is no truth value
+        # a tensor is compared by identity: its value can change, and == of tensors does not return a bool
         values = tuple(
             (name, id(value) if isinstance(value, Tensor) else value, isinstance(value, Tensor))
             for name, value in sorted(self.bound.items())
@@ -242,7 +274,7 @@ class Rule:
         return _rebind, (self.name, self.given, self.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        # a tensor is a buffer of the model that is being copied
+        # a tensor can be a buffer of the model that is being copied
         tensors: Any = {name: v for name, v in self.bound.items() if isinstance(v, Tensor)}
         return self(**copy.deepcopy(tensors, memo)) if tensors else self
 
@@ -252,25 +284,29 @@ def _rebind(name: str, bound: dict[str, Any], forward: Forward | None) -> Rule:
 
 
 def with_names_of_now(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Options of a rule that were saved, under the names that they have now."""
+    """Rename the options of a rule that an older version of the package saved."""
     return {"compile" if name == "fuse" else name: value for name, value in options.items()}
 
 
 @dataclass(frozen=True)
 class Composition:
-    """Rules applied to the gradient one after the other, the first to the incoming one. Made by `compose`."""
+    """Rules that are applied to the gradient in order. `compose` returns one.
+
+    Attributes:
+        parts: The rules. The first receives the incoming gradient.
+    """
 
     parts: tuple[Rule, ...]
 
     @property
     def forward(self) -> Forward | None:
-        """The replacement forward that one of the parts names, or None."""
+        """The replacement forward of the parts that have one, or None."""
         return next((rule.forward for rule in self.parts if rule.forward is not None), None)
 
     def __call__(self, *args: Any, **values: Any) -> Composition:
-        """Refused: the parts have parameters, the composition has none."""
+        """Raise `TypeError`: only the parts of a composition have parameters."""
         raise TypeError(
-            "a composition has no parameters of its own. Bind its parts: "
+            "a composition has no parameters of its own. Bind the parameters of its parts, for example "
             "compose(get('clip_norm')(max_norm=1.0), get('noise')(sigma=0.01))."
         )
 
@@ -281,7 +317,9 @@ class Composition:
 RuleLike: TypeAlias = str | Rule | Composition
 
 _registry: dict[str, Rule] = {}
-_by_token: dict[str, Rule] = {}  # by token; one that was registered anew may still be in use
+_by_token: dict[
+    str, Rule
+] = {}  # also holds rules that were overwritten, as a graph can still use them
 
 
 def add(rule: Rule) -> None:
@@ -292,12 +330,15 @@ def add(rule: Rule) -> None:
 
 
 def of_token(token: str) -> Rule:
-    """The rule whose formula a token stands for, with its defaults."""
+    """Return the rule whose formula a token identifies, with its defaults."""
     return _by_token[token]
 
 
 def get(rule: RuleLike) -> Rule:
-    """Return the rule of a name; a `Rule` is returned as it is.
+    """Return the registered rule of a name. A `Rule` is returned unchanged.
+
+    Args:
+        rule: The name of a rule, or a `Rule`.
 
     Raises:
         RuleError: No rule of that name is registered.
@@ -307,33 +348,44 @@ def get(rule: RuleLike) -> Rule:
     try:
         return _registry[rule]  # type: ignore[index]
     except (KeyError, TypeError):
-        remedy = "A rule of your own is known once the module that registers it has been imported."
+        remedy = "To use a rule of your own, first import the module that registers it."
         if str(rule).casefold() in ("none", "null", NATIVE):
             raise RuleError(
-                f"{rule!r} is no rule. What keeps the native backward is None in a table, {NATIVE!r} in a file, and a "
-                f"native() block."
+                f"{rule!r} is not a rule. To keep the native backward, use None in a table, {NATIVE!r} in its file, "
+                f"or a native() block."
             ) from None
         raise RuleError(unknown("rule", rule, _registry, remedy)) from None
 
 
 def available() -> list[str]:
-    """The names of all registered rules."""
+    """Return the names of all registered rules, in the order of registration."""
     return list(_registry)
 
 
 def compose(*rules: RuleLike) -> Composition:
-    """Chain rules: ``compose(r1, r2)`` hands the gradient to ``r1`` first, and what it returns to ``r2``.
+    """Chain rules: ``compose(r1, r2)`` applies ``r1`` to the incoming gradient, and ``r2`` to the result.
 
-    Every part keeps its own parameters. Compositions nest.
+    Formula: compose(r1, r2)(grad) = r2(r1(grad)). Both read the same ``x``.
+
+    Args:
+        *rules: Names of rules, rules, or compositions, whose parts are inserted. Each part has its own parameters.
 
     Raises:
-        RuleError: No rule is given, one is unknown, or two parts name different forwards.
+        RuleError: No rule is given, a rule is unknown, or two parts have different replacement forwards.
+
+    Example:
+        >>> import freegrad_fx as fg
+        >>> fg.compose("guided", fg.rules.scale(s=0.5))
+        compose(guided, scale(s=0.5))
     """
     parts = tuple(part for rule in rules for part in _parts(rule))
     if not parts:
         raise RuleError("compose() needs at least one rule")
     if len({rule.forward for rule in parts} - {None}) > 1:
-        raise RuleError(f"the parts of a composition name different forwards: {list(parts)}")
+        raise RuleError(
+            f"the parts of a composition have different forwards: {', '.join(map(repr, parts))}. Give forward= to one "
+            f"of them, or the same to all."
+        )
     return Composition(parts)
 
 

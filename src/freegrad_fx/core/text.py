@@ -1,4 +1,4 @@
-"""Values of parameters and functions as text on one line."""
+"""Parameter values and functions as text on one line."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["shown"]
 
 
 def shown(value: Any) -> str:
-    """A parameter's value, or a forward, on one line."""
+    """Format a parameter value or a forward on one line."""
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
         return f"tensor({value.item()})" if plain and not value.dim() else f"tensor{[*value.shape]}"
