@@ -1,7 +1,7 @@
-"""Every task of the project, each with all of its own set-up.
+"""The tasks of the project. Each session installs everything that it needs.
 
 ``nox -l`` lists them, ``nox -s NAME`` runs one, and ``nox -r -s NAME`` keeps the environment of the
-last run. All but ``tests-on`` install the versions of ``constraints.txt``, which were tested together.
+last run. All sessions except ``tests-on`` install the versions of ``constraints.txt``, which were tested together.
 """
 
 import re
@@ -20,16 +20,16 @@ ROOT = Path(__file__).parent
 CONSTRAINTS = ROOT / "constraints.txt"
 README = ROOT / "README.md"
 
-# The releases of PyTorch that are supported, each with the torchvision that belongs to it.
+# The supported releases of PyTorch, each with the matching torchvision.
 RELEASES = {
     "2.12": ("torch==2.12.1", "torchvision==0.27.1"),
     "2.13": ("torch==2.13.0", "torchvision==0.28.0"),
     "2.14": ("torch==2.14.1", "torchvision==0.29.1"),
     "2.15": ("torch==2.15.0", "torchvision==0.29.2"),
 }
-NEWEST = "newest"  # what the package index serves
+NEWEST = "newest"  # the newest release on the package index
 
-# What the built wheel is tried with, in an environment that holds nothing but the wheel and torch.
+# Tests the built wheel, in an environment that contains only the wheel and torch.
 WHEEL_TRIAL = """
 from importlib.metadata import version
 from importlib.resources import files
@@ -58,7 +58,7 @@ print(f"{wheel} works with torch {torch.__version__}")
 
 
 def install(session: nox.Session, *what: str) -> None:
-    """Install packages, in the versions that were tested together."""
+    """Install packages, in the versions of ``constraints.txt``."""
     session.install("-c", str(CONSTRAINTS), *what)
 
 
@@ -69,14 +69,14 @@ def install_project(session: nox.Session, extra: str) -> None:
 
 @nox.session
 def demo(session: nox.Session) -> None:
-    """Transform resnet18 and a hand-written network, train, compare; under two minutes."""
+    """Transform resnet18 and a small network, train the latter with four backwards; takes under two minutes."""
     install_project(session, "examples")
     session.run("python", "examples/demo.py", *session.posargs)
 
 
 @nox.session
 def tests(session: nox.Session) -> None:
-    """Run the tests but the slow ones; what follows ``--`` goes to pytest instead: ``-- -m slow`` runs those."""
+    """Run the tests without the slow ones. Arguments after ``--`` replace this selection: ``-- -m slow``."""
     install_project(session, "test")
     session.run("pytest", *parallel(), *(session.posargs or ["-m", "not slow"]))
 
@@ -84,9 +84,9 @@ def tests(session: nox.Session) -> None:
 @nox.session(name="tests-on")
 @nox.parametrize("torch", [*RELEASES, NEWEST])
 def tests_on(session: nox.Session, torch: str) -> None:
-    """Run the tests but the slow ones with a release of PyTorch; ``--force-python 3.13`` chooses the Python.
+    """Run the tests without the slow ones with a release of PyTorch; ``--force-python 3.13`` chooses the Python.
 
-    The newest release comes as a user gets it: with the wheel, and whatever pip chooses for that.
+    The newest release is installed as a user installs it: with the wheel, in the versions that pip chooses.
     """
     temporary = Path(session.create_tmp()).resolve()
     if torch == NEWEST:
@@ -107,21 +107,21 @@ def tests_on(session: nox.Session, torch: str) -> None:
 
 @nox.session
 def coverage(session: nox.Session) -> None:
-    """Run the tests and measure what they reach: a table, coverage.xml and htmlcov/."""
+    """Run all tests and measure their coverage: a table, coverage.xml and htmlcov/."""
     install_project(session, "test")
     reports = ["--cov-report=term", "--cov-report=xml", "--cov-report=html"]
     session.run("pytest", *parallel(), "--cov", *reports, *session.posargs)
 
 
 def parallel() -> list[str]:
-    """Give the options that share tests out; every worker holds a torch of its own, so few."""
+    """Return pytest's options for parallel workers: at most four, as each worker imports torch."""
     return ["--numprocesses=auto", "--maxprocesses=4", "--dist=worksteal"]
 
 
 @nox.session
 def lint(session: nox.Session) -> None:
-    """Check style and layout; ``nox -s lint -- --fix`` mends what can be mended."""
-    # Not the package's extra: no torch is needed to read code.
+    """Check style and formatting; ``nox -s lint -- --fix`` fixes what can be fixed automatically."""
+    # Only ruff, not the package: linting does not need torch.
     install(session, "ruff")
     fix = "--fix" in session.posargs
     session.run("ruff", "check", *(["--fix"] if fix else []), ".")
@@ -130,7 +130,7 @@ def lint(session: nox.Session) -> None:
 
 @nox.session
 def types(session: nox.Session) -> None:
-    """Check the types of the package, strictly."""
+    """Check the types of the package with ``mypy --strict``."""
     install_project(session, "types")
     session.run("mypy", *session.posargs)
 
@@ -145,7 +145,7 @@ def docs(session: nox.Session) -> None:
 
 @nox.session
 def bench(session: nox.Session) -> None:
-    """Run the benchmarks and write out/benchmarks.json; ``nox -s bench -- --quick`` tries that they run."""
+    """Run the benchmarks and write out/benchmarks.json; ``-- --quick`` only checks that they run."""
     install_project(session, "bench")
     results = ROOT / "out" / "benchmarks.json"
     results.parent.mkdir(exist_ok=True)
@@ -154,14 +154,14 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def compare(session: nox.Session) -> None:
-    """Compare with native PyTorch and the peers, and write out/compare.json; ``-- --help`` lists the options."""
+    """Compare with native PyTorch and other libraries, and write out/compare.json; ``-- --help`` lists the options."""
     install_project(session, "bench,peers")
     session.run("python", "-m", "benchmarks.compare", *session.posargs)
 
 
 @nox.session
 def examples(session: nox.Session) -> None:
-    """Run every script of examples/, in its short form, and the tour in the README."""
+    """Run every script of examples/ with ``--quick``, and the code in the README."""
     install_project(session, "examples")
     tour = Path(session.create_tmp()).resolve() / "readme_tour.py"
     blocks = re.findall(
@@ -175,7 +175,7 @@ def examples(session: nox.Session) -> None:
 
 @nox.session
 def build(session: nox.Session) -> None:
-    """Build sdist and wheel, check what an index would show, and try the wheel in a clean environment."""
+    """Build sdist and wheel, check their metadata, and test the wheel in a clean environment."""
     install(session, "build", "twine")
     dist = ROOT / "dist"
     wheel = build_into(session, dist)
@@ -189,7 +189,7 @@ def build(session: nox.Session) -> None:
 
 
 def build_into(session: nox.Session, dist: Path, *options: str) -> Path:
-    """Build the package into a folder, which holds nothing else of it then; return the wheel."""
+    """Build the package into a folder, after deleting earlier builds there; return the wheel."""
     for old in dist.glob("freegrad_fx-*"):
         old.unlink()
     session.run("python", "-m", "build", "--outdir", str(dist), *options, str(ROOT))
@@ -198,14 +198,14 @@ def build_into(session: nox.Session, dist: Path, *options: str) -> Path:
 
 
 def try_wheel(session: nox.Session, python: str, wheel: Path) -> None:
-    """Use an installed wheel, where no checkout is near."""
+    """Run the trial with an installed wheel, outside of the checkout."""
     with tempfile.TemporaryDirectory() as elsewhere, session.chdir(elsewhere):
-        # -I: neither the current folder nor PYTHONPATH can lend it the checkout.
+        # -I: the current folder and PYTHONPATH are ignored, so the checkout cannot be imported.
         session.run(python, "-I", "-c", WHEEL_TRIAL, wheel.name, external=True)
 
 
 @nox.session(name="import-time")
 def import_time(session: nox.Session) -> None:
-    """Measure what `import freegrad_fx` takes after `import torch`: CPU time and modules."""
+    """Measure `import freegrad_fx` after `import torch`: CPU time and number of modules."""
     install_project(session, "bench")
     session.run("python", "-m", "benchmarks.import_time", *session.posargs)
