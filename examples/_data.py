@@ -1,7 +1,7 @@
-"""The data of the examples, as tensors in memory: images, and bits that are counted.
+"""The data sets of the examples, as tensors in memory: images, and vectors of bits.
 
-Nothing is downloaded but MNIST, and that only where it is asked for or nothing else is chosen. This
-module knows nothing of models or of freegrad_fx.
+Only MNIST is downloaded, and only if it is selected or no data set is selected. This module does not
+depend on models or on freegrad_fx.
 """
 
 import gzip
@@ -41,7 +41,7 @@ FASHION_MNIST_FOLDERS = (
 
 
 class Data(NamedTuple):
-    """Inputs of shape [n, ...] in [0, 1] and labels of shape [n], to train with and held out."""
+    """Inputs of shape [n, ...] in [0, 1] and labels of shape [n]: a training set and a held-out set."""
 
     name: str
     train_inputs: Tensor
@@ -53,7 +53,7 @@ class Data(NamedTuple):
         return Data(self.name, *(tensor.to(device) for tensor in self[1:]))
 
     def shortened(self, training: int, held_out: int) -> "Data":
-        """The first samples only."""
+        """Return the first samples of both sets."""
         return Data(
             self.name,
             *(tensor[:training] for tensor in self[1:3]),
@@ -62,7 +62,7 @@ class Data(NamedTuple):
 
     @property
     def slug(self) -> str:
-        """The name as a part of the name of a file."""
+        """The name in a form that can be a part of a file name."""
         return "-".join(re.findall(r"[a-z0-9]+", self.name.lower()))
 
     def __str__(self) -> str:
@@ -72,9 +72,9 @@ class Data(NamedTuple):
 
 @dataclass(frozen=True)
 class Source:
-    """Where data come from."""
+    """A data set, and the function that reads it."""
 
-    read: Callable[[], Data]  # raises FileNotFoundError where they are not on this machine
+    read: Callable[[], Data]  # raises FileNotFoundError if the data are not on this machine
     download: Callable[[], object] | None = None
 
 
@@ -85,7 +85,7 @@ def load(
     download: bool = True,
     say: Callable[[str], object] = print,
 ) -> Data:
-    """Give the data that are chosen: by name, as a folder of idx files, or the first that can be had."""
+    """Return the selected data set: by name, by a folder of idx files, or the first that is available."""
     if choice is None:
         for name in sources:
             try:
@@ -95,7 +95,7 @@ def load(
         raise FileNotFoundError(f"none of the data sets can be had: {', '.join(sources)}")
     if choice in sources:
         return _read(sources[choice], download)
-    # A folder has to hold images: it can stand only where a data set of images can.
+    # A folder contains images, so it is accepted only if the experiment accepts a data set of images.
     if "mnist" in sources and Path(choice).is_dir():
         return read_images((Path(choice),), choice)
     folder = " or a folder of idx files" if "mnist" in sources else ""
@@ -136,7 +136,7 @@ def read_idx(path: Path) -> Tensor:
 
 
 def read_images(folders: tuple[Path, ...], name: str) -> Data:
-    """Read the four files, under the names that MNIST gave them, from the first folder that has them."""
+    """Read MNIST's four files, by their usual names, from the first folder that contains them."""
     for folder in folders:
         found = [_found(folder, f"{part}-{kind}") for part in ("train", "t10k") for kind in KINDS]
         if all(found):
@@ -171,11 +171,11 @@ def _download_fashion_mnist() -> None:
     torchvision.datasets.FashionMNIST(DOWNLOADS, download=True)
 
 
-# ---- scikit-learn's handwritten digits: they come with it, nothing is downloaded -----------------
+# ---- scikit-learn's handwritten digits, which are installed with scikit-learn ---------------------
 
 
 def load_digits(held_out: float = 0.25) -> Data:
-    """Split the 1797 images of 8×8 pixels, every class in the same proportion, always the same way."""
+    """Split the 1797 images of 8×8 pixels, stratified by class and with a fixed seed."""
     pixels, labels = sklearn.datasets.load_digits(return_X_y=True)
     split = train_test_split(pixels, labels, test_size=held_out, stratify=labels, random_state=0)
     train_pixels, held_out_pixels, train_labels, held_out_labels = split
@@ -193,7 +193,7 @@ def _images(pixels: object) -> Tensor:
 
 
 def _enlarged_digits() -> Data:
-    """The digits in MNIST's size."""
+    """The digits, enlarged to MNIST's size."""
     digits = load_digits()
     return digits._replace(
         name="digits, enlarged to 28×28",
@@ -222,8 +222,8 @@ IMAGES = {
 def load_ones(dimension: int, count: int, held_out: float = 0.2) -> Data:
     """Draw vectors of bits, uniformly over their Hamming weights, and label the majority of ones.
 
-    The number of ones is uniform on 0, ..., d, their places are uniform, and y = 1[mean(x) > 1/2].
-    Always the same draw.
+    The number of ones is uniform on 0, ..., d, their positions are uniform, and y = 1[mean(x) > 1/2].
+    The seed is fixed.
     """
     random = torch.Generator().manual_seed(0)
     ones = torch.randint(dimension + 1, (count, 1), generator=random)

@@ -1,8 +1,8 @@
-"""What the experiments share: the options, the training of every variant, what is shown and kept.
+"""The common part of the experiments: options, training of all variants, output and results.
 
-An experiment is a model, data, settings and variants: tables of rules for `freegrad_fx.transform`.
-All variants of one seed begin with the same weights and see the same batches. The results are
-written whenever a run ends, so that `--resume` can go on where a long experiment was stopped.
+An experiment is a model, data, settings and variants: rules for `freegrad_fx.transform`. All variants
+of one seed start with the same weights and see the same batches. The results are written after each
+run, so that `--resume` can continue an experiment that was stopped.
 """
 
 import argparse
@@ -36,13 +36,13 @@ console = Console()
 
 @dataclass(frozen=True)
 class Variant:
-    """A forward and its backward: the model's own, or what a table of rules gives it."""
+    """A forward and its backward: native, or given by rules."""
 
     name: str
     rules: Mapping[str, fg.Rule] | None = None
 
     def model(self, original: nn.Module, library: str) -> nn.Module:
-        """Put the rules behind a model, with either package."""
+        """Apply the rules to a model, with either package."""
         if library == OURS:
             return fg.transform(original, self.rules) if self.rules else original
         from _freegrad import wrapped
@@ -52,7 +52,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Experiment:
-    """What is trained, on what, and how."""
+    """A model, its data, its variants and the settings of the training."""
 
     name: str
     title: str
@@ -75,13 +75,13 @@ class Experiment:
         seed: int,
         compiled: bool = False,
     ) -> Iterator[Epoch]:
-        """Train a variant, an epoch for each item that is taken."""
+        """Train a variant; yields after each epoch."""
         torch.manual_seed(seed)
         model = variant.model(self.model(), library).to(data.train_inputs.device)
-        # Rules that draw random numbers draw the same ones, whatever making the model has drawn.
+        # Random rules then draw the same numbers, independently of the initialisation of the model.
         torch.manual_seed(seed)
         if compiled:
-            torch.compiler.reset()  # there is a limit to how often one forward is compiled
+            torch.compiler.reset()  # Dynamo limits how often a forward is compiled
             model = torch.compile(model)
         return train(
             model,
@@ -95,9 +95,9 @@ class Experiment:
 
 
 def main(experiment: Experiment, arguments: list[str] | None = None) -> Results:
-    """Do what the command line says."""
+    """Run an experiment with the options of the command line."""
     chosen = options(experiment, arguments)
-    # The networks are small: a second thread would help little, and wait long on a busy machine.
+    # The networks are small: a second thread helps little, and slows down on a busy machine.
     torch.set_num_threads(1)
     console.rule(experiment.title)
     try:
@@ -135,9 +135,9 @@ def train_all(
     results: Results,
     path: Path,
 ) -> None:
-    """Train every variant from every seed, and write the results whenever one is done."""
+    """Train every variant from every seed, and write the results after each run."""
     done = {run.key for run in results.runs}
-    # The packages take turns, so that a machine which slows down does so for both.
+    # The packages run in alternation, so that a slow phase of the machine affects both.
     keys = [
         (variant.name, library, seed)
         for seed in range(chosen.seeds)
@@ -177,7 +177,7 @@ def train_all(
 
 
 def about(experiment: Experiment, data: Data, chosen: argparse.Namespace) -> dict[str, Any]:
-    """What the results depend on."""
+    """Return the settings and versions that the results depend on."""
     return {
         "experiment": experiment.name,
         "title": experiment.title,
@@ -196,7 +196,7 @@ def about(experiment: Experiment, data: Data, chosen: argparse.Namespace) -> dic
 
 
 def runs_to_keep(path: Path, wanted: dict[str, Any]) -> list[Run]:
-    """Read the runs of an experiment that was stopped; they must be of the same experiment."""
+    """Read the runs of a stopped experiment; they must have the same settings."""
     before = Results.read(path)
     changed = [name for name in wanted if before.about.get(name) != wanted[name]]
     if changed:
@@ -205,7 +205,7 @@ def runs_to_keep(path: Path, wanted: dict[str, Any]) -> list[Run]:
 
 
 def show(text: str) -> None:
-    """Print text as it is: nothing in it is markup, and long lines stay long."""
+    """Print plain text: without markup, and without wrapping."""
     console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 

@@ -1,7 +1,7 @@
-"""The same model under the same rule through the package freegrad, whose wrappers it needs.
+"""Applies a rule to a model with the package freegrad, which needs its own layers in the model.
 
-freegrad (PyPI) changes the backward of its own layer ``Activation`` alone, by a rule that is in force
-while the forward runs. So the activations of a model are exchanged first.
+freegrad (PyPI) changes only the backward of its layer ``Activation``, by a rule that is active while
+the forward runs. Therefore the activations of the model are replaced first.
 """
 
 import copy
@@ -13,7 +13,7 @@ import freegrad_fx as fg
 
 __all__ = ["UnderRule", "wrapped"]
 
-# What freegrad calls the forward of an activation.
+# freegrad's names of the forwards
 FORWARDS = {"ReLU": "ReLU", "Sigmoid": "Logistic", "heaviside": "Heaviside"}
 
 
@@ -31,7 +31,7 @@ class UnderRule(nn.Module):
 
 
 def wrapped(model: nn.Module, rule: fg.Rule | None) -> nn.Module:
-    """Copy a model with freegrad's activations in place of its own, and put it under a rule."""
+    """Copy a model, replace its activations by freegrad's, and apply a rule."""
     model = copy.deepcopy(model)
     for owner in list(model.modules()):
         for name, child in owner.named_children():

@@ -1,4 +1,4 @@
-"""LeNet-5 for images of 28×28 pixels, as anybody would write it. It knows nothing of freegrad_fx."""
+"""An ordinary LeNet-5 for images of 28×28 pixels. It does not depend on freegrad_fx."""
 
 from torch import Tensor, nn
 
@@ -6,7 +6,7 @@ __all__ = ["LeNet5"]
 
 
 class LeNet5(nn.Module):
-    """LeCun et al. 1998, with the averages and the full connections that are usual today."""
+    """LeCun et al. 1998, with average pooling and full connections, as is usual today."""
 
     def __init__(self, activation: type[nn.Module]) -> None:
         super().__init__()

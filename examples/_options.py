@@ -1,4 +1,4 @@
-"""What the command lines of the examples have in common."""
+"""The options that all examples have."""
 
 import argparse
 

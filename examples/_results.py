@@ -1,4 +1,4 @@
-"""The results of an experiment: as JSON, as a table and as curves. It knows nothing of models."""
+"""The results of an experiment: as JSON, as a table and as curves. Does not depend on models."""
 
 import json
 import math
@@ -23,7 +23,7 @@ OURS, PEER = "freegrad_fx", "freegrad"
 
 HEADINGS = ("forward / backward", "with", "seeds", "accuracy, %", "loss", "s/epoch")
 
-# Okabe and Ito's: readers who see fewer colours can tell them apart too.
+# Okabe and Ito's colours, which colour-blind readers can distinguish
 COLOURS = ("#000000", "#0072B2", "#E69F00", "#009E73", "#CC79A7")
 
 
@@ -41,7 +41,7 @@ class Run:
         return self.variant, self.library, self.seed
 
     def to_dict(self) -> dict[str, Any]:
-        """Eight digits are enough. A loss that is not finite is null: JSON has no number for it."""
+        """Return plain data, rounded to eight digits. A loss that is not finite is null, as JSON has no NaN."""
         columns = {
             name: [float(f"{v:.8g}") if math.isfinite(v) else None for v in values]
             for name, values in zip(Epoch._fields, zip(*self.epochs, strict=True), strict=True)
@@ -57,7 +57,7 @@ class Run:
 
 @dataclass
 class Results:
-    """What was run, on what, and what came of it."""
+    """The settings of an experiment and its runs."""
 
     about: dict[str, Any]
     runs: list[Run] = field(default_factory=list)
@@ -68,7 +68,7 @@ class Results:
         return cls(content["about"], [Run.of(run) for run in content["runs"]])
 
     def write(self, path: Path) -> None:
-        """Write JSON, a run in a line. A reader never meets a file that is half written."""
+        """Write JSON atomically, one run per line."""
         runs = ",\n".join(json.dumps(run.to_dict(), allow_nan=False) for run in self.runs)
         about = json.dumps(self.about, indent=1, ensure_ascii=False, allow_nan=False)
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -77,14 +77,14 @@ class Results:
         unfinished.replace(path)
 
     def groups(self) -> dict[tuple[str, str], list[Run]]:
-        """The runs of every variant and package, their seeds in order."""
+        """The runs by variant and package, in the order of their seeds."""
         groups: dict[tuple[str, str], list[Run]] = {}
         for run in sorted(self.runs, key=lambda run: run.seed):
             groups.setdefault((run.variant, run.library), []).append(run)
         return groups
 
     def rows(self) -> list[tuple[str, ...]]:
-        """A row for every variant and package: what it reached in its last epoch, and the time."""
+        """One row for each variant and package: accuracy and loss of the last epoch, and the time."""
         return [
             (
                 variant,
@@ -98,7 +98,7 @@ class Results:
         ]
 
     def difference(self) -> float:
-        """How far the accuracies of the two packages are apart at most, over all their epochs."""
+        """The largest difference between the accuracies of the two packages, over all epochs."""
         groups = self.groups()
         return max(
             abs(one.accuracy - other.accuracy)
@@ -110,13 +110,13 @@ class Results:
 
 
 def spread(values: list[float], form: str) -> str:
-    """Mean ± standard deviation, that of a sample; the mean alone where there is one value."""
+    """Mean ± sample standard deviation; only the mean if there is one value."""
     mean = f"{statistics.fmean(values):{form}}"
     return f"{mean} ± {statistics.stdev(values):{form}}" if len(values) > 1 else mean
 
 
 def table(results: Results) -> Table:
-    """Show the rows; those of the other package stand below ours, so that 80 columns are enough."""
+    """Show the rows, with the other package below, so that 80 columns are enough."""
     shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     shown.add_column(HEADINGS[0], no_wrap=True)
     for heading in HEADINGS[2:]:
@@ -127,7 +127,7 @@ def table(results: Results) -> Table:
 
 
 def draw(results: Results, path: Path) -> None:
-    """Draw how every variant learnt: the mean over the seeds and the range around it."""
+    """Draw the learning curves of all variants: the mean over the seeds, and the range."""
     figure = Figure(figsize=(9, 3.6), layout="constrained")
     loss, accuracy = figure.subplots(1, 2)
     groups = results.groups()
@@ -146,7 +146,7 @@ def draw(results: Results, path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
     handles, labels = loss.get_legend_handles_labels()
-    columns = len(variants)  # a package in a line
+    columns = len(variants)  # one line for each package
     figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
     figure.suptitle(f"{results.about['title']}, {results.about['data']}", fontsize="medium")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,12 +1,12 @@
-"""Import torchvision, also where its compiled operators cannot load.
+"""Makes torchvision importable if its compiled operators cannot be loaded.
 
-torchvision's released wheels are built for one CUDA release. Beside a CPU build of torch their
-compiled library does not load. ``import torchvision`` then fails, because it describes operators,
-``nms`` first, that this library would have declared. Declaring two schemas beforehand is enough:
-models, transforms and data sets work, and only the detection operators are missing.
+torchvision's released wheels are built for one CUDA release. With a CPU build of torch, their compiled
+library cannot be loaded. ``import torchvision`` then fails, because it registers fake implementations of
+operators (first ``nms``) that this library would have declared. Declaring two schemas beforehand is
+enough: models, transforms and data sets work, and only the detection operators are missing.
 
-Import this module before torchvision. It knows nothing of freegrad_fx, and it does nothing where
-torchvision imports without help.
+Import this module before torchvision. It does nothing if torchvision can be imported without it, and
+does not depend on freegrad_fx.
 """
 
 import sys
@@ -18,7 +18,7 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-# The declarations last as long as the object that made them.
+# The declarations exist as long as this object.
 _library: torch.library.Library | None = None
 
 try:
@@ -26,7 +26,7 @@ try:
 except RuntimeError as error:
     if "operator torchvision::nms does not exist" not in str(error):
         raise
-    # The failed import leaves submodules behind: the second one must not meet them half done.
+    # The failed import leaves partially initialised submodules, which the second import must not use.
     for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
         del sys.modules[name]
     _library = torch.library.Library("torchvision", "FRAGMENT")

@@ -1,7 +1,7 @@
-"""A training loop for classifiers, as plain as can be. It knows nothing of freegrad_fx.
+"""A plain training loop for classifiers. It does not depend on freegrad_fx.
 
-The order of the batches depends on the seed alone: models that are trained with the same seed see
-the same batches, whatever random numbers their backward draws.
+The order of the batches depends only on the seed: models that are trained with the same seed see the
+same batches, even if their backward draws random numbers.
 """
 
 import time
@@ -22,11 +22,11 @@ ADAM = partial(torch.optim.Adam, lr=2e-3)
 
 
 class Epoch(NamedTuple):
-    """What happened in one epoch."""
+    """The results of one epoch."""
 
-    loss: float  # the mean over the training set, as it was met
-    accuracy: float  # on the held-out set, after the epoch: a fraction
-    seconds: float  # of training: processor time on a CPU, which other programs do not lengthen
+    loss: float  # mean over the training set, during the epoch
+    accuracy: float  # on the held-out set, after the epoch, as a fraction
+    seconds: float  # of training; on a CPU the processor time, which other programs do not affect
 
 
 def train(
@@ -39,7 +39,7 @@ def train(
     optimizer: Callable[[Iterable[Tensor]], torch.optim.Optimizer] = ADAM,
     loss: Callable[[Tensor, Tensor], Tensor] = F.cross_entropy,
 ) -> Iterator[Epoch]:
-    """Train, an epoch for each item that is taken."""
+    """Train; yields after each epoch."""
     updates = optimizer(model.parameters())
     inputs, labels = data.train_inputs, data.train_labels
     clock = time.process_time if inputs.device.type == "cpu" else time.perf_counter
@@ -58,14 +58,14 @@ def train(
             total += value.detach() * len(batch)
         mean = total.item() / len(
             labels
-        )  # before the clock is read: an accelerator has then finished
+        )  # before the clock is read, so that an accelerator has finished
         seconds = clock() - started
         yield Epoch(mean, accuracy(model, data.held_out_inputs, data.held_out_labels), seconds)
 
 
 @torch.no_grad()
 def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
-    """The fraction of the inputs that the model, in eval mode, gives their label."""
+    """The fraction of the inputs that the model classifies correctly, in eval mode."""
     model.eval()
     batches = zip(inputs.split(1000), labels.split(1000), strict=True)
     right = sum((predicted(model(x)) == y).sum().item() for x, y in batches)
@@ -73,5 +73,5 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def predicted(outputs: Tensor) -> Tensor:
-    """The class: the largest of the scores [n, classes], or whether a probability [n] is one half."""
+    """The predicted class: the largest of the scores [n, classes], or whether a probability [n] is at least 1/2."""
     return outputs.argmax(dim=1) if outputs.ndim == 2 else outputs >= 0.5

@@ -2,15 +2,14 @@
 
     python examples/binary_weights.py [--quick] [--epochs N] [--seeds N] [--device cpu]
 
-The weights of the convolutions and of the linear layers are read through a quantizer. What the
-optimizer updates are the real numbers behind them (Courbariaux et al. 2015, arXiv:1511.00363):
+The model reads the weights of the convolutions and of the linear layers through a quantizer. The
+optimizer updates the real-valued weights (Courbariaux et al. 2015, arXiv:1511.00363):
 
     binary   1 where w ≥ 0, else −1    Hubara et al. 2016, arXiv:1602.02830
     ternary  sign(w)·1[|w| > Δ]        Li & Liu 2016, arXiv:1605.04711; Δ = 0.7·mean|w|
 
-and their gradient is that of the quantized weight where |w| ≤ 1, else 0. Initial weights, batches
-and settings are the same for all. The data are scikit-learn's digits; nothing is downloaded, and
-every number shown was computed by the run that shows it.
+Their gradient is that of the quantized weight where |w| ≤ 1, else 0. Initial weights, batches and
+settings are the same for all networks. The data are scikit-learn's digits; nothing is downloaded.
 """
 
 import argparse
@@ -55,10 +54,10 @@ class PlainCNN(nn.Module):
 
 @dataclass
 class Contestant:
-    """What the weights are read through, and what came of it."""
+    """A quantizer for the weights, and the results with it."""
 
     name: str
-    forward: str | None = None  # None: the model as it is, not transformed
+    forward: str | None = None  # None: the untransformed model
     quantize: Callable[[Tensor], Tensor] = torch.clone
     runs: list[list[Epoch]] = field(default_factory=list)  # one for each seed
     zeros: list[float] = field(default_factory=list)
@@ -71,7 +70,7 @@ class Contestant:
         return fg.RuleTable([weights.backward("clipped_straight_through", bound=1.0)])
 
     def weights(self, model: nn.Module) -> Tensor:
-        """All weights of the layers, as the forward reads them."""
+        """All weights of the layers, in the form that the forward reads."""
         layers = (module for module in model.modules() if isinstance(module, LAYERS))
         return torch.cat([self.quantize(layer.weight.detach()).flatten() for layer in layers])
 
@@ -85,7 +84,7 @@ def contestants() -> list[Contestant]:
 
 
 def train_all(everyone: Iterable[Contestant], epochs: int, seeds: int, device: str) -> None:
-    """Train everyone's model from the same initial weights, once for each seed."""
+    """Train every contestant from the same initial weights, once for each seed."""
     data = load_digits().to(device)
     show(f"Data: {data}")
     for seed in range(seeds):
@@ -99,7 +98,7 @@ def train_all(everyone: Iterable[Contestant], epochs: int, seeds: int, device: s
 
 
 def results(everyone: Iterable[Contestant]) -> Table:
-    """What everyone reached in the last epoch."""
+    """The results of the last epoch."""
     table = Table("weights", box=box.SIMPLE_HEAD)
     for heading in ("held-out accuracy, %", "training loss", "weights that are 0, %"):
         table.add_column(heading, justify="right")
@@ -113,7 +112,7 @@ def results(everyone: Iterable[Contestant]) -> Table:
 
 
 def show(text: object) -> None:
-    """Print text as it is: nothing in it is markup, and long lines stay long."""
+    """Print plain text: without markup, and without wrapping."""
     console.print(str(text), markup=False, highlight=False, soft_wrap=True)
 
 
@@ -131,7 +130,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    # The network is small: a second thread would help little, and wait long on a busy machine.
+    # The network is small: a second thread helps little, and slows down on a busy machine.
     torch.set_num_threads(1)
     everyone = contestants()
     console.rule("A CNN with binary weights")

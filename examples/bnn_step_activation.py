@@ -1,10 +1,10 @@
-"""A single unit with a step for its activation, which has no derivative to learn with.
+"""A single unit with a step activation, whose derivative is useless for training.
 
     python examples/bnn_step_activation.py [--quick] [--seeds N] [--compare freegrad]
 
 The binary network of Troiano et al. 2025 (doi:10.1016/j.neucom.2025.131178): the derivative of a
-step is 0, and nothing is learnt; with the constant 1 in its place the unit learns. The model is an
-ordinary one with a logistic output: the table of rules puts the step there.
+step is 0, so the unit does not learn; with the constant 1 instead, it learns. The model is an
+ordinary model with a logistic output, which the rules replace by the step.
 """
 
 import torch.nn.functional as F

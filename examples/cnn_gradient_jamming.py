@@ -1,10 +1,10 @@
-"""LeNet-5 with rectified activations, whose gradient is multiplied with random numbers.
+"""LeNet-5 with ReLUs, whose gradient is multiplied by random numbers.
 
     python examples/cnn_gradient_jamming.py [--quick] [--data NAME] [--compare freegrad]
 
 Gradient jamming, from Troiano et al. 2025 (doi:10.1016/j.neucom.2025.131178): every component of
-the gradient is multiplied with a number from [0, 1), everywhere, or where the input of the
-activation is not negative, or where it lies in [-5, 5]; it is 0 elsewhere. Its sign is kept.
+the gradient is multiplied by a random number from [0, 1): everywhere, where the input of the
+activation is not negative, or where it is in [-5, 5]. Elsewhere, the gradient is 0.
 """
 
 from torch import nn

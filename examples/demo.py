@@ -1,14 +1,14 @@
-"""The demo: rewrite two unmodified models, then train one of them with four backwards.
+"""The demo: transforms two unmodified models, then trains one of them with four backwards.
 
     python examples/demo.py [--quick] [--epochs N] [--seeds N] [--out FOLDER]
 
-1. torchvision's resnet18 and a network written by hand are transformed. The report is shown, the
-   generated code, and a check that the forward is bit-identical.
-2. The network learns scikit-learn's digits: natively, with the gradient cut to a window, with
-   noise on top of that, and as a network that fires (its forward a step) with a surrogate gradient.
-   Initial weights, batches and settings are the same for all.
+1. Transforms torchvision's resnet18 and a small network, shows the report and the generated code, and
+   checks that the forward is bit-identical.
+2. Trains the small network on scikit-learn's digits: with the native backward, with a gradient that is
+   restricted to a window, with noise added to that, and as a spiking network (a step in the forward)
+   with a surrogate gradient. Initial weights, batches and settings are the same.
 
-Nothing is downloaded, and every number shown was computed by the run that shows it.
+Nothing is downloaded, and every number shown is computed by the run.
 """
 
 import argparse
@@ -39,7 +39,7 @@ console = Console()
 
 
 class SmallCNN(nn.Module):
-    """An ordinary network. It spells its activation in three ways, as real code does."""
+    """An ordinary network, which spells its activation in three ways."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -60,9 +60,9 @@ class SmallCNN(nn.Module):
 
 @dataclass
 class Contestant:
-    """One way to train the network, and what came of it."""
+    """One way to train the network, and its results."""
 
-    rule: fg.Rule | None  # None: the model as it is, not transformed
+    rule: fg.Rule | None  # None: the untransformed model
     colour: str
     runs: list[list[Epoch]] = field(default_factory=list)  # one for each seed
 
@@ -82,16 +82,16 @@ class Contestant:
         return fg.transform(SmallCNN(), self.rule) if self.rule else SmallCNN()
 
     def accuracy(self) -> Tensor:
-        """On the held-out set, in percent: [seeds, epochs]."""
+        """Accuracy on the held-out set, in percent: [seeds, epochs]."""
         return 100 * torch.tensor([[epoch.accuracy for epoch in run] for run in self.runs])
 
     def loss(self) -> Tensor:
-        """On the training set: [seeds, epochs]."""
+        """Loss on the training set: [seeds, epochs]."""
         return torch.tensor([[epoch.loss for epoch in run] for run in self.runs])
 
 
 def contestants() -> list[Contestant]:
-    # The colours are Okabe and Ito's: readers who see fewer of them can tell them apart too.
+    # Okabe and Ito's colours, which colour-blind readers can distinguish
     return [
         Contestant(None, "#000000"),
         Contestant(fg.rules.rectangular(a=-1.0, b=1.0), "#0072B2"),
@@ -100,7 +100,7 @@ def contestants() -> list[Contestant]:
     ]
 
 
-# ---- Two models are rewritten --------------------------------------------------------------------
+# ---- Transform two models -----------------------------------------------------------------------
 
 
 def show_resnet18() -> None:
@@ -130,7 +130,7 @@ def show_cnn() -> None:
 
 
 def show_comparison(model: nn.Module, rewritten: nn.Module, x: Tensor) -> None:
-    """Say how a rewritten model compares with the original; stop where it should not differ."""
+    """Compare a transformed model with the original; raise an error if the forwards differ."""
     for training in (False, True):
         expected, computed = model.train(training)(x), rewritten.train(training)(x)
         if not torch.equal(computed, expected):
@@ -145,33 +145,33 @@ def show_comparison(model: nn.Module, rewritten: nn.Module, x: Tensor) -> None:
 
 
 def gradient(model: nn.Module, x: Tensor) -> Tensor:
-    """What the weight of the first convolution receives in a backward."""
+    """The gradient of the weight of the first convolution."""
     (grad,) = torch.autograd.grad(model(x).square().mean(), model.get_parameter("conv1.weight"))
     return grad.flatten()
 
 
 def code_changes(before: str, after: str) -> Iterator[str]:
-    """Give all lines of two generated programs, marked as a diff marks them."""
+    """All lines of two generated programs, marked as in a diff."""
     old, new = statements(before), statements(after)
     diff = difflib.unified_diff(old, new, n=len(old), lineterm="")
     return (line for line in diff if not line.startswith(("---", "+++", "@@")))
 
 
 def statements(code: str) -> list[str]:
-    """Leave out the `;  x = None` with which fx frees what is not used any more."""
+    """Remove the `;  x = None` by which fx frees unused values."""
     return [line.split(";  ")[0] for line in code.strip().splitlines()]
 
 
 def show(text: str, style: str = "") -> None:
-    """Print text as it is: nothing in it is markup, and long lines stay long."""
+    """Print plain text: without markup, and without wrapping."""
     console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
-# ---- One of them is trained ----------------------------------------------------------------------
+# ---- Train one of them ---------------------------------------------------------------------------
 
 
 def train_all(everyone: list[Contestant], epochs: int, seeds: int) -> None:
-    """Train everyone's model from the same initial weights, once for each seed."""
+    """Train every contestant from the same initial weights, once for each seed."""
     data = load_digits()
     columns = (
         TextColumn("{task.description:24}"),
@@ -192,7 +192,7 @@ def train_all(everyone: list[Contestant], epochs: int, seeds: int) -> None:
 
 
 def results(everyone: list[Contestant]) -> Table:
-    """What everyone reached in the last epoch."""
+    """The results of the last epoch."""
     table = Table("forward", "backward")
     table.add_column("held-out accuracy, %", justify="right")
     table.add_column("training loss", justify="right")
@@ -203,7 +203,7 @@ def results(everyone: list[Contestant]) -> Table:
 
 
 def spread(values: Tensor, form: str) -> str:
-    """Mean ± standard deviation; the mean alone where there is one value."""
+    """Mean ± standard deviation; only the mean if there is one value."""
     mean = f"{values.mean():{form}}"
     return f"{mean} ± {values.std():{form}}" if len(values) > 1 else mean
 
@@ -212,7 +212,7 @@ def spread(values: Tensor, form: str) -> str:
 
 
 def draw(everyone: list[Contestant], path: Path) -> None:
-    """Draw what the rules are, how everyone learnt, and what it was worth."""
+    """Draw the rules, the learning curves and the accuracies."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
     backward, loss, accuracy = figure.subplots(1, 3)
     for one in everyone:
@@ -237,7 +237,7 @@ def draw(everyone: list[Contestant], path: Path) -> None:
 
 
 def draw_mean_and_range(axes: Axes, one: Contestant, x: Tensor, values: Tensor) -> None:
-    """Draw the mean over the first dimension, seeds or draws, and the range around it."""
+    """Draw the mean over the first dimension (seeds or draws), and the range."""
     style = "-" if one.rule else "--"
     axes.plot(x, values.mean(dim=0), style, color=one.colour, label=one.name, zorder=3)
     low, high = values.amin(dim=0), values.amax(dim=0)
@@ -245,7 +245,7 @@ def draw_mean_and_range(axes: Axes, one: Contestant, x: Tensor, values: Tensor) 
 
 
 def gradient_factor(rule: fg.Rule | None, x: Tensor) -> Tensor:
-    """What a rule multiplies the gradient with at each input; many draws, since it may be random."""
+    """The factor by which a rule multiplies the gradient at each input; many draws, as it can be random."""
     x = x.expand(2000, -1)
     return (rule or fg.rules.d_relu).backward(torch.ones_like(x), x=x, y=x.relu())
 
@@ -267,7 +267,7 @@ def options() -> argparse.Namespace:
 
 def main() -> None:
     chosen = options()
-    # The network is small: a second thread would help little, and wait long on a busy machine.
+    # The network is small: a second thread helps little, and slows down on a busy machine.
     torch.set_num_threads(1)
     torch.manual_seed(0)
     show_resnet18()

@@ -1,9 +1,9 @@
-"""LeNet-5 with logistic activations: their own derivative against a rectangle.
+"""LeNet-5 with logistic activations: native derivative against a rectangle.
 
     python examples/lenet_mnist_rectangular.py [--quick] [--data NAME] [--compare freegrad]
 
 The third experiment of Troiano et al. 2025 (doi:10.1016/j.neucom.2025.131178). The rectangle is 1
-where the input of the activation lies in [-0.5, 0.5], and 0 elsewhere.
+where the input of the activation is in [-0.5, 0.5], and 0 elsewhere.
 """
 
 from torch import nn

@@ -1,10 +1,10 @@
-"""A perceptron with one hidden layer reads digits: the logistic's own derivative against 1.
+"""A perceptron with one hidden layer on digits: derivative of the logistic function against 1.
 
     python examples/mlp_digits_constant_vs_tied.py [--quick] [--seeds N] [--compare freegrad]
 
 The second experiment of Troiano et al. 2025 (doi:10.1016/j.neucom.2025.131178): 64-64-10 on
 scikit-learn's digits of 8×8 pixels. The backward of the hidden layer is that of the logistic
-function ("tied"), or passes the gradient on as it comes ("constant").
+function ("tied"), or passes the gradient unchanged ("constant").
 """
 
 from torch import Tensor, nn

@@ -1,10 +1,10 @@
-"""A single unit tells whether most bits are ones: the logistic's own derivative against 1.
+"""A single unit that detects a majority of ones: derivative of the logistic function against 1.
 
     python examples/suc_logistic_vs_constant.py [--quick] [--seeds N] [--compare freegrad]
 
 The first experiment of Troiano et al. 2025 (doi:10.1016/j.neucom.2025.131178): one neuron, trained
 on bit vectors that are uniform in their number of ones. Its backward is that of the logistic
-function ("tied"), or passes the gradient on as it comes ("constant").
+function ("tied"), or passes the gradient unchanged ("constant").
 """
 
 import torch.nn.functional as F
