@@ -146,6 +146,19 @@ def test_a_name_is_taken_once() -> None:
     assert fg.get("scale") is mine
 
 
+def test_examples_are_bound_when_a_rule_is_registered() -> None:
+    rule = fg.register("mine", examples=[{"s": 2}, {"s": 0.0}])(lambda grad, *, s=1.0: s * grad)
+    assert rule.declaration.examples == ({"s": 2}, {"s": 0.0})
+    for examples, problem in (
+        ([{"t": 1.0}], "unknown parameter of rule 'bad': 't'"),
+        ([{"s": -1.0}], "'bad' requires s >= 0, got s=-1.0"),
+        ({"s": 1.0}, r"examples= of rule 'bad' must be a sequence of dicts.*got the entry 's'"),
+    ):
+        with pytest.raises(fg.RuleError, match=problem):
+            fg.register("bad", requires="s >= 0", examples=examples)(lambda grad, *, s=1.0: grad)
+    assert "bad" not in fg.rules.available()
+
+
 def test_any_callable_with_a_signature_in_the_vocabulary_is_a_rule() -> None:
     class Doubles:
         def __call__(self, grad: Tensor, *, times: float = 1.0) -> Tensor:

@@ -1,6 +1,7 @@
-"""The built-in backward rules, a file for each family. What a rule is stands in `core`.
+"""The built-in backward rules, one module for each family. `core` defines what a rule is.
 
-Every rule is an attribute of this module, under the name of its function: ``rules.rectangular``, ``rules.d_relu``.
+Every module of this package is imported, and the rules that it registers become attributes of the package, under the
+names of their functions: ``rules.rectangular``, ``rules.d_relu``.
 """
 
 import importlib
@@ -30,4 +31,4 @@ __all__ += sorted(_BUILT_IN)
 if TYPE_CHECKING:
 
     def __getattr__(name: str) -> Rule:
-        """A built-in rule, for type checkers: they do not see what families register."""
+        """A built-in rule, for type checkers, which do not see the attributes that are set at import."""

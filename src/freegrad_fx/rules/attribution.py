@@ -1,4 +1,4 @@
-"""Rules of attribution methods, for the activations of a network that is explained, not trained."""
+"""Rules of attribution methods, which explain the output of a trained network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Random numbers for rules. Knows no rule."""
+"""Random numbers for rules, in eager mode and under `torch.compile`. Does not know any rule."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ __all__ = ["normal_like", "uniform_like"]
 
 
 def uniform_like(tensor: Tensor) -> Tensor:
-    """Numbers from U(0, 1), in the shape and dtype of a tensor."""
+    """Draw from U(0, 1), with the shape and dtype of a tensor."""
     if not _is_slow(tensor):
         return torch.rand_like(tensor)
     return torch.ops.freegrad_fx.uniform_like(tensor, _number())  # type: ignore[no-any-return]
 
 
 def normal_like(tensor: Tensor) -> Tensor:
-    """Numbers from N(0, 1), in the shape and dtype of a tensor."""
+    """Draw from N(0, 1), with the shape and dtype of a tensor."""
     if not _is_slow(tensor):
         return torch.randn_like(tensor)
     return torch.ops.freegrad_fx.normal_like(tensor, _number())  # type: ignore[no-any-return]
 
 
 def _is_slow(tensor: Tensor) -> bool:
-    """Whether Inductor's own generator would be used, which on a CPU takes several times as long as PyTorch's."""
+    """Return whether Inductor would generate the numbers on a CPU, which takes several times as long as PyTorch."""
     return is_compiling() and tensor.device.type == "cpu"
 
 
@@ -39,12 +39,12 @@ _other_draws = itertools.count()
 
 @takes_for_constant
 def _number() -> int:
-    """A number for every draw of a program: AOTAutograd would make one draw of two that look the same."""
+    """Return another number for each draw of a program: AOTAutograd would merge two draws with equal arguments."""
     context = tracing_context()
     return next(_other_draws if context is None else _draws.setdefault(context, itertools.count()))
 
 
-# Operators that no compiler looks into
+# Operators that compilers do not trace into
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 for _name, _draw in {"uniform_like": torch.rand_like, "normal_like": torch.randn_like}.items():
     _schema = f"{_name}(Tensor self, int draw) -> Tensor"

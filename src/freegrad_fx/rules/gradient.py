@@ -1,6 +1,6 @@
-"""Rules that reshape the gradient itself, or the derivative of a simple operation.
+"""Rules that change the gradient itself, and derivatives of simple operations.
 
-FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules keep.
+References to FreeGrad mean the PyPI package freegrad 1.0.1. Rules from it have its names and defaults.
 """
 
 from __future__ import annotations
@@ -129,7 +129,7 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
 )
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
-    # in float32 at least: float16 cannot hold the norm of a large tensor, and the gradient would become zero
+    # at least float32: the norm of a large tensor overflows in float16, and the gradient would become zero
     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
     factor: Tensor = max_norm / norm.clamp_min(eps)
     return grad * factor.clamp(max=1).to(grad.dtype)

@@ -1,6 +1,6 @@
-"""Gradient jamming: the gradient of a unit is multiplied with uniform noise.
+"""Gradient jamming: each entry of the gradient is multiplied by uniform noise.
 
-FreeGrad = the PyPI package freegrad 1.0.1, whose names and defaults these rules keep.
+References to FreeGrad mean the PyPI package freegrad 1.0.1. The rules have its names and defaults.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Where a rule lets the gradient pass: masks, and kernels that apply one in a single pass. Knows no rule.
+"""Masks, which state where the gradient passes, and kernels that apply one in a single pass. Does not know any rule.
 
-The functions named ``where_…`` are fast forms for `register`: they return what the formulas return, bit for bit, or
-``NotImplemented`` for arguments that they are not for. They run in eager mode, where nothing is differentiated twice.
+The functions named ``where_…`` are fast forms for `register`: they return the result of the formula, bit for bit, or
+``NotImplemented`` for arguments that they do not support. They run in eager mode, in a backward that is not
+differentiated itself.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ def window(x: Tensor, *, a: float, b: float) -> Tensor:
     largest = torch.finfo(x.dtype).max if x.is_floating_point() else 0
     numbers = not (isinstance(a, Tensor) or isinstance(b, Tensor))
     if numbers and not is_compiling() and -largest <= a <= b <= largest:
-        return x.clamp(a, b) == x  # the same, and one pass over booleans instead of three
+        return x.clamp(a, b) == x  # the same mask, with one pass over booleans instead of three
     return (x >= a) & (x <= b)
 
 
@@ -59,7 +60,7 @@ def ball(x: Tensor, *, bound: float) -> Tensor:
 
 
 def only_where(mask: Tensor, grad: Tensor) -> Tensor:
-    """grad·1[mask], which is 0 outside of the mask for every gradient, an infinite one too."""
+    """grad·1[mask], where entries outside of the mask are 0, also if the gradient is infinite or NaN there."""
     usual = mask.is_cpu and mask.dtype is torch.bool and grad.is_floating_point()
     if not (usual and mask.shape == grad.shape and runs_alone(grad)):
         return torch.where(mask, grad, 0)
@@ -72,10 +73,11 @@ def only_where(mask: Tensor, grad: Tensor) -> Tensor:
 
 
 def can_mask(grad: Tensor, x: Tensor) -> bool:
-    """Whether PyTorch's masking kernels do what a formula does, which lets nothing pass where x is NaN.
+    """Return whether PyTorch's masking kernels compute the formula for these tensors.
 
-    They let it pass. A sum finds a NaN in a fraction of their time, and a comparison, which takes longer for each
-    entry, begins sooner. On other devices reading the answer would wait for them.
+    They do not if ``x`` has a NaN: the kernels pass the gradient there, and the formulas do not. For a large tensor, a
+    sum detects NaN in a fraction of the time of the kernels. For a small one, a comparison is faster, as it has less
+    overhead. Other devices than the CPU are not supported, as reading the result would synchronise with the device.
     """
     if grad.dtype is not x.dtype or not x.is_cpu:
         return False
@@ -109,7 +111,10 @@ def where_in_ball(grad: Tensor, x: Tensor, *, bound: float) -> Any:
 
 @functools.lru_cache(maxsize=1024)
 def outer(a: float, b: float, dtype: torch.dtype) -> tuple[float, float] | None:
-    """The numbers of a dtype next to a window, outside: PyTorch's kernels take a window without its ends."""
+    """Return the nearest numbers of a dtype outside of a window; None if there are none.
+
+    PyTorch's kernels exclude the ends of a window, and the formulas include them.
+    """
     if dtype not in (torch.float32, torch.float64, torch.bfloat16):
         return None
     ends = torch.tensor([a, b], dtype=dtype)

@@ -1,4 +1,4 @@
-"""Straight-through estimators: a rounding or a sign in the forward, (nearly) nothing in the backward."""
+"""Straight-through estimators, which pass the gradient through a rounding or a sign."""
 
 from __future__ import annotations
 

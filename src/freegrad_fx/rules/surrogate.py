@@ -1,7 +1,6 @@
-"""Surrogate gradients for spikes: smooth stand-ins for the derivative of a step.
+"""Surrogate gradients for spiking networks: smooth replacements for the derivative of the Heaviside step.
 
-The forward that goes with them is a heaviside; on an unmodified network that rectifies it is given with
-``forward="heaviside"``.
+They are meant for a Heaviside forward. For a network with other activations, ``forward="heaviside"`` replaces them.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ def _in_one_buffer_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Any:
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     """grad / (1 + slope·|x|)²"""
     root = 1 + slope * x.abs()
-    return grad / root / root  # its square would overflow in float16 for |x| > 10
+    return grad / root / root  # not divided by root², which overflows in float16 for |x| > 10
 
 
 def _in_one_buffer_arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
@@ -53,5 +52,5 @@ def _in_one_buffer_arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)"""
-    # both divided by alpha/2
+    # numerator and denominator are divided by alpha/2
     return grad / (math.pi**2 * alpha / 2 * x.square() + 2 / alpha)
