@@ -1,7 +1,7 @@
-"""The benchmarks. What they measure stands in `_cases`; the peers in `_peers`, the issue's targets in `_targets`."""
+"""The benchmarks. `_cases` defines the measured cases, `_peers` the other libraries, and `_targets` the targets."""
 
 import sys
 from pathlib import Path
 
-# for _torchvision, which makes torchvision importable beside a CPU build of torch
+# for _torchvision, which makes torchvision importable with a CPU build of torch
 sys.path.append(str(Path(__file__).resolve().parent.parent / "examples"))

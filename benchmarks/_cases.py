@@ -1,7 +1,8 @@
-"""What is measured: operators, training steps, attributions, transforms and memory, native, ours and the peers'.
+"""The measured cases: operators, training steps, attributions, transforms and memory; native, ours and of the peers.
 
-A case is a dict of candidates by name, native PyTorch first; `compare` and the suites of pytest-benchmark share them.
-A rule's name is ours, `_peers` says how a peer's begins, and what follows a comma in a name are options.
+A case is a dict of candidates by name, native PyTorch first. `compare` and the pytest-benchmark suites share the cases.
+Names: a candidate of this package has the name of its rule, one of a peer begins with the name of the peer (see
+`_peers`), and options follow a comma.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ RULES = (*(rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.
 with torch.random.fork_rng(devices=[]):
     ELEMENTWISE = (*(name for name in RULES if is_elementwise(fg.get(name))),)
 
-# A slope that SpikingJelly's SoftSign has, too.
+# A slope that SpikingJelly's SoftSign also supports.
 PARAMETERS: dict[str, dict[str, Any]] = {"fast_sigmoid": {"slope": 2.0}}
 
 # Rules that read x only through a mask, and can save the mask instead of x.
@@ -59,7 +60,7 @@ FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "sign": torch.sign,
 }
 
-# Besides on relu, a rule is tried on the forwards that its peers have.
+# In addition to relu, a rule is measured on the forwards of its peers.
 OTHER_FORWARDS = {
     "straight_through": ("heaviside", "round", "ceil", "floor", "sign"),
     "clipped_straight_through": ("binarize",),
@@ -71,7 +72,7 @@ OTHER_FORWARDS = {
 
 
 def rule_of(name: str, **options: Any) -> fg.Rule:
-    """A rule with the parameters that it is measured with."""
+    """A rule, with the parameters for the measurement."""
     return fg.get(name)(**PARAMETERS.get(name, {}), **options)
 
 
@@ -79,7 +80,7 @@ def rule_of(name: str, **options: Any) -> fg.Rule:
 
 
 class Activation(nn.Module):
-    """One activation: native PyTorch as it is, and what `transform` is given."""
+    """One activation as a module: used natively, and transformed."""
 
     def __init__(self, forward: str = "relu") -> None:
         super().__init__()
@@ -90,13 +91,13 @@ class Activation(nn.Module):
 
 
 def under(rule: fg.Rule, forward: str = "relu") -> nn.Module:
-    """The same module with a rule behind it."""
+    """The activation, transformed with a rule."""
     table = fg.RuleTable([fg.on(["activations", "quantizers"]).backward(rule)])
     return fg.transform(Activation(forward), table, strict=True)
 
 
 class _Window(torch.autograd.Function):
-    """What `rectangular` comes to, without a question asked: not whether x is NaN, nor what is in force."""
+    """`rectangular` without checks: neither whether x is NaN, nor whether a block is active."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor) -> Tensor:
@@ -122,7 +123,7 @@ class _Through(torch.autograd.Function):
 
 
 class Bare(nn.Module):
-    """The least that a decoupled relu in Python can be."""
+    """The minimal decoupled relu in Python."""
 
     def __init__(self, function: type[torch.autograd.Function]) -> None:
         super().__init__()
@@ -136,7 +137,7 @@ BARE = {"rectangular": _Window, "d(Linear)": _Through}
 
 
 def operator(rule: str) -> dict[str, nn.Module]:
-    """A rule on relu and on other forwards, beside native relu and the peers that have the rule."""
+    """A rule on relu and on other forwards, with native relu and the peers that have the rule."""
     modules = {NATIVE_RELU: Activation(), rule: under(rule_of(rule))}
     if rule in BARE:
         modules[f"{NATIVE} Function, bare"] = Bare(BARE[rule])
@@ -166,7 +167,7 @@ def operator_step(module: nn.Module, shape: Shape) -> Step:
 
 
 def gradient(module: nn.Module, shape: Shape = (64, 64)) -> Tensor:
-    """What a module hands on to its input; rules that draw random numbers draw the same ones."""
+    """The gradient of the input of a module. Random rules draw the same numbers in each call."""
     x, grad = input_and_gradient(shape)
     torch.manual_seed(1)
     (found,) = torch.autograd.grad(module(x), x, grad)
@@ -174,7 +175,7 @@ def gradient(module: nn.Module, shape: Shape = (64, 64)) -> Tensor:
 
 
 def differences(gradients: dict[str, Tensor]) -> dict[str, str]:
-    """Which gradients are not that of the first candidate that is ours, and by how much; native ones need not be."""
+    """The candidates whose gradient differs from our first candidate's, and by how much; native ones are left out."""
     ours = next(g for name, g in gradients.items() if is_ours(name))
     return {
         name: f"another gradient: up to {(other - ours).abs().max():.2g} apart"
@@ -189,15 +190,15 @@ def is_ours(candidate: str) -> bool:
 
 
 def compiled(module: nn.Module, fullgraph: bool = False) -> nn.Module:
-    """A module behind torch.compile. `torch._dynamo.reset` goes before a group of them."""
-    # The graphs of all rules stand behind one forward, and count as its recompilations.
+    """A compiled module. Call `torch._dynamo.reset` before a group of them."""
+    # The graphs of all rules belong to one forward, and are counted as its recompilations.
     torch._dynamo.config.recompile_limit = 64
     result: nn.Module = torch.compile(module, fullgraph=fullgraph)  # type: ignore[assignment]
     return result
 
 
 def compiled_operator(rule: str) -> dict[str, nn.Module]:
-    """A rule compiled, beside native relu in eager mode and compiled."""
+    """A compiled rule, with native relu in eager mode and compiled."""
     return {
         NATIVE_RELU: Activation(),
         f"{NATIVE_RELU}, compiled": compiled(Activation(), fullgraph=True),
@@ -209,7 +210,7 @@ FUSED = ("arctan", "fast_sigmoid", "triangular", "rectangular")
 
 
 def fused_operator(rule: str) -> dict[str, nn.Module]:
-    """A rule in eager mode, and with its backward as one kernel of torch.compile's."""
+    """A rule in eager mode, without and with `compile=True`."""
     return {
         NATIVE_RELU: Activation(),
         rule: under(rule_of(rule)),
@@ -221,7 +222,7 @@ def fused_operator(rule: str) -> dict[str, nn.Module]:
 
 
 class SpikingMLP(nn.Module):
-    """Leaky integrate-and-fire layers over time; natively its spikes are relus, which a rule can make fire."""
+    """Leaky integrate-and-fire layers over time. Its spikes are relus, which a rule can replace by a step."""
 
     def __init__(self, width: int = 256, steps: int = 10) -> None:
         super().__init__()
@@ -239,7 +240,7 @@ class SpikingMLP(nn.Module):
 
 
 class LSTMClassifier(nn.Module):
-    """An LSTM, whose own activations are out of reach, and a head with one that is not."""
+    """An LSTM, whose activations are not sites, and a head with one activation that is a site."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -252,7 +253,7 @@ class LSTMClassifier(nn.Module):
 
 
 def torchvision_models() -> Any:
-    """torchvision.models, also beside a CPU build of torch."""
+    """torchvision.models, also with a CPU build of torch."""
     return importlib.import_module("_torchvision").torchvision.models
 
 
@@ -269,7 +270,7 @@ def vgg11_bn(quick: bool) -> nn.Module:
     models = torchvision_models()
     if not quick:
         return models.vgg11_bn()  # type: ignore[no-any-return]
-    # without its classifier, whose 120 million weights take a second to draw
+    # without its classifier, because drawing its 120 million weights takes a second
     features = models.vgg.make_layers(models.vgg.cfgs["A"], batch_norm=True)
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, 10))
 
@@ -290,10 +291,10 @@ class Model:
     """A model to train.
 
     Attributes:
-        make: What makes it; it is told whether it is to be a small one.
-        shape: Of its input.
-        quick_shape: Of its input in a quick run.
-        op: Which of its operations the rules are for.
+        make: The function that creates the model; its argument is whether to create a small one.
+        shape: The shape of its input.
+        quick_shape: The shape of its input in a quick run.
+        op: The op that gets the rules.
     """
 
     make: Callable[[bool], nn.Module]
@@ -328,12 +329,12 @@ STEP_RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "fast_sigmoid": ("fast_sigmoid", {}),
     "arctan": ("arctan", {}),
 }
-# Compiling takes its time.
+# Fewer rules, because compilation is slow.
 COMPILED_RULES = ("rectangular", "d(Linear)", "straight_through", "arctan")
 
 
 def step_models(name: str, quick: bool) -> Models:
-    """A model, native and under each rule. They share the parameters, so that a large model is there once."""
+    """A model, native and with each rule. They share the parameters, so that a large model is in memory once."""
     model = MODELS[name]
     torch.manual_seed(0)
     native = model.make(quick)
@@ -350,7 +351,7 @@ def step_models(name: str, quick: bool) -> Models:
 
 
 def peers_step_models(name: str, quick: bool) -> Models:
-    """The same model with the activations of the peers that fit into it."""
+    """The same model, with the activations of the peers that can replace its own."""
     torch.manual_seed(0)
     native = MODELS[name].make(quick)
     absent, models = peers.missing(), Models()
@@ -365,14 +366,14 @@ def peers_step_models(name: str, quick: bool) -> Models:
 
 
 def with_spike(model: nn.Module, spike: nn.Module) -> nn.Module:
-    """A copy of a spiking model that fires with another module."""
+    """A copy of a spiking model with another spike module."""
     model = copy.deepcopy(model)
     model.spike = spike
     return model
 
 
 def training_step(model: nn.Module, x: Tensor) -> Step:
-    """Forward, backward and a step of SGD; its learning rate is zero, so that every step does the same work."""
+    """Forward, backward and a step of SGD. The learning rate is zero, so that every step does the same work."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:
@@ -384,11 +385,11 @@ def training_step(model: nn.Module, x: Tensor) -> Step:
 
 
 SGD_ALONE = "native, SGD alone"
-NATIVE_AGAIN = "native, once more"  # how far two that are the same can be apart
+NATIVE_AGAIN = "native, once more"  # shows the difference between two equal candidates
 
 
 def steps(name: str, quick: bool) -> dict[str, Step]:
-    """A training step in eager mode, and for how much of it SGD is to blame."""
+    """A training step in eager mode, and the part of SGD in it."""
     models = step_models(name, quick) | peers_step_models(name, quick)
     x = MODELS[name].input(quick)
     found = {candidate: training_step(make(), x) for candidate, make in models.items()}
@@ -398,7 +399,7 @@ def steps(name: str, quick: bool) -> dict[str, Step]:
 
 
 def compiled_steps(name: str, quick: bool) -> dict[str, Step]:
-    """A training step behind torch.compile."""
+    """A compiled training step."""
     torch._dynamo.reset()
     models, x = step_models(name, quick), MODELS[name].input(quick)
     rules = COMPILED_RULES[:1] if quick else COMPILED_RULES
@@ -428,7 +429,7 @@ def of_the_score(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def attributions(quick: bool) -> dict[str, Callable[[], Tensor]]:
-    """Guided backpropagation of one network. The peers hook a model; hooks that can stay are made once."""
+    """Guided backpropagation of one network. The peers add hooks to a model; hooks that can stay are added once."""
     torch.manual_seed(0)
     model = ConvNet().eval()
     x = torch.randn(1 if quick else 8, 3, 16 if quick else 64, 16 if quick else 64)
@@ -457,7 +458,7 @@ TRANSFORMED = ("resnet18", "resnet152", "vit_l_16", "densenet121")
 
 
 def transform(name: str) -> dict[str, Step]:
-    """`transform`, which captures both modes of a model, beside a bare symbolic trace."""
+    """`transform`, which captures both modes of a model, and a plain symbolic trace."""
     with torch.device("meta"):
         model = torchvision_models().get_model(name, weights=None)
     return {
@@ -480,7 +481,7 @@ def transform_chain(quick: bool) -> dict[str, Step]:
 
 
 def rule_of_output() -> fg.Rule:
-    """A rule that needs y alone, which none of the built-in ones does."""
+    """A rule that reads only y; there is no built-in rule of this kind."""
 
     @fg.register("a rule of y", overwrite=True)
     def of_y(grad: Tensor, y: Tensor) -> Tensor:
@@ -491,13 +492,13 @@ def rule_of_output() -> fg.Rule:
 
 
 def operator_bytes(module: nn.Module, size: int = 4096) -> float:
-    """The bytes per element of an activation and of what follows it: a layer that keeps its input, as most do."""
+    """The saved bytes per element of an activation and a following operation that saves its input, as most layers do."""
     x = torch.ones(size, requires_grad=True)
     return saved_bytes(lambda: module(x * 1).square(), [x]) / size
 
 
 def operator_memory() -> Iterator[tuple[str, float]]:
-    """By candidate, native relu first: the bytes per element that are kept for the backward."""
+    """The bytes per element that are saved for the backward, by candidate, native relu first."""
     yield NATIVE_RELU, operator_bytes(Activation())
     yield "a rule of y", operator_bytes(under(rule_of_output()))
     for rule in RULES:
@@ -512,7 +513,7 @@ MEMORY_MODELS = ("MLP 8×256", "resnet18")
 
 
 def step_memory(name: str, quick: bool) -> Iterator[tuple[str, float]]:
-    """The same for a whole training step: bytes per element that an activation of the model returns."""
+    """The same for a whole training step: bytes per element of the outputs of the activations."""
     x, models = MODELS[name].input(quick), step_models(name, quick)
     elements = activated_elements(models[NATIVE](), x)
     for candidate, make in (models | peers_step_models(name, quick)).items():
@@ -526,7 +527,7 @@ def step_memory(name: str, quick: bool) -> Iterator[tuple[str, float]]:
 
 
 def activated_elements(model: nn.Module, x: Tensor) -> int:
-    """How many numbers the ReLU modules of a model return in one forward."""
+    """The number of elements that the ReLU modules of a model return in one forward."""
     counted: list[int] = []
     handles = [
         module.register_forward_hook(lambda m, args, result: counted.append(result.numel()))

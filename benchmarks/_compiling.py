@@ -1,7 +1,7 @@
-"""How long compiling takes: in processes of their own, whose caches nobody else has.
+"""Measures compilation times, in separate processes with their own caches.
 
-``python -m benchmarks._compiling MODEL RULE`` is such a process; it prints seconds. What every process pays once, for
-imports and for finding out what the C++ compiler can do, is not counted.
+``python -m benchmarks._compiling MODEL RULE`` is such a process; it prints seconds. They do not include the
+one-time costs of a process, for imports and for probing the C++ compiler.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ RULES = ("rectangular",)
 
 
 def measure(model: str, rule: str, quick: bool) -> float:
-    """The first training step of a compiled model, less the second one."""
+    """The time of the first training step of a compiled model, minus that of the second."""
     warm_up = torch.compile(lambda x: (x + 1).cos())
     warm_up(torch.ones(16, requires_grad=True)).sum().backward()
     case = cases.MODELS[model]
@@ -46,7 +46,7 @@ def measure(model: str, rule: str, quick: bool) -> float:
 
 
 def cold_and_warm(model: str, rule: str, quick: bool) -> tuple[float, float]:
-    """Two processes, the second one with the caches that the first one has filled."""
+    """The times in two processes; the second uses the caches that the first has filled."""
     with tempfile.TemporaryDirectory() as caches:
         environment = os.environ | {
             "TORCHINDUCTOR_CACHE_DIR": str(Path(caches, "inductor")),
@@ -65,7 +65,7 @@ def _in_a_process(model: str, rule: str, quick: bool, environment: Mapping[str, 
 
 
 def compile_times(model: str, quick: bool) -> dict[str, Comparison]:
-    """Cold and warm, native and with rules, in turns."""
+    """Cold and warm times, native and with rules, measured in alternation."""
     rules = (cases.NATIVE, *RULES[: 1 if quick else None])
     cold: dict[str, list[float]] = {rule: [] for rule in rules}
     warm: dict[str, list[float]] = {rule: [] for rule in rules}

@@ -1,7 +1,7 @@
-"""How things are measured: times in turns, the memory that a forward keeps for its backward, and on what machine.
+"""Measures times in alternation, the memory that a forward saves for its backward, and describes the machine.
 
-A shared machine slows down for seconds at a time. Candidates that take turns are slowed down together, so their ratios
-hold where their times do not. Knows nothing of rules or models.
+A shared machine slows down for seconds at a time. Candidates that are measured in alternation are slowed down together,
+so their ratios are more reliable than their times. This module does not depend on rules or models.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
-        """Summarise measurements; of a single one, all three are that."""
+        """Summarise measurements. For a single one, all three values are equal."""
         values = [*values] if len(values) > 1 else [*values] * 2
         low, median, high = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, low, high)
@@ -41,17 +41,17 @@ class Spread:
 
 @dataclass(frozen=True)
 class Comparison:
-    """What each candidate took in each round; the first candidate is the native one.
+    """The time of each candidate in each round; the first candidate is the native one.
 
     Attributes:
-        times: Seconds by candidate, one number for each round.
+        times: Seconds for each candidate, one number for each round.
     """
 
     times: Mapping[str, Sequence[float]]
 
     @property
     def rounds(self) -> int:
-        """How often everything was measured."""
+        """The number of rounds."""
         return len(next(iter(self.times.values())))
 
     def seconds(self, name: str) -> float:
@@ -59,7 +59,7 @@ class Comparison:
         return statistics.median(self.times[name])
 
     def ratio(self, name: str, over: str) -> Spread:
-        """How many times as long a candidate takes as another, both taken from the same round."""
+        """The ratio of the times of two candidates, computed for each round."""
         pairs = zip(self.times[name], self.times[over], strict=True)
         return Spread.of([mine / other for mine, other in pairs])
 
@@ -72,28 +72,28 @@ def compare(
     most: int = 400,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
-    """Time candidates in turns: each once per round, in an order that changes from round to round.
+    """Time candidates in alternation: each once per round, in an order that changes from round to round.
 
     Args:
-        candidates: What to call, by name.
-        seconds: About how long to measure in all.
-        least: The least number of rounds.
-        most: The greatest number of rounds.
-        clock: What tells the time.
+        candidates: The functions to call, by name.
+        seconds: The approximate total time.
+        least: The minimum number of rounds.
+        most: The maximum number of rounds.
+        clock: The clock.
     """
     repeats, round_takes = {}, 0.0
     for name, call in candidates.items():
-        call()  # what is compiled is compiled here
+        call()  # compilation happens here
         call()
         start = clock()
         call()
         once = max(clock() - start, 1e-9)
-        # one sample of a fast call is many of them
+        # a sample of a fast function consists of many calls
         repeats[name] = max(1, int(2e-3 / once))
         round_takes += once * repeats[name]
     times: dict[str, list[float]] = {name: [] for name in candidates}
     order, shuffle = list(candidates), random.Random(0).shuffle
-    # Rubbish is collected between the rounds only; what is frozen is not searched for it, which would take long.
+    # Garbage is collected only between the rounds; frozen objects are excluded, because searching them takes long.
     gc.collect()
     gc.freeze()
     gc.disable()
@@ -114,11 +114,11 @@ def compare(
 
 
 def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor] = ()) -> int:
-    """Count the bytes that a forward saves for its backward; a storage that is saved twice counts once.
+    """Count the bytes that a forward saves for its backward; a storage that is saved twice is counted once.
 
     Args:
-        forward: What to run. The graph of what it returns is kept while it is counted.
-        known: Tensors that are there anyway, such as the input and the parameters: they cost nothing.
+        forward: The function to run. The graph of its result is kept alive during the count.
+        known: Tensors that exist anyway, such as the input and the parameters. They are not counted.
     """
     seen = {tensor.untyped_storage().data_ptr() for tensor in known}
     total = 0
@@ -133,12 +133,12 @@ def saved_bytes(forward: Callable[[], Any], known: Iterable[Tensor] = ()) -> int
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         result = forward()
-    del result  # not earlier: a storage that is freed may come back as another one
+    del result  # not earlier: a freed storage can be reused for another one
     return total
 
 
 def machine() -> dict[str, Any]:
-    """Describe what the measurements are made on."""
+    """Describe the machine and the versions of the packages."""
     info = Path("/proc/cpuinfo")
     models = [
         line.partition(":")[2].strip()

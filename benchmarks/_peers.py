@@ -1,7 +1,7 @@
-"""The peers: which library has the gradient of which rule, as modules that are called as ours are.
+"""The peers: other libraries that have the gradient of a rule, as modules with the same interface as ours.
 
-A candidate's name begins with its peer's. Every peer here has the formula of the rule that it stands beside; where its
-own default for a parameter is another one, it is given ours. `compare` checks that the gradients are equal.
+The name of a candidate begins with the name of its peer. Every peer has the formula of the rule that it is compared
+with. If its default for a parameter differs, it gets ours. `compare` checks that the gradients are equal.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# How a peer is written, and its package on PyPI, which is also what is imported.
+# The name of each peer, and of its package on PyPI, which is also the name of its module.
 PEERS = {
     "FreeGrad": "freegrad",
     "snnTorch": "snntorch",
@@ -32,13 +32,13 @@ def missing() -> list[str]:
 
 
 def versions() -> dict[str, str]:
-    """The versions of those that are."""
+    """The versions of the installed peers."""
     absent = missing()
     return {p: importlib.metadata.version(PEERS[p]) for p in PEERS if p not in absent}
 
 
 def peer_of(candidate: str) -> str | None:
-    """The peer that a candidate belongs to; None for native PyTorch and for us."""
+    """The peer that a candidate belongs to; None for native PyTorch and for this package."""
     return next((peer for peer in PEERS if candidate.startswith(peer)), None)
 
 
@@ -54,7 +54,7 @@ class Called(nn.Module):
 
 
 class FreeGradActivation(nn.Module):
-    """FreeGrad's activation in a block that gives it a rule, as its README has it."""
+    """FreeGrad's activation in a block that sets its rule, as in FreeGrad's README."""
 
     def __init__(self, rule: str) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class FreeGradActivation(nn.Module):
 
 
 class SignWithin(nn.Module):
-    """Brevitas' binary quantizer without its scale: a clamp, whose own gradient clips, and its sign behind it."""
+    """Brevitas' binary quantizer without its scale: a clamp, whose gradient clips, followed by Brevitas' sign."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -97,7 +97,7 @@ def _freegrad(rule: str) -> Callable[[], nn.Module]:
     return lambda: FreeGradActivation(rule)
 
 
-# By rule, then by candidate: what makes the module.
+# By rule, then by candidate: the function that creates the module.
 OPERATORS: dict[str, dict[str, Callable[[], nn.Module]]] = {
     "d(ReLU)": {"FreeGrad": _freegrad("d(ReLU)")},
     "d(Linear)": {"FreeGrad": _freegrad("d(Linear)")},
@@ -137,7 +137,7 @@ OPERATORS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 
 
 def operators(rule: str) -> dict[str, nn.Module]:
-    """The modules of the installed peers that have a rule."""
+    """The modules of the installed peers that have this rule."""
     absent = missing()
     makers = OPERATORS.get(rule, {})
     return {name: make() for name, make in makers.items() if peer_of(name) not in absent}

@@ -1,4 +1,4 @@
-"""What was measured as rows, and the rows as text, as Markdown and as JSON. Measures nothing."""
+"""Converts measurements into rows, and rows into text, Markdown and JSON. Does not measure."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ._targets import Target, baseline, targets
 
 @dataclass(frozen=True)
 class Row:
-    """A candidate, beside another one.
+    """A candidate, compared with another one.
 
     Attributes:
         section: The section.
-        group: What was measured in turns.
+        group: The group of candidates that were measured in alternation.
         name: The candidate.
-        value: Its median time in milliseconds, or the bytes that it keeps for each element.
-        over: What it is relative to.
-        relative: How many times as much as that it takes, or how many bytes more it keeps.
-        rounds: How often it was measured.
+        value: Its median time in milliseconds, or the bytes that it saves for each element.
+        over: The candidate that it is compared with.
+        relative: The ratio of the times, or the difference of the bytes.
+        rounds: The number of measurements.
         limit: The target, if it has one.
-        verdict: Whether it is met.
-        note: What else there is to say.
+        verdict: Whether the target is met.
+        note: A remark.
     """
 
     section: str
@@ -43,7 +43,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Section:
-    """What a section is called, what it measures, and in which unit."""
+    """The heading of a section, its introduction, and its unit."""
 
     heading: str
     text: str
@@ -51,7 +51,7 @@ class Section:
 
     @property
     def relative(self) -> str:
-        """The heading of the column for what is relative to something else."""
+        """The heading of the column of ratios or differences."""
         return "ratio [quartiles]" if self.unit == "ms" else "beyond native"
 
 
@@ -100,7 +100,7 @@ SECTIONS = {
 def timed_rows(
     section: str, group: str, times: Comparison, notes: Mapping[str, str] | None = None
 ) -> list[Row]:
-    """One row for each candidate over the first one, and one for each target that it has."""
+    """One row for each candidate relative to the first one, and one for each of its targets."""
     first, rows = next(iter(times.times)), []
     for name in times.times:
         found: dict[str, Target | None] = {first: None}
@@ -119,7 +119,7 @@ def timed_rows(
 
 
 def memory_rows(group: str, found: Iterable[tuple[str, float]]) -> list[Row]:
-    """One row for each candidate, beside the first one, which is native."""
+    """One row for each candidate, relative to the first one, which is native."""
     rows: list[Row] = []
     for name, value in found:
         beyond = Spread.of([value - (rows[0].value if rows else value)])
@@ -134,7 +134,7 @@ HEADINGS = ("candidate", "{unit}", "{relative}", "over", "rounds", "target", "ve
 
 
 def _cells(row: Row, repeated: bool) -> list[str]:
-    """What stands in a row; a candidate that was in the row before is not named again."""
+    """The cells of a row; the name of a candidate is omitted if the row before has the same one."""
     relative, quartiles = row.relative, ""
     if row.rounds > 1:
         quartiles = f" [{relative.low:.2f}, {relative.high:.2f}]"
@@ -196,5 +196,5 @@ def _line(cells: list[str]) -> str:
 
 
 def as_data(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """All rows as JSON takes them."""
+    """All rows as plain data, for JSON."""
     return [dataclasses.asdict(row) for row in rows]

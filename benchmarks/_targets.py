@@ -1,6 +1,6 @@
-"""The targets, as data: how long ours may take, or how much it may keep, over something of the same group.
+"""The targets, as data: the limits for the time or the memory, relative to another candidate of the same group.
 
-A row of a table that no target is for is shown all the same, over native PyTorch.
+A candidate without a target is shown relative to native PyTorch.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ class Target:
     """A limit.
 
     Attributes:
-        section: The section that it is for.
-        over: What it is relative to: a candidate, a peer, or `FASTEST_PEER`.
-        limit: What the median may be at most; None to show a ratio that has no limit.
-        names: The candidates that it is for; empty for all that are ours.
-        groups: The groups that it is for; empty for all.
-        median_limit: Where noise is as large as what is measured: what the median may be although it is above the
-            limit. The first quartile may be the limit then.
+        section: The section that the target applies to.
+        over: The candidate that the limit is relative to: a candidate, a peer, or `FASTEST_PEER`.
+        limit: The maximum of the median; None to show a ratio without a limit.
+        names: The candidates that it applies to; empty for all of this package.
+        groups: The groups that it applies to; empty for all.
+        median_limit: A higher limit of the median, for noisy measurements. If it is given, a first quartile within
+            `limit`, or a median within `median_limit`, counts as "within noise".
     """
 
     section: str
@@ -39,7 +39,7 @@ class Target:
     median_limit: float | None = None
 
     def verdict(self, found: Spread) -> str:
-        """Whether a measurement is within the limit, and by which number if that is not plain."""
+        """Whether a measurement meets the target: "met", "missed" or "within noise"; empty without a limit."""
         if self.limit is None:
             return ""
         if found.median <= self.limit:
@@ -50,9 +50,9 @@ class Target:
         return "within noise" if near else "missed"
 
 
-# Rules that only change the gradient; those that draw random numbers are not among them.
+# Rules that read only the gradient, without those that draw random numbers.
 GRADIENT_ALONE = ("d(Linear)", "straight_through", "scale", "reverse", "clip_value")
-# The same forward as snnTorch's and SpikingJelly's.
+# The forward of snnTorch's and SpikingJelly's surrogates.
 ON_HEAVISIDE = ("triangular on heaviside", "fast_sigmoid on heaviside", "arctan on heaviside")
 OTHERS = (
     "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam", *ON_HEAVISIDE,
@@ -86,7 +86,7 @@ TARGETS = (
 
 
 def targets(section: str, group: str, name: str) -> Iterator[Target]:
-    """The targets that a candidate has to meet."""
+    """The targets of a candidate."""
     if not is_ours(name):
         return
     for target in TARGETS:
@@ -96,7 +96,7 @@ def targets(section: str, group: str, name: str) -> Iterator[Target]:
 
 
 def baseline(target: Target, times: Comparison) -> str | None:
-    """The candidate that a target is relative to; None where there is none, as the peer has not that rule."""
+    """The candidate that a target is relative to; None if the peer does not have the rule."""
     names = list(times.times)
     if target.over == FASTEST_PEER:
         return min(filter(peer_of, names), key=times.seconds, default=None)

@@ -1,6 +1,6 @@
-"""How long torch.compile takes for a model, native and with rules, cold and warm.
+"""The time that torch.compile takes for a model, native and with rules, cold and warm.
 
-What pytest-benchmark shows as the time includes the start of the process. The time to compile is in `extra_info`.
+The time that pytest-benchmark shows includes the start of the process. The compilation time is in `extra_info`.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from . import _compiling as compiling
 @pytest.mark.parametrize("name", compiling.MODELS)
 @pytest.mark.usefixtures("compiler")
 def bench_compile(benchmark: Any, name: str, rule: str, quick: bool) -> None:
-    """Two processes with caches of their own: the second one finds those of the first."""
+    """Two processes that share their own caches: the second uses those of the first."""
     if quick and (name, rule) not in (("MLP 8×256", cases.NATIVE), ("MLP 8×256", "rectangular")):
         pytest.skip("--quick compiles the MLP under one rule alone")
     benchmark.group = f"compile {name}"

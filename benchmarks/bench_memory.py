@@ -1,4 +1,4 @@
-"""How many bytes are kept for the backward, in `extra_info`: memory is not a time, and the time shown means nothing."""
+"""The bytes that are saved for the backward, in `extra_info`. The time that is shown has no meaning."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from . import _cases as cases
 
 
 def bench_operators(benchmark: Any) -> None:
-    """One activation under each rule, and by each peer."""
+    """One activation with each rule, and with each peer."""
     benchmark.group = "memory"
     found = benchmark.pedantic(lambda: dict(cases.operator_memory()), rounds=1)
     benchmark.extra_info["bytes_per_element"] = found

@@ -1,4 +1,4 @@
-"""Forward and backward of one activation: native, with each rule, and by the peers. Ratios within a group count."""
+"""Forward and backward of one activation: native, with each rule, and with the peers. Compare within a group."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def bench_operator(benchmark: Any, rule: str, candidate: str, size: str, quick: 
 @pytest.mark.parametrize("rule", cases.ELEMENTWISE)
 @pytest.mark.usefixtures("compiler")
 def bench_compiled_operator(benchmark: Any, rule: str, candidate: str, quick: bool) -> None:
-    """Behind torch.compile; a quick run compiles one rule."""
+    """With torch.compile; a quick run compiles one rule."""
     if quick and rule != "rectangular":
         pytest.skip("--quick compiles the operator under one rule alone")
     benchmark.group = f"{rule}, compiled"

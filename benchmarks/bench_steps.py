@@ -1,4 +1,4 @@
-"""A training step of a whole model: forward, backward, SGD; native and with rules. Ratios within a group count."""
+"""A training step of a whole model: forward, backward, SGD; native and with rules. Compare within a group."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def bench_step(benchmark: Any, name: str, candidate: str, quick: bool) -> None:
 @pytest.mark.parametrize("name", cases.MODELS)
 @pytest.mark.usefixtures("compiler")
 def bench_compiled_step(benchmark: Any, name: str, candidate: str, quick: bool) -> None:
-    """Behind torch.compile. Compiling is not measured here, but takes minutes."""
+    """With torch.compile. The compilation is not measured, but takes minutes."""
     if quick and (not name.startswith("MLP") or candidate not in (cases.NATIVE, "rectangular")):
         pytest.skip("--quick compiles the MLP under one rule alone")
     benchmark.group = f"{name}, compiled"

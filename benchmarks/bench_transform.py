@@ -1,4 +1,4 @@
-"""How long `transform` takes, beside a bare symbolic trace of the same model; and how long the plan of a long table."""
+"""The time of `transform`, compared with a plain symbolic trace of the model; and the time to plan a long table."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from . import _cases as cases
 @pytest.mark.parametrize("way", ["native symbolic_trace", "transform"])
 @pytest.mark.parametrize("name", cases.TRANSFORMED)
 def bench_transform(benchmark: Any, name: str, way: str, quick: bool) -> None:
-    """Both modes of the model, against one."""
+    """`transform` of both modes of a model, compared with a trace of one."""
     if quick and name != "resnet18":
         pytest.skip("--quick transforms the smallest model alone")
     benchmark.group = f"transform {name}"
@@ -32,7 +32,7 @@ def bench_chain(benchmark: Any, length: str, quick: bool) -> None:
 
 
 def long_table() -> fg.RuleTable:
-    """Fifty entries of every kind, of which no early one takes all sites."""
+    """Fifty entries of every kind. No early entry matches all sites."""
     blocks = [f"layer{layer}.{block}.*" for layer in (1, 2, 3, 4) for block in range(4)]
     return fg.RuleTable(
         [

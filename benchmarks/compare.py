@@ -1,7 +1,8 @@
-"""``python -m benchmarks.compare``: us, native PyTorch and the installed peers, in turns, in one process.
+"""``python -m benchmarks.compare``: compare this package, native PyTorch and the installed peers.
 
-Prints the ratio of each candidate to native PyTorch and to what its targets are relative to, and whether they are met.
-Run it with nothing else running: the ratios hold on a busy machine, but less sharply.
+The candidates are measured in alternation, in one process. Prints the ratio of each candidate to native PyTorch and to
+the candidates that its targets refer to, and whether the targets are met. Run it with nothing else running: on a busy
+machine, the ratios have a larger spread.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ def measure(section: str, quick: bool, seconds: float) -> Iterator[list[Row]]:
 def operator_groups(
     section: str, quick: bool, timed: Callable[..., list[Row]]
 ) -> Iterator[list[Row]]:
-    """One group for each rule. That the peers hand on our gradient is tried before they are timed."""
+    """One group for each rule. Before the timing, the gradients of the peers are compared with ours."""
     side = 64 if section == "small" else 250 if quick else 1000
     rules, make = {
         "operators": (cases.RULES, cases.operator),
@@ -94,7 +95,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--markdown", type=Path, help="where to write the tables of the docs")
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    # Captum warns at every attribution that it hooks the model
+    # Captum warns at every attribution that it adds hooks to the model
     warnings.filterwarnings("ignore", "Setting backward hooks on ReLU activations")
 
     about = machine() | {"freegrad_fx": fg.__version__} | peers.versions()
@@ -120,7 +121,7 @@ def main(arguments: list[str] | None = None) -> None:
             "quick": options.quick,
             "rows": as_data(rows),
         }
-        # after every section: a long run that is stopped has not been for nothing
+        # after every section, so that a run that is stopped leaves its results
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
         if options.markdown:

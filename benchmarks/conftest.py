@@ -1,4 +1,4 @@
-"""What the suites of pytest-benchmark share: the short form, one thread, and what cannot be measured here."""
+"""Common settings of the pytest-benchmark suites: the option `--quick`, one thread, and skipped benchmarks."""
 
 import os
 import shutil
@@ -18,7 +18,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("--quick"):
-        # before pytest-benchmark reads them
+        # before pytest-benchmark reads its options
         config.option.benchmark_min_rounds = 1
         config.option.benchmark_max_time = 0.0
         config.option.benchmark_warmup = False
@@ -26,13 +26,13 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.fixture
 def quick(request: pytest.FixtureRequest) -> bool:
-    """Whether to be short rather than right."""
+    """Whether the run is short, and its results are meaningless."""
     return bool(request.config.getoption("--quick"))
 
 
 @pytest.fixture
 def compiler() -> None:
-    """Skip what needs a C++ compiler where there is none."""
+    """Skip benchmarks that need a C++ compiler if there is none."""
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
     if not any(shutil.which(compiler) for compiler in compilers):
         pytest.skip("torch.compile needs a C++ compiler; none is on the PATH")

@@ -1,4 +1,4 @@
-"""What `import freegrad_fx` takes after `import torch`: CPU seconds and modules, each in a new process.
+"""Measures `import freegrad_fx` after `import torch`: CPU seconds and number of modules, each in a new process.
 
 python -m benchmarks.import_time [--repeats N]
 """
@@ -24,7 +24,7 @@ print(json.dumps({"seconds": seconds, "modules": len(added), "heavy": heavy}))
 
 
 def measure(repeats: int) -> dict[str, object]:
-    """The median of some new processes; the first, which may compile Python files, does not count."""
+    """The median of several processes. The first one is excluded, because it can compile Python files."""
     found = []
     for _ in range(repeats + 1):
         done = subprocess.run([sys.executable, "-c", _MEASURED], capture_output=True, check=True)
