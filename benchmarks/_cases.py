@@ -492,7 +492,7 @@ def rule_of_output() -> fg.Rule:
 
 
 def operator_bytes(module: nn.Module, size: int = 4096) -> float:
-    """The saved bytes per element of an activation and a following operation that saves its input, as most layers do."""
+    """The saved bytes per element of an activation and the next operation, which saves its input, as most layers do."""
     x = torch.ones(size, requires_grad=True)
     return saved_bytes(lambda: module(x * 1).square(), [x]) / size
 

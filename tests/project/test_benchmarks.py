@@ -1,4 +1,4 @@
-"""The benchmarks measure what they say: the clock, the memory, the cases, the peers, the targets. Nothing is timed."""
+"""Tests of the benchmarks: clock, memory, cases, peers, targets. No real times are measured."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 from places import DOCS, ROOT
 
-# a package of the checkout, not of what is installed
+# a package of the checkout, which is not installed
 sys.path.append(str(ROOT))
 
 from benchmarks import _cases as cases
@@ -31,7 +31,7 @@ from benchmarks._targets import FASTEST_PEER, TARGETS, Target, baseline, targets
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # more of them wait for each other on a busy machine
+    torch.set_num_threads(1)  # more threads wait for each other on a busy machine
     yield
     torch.set_num_threads(threads)
 
@@ -40,7 +40,7 @@ def _one_thread() -> Iterator[None]:
 
 
 class FakeTime:
-    """A clock that candidates move, each call by the next of its durations."""
+    """A clock that the candidates advance: each call by the next of its durations."""
 
     def __init__(self) -> None:
         self.now, self.calls = 0.0, []
@@ -105,7 +105,7 @@ def test_a_fast_call_is_measured_many_at_a_time() -> None:
     assert found.seconds("fast") == pytest.approx(1e-5)
 
 
-def test_rubbish_is_collected_again_when_measuring_is_over() -> None:
+def test_garbage_collection_is_enabled_again_after_measuring() -> None:
     frozen = gc.get_freeze_count()
 
     def fail_later(calls: list[int] = []) -> None:  # noqa: B006
@@ -125,7 +125,7 @@ def test_a_single_measurement_is_its_own_median() -> None:
 # --- memory ---
 
 
-def test_what_is_saved_twice_or_known_costs_nothing_more() -> None:
+def test_a_tensor_that_is_saved_twice_or_known_is_not_counted_again() -> None:
     x = torch.randn(1000, requires_grad=True)
     assert saved_bytes(lambda: torch.relu(x)) == 4000  # its result
     assert saved_bytes(lambda: x.square()) == 4000  # its input
@@ -140,14 +140,14 @@ BEYOND_NATIVE = {
 }  # fmt: skip
 
 
-def test_an_activation_keeps_what_its_rule_needs() -> None:
+def test_an_activation_saves_what_its_rule_needs() -> None:
     found = dict(cases.operator_memory())
     assert found["native relu"] == 4.0
     beyond = {name: found[name] - found["native relu"] for name in BEYOND_NATIVE}
     assert beyond == BEYOND_NATIVE
 
 
-def test_a_step_keeps_as_much_for_each_of_its_activations() -> None:
+def test_a_step_saves_the_same_for_each_of_its_activations() -> None:
     found = dict(cases.step_memory("MLP 8×256", quick=True))
     assert found["native"] == found["d(Linear)"] == 4.0
     assert found["rectangular"] == 8.0
@@ -158,7 +158,7 @@ def test_a_step_keeps_as_much_for_each_of_its_activations() -> None:
 
 
 @pytest.mark.parametrize("rule", cases.RULES)
-def test_our_operators_hand_on_what_the_rule_s_formula_says(rule: str) -> None:
+def test_our_operators_return_the_gradient_of_the_formula(rule: str) -> None:
     x, grad = cases.input_and_gradient((64, 64))
     torch.manual_seed(1)
     expected = cases.rule_of(rule).backward(grad, x=x.detach())
@@ -179,7 +179,7 @@ PEERS_OPERATORS = [(rule, name) for rule, found in peers.OPERATORS.items() for n
 
 
 @pytest.mark.parametrize(("rule", "candidate"), PEERS_OPERATORS, ids=str)
-def test_a_peer_stands_only_beside_a_rule_of_its_formula(rule: str, candidate: str) -> None:
+def test_a_peer_is_compared_only_with_a_rule_of_the_same_formula(rule: str, candidate: str) -> None:
     if peers.peer_of(candidate) in peers.missing():
         pytest.skip(f"{peers.peer_of(candidate)} is not installed")
     modules = cases.operator(rule)
@@ -187,7 +187,7 @@ def test_a_peer_stands_only_beside_a_rule_of_its_formula(rule: str, candidate: s
     assert cases.differences(gradients) == {}
 
 
-def test_another_gradient_is_reported() -> None:
+def test_a_different_gradient_is_reported() -> None:
     gradients = {
         "native": torch.zeros(3),
         "arctan": torch.tensor([1.0, 2.0, 3.0]),
@@ -258,7 +258,7 @@ def candidates_of(section: str) -> set[str]:
 
 
 @pytest.mark.slow
-def test_every_target_is_for_something_that_is_measured() -> None:
+def test_every_target_applies_to_a_measured_candidate() -> None:
     for section in {target.section for target in TARGETS}:
         assert section in SECTIONS
         named = {name for t in TARGETS if t.section == section for name in t.names}
@@ -290,7 +290,7 @@ def test_a_candidate_has_the_targets_of_its_kind(
     assert [(t.over, t.limit) for t in targets(section, "any", name)] == expected
 
 
-def test_what_is_near_a_target_is_not_said_to_meet_it() -> None:
+def test_a_measurement_near_a_target_does_not_count_as_met() -> None:
     target = Target("compiled-steps", "native", 1.0, median_limit=1.02)
     assert target.verdict(Spread(1.0, 0.99, 1.1)) == "met"
     assert target.verdict(Spread(1.05, 0.99, 1.1)) == "within noise"
@@ -306,7 +306,7 @@ TIMES = Comparison(
 )
 
 
-def test_the_fastest_peer_is_looked_for_where_a_target_asks_for_it() -> None:
+def test_a_target_can_be_relative_to_the_fastest_peer() -> None:
     assert baseline(Target("operators", FASTEST_PEER, 0.5), TIMES) == "SpikingJelly ATan"
     assert baseline(Target("small", "snnTorch", 0.7), TIMES) == "snnTorch atan"
     assert baseline(Target("small", "FreeGrad", 0.7), TIMES) is None
@@ -401,7 +401,7 @@ def test_peers_that_are_installed_are_named_with_their_versions() -> None:
 # --- what the docs show of it ---
 
 
-def test_the_tables_in_the_docs_are_the_numbers_that_were_measured() -> None:
+def test_the_tables_in_the_docs_show_the_measured_numbers() -> None:
     data = json.loads((DOCS / "_static/performance/compare.json").read_text("utf-8"))
     rows = [Row(**{**row, "relative": Spread(**row["relative"])}) for row in data["rows"]]
     shown = (DOCS / "_tables/performance.md").read_text("utf-8")
@@ -409,7 +409,7 @@ def test_the_tables_in_the_docs_are_the_numbers_that_were_measured() -> None:
     assert not data["missing"]
     assert shown == as_markdown(rows, data["machine"])
     assert {row.section for row in rows} == {*SECTIONS}
-    # the targets of today are those that the verdicts are of
+    # the verdicts were computed with the current targets
     for row in rows:
         aims = [t for t in targets(row.section, row.group, row.name) if t.limit is not None]
         assert row.limit is None or row.limit in [aim.limit for aim in aims], row

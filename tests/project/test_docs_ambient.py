@@ -1,4 +1,4 @@
-"""The code in docs/ambient.md and docs/porting.md runs, and FreeGrad's code there computes what ours beside it does."""
+"""Runs the code in docs/ambient.md and docs/porting.md; both sides of the porting guide compute the same gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The code in docs/parameters.md runs, and what it asserts holds; the table there in TOML is the one in Python."""
+"""Runs the code in docs/parameters.md, and compares its TOML table with the one in Python."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The examples' parts: where data come from, how an experiment is run, and what is kept of it.
+"""Tests of the parts of the examples: data sets, running of an experiment, results, and the page that shows them.
 
-The scripts themselves are run, in their short form, by ``nox -s examples``.
+``nox -s examples`` runs the scripts themselves, with ``--quick``.
 """
 
 import gzip
@@ -63,7 +63,7 @@ def test_another_file_is_refused_by_its_name(tmp_path: Path, content: bytes, mes
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A data set like MNIST, of three images and two; one of its files is compressed."""
+    """A data set in MNIST's format, with three training and two test images; one file is compressed."""
     pixels = bytes(range(3 * 28)) * 28
     folder = tmp_path / "tiny"
     folder.mkdir()
@@ -84,7 +84,7 @@ def test_a_folder_of_idx_files_is_a_data_set(folder: Path) -> None:
     assert data.held_out_labels.tolist() == [0, 3]
 
 
-def test_a_data_set_lies_in_one_folder(folder: Path, tmp_path: Path) -> None:
+def test_a_data_set_is_read_from_one_folder(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert len(read_images((tmp_path / "empty", folder), "any").train_labels) == 3
     (folder / "t10k-labels-idx1-ubyte").unlink()
@@ -100,7 +100,7 @@ def absent() -> Data:
     raise FileNotFoundError("it is not here")
 
 
-def test_the_first_data_set_that_can_be_had_is_taken_and_the_others_are_named() -> None:
+def test_the_first_available_data_set_is_used_and_the_others_are_named() -> None:
     said: list[str] = []
     sources = {"far": Source(absent), "near": Source(lambda: data_of("near"))}
     assert load(sources, say=said.append).name == "near"
@@ -136,7 +136,7 @@ def test_an_unknown_data_set_is_refused_with_the_valid_ones() -> None:
         load({"ones": Source(lambda: load_ones(4, 10))}, "/")
 
 
-def test_the_digits_have_the_size_of_mnist_where_they_stand_for_it() -> None:
+def test_the_digits_have_the_size_of_mnist_if_they_replace_it() -> None:
     small, large = load_digits(), load(IMAGES, "digits")
     assert large.train_inputs.shape == (len(small.train_labels), 1, 28, 28)
     assert torch.equal(large.train_labels, small.train_labels)
@@ -192,7 +192,7 @@ TINY = Experiment(
 
 
 def learnt(variant: str, library: str = "freegrad_fx", seed: int = 0) -> list[tuple[float, float]]:
-    """Loss and accuracy of every epoch."""
+    """The loss and the accuracy of every epoch."""
     (chosen,) = (v for v in TINY.variants if v.name == variant)
     epochs = TINY.train(chosen, library, bits(), epochs=3, seed=seed)
     return [(epoch.loss, epoch.accuracy) for epoch in epochs]
@@ -204,17 +204,17 @@ def test_a_seed_decides_a_run(variant: str) -> None:
     assert learnt(variant) != learnt(variant, seed=1)
 
 
-def test_variants_of_a_seed_differ_in_their_backward_alone() -> None:
+def test_variants_of_a_seed_differ_only_in_their_backward() -> None:
     one_batch = Experiment(**{**vars(TINY), "batch_size": 100})
     losses = {
         next(one_batch.train(v, "freegrad_fx", bits(), epochs=1, seed=0)).loss
         for v in one_batch.variants
     }
-    assert len(losses) == 1  # the loss of the only batch, before anything is learnt
+    assert len(losses) == 1  # the loss of the only batch, before the first step
     assert learnt("own") != learnt("jammed")
 
 
-def test_training_is_that_of_a_loop_written_by_hand() -> None:
+def test_training_equals_a_loop_written_by_hand() -> None:
     data = bits()
     torch.manual_seed(0)
     model = TwoLayers()
@@ -288,7 +288,7 @@ def test_resuming_keeps_the_runs_that_are_done(tmp_path: Path) -> None:
     before = command(tmp_path, "--seeds", "1")
     after = command(tmp_path, "--seeds", "2", "--resume")
     assert [run.seed for run in after.runs] == [0, 0, 1, 1]
-    # the time too, which no second run repeats
+    # includes the time, which differs between runs
     assert [run.to_dict() for run in after.runs[:2]] == [run.to_dict() for run in before.runs]
     fresh = command(tmp_path, "--seeds", "2")
     assert [r[:4] for r in fresh.rows()] == [r[:4] for r in after.rows()]
@@ -300,7 +300,7 @@ def test_resuming_another_experiment_is_refused(tmp_path: Path) -> None:
         main(TINY, ["--epochs", "3", "--out", str(tmp_path), "--resume"])
 
 
-def test_a_missing_peer_is_said_with_the_remedy(
+def test_a_missing_peer_is_reported_with_the_remedy(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -310,7 +310,7 @@ def test_a_missing_peer_is_said_with_the_remedy(
 
 
 @pytest.mark.parametrize("option", ["--seeds", "--epochs"])
-def test_nothing_is_trained_no_times(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_zero_epochs_or_seeds_are_refused(option: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(TINY, [option, "0"])
     assert "at least 1, not 0" in capsys.readouterr().err
@@ -329,7 +329,7 @@ def test_a_spread_is_the_mean_and_the_deviation_of_a_sample(
     assert spread(values, ".2f") == shown
 
 
-def test_the_table_tells_the_last_epoch_and_the_median_time() -> None:
+def test_the_table_shows_the_last_epoch_and_the_median_time() -> None:
     def run(seed: int, accuracies: tuple[float, float], seconds: tuple[float, float]) -> Run:
         losses = (1.0, 0.5 + seed)
         epochs = [Epoch(*e) for e in zip(losses, accuracies, seconds, strict=True)]
@@ -343,7 +343,7 @@ def test_the_table_tells_the_last_epoch_and_the_median_time() -> None:
 
 # ---- The five experiments ------------------------------------------------------------------------
 
-# Batch size, learning rate, momentum, epochs, inputs, how many activations a rule is behind.
+# Batch size, learning rate, momentum, epochs, inputs, number of sites that get a rule.
 EXPERIMENTS: dict[str, tuple[Any, ...]] = {
     "suc_logistic_vs_constant": (32, 0.1, 0, 30, (10,), 1),
     "mlp_digits_constant_vs_tied": (64, 0.05, 0, 100, (1, 8, 8), 1),
@@ -387,7 +387,7 @@ def test_a_table_of_rules_reaches_every_activation_and_leaves_the_forward(
 def test_an_epoch_of_every_experiment_is_the_same_with_either_package(
     experiment: Experiment,
 ) -> None:
-    source = list(experiment.data.values())[-1]  # the one that is there on every machine
+    source = list(experiment.data.values())[-1]  # the one that every machine has
     data = source.read().shortened(2 * experiment.batch_size, 50)
     for variant in experiment.variants:
         ours, theirs = (

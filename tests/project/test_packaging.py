@@ -1,4 +1,4 @@
-"""What is said in several places about versions is said alike, and what an index shows is complete."""
+"""The supported versions are the same in all files, and the metadata of the package are complete."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_same_pythons_are_supported_everywhere() -> None:
     assert set(tried) == set(PYTHONS)
 
 
-def test_an_index_has_what_it_shows() -> None:
+def test_the_metadata_of_the_package_are_complete() -> None:
     found = metadata("freegrad_fx")
     for field in ("Summary", "Author", "Keywords", "Requires-Python", "License-Expression"):
         assert found[field], field

@@ -1,4 +1,4 @@
-"""What the source itself must keep to: private names of PyTorch in one room, no import upwards, no circle."""
+"""The structure of the source: private names of PyTorch only in `_torch`, no import from a higher floor, no circles."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import freegrad_fx
 ROOT = Path(freegrad_fx.__file__).parent
 PACKAGE = ROOT.name
 
-# From the ground up. A module may import from its own line and from those above it.
+# The lowest floor first. A module imports only from its own line and from the lines above it.
 FLOORS = """
 errors _moved
 _torch
@@ -61,7 +61,7 @@ def is_private(name: str) -> bool:
 
 @cache
 def own_names() -> frozenset[str]:
-    """The names of methods and attributes that classes of the package define, outside of the room."""
+    """The names of methods and attributes that classes of the package define, outside of `_torch`."""
     found: set[str] = set()
     for file in OUTSIDE.values():
         for node in ast.walk(tree_of(file)):
@@ -78,7 +78,7 @@ def own_names() -> frozenset[str]:
     return frozenset(found)
 
 
-# What PyTorch's objects hold under private names, and code may reach by text: getattr, __dict__, vars
+# Private attributes of PyTorch's objects, which code can also access by text: getattr, __dict__, vars
 HELD = {
     name
     for thing in (
@@ -112,7 +112,7 @@ def private_names(tree: ast.Module) -> Iterator[tuple[int, str]]:
             yield node.lineno, repr(node.value)
 
 
-# Methods that PyTorch calls by private names, and that classes of the package may define
+# Private methods that PyTorch calls, and that classes of the package can define
 HOOKS = {"_replicate_for_data_parallel", "_repr_html_"}
 BASES = (nn.Module, fx.GraphModule, fx.Tracer, fx.Proxy, torch.autograd.Function, TorchFunctionMode)
 INHERITED = {name for base in BASES for name in dir(base) if is_private(name)} - HOOKS
@@ -131,7 +131,7 @@ def test_no_private_method_of_pytorch_is_overridden_elsewhere(name: str) -> None
 
 
 @pytest.mark.parametrize("name", OUTSIDE)
-def test_private_names_of_pytorch_are_used_in_one_room(name: str) -> None:
+def test_private_names_of_pytorch_are_used_only_in_the_folder_torch(name: str) -> None:
     assert list(private_names(tree_of(OUTSIDE[name]))) == []
 
 
@@ -154,7 +154,7 @@ def test_a_private_name_is_found(code: str) -> None:
 
 
 @pytest.mark.parametrize("name", [name for name in OUTSIDE if name != "_torch"])
-def test_whether_something_compiles_is_asked_of_the_room_for_private_names(name: str) -> None:
+def test_is_compiling_of_pytorch_is_called_only_in_the_folder_torch(name: str) -> None:
     """`torch.compiler.is_compiling` answers no, in torch 2.12, while AOTAutograd traces."""
     assert "torch.compiler.is_compiling(" not in OUTSIDE[name].read_text("utf-8")
 
@@ -163,7 +163,7 @@ def test_whether_something_compiles_is_asked_of_the_room_for_private_names(name:
 
 
 def bound_to_torch(tree: ast.Module) -> set[str]:
-    """The names by which a file knows modules and classes of PyTorch, and Python's builtins."""
+    """The names in a file that refer to modules and classes of PyTorch, or to Python's builtins."""
     found = set()
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
@@ -219,7 +219,7 @@ def test_a_replacement_is_found(code: str) -> None:
 
 
 def imported(name: str, file: Path) -> set[str]:
-    """The modules of the package that a module imports, also inside of functions and for types alone."""
+    """The modules of the package that a module imports, also inside functions and only for types."""
     package = name if file.name == "__init__.py" else name.rpartition(".")[0]
     found = set()
     for node in ast.walk(tree_of(file)):
@@ -255,7 +255,7 @@ def test_nothing_is_imported_from_a_higher_floor(name: str) -> None:
     assert higher == set()
 
 
-def test_no_imports_go_in_a_circle() -> None:
+def test_there_are_no_circular_imports() -> None:
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
@@ -269,11 +269,11 @@ def test_no_imports_go_in_a_circle() -> None:
         visit(name, ())
 
 
-def test_the_rooms_say_what_they_are_for() -> None:
+def test_every_module_has_a_docstring() -> None:
     assert [name for name, file in FILES.items() if not ast.get_docstring(tree_of(file))] == []
 
 
-def test_what_is_looked_for_exists() -> None:
+def test_the_names_in_these_tests_exist() -> None:
     assert {"_parameters", "_modules", "_code"} <= HELD
     assert isinstance(builtins.isinstance, type(len))
     assert torch.__version__
