@@ -1,11 +1,11 @@
-"""The one room for what PyTorch does not promise: its private names, and what is replaced in it for a time.
+"""The only package that uses private names of PyTorch, or replaces attributes in it.
 
-Every other part of the package calls the functions here, whose names are those of what they do. A private name that a
-release of PyTorch does not have raises `TorchVersionError` when the function that needs it is called, and never at
-import. Dynamo, Inductor, torch.export and sympy are imported inside of functions alone. Nothing here knows rules, sites
-or tables.
+The other packages call the functions here, which are named by their purpose. If a release of PyTorch does not have a
+private name, the function that needs it raises `TorchVersionError` when it is called; importing never fails. Dynamo,
+Inductor, torch.export and sympy are imported inside of functions only. Nothing in this package knows rules, sites or
+tables.
 
-- `releases`: the releases that are tested, and names that may be missing
+- `releases`: the releases that are tested, and the lookup of private names
 - `replacing`: temporary replacements
 - `dispatch`: which transform, mode or recording is active
 - `tensors`, `modules`, `graphs`, `operators`, `tree`: the objects of PyTorch

@@ -1,4 +1,4 @@
-"""Which transform, dispatch mode or recording is active in this thread. What is asked at every call costs one call."""
+"""Tells which transform, dispatch mode or recording is active in this thread."""
 
 from __future__ import annotations
 
@@ -35,16 +35,16 @@ function_transforms_active = private("torch._C._are_functorch_transforms_active"
 """Whether a transform of `torch.func` is active."""
 
 without_dead_transform = private("torch._C._functorch.unwrap_if_dead", _TRANSFORMS)
-"""Return a tensor without the wrapper of a transform that is over; other tensors as they are."""
+"""Remove the wrapper of a transform that has ended from a tensor; return other tensors unchanged."""
 
 is_transformed = private("torch._C._functorch.is_functorch_wrapped_tensor", _TRANSFORMS)
 """Whether a tensor belongs to a transform of `torch.func`."""
 
 is_batched = private("torch._C._functorch.is_legacy_batchedtensor", _TRANSFORMS)
-"""Whether a tensor is one that autograd batches (`is_grads_batched`)."""
+"""Whether a tensor is a batch of gradients (`is_grads_batched`)."""
 
 dispatch_modes = private("torch._C._len_torch_dispatch_stack", _MODES)
-"""How many dispatch modes are active."""
+"""The number of active dispatch modes."""
 
 DispatchMode = private("torch.utils._python_dispatch.TorchDispatchMode", _MODES)
 """The base class of dispatch modes."""
@@ -61,40 +61,40 @@ _FUNCTIONAL = private("torch._C._TorchDispatchModeKey.FUNCTIONAL", _MODES)
 
 
 def in_function_transform() -> bool:
-    """Whether the code that runs is inside of a transform of `torch.func`."""
+    """Whether the running code is inside of a transform of `torch.func`."""
     return _interpreter() is not None
 
 
 def in_pre_dispatch() -> bool:
-    """Whether a mode is active that sees operations before autograd does, as that of `torch.export`."""
+    """Whether a mode is active that receives operations before autograd, such as the mode of `torch.export`."""
     return bool(_key_included(_PRE_DISPATCH))
 
 
 def is_functionalised() -> bool:
-    """Whether AOTAutograd traces."""
+    """Whether AOTAutograd is tracing."""
     return _infra_mode(_FUNCTIONAL) is not None
 
 
 def is_jit_tracing() -> bool:
-    """Whether `torch.jit.trace` runs, which `torch.onnx.export` calls."""
+    """Whether `torch.jit.trace` is running, which `torch.onnx.export` uses."""
     return _tracing_state() is not None
 
 
 def is_exporting() -> bool:
-    """Whether `torch.export` runs."""
+    """Whether `torch.export` is running."""
     return torch.compiler.is_exporting()
 
 
 def proxy_mode() -> Any:
-    """The mode in which `make_fx` records; None where it does not."""
+    """The mode with which `make_fx` records; None if it is not running."""
     name = "torch.fx.experimental.proxy_tensor"
-    if name not in sys.modules:  # importing it brings sympy
+    if name not in sys.modules:  # importing it imports sympy
         return None
     return lookup(f"{name}.get_proxy_mode", "telling whether make_fx runs")()
 
 
 def runs_alone(tensor: Tensor) -> bool:
-    """Whether nothing differentiates, batches, compiles or records what is computed from a tensor now."""
+    """Whether operations on a tensor are neither differentiated, batched, compiled nor recorded."""
     return type(tensor) is Tensor and not (
         torch.is_grad_enabled()
         or is_compiling()

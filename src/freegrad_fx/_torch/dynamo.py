@@ -1,4 +1,4 @@
-"""Dynamo, AOTAutograd and Inductor, none of which is imported before it is needed."""
+"""Dynamo, AOTAutograd and Inductor. Each is imported when it is needed."""
 
 from __future__ import annotations
 
@@ -40,23 +40,23 @@ _COMPILED = "following what torch.compile compiles"
 _frames = private("torch._C._dynamo.eval_frame", _COMPILED)
 
 
-# --- what Dynamo makes of a function ---
+# --- how Dynamo treats a function ---
 
 
 def takes_for_constant(function: Called) -> Called:
-    """Decorate a function that Dynamo calls while it traces, and whose answer it takes for a constant.
+    """Decorate a function that Dynamo calls while it traces, and whose result becomes a constant.
 
-    `torch.compiler.assume_constant_result` does the same, and imports the whole compiler.
+    `torch.compiler.assume_constant_result` does the same, but imports the whole compiler.
     """
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def leave_to_python(function: Called) -> Called:
-    """Decorate a function that Dynamo leaves to Python, with all that it calls.
+    """Decorate a function that Dynamo must not compile, including every function that it calls.
 
-    `torch.compiler.disable` does the same, and imports the whole compiler. This marks the function and its code, and
-    replaces nothing of PyTorch.
+    `torch.compiler.disable` does the same, but imports the whole compiler. This decorator marks the function and its
+    code.
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     try:
@@ -75,7 +75,7 @@ def leave_to_python(function: Called) -> Called:
 
 @uses_private_names(_COMPILED)
 def skip(code: CodeType) -> None:
-    """Let Dynamo compile no frame of a code."""
+    """Make Dynamo skip every frame of a code object."""
     from torch._dynamo import eval_frame
 
     eval_frame.skip_code(code)
@@ -83,10 +83,10 @@ def skip(code: CodeType) -> None:
 
 @uses_private_names(_COMPILED)
 def looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that Dynamo captures.
+    """Wrap the call of a module of PyTorch, so that Dynamo captures it. Return other functions unchanged.
 
-    It looks into the frames of PyTorch's own modules only if they are called from a frame that it captures.
-    `torch.compile` makes one around such a module, `nn.Module.compile` does not.
+    Dynamo traces into the frames of PyTorch's modules only if they are called from a frame that it captures.
+    `torch.compile` adds such a frame around a module; `nn.Module.compile` does not.
     """
     from torch._dynamo import external_utils, trace_rules
 
@@ -97,19 +97,19 @@ def looked_into(function: Callable[..., Any]) -> Callable[..., Any]:
     return function
 
 
-# --- what is being compiled now ---
+# --- the compilation that is running ---
 
 _tracing_context = private("torch._guards.TracingContext", "telling whether a compiler traces")
 _compile_context = private("torch._guards.CompileContext", "telling whether a compiler traces")
 
 
 def tracing_context() -> Any:
-    """The object that stands for the graph which a compiler traces in this thread; None where none does."""
+    """The tracing context of the compiler that traces in this thread; None if no compiler traces."""
     return _tracing_context.try_get()
 
 
 def is_tracing() -> bool:
-    """Whether a compiler runs code on stand-ins for tensors."""
+    """Whether a compiler traces, and runs code on fake tensors."""
     return tracing_context() is not None
 
 
@@ -123,18 +123,18 @@ is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_comp
 
 
 def is_compiling_backward() -> bool:
-    """Whether what is compiled is a backward, as compiled autograd does."""
+    """Whether a backward is being compiled, as by compiled autograd."""
     compilation = _compile_context.current_compile_id()
     return compilation is not None and compilation.compiled_autograd_id is not None
 
 
 @uses_private_names(_COMPILED)
 def add_guard(holds: Callable[[Any], bool], words: str) -> None:
-    """Let Dynamo compile anew, from now on, where a condition does not hold.
+    """Add a guard to the graph that Dynamo is compiling: it compiles again if a condition is false.
 
     Args:
         holds: The condition.
-        words: What Dynamo's logs say of it.
+        words: The description of the condition in Dynamo's logs.
     """
     from torch._dynamo.source import GlobalStateSource
 
@@ -147,7 +147,7 @@ def add_guard(holds: Callable[[Any], bool], words: str) -> None:
 
 
 def name_sources(gm: fx.GraphModule) -> None:
-    """Say where the tensors come from that were put into a graph: AOTAutograd asks of every one it finds."""
+    """Set the sources of tensors that were added to a graph. AOTAutograd looks up the source of every tensor."""
     sources = getattr(gm, "_param_name_to_source", None)
     if sources is None:
         return
@@ -160,7 +160,7 @@ def name_sources(gm: fx.GraphModule) -> None:
 
 
 def compiler(inner: Any, mode: Any, options: Any, dynamic: Any) -> Callable[..., Any]:
-    """What compiles graphs, for the arguments that `torch.compile` takes."""
+    """The function that compiles graphs, for arguments of `torch.compile`."""
     if inner == "inductor":
         mode = "default" if mode is None and options is None else mode
         wrapper = lookup("torch._TorchCompileInductorWrapper", _COMPILED)
@@ -169,32 +169,32 @@ def compiler(inner: Any, mode: Any, options: Any, dynamic: Any) -> Callable[...,
 
 
 def compile_wrapper_of(frame: FrameType) -> Any:
-    """What `torch.compile` has made of a backend, where a frame is one of its methods; else None."""
+    """The wrapper that `torch.compile` made of a backend, if a frame is one of its methods; else None."""
     asking = frame.f_locals.get("self")
     return asking if isinstance(asking, lookup("torch._TorchCompileWrapper", _COMPILED)) else None
 
 
 def is_compile_error(error: Exception) -> bool:
-    """Whether an error is one of Dynamo or Inductor."""
+    """Whether an error was raised by Dynamo or Inductor."""
     dynamo = lookup("torch._dynamo.exc.TorchDynamoException", "compiling a rule")
     inductor = lookup("torch._inductor.exc.InductorError", "compiling a rule")
     return isinstance(error, (dynamo, inductor))
 
 
 def gives_up_recompiling(error: Exception) -> bool:
-    """Whether an error says that something was compiled in as many ways as Dynamo allows."""
+    """Whether an error says that the recompilation limit of Dynamo is reached."""
     return isinstance(
         error, lookup("torch._dynamo.exc.FailOnRecompileLimitHit", "compiling a rule")
     )
 
 
-# --- calls of what torch.compile returned ---
+# --- calls of compiled functions ---
 
 _EVAL_FRAME = os.path.join("torch", "_dynamo", "eval_frame.py")
 
 
 def compiled_function(frames: Iterator[FrameType]) -> FrameType | None:
-    """The first of some frames that is a call of something which `torch.compile` returned."""
+    """The first of some frames that calls a result of `torch.compile`; None if there is none."""
     for frame in frames:
         code = frame.f_code
         if code.co_name == "compile_wrapper" and code.co_filename.endswith(_EVAL_FRAME):
@@ -205,18 +205,18 @@ def compiled_function(frames: Iterator[FrameType]) -> FrameType | None:
 def wrap_compiled_function(
     frame: FrameType, wrapper: Callable[[Callable[..., Any]], Any], mark: str
 ) -> None:
-    """Let a compiled function be called through a wrapper, in the call that is going on and in all later ones.
+    """Call a compiled function through a wrapper, in the current call and in all later calls.
 
-    What a backend may have entered around a call is entered before PyTorch saves the thread's dispatch state and left
-    before PyTorch restores it, so that no dispatch mode can be entered there. The wrapper stands inside of that.
+    The context that a backend can enter around a call cannot enter a dispatch mode: PyTorch enters it before it saves
+    the dispatch state of the thread, and exits it before it restores this state. The wrapper is called in between.
 
     Args:
         frame: The frame of the call.
-        wrapper: Makes of the function that is compiled what is called in its place.
-        mark: The attribute of such a wrapper; where there is one already nothing is done.
+        wrapper: Returns the wrapper, given the function that is compiled.
+        mark: An attribute of the wrapper. A function that has this attribute is not wrapped again.
 
     Raises:
-        TorchVersionError: PyTorch calls compiled functions in another way than the releases that are known here.
+        TorchVersionError: PyTorch does not call compiled functions as the tested releases do.
     """
     names = frame.f_code.co_freevars
     function = frame.f_locals.get("fn")

@@ -1,4 +1,4 @@
-"""`torch.export`, which is imported when it is needed: it brings sympy."""
+"""`torch.export`, which is imported when it is needed, because it imports sympy."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def export(root: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedPr
 
 
 def dynamic_where_possible() -> Any:
-    """The size of a dimension that may change where the model allows it."""
+    """The size of a dimension that is dynamic where the model allows it."""
     from torch.export import Dim
 
     return Dim.AUTO
@@ -42,10 +42,10 @@ def dynamic_where_possible() -> Any:
 def constants_lifted_by(
     make: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> AbstractContextManager[None]:
-    """Replace the pass of export that makes constants of tensors which no module has registered.
+    """Replace the pass of export that makes unregistered tensors constants.
 
     Args:
-        make: Given the pass, returns what takes its place; both take the graph module first.
+        make: Returns the replacement, given the pass. Both take the graph module as the first argument.
     """
     module = lookup("torch._export.passes.lift_constants_pass", _EXPORT)
     return replaced(module, "lift_constants_pass", make)
@@ -54,18 +54,18 @@ def constants_lifted_by(
 def guards_written_by(
     make: Callable[[Callable[..., Any]], Callable[..., Any]],
 ) -> AbstractContextManager[None]:
-    """Replace what export makes code of guards with.
+    """Replace the function with which export generates the code of guards.
 
     Args:
-        make: Given the usual function, returns what takes its place; both take the guards, as Python expressions, and
-            the places of the inputs that these name.
+        make: Returns the replacement, given the function. Both take the guards, as Python expressions, and the paths of
+            the inputs that occur in them.
     """
     module = lookup("torch.export._unlift", _EXPORT)
     return replaced(module, "_convert_guards_code_to_fn", make)
 
 
 def guard_names() -> dict[str, Any]:
-    """What the expressions of guards refer to."""
+    """The names that the expressions of guards refer to."""
     names = lookup(
         "torch.fx.experimental.symbolic_shapes.SYMPY_INTERP", "checking an exported model's inputs"
     )
@@ -73,13 +73,13 @@ def guard_names() -> dict[str, Any]:
 
 
 def is_fake(value: Any) -> bool:
-    """Whether a value is a stand-in for a tensor, which export runs a model on."""
+    """Whether a value is a fake tensor, with which export runs a model."""
     return isinstance(value, lookup("torch._subclasses.fake_tensor.FakeTensor", _EXPORT))
 
 
 @uses_private_names("compiling an exported model")
 def traced_in_full(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Let Dynamo look into a function that it would skip."""
+    """Make Dynamo trace into a function that it would skip."""
     import torch._dynamo
 
     traced: Callable[..., Any] = torch._dynamo.dont_skip_tracing(function)

@@ -1,4 +1,4 @@
-"""`torch.autograd.Function`: how one is applied, how all are watched, and what a checkpoint runs again."""
+"""`torch.autograd.Function`: how a Function is applied, interception of all Functions, and checkpoints."""
 
 from __future__ import annotations
 
@@ -27,24 +27,24 @@ __all__ = [
 Function: TypeAlias = type[torch.autograd.Function]
 
 Intercept: TypeAlias = Callable[[Function, tuple[Any, ...]], Any]
-"""Given a Function and what it is applied to: its result, or NotImplemented to let it run."""
+"""Takes a Function and its arguments. Returns its result, or NotImplemented to run the Function."""
 
 
 def direct_apply(function: Function) -> Callable[..., Any]:
-    """What applying a Function comes to where no transform of `torch.func` is active."""
+    """The `apply` that a Function uses if no transform of `torch.func` is active."""
     apply: Callable[..., Any] = super(torch.autograd.Function, function).apply  # type: ignore[misc]
     return apply
 
 
 def base_apply(function: Function) -> Callable[..., Any]:
-    """`apply` of a Function as `torch.autograd.Function` defines it, also where the class has one of its own."""
+    """The `apply` that `torch.autograd.Function` defines, bound to a Function, even if its class overrides it."""
     # a class method written in Python until 2.13, and one written in C since
     apply: Callable[..., Any] = _defined_apply(torch.autograd.Function).__get__(None, function)
     return apply
 
 
 def overrides_apply(function: Function) -> bool:
-    """Whether a Function has an `apply` of its own."""
+    """Whether a Function overrides `apply`."""
     return _defined_apply(function) is not _defined_apply(torch.autograd.Function)
 
 
@@ -57,14 +57,13 @@ def _defined_apply(function: Function) -> Any:
 
 @contextlib.contextmanager
 def functions_answered_by(intercept: Intercept) -> Iterator[None]:
-    """Let a function answer every `apply` of an autograd.Function in this thread, however it is reached.
+    """Intercept every `apply` of an autograd.Function in this thread while the block runs.
 
-    `apply` may have been fetched before (``spike = Spike.apply``), so that replacing it reaches some calls alone. All
-    end in ``forward``, which is looked up at each call: that is replaced, in every subclass. A class that is made while
-    this is in force is one of them.
+    Replacing `apply` would miss calls through a stored reference (``spike = Spike.apply``). Every call looks up
+    ``forward``, so this is replaced, in every subclass. Classes that are created in the block are included.
 
     Args:
-        intercept: Asked at each call.
+        intercept: Called at each `apply`.
     """
     with contextlib.ExitStack() as stack:
 
@@ -79,14 +78,16 @@ def functions_answered_by(intercept: Intercept) -> Iterator[None]:
             return made
 
         for function in _subclasses(torch.autograd.Function):
-            if not function.__module__.startswith("torch._"):  # those of compilers and transforms
+            if not function.__module__.startswith(
+                "torch._"
+            ):  # not those of compilers and transforms
                 watch(function)
         stack.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
         yield
 
 
 def _subclasses(function: Function) -> dict[Function, None]:
-    """The classes derived from one, those that are derived first."""
+    """All subclasses of a class. A derived class comes before its base."""
     found: dict[Function, None] = {}
     for derived in function.__subclasses__():
         found.update(_subclasses(derived))
@@ -114,7 +115,7 @@ def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
     def setup_with(setup: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(ctx: Any, inputs: Any, output: Any) -> Any:
             nonlocal answered
-            if output is answered:  # `apply` calls it after the forward, which has not run
+            if output is answered:  # `apply` calls this although the forward has not run
                 answered = nothing
                 return None
             return setup(ctx, inputs, output)
@@ -129,16 +130,16 @@ def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
 
 
 def applied_to_inputs(args: tuple[Any, ...], has_context: bool) -> tuple[Any, ...] | None:
-    """What `apply` was given, of the arguments of a ``forward``; None where something else calls the forward.
+    """The arguments of `apply`, from those of a ``forward``; None if the forward is not called by `apply`.
 
     Args:
-        args: The arguments.
-        has_context: Whether the first of them is the context that `apply` makes.
+        args: The arguments of the forward.
+        has_context: Whether the first argument is the context that `apply` creates.
     """
     if has_context:
         made_by_apply = bool(args) and isinstance(args[0], torch.autograd.function.FunctionCtx)
         return args[1:] if made_by_apply else None
-    # `apply` runs a forward with gradients disabled, and nothing else tells
+    # The only sign of `apply` is that it runs a forward with gradients disabled
     return None if torch.is_grad_enabled() else args
 
 
@@ -151,13 +152,13 @@ _Wrapper: TypeAlias = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 @uses_private_names("following checkpoints")
 def follow_checkpoints(record: _Wrapper, otherwise: _Wrapper) -> None:
-    """From now on let what `torch.utils.checkpoint` runs again in the backward be run through a function, for good.
+    """Wrap, from now on, every function that `torch.utils.checkpoint` recomputes in a backward.
 
-    The backward may run at any time, in any thread, so nothing that is undone would do.
+    The replacement is permanent, because a backward can run at any time and in any thread.
 
     Args:
-        record: Called when the forward of a checkpoint begins: makes of the function what is run again.
-        otherwise: The same, called in the backward, for checkpoints whose forward has begun before.
+        record: Called when the forward of a checkpoint starts. Returns the wrapper of the function to recompute.
+        otherwise: Called in the backward, for checkpoints whose forward started earlier. Returns such a wrapper too.
     """
     from torch.utils import checkpoint
 

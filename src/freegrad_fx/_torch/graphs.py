@@ -1,4 +1,4 @@
-"""The inside of torch.fx: nodes, code generation, and functions that graphs call and no public name reaches."""
+"""Internals of torch.fx: nodes, code generation, and functions in graphs that have no public name."""
 
 from __future__ import annotations
 
@@ -31,22 +31,22 @@ __all__ = [
 
 
 def grad_mode_setter() -> Any:
-    """What a graph calls to change the grad mode."""
+    """The function that a graph calls to set the grad mode."""
     return lookup("torch._C._set_grad_enabled", "recording the grad mode")
 
 
 def assertion() -> Any:
-    """What a graph calls to check a condition."""
+    """The function that a graph calls to check a condition."""
     return lookup("torch._assert", "recording an assertion")
 
 
 INPUT_STRUCTURE, OUTPUT_STRUCTURE = "_in_spec", "_out_spec"
-"""The attributes in which a GraphModule holds how its inputs and outputs are nested; its code reads them."""
+"""The attributes of a GraphModule for the nesting of its inputs and outputs, which its code reads."""
 
 _CODE = "generating the code of a graph"
 
 forward_from_source: Callable[..., Any] = private("torch.fx.graph_module._forward_from_src", _CODE)
-"""Make a `forward` of source code and the names that it refers to."""
+"""Make a `forward` from source code and the names that it refers to."""
 
 qualified_name: Callable[[Any], str] = private(
     "torch.fx.node._get_qualified_name", "saving a graph"
@@ -59,24 +59,24 @@ _PytreeInfo = private("torch.fx.graph._PyTreeInfo", "saving a graph")
 
 @uses_private_names(_CODE)
 def generated_code(module: fx.GraphModule) -> str:
-    """The code that a GraphModule has generated last."""
+    """The code that a GraphModule generated last."""
     code: str = module._code
     return code
 
 
 def set_generated_graph(module: fx.GraphModule, graph: fx.Graph) -> None:
-    """Say from which graph a GraphModule generates its code, and generate none yet."""
+    """Set the graph from which a GraphModule generates its code, without generating it."""
     module._graph = graph
 
 
 @uses_private_names(_CODE)
 def code_generator(graph: fx.Graph) -> Any:
-    """What generates the code of a graph; `Graph.set_codegen` is the way to set it."""
+    """The code generator of a graph, which `Graph.set_codegen` sets."""
     return graph._codegen
 
 
 def structures_of(graph: fx.Graph) -> tuple[Any, Any, Any] | None:
-    """The names of the arguments of a graph and how its inputs and outputs are nested; None for a flat graph."""
+    """The names of the arguments of a graph and the nesting of its inputs and outputs; None for a flat graph."""
     info = getattr(code_generator(graph), "pytree_info", None)
     return None if info is None else (info.orig_args, info.in_spec, info.out_spec)
 
@@ -88,30 +88,30 @@ def with_structures(arguments: Any, inputs: Any, outputs: Any) -> Any:
 
 @uses_private_names("rewriting a graph")
 def is_erased(node: fx.Node) -> bool:
-    """Whether a node is in no graph any more."""
+    """Whether a node has been erased from its graph."""
     return node._erased
 
 
 def attributes_written_by(
     write: Callable[[Callable[[str, str], str]], Callable[[str, str], str]],
 ) -> AbstractContextManager[None]:
-    """Let the code of graphs name attributes as a function says.
+    """Replace the function with which graphs write attributes in their code.
 
     Args:
-        write: Given the usual one, returns the function from an object's text and a dotted name to the text.
+        write: Returns the replacement, given the function. Both map the text of an object and a dotted name to text.
     """
     return replaced(fx.graph, "_format_target", write)
 
 
 class Tracer(fx.Tracer):
-    """A tracer with a say in what stands for each argument of the forward."""
+    """A tracer that can choose the proxy for each argument of the forward."""
 
     def argument_proxy(self, name: str, default: Callable[[], Any]) -> Any:
-        """What stands for an argument.
+        """Make the proxy for an argument.
 
         Args:
-            name: Its name, with the stars of ``*args`` and ``**kwargs``.
-            default: Makes the placeholder that every argument has by default.
+            name: The name of the argument, with the stars of ``*args`` and ``**kwargs``.
+            default: Makes the default placeholder.
         """
         return default()
 
@@ -121,7 +121,7 @@ class Tracer(fx.Tracer):
 
 
 def make_fx(function: Callable[..., Any]) -> Callable[..., fx.GraphModule]:
-    """`make_fx` of torch, imported when it is needed: it brings sympy."""
+    """`make_fx` of torch, which is imported when it is needed, because it imports sympy."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     return make_fx(function)

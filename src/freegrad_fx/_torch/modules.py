@@ -1,4 +1,4 @@
-"""What an `nn.Module` holds, and how it is called."""
+"""The contents of an `nn.Module`, its hooks, and its call."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ __all__ = [
 ]
 
 PARAMETERS, BUFFERS, CHILDREN = "_parameters", "_buffers", "_modules"
-"""The attributes in which every module holds its own parameters, buffers and submodules."""
+"""The attributes of every module for its own parameters, buffers and submodules."""
 
 COMPILED_CALL = "_compiled_call_impl"
-"""The attribute in which `nn.Module.compile` puts the compiled call."""
+"""The attribute in which `nn.Module.compile` stores the compiled call."""
 
 FRESH_BASES: tuple[type[nn.Module], ...] = tuple(
     private(f"torch.nn.modules.{name}", "telling which memory a module returns")
@@ -48,7 +48,7 @@ FRESH_BASES: tuple[type[nn.Module], ...] = tuple(
         "pooling._LPPoolNd",
     )
 )
-"""The bases of modules of torch.nn that return memory of their own."""
+"""The base classes of modules of torch.nn that return new memory."""
 
 _any_global_hook = private(
     "torch.nn.modules.module._has_any_global_hook", "telling which hooks run"
@@ -59,67 +59,69 @@ _reparametrize = private(
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
-    """The parameters that a module itself holds; the dict is the module's own."""
+    """The parameters of a module, without those of submodules. The dict is the module's own, not a copy."""
     return module._parameters
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The buffers that a module itself holds; the dict is the module's own."""
+    """The buffers of a module, without those of submodules. The dict is the module's own, not a copy."""
     return module._buffers
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """The submodules that a module itself holds; the dict is the module's own."""
+    """The direct submodules of a module. The dict is the module's own, not a copy."""
     return module._modules
 
 
 def has_forward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward, which can write and return anything."""
+    """Whether a module has forward hooks, which can write into its tensors and replace them."""
     return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def has_backward_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's backward."""
+    """Whether a module has backward hooks."""
     return bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether hooks run around a module's forward or backward."""
+    """Whether a module has forward or backward hooks."""
     return has_forward_hooks(module) or has_backward_hooks(module)
 
 
 def has_global_hooks() -> bool:
-    """Whether hooks run around every module."""
+    """Whether there are hooks for all modules."""
     return bool(_any_global_hook())
 
 
 def with_parameters(
     module: nn.Module, parameters: Mapping[str, Tensor]
 ) -> AbstractContextManager[Any]:
-    """Let a module hold other tensors for some parameters, which are not tied to others of the same tensor."""
+    """Replace parameters of a module while a block runs. Other names of a tied parameter are not replaced."""
     found: AbstractContextManager[Any] = _reparametrize(module, dict(parameters), tie_weights=False)
     return found
 
 
 def call_code() -> CodeType:
-    """The code that runs when a module is called."""
+    """The code object that runs when a module is called."""
     code: CodeType = lookup("torch.nn.Module._call_impl", "following compiled modules").__code__
     return code
 
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
-    """Whether a module is what `torch.compile` returned for another."""
-    if "torch._dynamo" not in sys.modules:  # importing it takes seconds, and it makes them
+    """Whether a module is the result of `torch.compile` for another module."""
+    if (
+        "torch._dynamo" not in sys.modules
+    ):  # without it there are no compiled modules, and importing it takes seconds
         return False
     kind = lookup("torch._dynamo.eval_frame.OptimizedModule", "telling compiled models")
     return isinstance(module, kind)
 
 
 def compiled_model(wrapper: nn.Module) -> nn.Module | None:
-    """The model in what `torch.compile` returned for one; None for other modules."""
+    """The model inside of a result of `torch.compile`; None for other modules."""
     return children_of(wrapper).get("_orig_mod")
 
 
 def make_replica(module: nn.Module) -> None:
-    """Let a copy of a module be what `nn.DataParallel` makes: plain tensors are put under its parameters' names."""
+    """Make a copy of a module a replica, as `nn.DataParallel` does: its parameters are replaced by plain tensors."""
     module.__dict__.update({PARAMETERS: {}, "_is_replica": True})

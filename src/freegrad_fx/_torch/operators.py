@@ -1,4 +1,4 @@
-"""The operators of ATen and the operators that run graphs."""
+"""The operators of ATen, and the operators that run graphs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ else:
     GraphOperator = private("torch._ops.HigherOrderOperator", _OPERATORS)
 
 NATIVE: tuple[Any, ...] = tuple(filter(None, [getattr(torch._C, "_nn", None)]))
-"""The modules of functions that `torch.nn.functional` is made of."""
+"""The modules whose functions `torch.nn.functional` exports."""
 
 
 def _existing(*names: str) -> tuple[Any, ...]:
@@ -47,7 +47,7 @@ NATIVE_ATTENTIONS = (*_existing(*_FUSED), *_default_overloads(*_FUSED))
 
 @uses_private_names("telling which memory an operator returns")
 def schema(overload: Overload[..., Any]) -> Any:
-    """The arguments and results of an operator, with what they share."""
+    """The schema of an operator: its arguments and results, and which of them share memory."""
     return overload._schema
 
 
@@ -57,7 +57,7 @@ _has_kernel = private(
 
 
 def is_composite(overload: Overload[..., Any]) -> bool:
-    """Whether an operator is made of others, so that its schema does not tell what it returns."""
+    """Whether an operator is composed of others, so that its schema does not show which memory it returns."""
     return bool(_has_kernel(operator_name(overload), "CompositeImplicitAutograd"))
 
 

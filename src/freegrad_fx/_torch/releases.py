@@ -1,4 +1,4 @@
-"""The releases of PyTorch that the package is tested with, and how a private name is looked up."""
+"""The releases of PyTorch that the package is tested with, and the lookup of private names."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = [
 ]
 
 TESTED = ("2.12", "2.13", "2.14", "2.15")
-"""The minor releases that the tests are run with, the oldest first."""
+"""The minor releases with which the tests are run, the oldest first."""
 
 Parameters = ParamSpec("Parameters")
 Returned = TypeVar("Returned")
@@ -31,14 +31,14 @@ Returned = TypeVar("Returned")
 
 @functools.cache  # some names are looked up at every call of a compiled model
 def lookup(name: str, feature: str) -> Any:
-    """Return what a dotted name in PyTorch refers to.
+    """Return the object with a dotted name in PyTorch.
 
     Args:
         name: The name, such as ``"torch._C._get_tracing_state"``.
-        feature: What needs it, as the subject of a sentence.
+        feature: The feature that needs it, as the subject of a sentence.
 
     Raises:
-        TorchVersionError: This release has no such name.
+        TorchVersionError: This release does not have the name.
     """
     try:
         return pkgutil.resolve_name(name)
@@ -47,10 +47,10 @@ def lookup(name: str, feature: str) -> Any:
 
 
 def private(name: str, feature: str) -> Any:
-    """Like `lookup`, for use at import: for a missing name, return a stand-in that raises when it is used.
+    """Like `lookup`, for use at import: for a missing name, return a placeholder that raises an error when it is used.
 
-    For what is called, or asked with `isinstance`. What is compared by identity would differ from everything, without
-    an error: `lookup` is for that.
+    Use this for functions that are called and classes that are passed to `isinstance`. For objects that are compared by
+    identity use `lookup`, because the placeholder would be unequal to everything without an error.
     """
     try:
         return lookup(name, feature)
@@ -60,7 +60,7 @@ def private(name: str, feature: str) -> Any:
 
 
 class _Missing(type):
-    """The class of stand-ins: each is a class, because it may stand for a class or for a function."""
+    """The metaclass of placeholders. A placeholder is a class, so that it can replace a class or a function."""
 
     _text: str
 
@@ -74,7 +74,7 @@ class _Missing(type):
         raise TorchVersionError(cls._text)
 
     def __getattr__(cls, name: str) -> Any:
-        if name.startswith("__"):  # Python asks for these of every class
+        if name.startswith("__"):  # Python looks these up in every class
             raise AttributeError(name)
         raise TorchVersionError(cls._text)
 
@@ -82,12 +82,12 @@ class _Missing(type):
 def uses_private_names(
     feature: str,
 ) -> Callable[[Callable[Parameters, Returned]], Callable[Parameters, Returned]]:
-    """Decorate a function so that a name it does not find is a `TorchVersionError`.
+    """Decorate a function so that a missing name in it raises `TorchVersionError`.
 
-    For functions that call nothing of the user's, whose own mistakes would be taken for it.
+    The function must not call user code, because an `AttributeError` of user code would be converted too.
 
     Args:
-        feature: What needs the names, as the subject of a sentence.
+        feature: The feature that needs the names, as the subject of a sentence.
     """
 
     def decorate(function: Callable[Parameters, Returned]) -> Callable[Parameters, Returned]:
@@ -104,9 +104,9 @@ def uses_private_names(
 
 
 def unsupported(feature: str, detail: object) -> TorchVersionError:
-    """The error for a feature that relies on something which this release of PyTorch does not have."""
+    """The error for a feature that needs something that this release of PyTorch does not have."""
     return TorchVersionError(
-        f"{feature} relies on a detail of PyTorch that torch {torch.__version__} does not have ({detail}). "
+        f"{feature} needs an internal name of PyTorch that torch {torch.__version__} does not have ({detail}). "
         f"freegrad_fx is tested with torch {TESTED[0]} to {TESTED[-1]}: install one of these releases, or a newer "
         f"freegrad_fx."
     )
@@ -114,7 +114,7 @@ def unsupported(feature: str, detail: object) -> TorchVersionError:
 
 @functools.cache
 def warn_if_untested() -> None:
-    """Warn, once in a process, if PyTorch is newer than the newest release that is tested."""
+    """Warn once per process if PyTorch is newer than the newest tested release."""
     if release() > _minor(TESTED[-1]):
         warnings.warn(
             f"torch {torch.__version__} is newer than the releases that freegrad_fx is tested with, {TESTED[0]} to "
@@ -125,7 +125,7 @@ def warn_if_untested() -> None:
 
 
 def release() -> tuple[int, int]:
-    """The minor release of PyTorch that is installed, such as ``(2, 13)``."""
+    """The minor release of the installed PyTorch, such as ``(2, 13)``."""
     return _minor(torch.__version__)
 
 

@@ -1,8 +1,8 @@
 """Replacements of attributes of PyTorch and Python.
 
-Those of `replaced` are for a time, and for the thread that asked for them: the attribute holds a function that looks up
-which thread calls it, and every other thread gets what was there before. They nest, may end in any order, and end under
-exceptions. What cannot be undone, because it is needed later than it is asked for, goes through `replace_for_good`.
+`replaced` makes temporary replacements for one thread: the attribute holds a function that looks up the calling thread,
+and other threads get the original. Replacements can be nested, can end in any order, and end when an error is raised.
+`replace_for_good` makes permanent replacements in all threads.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ __all__ = ["Replacement", "replace_for_good", "replaced", "replacements"]
 
 @dataclass(frozen=True, eq=False)
 class Replacement:
-    """A replacement that is in force.
+    """An active replacement.
 
     Attributes:
         owner: The module or class whose attribute is replaced.
         name: The name of the attribute.
-        value: What takes its place.
-        thread: The thread for which it does; None where it is for good, in all threads.
+        value: The replacement.
+        thread: The thread for which it is active; None for a permanent replacement in all threads.
     """
 
     owner: Any
@@ -44,12 +44,12 @@ class _Slot:
 
     owner: Any
     name: str
-    raw: Any = _ABSENT  # what the owner itself holds under the name
+    raw: Any = _ABSENT  # the value in the owner itself, not in its bases
     original: Any = None
-    entries: tuple[Replacement, ...] = ()  # replaced as a whole: other threads read it meanwhile
+    entries: tuple[Replacement, ...] = ()  # never changed in place, because other threads read it
 
     def now(self) -> Any:
-        """What the thread that asks finds."""
+        """The value for the calling thread."""
         thread = threading.get_ident()
         for entry in reversed(self.entries):
             if entry.thread == thread:
@@ -63,7 +63,7 @@ _lock = threading.Lock()
 
 
 def replacements() -> tuple[Replacement, ...]:
-    """The replacements that are in force, in all threads."""
+    """The active replacements of all threads."""
     with _lock:
         return (*_for_good, *(entry for slot in _slots.values() for entry in slot.entries))
 
@@ -83,11 +83,11 @@ def replaced(
 
     Args:
         owner: A module or a class.
-        name: The name of a function in it; or of an attribute of its instances, which a property takes the place of.
-        make: Returns the replacement, given what the thread finds there before: a function for a function, which is
-            called with one frame between its caller and itself; or a property.
-        asks_for_thread: Whether the replacement itself hands calls of other threads on to what was there before. It is
-            then called without a frame in between, which matters for what is called at every step.
+        name: The name of a function in it, or of an attribute of its instances, which is replaced by a property.
+        make: Returns the replacement, given the value for this thread so far: a function, which is called with one
+            frame between its caller and itself, or a property.
+        asks_for_thread: Whether the replacement itself passes calls of other threads on to the original. It is then
+            called without a frame in between, which is faster.
     """
     key = (id(owner), name)
     thread = threading.get_ident()
@@ -117,7 +117,7 @@ def replaced(
 
 
 def _dispatcher(slot: _Slot, value: Any) -> Any:
-    """What an attribute holds while it is replaced."""
+    """The value of an attribute while it is replaced."""
     if isinstance(value, property):
         return property(*_accessors(slot))
     if inspect.isclass(slot.owner) and isinstance(
@@ -127,7 +127,7 @@ def _dispatcher(slot: _Slot, value: Any) -> Any:
     thread_of_now = threading.get_ident
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        # the usual case without a further call: isinstance() is among what is replaced
+        # The usual case needs no further call, because isinstance() is one of the replaced functions
         entries = slot.entries
         if entries and entries[-1].thread == thread_of_now():
             return entries[-1].value(*args, **kwargs)
@@ -139,7 +139,7 @@ def _dispatcher(slot: _Slot, value: Any) -> Any:
 
 
 class _Static:
-    """Takes the place of a static method, and tells of its code what the method tells: PyTorch binds keywords by it."""
+    """Replaces a static method, and has the code attributes of the method, by which PyTorch binds keywords."""
 
     def __init__(self, slot: _Slot) -> None:
         functools.update_wrapper(self, slot.original)
@@ -153,7 +153,7 @@ class _Static:
 
 
 def _accessors(slot: _Slot) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
-    """How an attribute of instances is read and written: an instance holds it itself."""
+    """Functions that read and write an attribute in the ``__dict__`` of instances."""
 
     def read(instance: Any) -> Any:
         found = slot.now()

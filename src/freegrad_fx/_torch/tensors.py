@@ -1,4 +1,4 @@
-"""What tensors and the nodes of their autograd graphs know of themselves."""
+"""Attributes of tensors and of the nodes of autograd graphs."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ __all__ = ["empty_like_gradient", "mark_as_parameter", "version"]
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was written into; not to be asked of a tensor of inference mode."""
+    """The number of writes into a tensor. Tensors of inference mode do not count them."""
     return tensor._version
 
 
 def mark_as_parameter(tensor: Tensor) -> None:
-    """Let a tensor be an `nn.Parameter` for code that asks for one."""
+    """Make `isinstance(tensor, nn.Parameter)` true for a tensor."""
     tensor._is_param = True
 
 
 @uses_private_names("jvp")
 def empty_like_gradient(node: Any) -> Tensor:
-    """A tensor with the shape, dtype and device of the gradient that a node of an autograd graph is given."""
+    """A tensor with the shape, dtype and device of the gradient that a node of an autograd graph receives."""
     like = node._input_metadata[0]
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)

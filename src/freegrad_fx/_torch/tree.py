@@ -1,4 +1,4 @@
-"""Nested tuples, lists, dicts and registered classes, taken apart and put together."""
+"""Nested tuples, lists, dicts and registered classes: flattening, mapping and their structure."""
 
 from __future__ import annotations
 

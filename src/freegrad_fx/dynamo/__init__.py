@@ -1,8 +1,17 @@
-"""The same pass behind `torch.compile`: for programs that no symbolic tracer can flatten.
+"""The same pass as a backend of `torch.compile`: for programs that cannot be traced into one graph.
 
-Dynamo hands a backend one graph after the other, in which every module is opened. Each is rewritten by the stages that
-`transform` has, and goes on to another backend, which compiles it. `backend` is what users call; a `session` is one
-call of a compiled program; a `piece` is one graph.
+Dynamo passes the graphs that it captures to a backend, one after the other, with every module traced into. Each graph
+is rewritten by the stages of `transform`, and then compiled by another backend.
+
+- `backend`: the backend, and the functions that users call
+- `pieces`: one captured graph
+- `session`: one call of a compiled program
+- `findings`, `programs`: the report, and the problems to warn about
+- `homes`, `frames`: the modules and parameters that nodes and running code belong to
+- `folding`, `whole`: calls of selected classes as one node
+- `closed`, `nested`: operators that run nested graphs
+- `watch`: operations outside of the captured graphs
+- `lowering`: the form of a rewritten graph that caches accept
 """
 
 from .backend import Backend, backend, compile

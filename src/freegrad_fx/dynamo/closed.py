@@ -1,4 +1,4 @@
-"""Operators that run graphs of their own in which a rule would not act, and the sites in those."""
+"""Operators that run nested graphs in which a rule cannot act, and the sites in these graphs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["closed_operators", "is_given_a_rule", "sites_in_closed"]
 def sites_in_closed(
     homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules
 ) -> Iterator[tuple[str, Located]]:
-    """The sites in the graphs that such an operator runs, with its name."""
+    """The sites in nested graphs in which a rule cannot act, each with the name of the operator that runs the graph."""
     for node, home in homes.items():
         name = graph_operator(node)
         if not name or name in OPEN or name == "autograd_function_apply":
@@ -38,22 +38,22 @@ def sites_in_closed(
 
 
 def is_given_a_rule(place: Located, table: RuleTable) -> bool:
-    """Whether the entry that decides a site gives it a rule."""
+    """Whether the table gives a rule to a site."""
     index = table.decide(place)
     return index is not None and table.entries[index].rules is not None
 
 
 def closed_operators(homes: Mapping[fx.Node, Home]) -> Iterator[Opaque]:
-    """The operators that run graphs in which a rule would not act, as far as these compute activations."""
+    """The operators that run nested graphs in which a rule cannot act, if these compute activations."""
     for node, home in homes.items():
         name = graph_operator(node)
         if not name or name in OPEN:
             continue
         where = origin(node)
         if name == "autograd_function_apply":
-            what, reason = "an autograd.Function", "keeps the backward it has"
+            what, reason = "an autograd.Function", "keeps its own backward"
         elif any(find_sites(b.graph, b) for b in all_bodies(node, home.graph_module)):
-            what, reason = f"torch.{name}", "its branches are graphs of their own"
+            what, reason = f"torch.{name}", "it runs nested graphs"
         else:
             continue
         yield Opaque(where.owner, what, reason, where.source)

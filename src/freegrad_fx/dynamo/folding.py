@@ -1,4 +1,4 @@
-"""Calls of the classes that a table names, each made one node."""
+"""Folds the calls of the classes that a table selects, so that each call is one node."""
 
 from __future__ import annotations
 
@@ -19,7 +19,14 @@ __all__ = ["fold_calls"]
 def fold_calls(
     gm: fx.GraphModule, table: RuleTable, setting: Setting, program: Program, modules: Modules
 ) -> dict[fx.GraphModule, list[fx.Node]]:
-    """Make one node of every call of a class that the table names."""
+    """Fold every call of a class that the table selects into one node.
+
+    Returns:
+        The nodes, by the graph that contains them.
+
+    Raises:
+        PlanError: A call cannot be folded.
+    """
     folded: dict[fx.GraphModule, list[fx.Node]] = defaultdict(list)
     kinds = tuple(table.types_in(program.root or gm))
     if not kinds:
@@ -31,7 +38,7 @@ def fold_calls(
     called: dict[str, nn.Module] = {}
     for node, graph_module in nodes_in_order(gm):
         if node.op in ("placeholder", "get_attr", "output"):
-            continue  # Dynamo writes the first use of an input to it
+            continue  # Dynamo marks an input with the module that uses it first
         outermost = next((c for c in modules.calls(node) if isinstance(c[1], kinds)), None)
         if outermost is not None:
             key, module = outermost

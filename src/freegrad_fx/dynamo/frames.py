@@ -1,7 +1,7 @@
-"""What Python's stack tells while Dynamo compiles or runs: which modules are being called, and by whom.
+"""Reads the modules that are being called from the Python stack, while Dynamo compiles or compiled code runs.
 
-Dynamo compiles one frame at a time, and the code that it makes for one module runs for another of the same class. Which
-module is running can be read from the stack alone. This file knows nothing of graphs or rules.
+Dynamo compiles one frame at a time, and runs the code for one module also for other modules of the same class. Only the
+stack shows which module is running. This file does not know graphs or rules.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _WRAPPERS = (nn.DataParallel, nn.parallel.DistributedDataParallel)
 
 @dataclass(frozen=True)
 class Setting:
-    """Where in a program code is captured or run.
+    """A place in a program at which code is captured or runs.
 
     Attributes:
-        root: The module that was compiled; None where a function was.
+        root: The module that was compiled; None if a function was compiled.
         modules: The modules that are being called, the outermost first.
     """
 
@@ -40,7 +40,7 @@ class Setting:
     modules: tuple[nn.Module, ...]
 
     def top(self, *further: nn.Module) -> nn.Module | None:
-        """The model that the code belongs to; None for code that is in no module."""
+        """The model that the code belongs to; None for code outside of modules."""
         if self.root is not None:
             return self.root
         return next((_model(module) for module in (*self.modules, *further)), None)
@@ -55,7 +55,7 @@ def frames() -> Iterator[FrameType]:
 
 
 def setting(root: nn.Module | None, until: FrameType | None) -> Setting:
-    """Where the code that is running stands, looked at up to a frame."""
+    """The place of the running code, read from the stack up to a frame."""
     called: list[nn.Module] = []
     call = call_code()
     for frame in frames():
@@ -67,15 +67,15 @@ def setting(root: nn.Module | None, until: FrameType | None) -> Setting:
 
 
 def compiled_module(function: Callable[..., Any]) -> nn.Module | None:
-    """The model whose call or method `torch.compile` compiled; None for a function that is no method."""
-    # PyTorch's own modules are called through a function
+    """The model whose call or method `torch.compile` compiled; None for a function that is not a method."""
+    # Modules of PyTorch are called through a wrapper function
     called = getattr(function, "__wrapped__", function)
     module = called if isinstance(called, nn.Module) else getattr(called, "__self__", None)
     return _model(module) if isinstance(module, nn.Module) else None
 
 
 def calls_module(function: Callable[..., Any]) -> bool:
-    """Whether what `torch.compile` compiled is the call of a module, and not another method or a function."""
+    """Whether a compiled function is the call of a module, not another method or a plain function."""
     called = getattr(function, "__wrapped__", function)
     if isinstance(called, nn.Module):
         return True
@@ -85,7 +85,7 @@ def calls_module(function: Callable[..., Any]) -> bool:
 
 
 def _model(module: nn.Module) -> nn.Module:
-    """The model in the wrappers that PyTorch puts around one."""
+    """The model inside of the wrappers for data parallelism."""
     while isinstance(module, _WRAPPERS):
         module = module.module
     return module

@@ -1,4 +1,4 @@
-"""Where the nodes of a graph of Dynamo's come from: it opens every module, and says which were being called."""
+"""The module or parameter that each node of a captured graph belongs to, read from the metadata that Dynamo writes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["Home", "Modules", "find_homes", "names_inside", "number_calls", "sou
 
 @dataclass(frozen=True)
 class Home:
-    """Where a node comes from."""
+    """The graph, the program, and the module or parameter that a node belongs to."""
 
     graph_module: fx.GraphModule  # the graph that it is in
     program: Program
@@ -33,7 +33,7 @@ class Home:
 
     @property
     def parameter_or_owner(self) -> Any:
-        """The parameter that a node is, or else the module that owns it."""
+        """The parameter of a node that is a parameter; the owner of other nodes."""
         return self.owner if self.parameter is None else self.parameter
 
     def origin(self, node: fx.Node) -> Origin:
@@ -48,7 +48,7 @@ def find_homes(
     program_of: Callable[[nn.Module | None], Program],
     modules: Modules,
 ) -> dict[fx.Node, Home]:
-    """Where every node comes from, in the order in which they run."""
+    """The homes of all nodes, in the order in which the nodes run."""
     homes: dict[fx.Node, Home] = {}
     for node, graph_module in nodes_in_order(gm):
         called = modules.of(node)
@@ -66,7 +66,7 @@ def find_homes(
 
 
 class Modules:
-    """Finds the modules that Dynamo names by their identity."""
+    """Finds modules by their identity, by which Dynamo refers to them."""
 
     def __init__(self, setting: Setting) -> None:
         tops = [m for m in (setting.root, *setting.modules) if m is not None]
@@ -74,14 +74,14 @@ class Modules:
         self._searched = False
 
     def of(self, node: fx.Node) -> list[nn.Module]:
-        """The modules that were being called when a node was made, the outermost first, as far as they exist."""
+        """The existing modules that were being called when a node was recorded, the outermost first."""
         return [module for _, module in self.calls(node)]
 
     def calls(self, node: fx.Node) -> list[tuple[str, nn.Module]]:
-        """The same, with the key of the call."""
+        """The same as `of`, each module with the key of the call."""
         found = []
         for key, (_, kind) in (node.meta.get("nn_module_stack") or {}).items():
-            # a second call of a module is marked by an @
+            # the key of a second call of a module has an @
             module = self._find(int(key.partition("@")[0]))
             if module is not None and type(module) is kind:
                 found.append((key, module))
@@ -89,7 +89,7 @@ class Modules:
 
     def _find(self, identity: int) -> nn.Module | None:
         if identity not in self._known and not self._searched:
-            # What a compiled function calls is known to Dynamo alone
+            # A compiled function can call modules that no known module contains
             self._searched = True
             alive = (thing for thing in gc.get_objects() if issubclass(type(thing), nn.Module))
             self._known.update((id(module), module) for module in alive)
@@ -97,7 +97,7 @@ class Modules:
 
 
 def _example(node: fx.Node) -> Tensor | None:
-    """The parameter that an input of a graph is."""
+    """The parameter that is an input of a graph; None for other nodes."""
     tensor = captured_tensor(node)
     return tensor if isinstance(tensor, nn.Parameter) else None
 
@@ -106,14 +106,14 @@ _FRAME = re.compile(r'^  File "(.*)", line (\d+), in ', re.MULTILINE)
 
 
 def source_of(node: fx.Node) -> str:
-    """``file:line`` of the user's code; the last of the frames is the innermost."""
+    """``file:line`` of the innermost line of user code that recorded a node; ``""`` if it is not known."""
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_users_file(file)]
     return users[-1] if users else ""
 
 
 def names_inside(anchor: nn.Module | None) -> dict[int, str]:
-    """The paths of modules and the names of parameters inside of a module, by identity."""
+    """The paths of submodules and the names of parameters, relative to a module, by identity."""
     if anchor is None:
         return {}
     named = [*anchor.named_modules(), *anchor.named_parameters()]
@@ -126,7 +126,7 @@ def number_calls(
     table: RuleTable,
     before: Calls,
 ) -> None:
-    """Count the calls of sites over several graphs, in the order in which their nodes run."""
+    """Write the call indices on the nodes of sites, counted over all graphs in the order in which nodes run."""
     calls = Counter(before)
     sites = {
         place.node: place.site

@@ -1,4 +1,4 @@
-"""Rewritten graphs as caches of compiled code know them: of operators alone, none of the functions of this package."""
+"""Lowers rewritten graphs to operators, because caches of compiled code refuse functions of this package."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ __all__ = ["lower"]
 
 
 def lower(graph: fx.Graph) -> None:
-    """Put operators in the place of `stop_gradient` and `decoupled` in a graph that Dynamo has captured.
+    """Replace `stop_gradient` and `decoupled` by operators in a graph that Dynamo captured.
 
-    AOTAutograd's cache refuses functions that it does not know. What the functions ask when they run is known while
-    a graph is compiled, for as long as it is used, where gradients are enabled throughout and rules act.
+    AOTAutograd's cache refuses unknown functions. The functions check at each call whether gradients are enabled and
+    whether rules act. The graph is lowered only if both are true for as long as the compiled graph is valid.
     """
     if not torch.is_grad_enabled() or sets_grad_mode(graph) or not explicit_rules_act():
         return
@@ -27,9 +27,9 @@ def lower(graph: fx.Graph) -> None:
             continue
         source = node.args[0]
         while source.target in (stop_gradient, torch.ops.aten.detach.default):
-            source = source.args[0]  # what a rewrite has inserted says nothing of its value
+            source = source.args[0]  # nodes that a rewrite inserted have no example value
         if not isinstance(source.meta.get("example_value"), Tensor):
-            continue  # abs() and its like are written for numbers too
+            continue  # such as abs(), which also takes numbers
         if node.target is stop_gradient:
             node.target, node.kwargs = torch.ops.aten.detach.default, {}
         else:

@@ -1,4 +1,4 @@
-"""Graphs in graphs: the operators that run a graph."""
+"""Nested graphs, and the operators that run them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .._torch.operators import GraphOperator, operator_name
 __all__ = ["OPEN", "all_bodies", "graph_operator", "nodes_in_order"]
 
 
-# These run the graph that they are given, once, where they stand.
+# These run their graph once, at their place in the outer graph.
 OPEN = frozenset(
     {
         "tag_activation_checkpoint",
@@ -24,7 +24,7 @@ OPEN = frozenset(
 
 
 def nodes_in_order(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule]]:
-    """The nodes of a graph and of the graphs that it runs, in the order in which they run."""
+    """The nodes of a graph and of its nested graphs that are run once, in the order in which the nodes run."""
     for node in gm.graph.nodes:
         if graph_operator(node) in OPEN:
             yield from (pair for body in _bodies(node, gm)[:1] for pair in nodes_in_order(body))
@@ -32,7 +32,7 @@ def nodes_in_order(gm: fx.GraphModule) -> Iterator[tuple[fx.Node, fx.GraphModule
 
 
 def graph_operator(node: fx.Node) -> str:
-    """The name of the operator that runs graphs, which a node calls; ``""`` for other nodes."""
+    """The name of the operator that a node calls, if the operator runs nested graphs; else ``""``."""
     return operator_name(node.target) if isinstance(node.target, GraphOperator) else ""
 
 
@@ -43,7 +43,7 @@ def _bodies(node: fx.Node, gm: fx.GraphModule) -> list[fx.GraphModule]:
 
 
 def all_bodies(node: fx.Node, gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
-    """The graphs that an operator runs, and those that they run."""
+    """The nested graphs that an operator runs, at all levels."""
     for body in _bodies(node, gm):
         yield body
         for inner in body.graph.nodes:

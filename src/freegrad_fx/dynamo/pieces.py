@@ -1,8 +1,8 @@
-"""One graph that Dynamo captured: its sites and their decisions, and its rewriting.
+"""One graph that Dynamo captured: its sites, their decisions, and its rewriting.
 
-The code that Dynamo makes for one module runs for every other one of its class, unless a guard forbids it: so a piece
-can say what its sites are called, and what the table decides for them, when it runs elsewhere in the program. Knows
-nothing of what runs when.
+Dynamo runs the code that it compiled for one module also for other modules of the same class, unless a guard fails. A
+piece therefore tells the names of its sites, and the entries that decide them, for each place of the program where it
+runs. This file does not know in which order pieces run.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from ..table import RuleTable
 from .closed import closed_operators, is_given_a_rule, sites_in_closed
 from .folding import fold_calls
 from .frames import Setting
-from .homes import Modules, find_homes, names_inside, number_calls
+from .homes import Home, Modules, find_homes, names_inside, number_calls
 from .lowering import lower
 from .programs import Calls, Program
 from .whole import unfold
@@ -39,18 +39,18 @@ __all__ = ["Decoupled", "Occurrence", "Piece"]
 
 
 Decoupled: TypeAlias = dict[tuple[int, bool], tuple[Tensor, int, Tensor]]
-"""What rules made of parameters, which stand with it in their version of then; by identity and grad mode."""
+"""Parameters by identity and grad mode: the parameter, its version, and the result of its rules."""
 
 
 @dataclass(frozen=True, eq=False)
 class Occurrence:
-    """The sites of a piece where it runs.
+    """The sites of a piece at one place of the program where it runs.
 
     Attributes:
-        sites: Every site as it is called there, with its program and the decision for it.
-        entries: For every site the index of the entry of the table that decides it there.
-        counts: How many sites of each kind it has.
-        parameters: The names of the parameters to which rules are given, and whether these are in the graph.
+        sites: Every site with the name that it has there, its program and its decision.
+        entries: For each site, the index of the table entry that decides it there.
+        counts: The number of sites by program, owner path and op.
+        parameters: The parameters that get rules, and whether these rules are in the graph.
     """
 
     sites: tuple[tuple[Program, Located, Decision], ...]
@@ -66,30 +66,31 @@ class _Place:
     program: Program
     place: Located
     decision: Decision
-    # The path of its owner, or its name, from the module whose code the piece is
-    anchored: str | None
+    anchored: (
+        str | None
+    )  # the path of its owner, or the parameter's name, relative to the module that is running
     inside: bool  # whether its rules are in the graph
 
 
 class Piece:
-    """A graph of Dynamo's, rewritten.
+    """A captured graph with its rules.
 
     Args:
         gm: The graph; it is changed.
-        table: The rules.
-        setting: Where it is captured.
-        before: How many sites came before it.
-        program_of: The program of a model.
-        alone: Whether no other graph runs in the same call, so that the rules of parameters can be in it.
+        table: The rule table.
+        setting: The place of the program where the graph is captured.
+        before: The sites that run before the graph in the same call, counted.
+        program_of: Returns the program of a model.
+        alone: Whether the graph is the only one that runs in the call, so that it can contain the rules of parameters.
 
     Attributes:
-        program: The program that it is captured in.
-        opaque: What is in it that no rule can reach.
-        unreached: The names of the sites among it to which the table gives a rule, each with where it is.
-        entries: For every site the index of the entry of the table that decided it.
+        program: The program in which the graph is captured.
+        opaque: The calls in the graph that no rule can reach.
+        unreached: For each site in such a call to which the table gives a rule, a text that names it.
+        entries: For each site, the index of the table entry that decides it.
 
     Raises:
-        PlanError: The table gives a rule to a site that the rule cannot serve.
+        PlanError: The table gives a site a rule that cannot act there.
     """
 
     def __init__(
@@ -107,63 +108,62 @@ class Piece:
             Any, tuple[list[tuple[Program, Located]], list[Any], tuple[Any, ...]]
         ] = {}
         self._occurrences: dict[Any, Occurrence] = {}
+        self._given: dict[int, fx.GraphModule] = {}
         self.program = program_of(setting.top())
         modules = Modules(setting)
-        whole = fold_calls(gm, table, setting, self.program, modules)
-        homes = find_homes(gm, setting, program_of, modules)
-        for node, home in homes.items():
-            node.meta[META] = home.origin(node)
-        graph_modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
-        number_calls(homes, graph_modules, table, before)
-        self.opaque = list(closed_operators(homes))
-        self.unreached = [
-            f"site {place.site.name} ({place.site.source}) keeps its backward: it is in torch.{name}, which runs "
-            f"graphs of its own"
-            for name, place in sites_in_closed(homes, setting, modules)
-            if is_given_a_rule(place, table)
-        ]
-        self._given: dict[int, fx.GraphModule] = {}
+        folded = fold_calls(gm, table, setting, self.program, modules)
         self._sets_grad_mode = sets_grad_mode(gm.graph)
+        homes = find_homes(gm, setting, program_of, modules)
+        graph_modules = _with_origins(homes, table, before)
+        self.opaque = list(closed_operators(homes))
+        self.unreached = list(_unreached(homes, setting, modules, table))
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
         for module in graph_modules:
-            capture = Capture(module, self.program.name, (Variant({}, module.graph),))
-            plan, (pairs,) = make_plan(capture, table)
-            transformed = set(_transformed(module.graph))
-            pairs = [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
-            self.opaque += [note for note in plan.opaque if note not in self.opaque]
+            pairs = self._decided(module)
             decided.update({_node(place): (place, _guarded(decision)) for place, decision in pairs})
             if module is gm and not alone:
                 pairs = self._take_out(gm, pairs)
-            rewrite(module.graph, module, pairs)
-            for node in whole[module]:
-                if not is_erased(node):  # a call whose forward has been replaced is gone
-                    unfold(module, node)
-            lower(module.graph)
-            module.graph.lint()
-            module.recompile()
+            _rewrite(module, pairs, folded[module])
         name_sources(gm)
-        anchor = self.program.owner(setting.modules)
-        inside = names_inside(anchor)
+        self._places = self._places_in(gm, homes, decided, self.program.owner(setting.modules))
+        self.entries = tuple(placed.decision.entry for placed in self._places)
+
+    def _decided(self, module: fx.GraphModule) -> Decided:
+        """The sites of one graph with their decisions. Its opaque calls are added to those of the piece."""
+        capture = Capture(module, self.program.name, (Variant({}, module.graph),))
+        plan, (pairs,) = make_plan(capture, self._table)
+        self.opaque += [note for note in plan.opaque if note not in self.opaque]
+        transformed = set(_transformed(module.graph))
+        return [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
+
+    def _places_in(
+        self,
+        gm: fx.GraphModule,
+        homes: Mapping[fx.Node, Home],
+        decided: Mapping[fx.Node, tuple[Located, Decision]],
+        anchor: nn.Module | None,
+    ) -> list[_Place]:
+        """The sites as they were captured, relative to the module that was running."""
+        names = names_inside(anchor)
         inputs = gm.graph.find_nodes(op="placeholder")
-        given = {inputs[index] for index in self._given}
-        self._places = [
+        outside = {inputs[index] for index in self._given}
+        return [
             _Place(
                 home.program,
                 *decided[node],
-                inside.get(id(home.parameter_or_owner)),
-                node not in given,
+                names.get(id(home.parameter_or_owner)),
+                node not in outside,
             )
             for node, home in homes.items()
             if node in decided
         ]
-        self.entries = tuple(placed.decision.entry for placed in self._places)
 
     def at(self, setting: Setting, before: Calls) -> Occurrence:
-        """What its sites are where it runs.
+        """Return the sites at a place where the piece runs.
 
         Args:
-            setting: Where it runs.
-            before: How many sites came before it.
+            setting: The place of the program.
+            before: The sites that ran before it in the same call, counted.
         """
         program = self._program_of(setting.top())
         anchor = program.owner(setting.modules)
@@ -195,7 +195,10 @@ class Piece:
         return found
 
     def _take_out(self, gm: fx.GraphModule, pairs: Decided) -> Decided:
-        """Leave in the graph what no other graph of the same call can have a part in, and parameters it writes into."""
+        """Take out the parameters, whose rules run outside of the graph because other graphs can use them too.
+
+        Operations stay in the graph, and so do parameters that the graph writes into.
+        """
         aliasing = Aliasing(gm.graph, gm)
         inputs = gm.graph.find_nodes(op="placeholder")
         inside: Decided = []
@@ -212,18 +215,18 @@ class Piece:
         return inside
 
     def decouple(self, args: Sequence[Any], known: Decoupled) -> list[Any]:
-        """The inputs of the graph, with what rules make of parameters in the place of those whose rules are not in it.
+        """Return the inputs of the graph, with the rules applied to the parameters whose rules are not in the graph.
 
         Args:
             args: The inputs.
-            known: What other graphs of the same call were given; it is added to.
+            known: The results for other graphs of the same call. New results are added.
         """
         result = list(args)
         enabled = torch.is_grad_enabled() or self._sets_grad_mode
         for index, with_rules in self._given.items():
             parameter = args[index]
             key = id(parameter), enabled
-            # One that has been written into may be another for a new forward
+            # A parameter that was written into has to go through its new forward again
             if key not in known or known[key][1] != _version(parameter):
                 with torch.set_grad_enabled(enabled):
                     known[key] = parameter, _version(parameter), with_rules(parameter)
@@ -231,12 +234,47 @@ class Piece:
         return result
 
 
+def _with_origins(
+    homes: Mapping[fx.Node, Home], table: RuleTable, before: Calls
+) -> tuple[fx.GraphModule, ...]:
+    """Write the origins on the nodes, and return the graphs that contain them."""
+    for node, home in homes.items():
+        node.meta[META] = home.origin(node)
+    graph_modules = tuple(dict.fromkeys(home.graph_module for home in homes.values()))
+    number_calls(homes, graph_modules, table, before)
+    return graph_modules
+
+
+def _unreached(
+    homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules, table: RuleTable
+) -> Iterator[str]:
+    """The sites in nested graphs to which the table gives a rule that cannot act there, as text."""
+    for name, place in sites_in_closed(homes, setting, modules):
+        if is_given_a_rule(place, table):
+            site = place.site
+            yield (
+                f"site {site.name} ({site.source}) keeps its backward: it is inside of torch.{name}, which runs "
+                f"nested graphs"
+            )
+
+
+def _rewrite(module: fx.GraphModule, pairs: Decided, folded: Sequence[fx.Node]) -> None:
+    """Rewrite one graph, and put the nodes of folded calls back into it."""
+    rewrite(module.graph, module, pairs)
+    for node in folded:
+        if not is_erased(node):  # a call whose forward is replaced is erased
+            unfold(module, node)
+    lower(module.graph)
+    module.graph.lint()
+    module.recompile()
+
+
 def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else version(tensor)
 
 
 def _with_rules(place: LocatedParameter, decision: Decision) -> fx.GraphModule:
-    """The function of a parameter that its rules are put into."""
+    """A graph that applies the rules of a parameter to it."""
     graph, root = fx.Graph(), nn.Module()
     node = graph.placeholder("parameter")
     node.meta.update({META: origin(place.reads[0]), "val": place.tensor})
@@ -246,7 +284,7 @@ def _with_rules(place: LocatedParameter, decision: Decision) -> fx.GraphModule:
 
 
 def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tuple[Program, Located]:
-    """A site under the name that it has where the code of its piece runs for another module."""
+    """A site under its name at the place where its piece runs: there, `anchor` is the module that is running."""
     place, site = placed.place, placed.place.site
     if placed.anchored is None or anchor is None:
         return placed.program, place
@@ -259,12 +297,10 @@ def _renamed(placed: _Place, program: Program, anchor: nn.Module | None) -> tupl
 
 
 def _guarded(decision: Decision) -> Decision:
-    """A decision as it is reported: Dynamo guards whether a parameter learns."""
+    """A decision as it is reported. Dynamo compiles again if `requires_grad` of a parameter changes."""
     if not decision.frozen:
         return decision
-    reason = (
-        "it is frozen (requires_grad=False), so it gets no gradient; compiled anew once it learns"
-    )
+    reason = "it is frozen (requires_grad=False), so it gets no gradient; compiled again once it is trained"
     return replace(decision, reason=reason)
 
 
@@ -273,7 +309,7 @@ def _node(place: Located) -> fx.Node:
 
 
 def _transformed(graph: fx.Graph) -> Iterator[fx.Node]:
-    """The nodes that run inside of a transform of `torch.func`, where PyTorch drops the backward of a rule."""
+    """The nodes inside of a transform of `torch.func`, where PyTorch drops the backward of a rule."""
     depth = 0
     for node in graph.nodes:
         name = getattr(node.target, "__name__", "")
@@ -283,7 +319,10 @@ def _transformed(graph: fx.Graph) -> Iterator[fx.Node]:
 
 
 def _kept(place: Located, decision: Decision) -> Decision:
+    """The decision for a site inside of a transform of `torch.func`."""
     if decision.action != "rewrite":
         return decision
-    reason = "it is inside of a transform of torch.func, whose compiled form would drop the rule"
+    reason = (
+        "it is inside of a transform of torch.func, and compiled code would drop the rule there"
+    )
     return Decision(place.site, "skip", entry=decision.entry, reason=reason)

@@ -1,6 +1,6 @@
-"""What was compiled: a model, the names of its modules and parameters, and what has been found in it so far.
+"""A compiled model: the names of its modules and parameters, and the sites found in it so far.
 
-Dynamo hands out a model in pieces, and again for other shapes and modes. A `Program` is the sum of the pieces.
+Dynamo captures a model in pieces, and captures it again for other shapes and modes. A `Program` combines the pieces.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ __all__ = ["Calls", "Program", "class_of"]
 
 
 class Program:
-    """One model, or the code of a compiled function that is in no model, as far as it has been captured.
+    """One model, or the code of a compiled function outside of models, as far as it has been captured.
 
     Args:
         root: The model, or None.
-        name: What reports call it.
-        table: The rules.
+        name: The name in reports.
+        table: The rule table.
 
     Attributes:
         root: The model, or None.
-        name: What reports call it.
+        name: The name in reports.
     """
 
     def __init__(self, root: nn.Module | None, name: str, table: RuleTable) -> None:
@@ -44,7 +44,7 @@ class Program:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read the names of modules and parameters anew."""
+        """Read the names of modules and parameters again."""
         self._paths: dict[nn.Module, str] = {}
         self._names: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
         if self.root is None:
@@ -55,20 +55,20 @@ class Program:
             self._names[id(parameter)] = parameter, (*names, name)
 
     def owner(self, modules: Iterable[nn.Module]) -> nn.Module | None:
-        """The innermost of some modules, given from the outermost on, that the model holds; else the model."""
+        """The innermost of some modules, given outermost first, that belongs to the model; else the model."""
         known = [module for module in modules if module in self._paths]
         return known[-1] if known else self.root
 
     def path(self, module: nn.Module | None) -> str:
-        """The dotted path of a module, the first where it has several; ``""`` where it has none."""
+        """The dotted path of a module, the first if it has several; ``""`` if it has none."""
         return "" if module is None else self._paths.get(module, "")
 
     def names(self, parameter: Tensor) -> tuple[str, ...]:
-        """The dotted names of a parameter; none where it is not the model's."""
+        """The dotted names of a parameter; empty if it does not belong to the model."""
         return self._names.get(id(parameter), (parameter, ()))[1]
 
     def holder(self, name: str) -> nn.Module | None:
-        """The module that holds a parameter of a dotted name."""
+        """The module that holds the parameter with a dotted name."""
         return None if self.root is None else self.root.get_submodule(name.rpartition(".")[0])
 
     def parameters(self) -> Iterable[tuple[Tensor, tuple[str, ...]]]:
@@ -76,25 +76,25 @@ class Program:
         return self._names.values()
 
     def add(self, place: Located, decision: Decision) -> None:
-        """Take up a site."""
+        """Add a site that runs, with its decision."""
         self._decisions[decision] = None
         for index, entry in enumerate(self._table.entries):
             if entry.matches(place):
                 self._meant[index].add(place.site.key)
 
     def note(self, opaque: Iterable[Opaque]) -> None:
-        """Take up what was not looked into."""
+        """Add calls that were not traced into."""
         self._opaque.update(dict.fromkeys(opaque))
 
     def miss(self, place: Located) -> None:
-        """Take up a site that ran outside of the captured graphs."""
+        """Add a site that ran outside of the captured graphs."""
         site = place.site
         reason = "it ran outside of the captured graphs, with its native backward"
         self._lost[Lost(site.path, f"{site.name} ({site.spelling})", reason, site.source)] = None
 
     @property
     def plan(self) -> Plan:
-        """What has been done so far."""
+        """The plan of everything that has been captured so far."""
         return Plan(
             model=self.name,
             decisions=tuple(sorted(self._decisions, key=lambda d: d.site.kind == "parameter")),
@@ -106,7 +106,7 @@ class Program:
 
 
 def class_of(module: nn.Module | None) -> type[Any]:
-    """The class of a module as its author wrote it."""
+    """The class of a module, without what parametrization or a capture made of it."""
     if module is None:
         return nn.Module
     kind: type[Any] = getattr(module, "_model_class", None) or type_before_parametrizations(module)
@@ -114,4 +114,4 @@ def class_of(module: nn.Module | None) -> type[Any]:
 
 
 Calls: TypeAlias = Counter[tuple[Program, str, str]]
-"""How many sites of a program, owner path and op there have been."""
+"""The number of sites by program, owner path and op."""

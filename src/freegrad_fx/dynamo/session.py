@@ -1,9 +1,9 @@
-"""One call of a compiled program: counts the sites that have run, and sees what runs outside of the captured graphs."""
+"""One call of a compiled program: counts the sites that run, and detects sites outside of the captured graphs."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from types import FrameType
 from typing import Any, Protocol
@@ -18,8 +18,9 @@ from ..sites.site import Located
 from ..table import Entry
 from ..vocabulary.activations import OPS
 from . import frames
+from .findings import Findings
 from .frames import Setting
-from .pieces import Decoupled, Occurrence, Piece
+from .pieces import Decoupled, Piece
 from .programs import Calls, Program, class_of
 from .watch import Watch, activation_call, located, located_parameter, possible_activations
 
@@ -27,7 +28,9 @@ __all__ = ["Session"]
 
 
 class Owner(Protocol):
-    """What a session asks of the backend that it belongs to."""
+    """What a session needs of the backend that it belongs to."""
+
+    findings: Findings
 
     @property
     def sessions(self) -> list[Session]:
@@ -37,36 +40,24 @@ class Owner(Protocol):
         """The program of a model."""
 
     def entry_for(self, place: Located) -> Entry | None:
-        """The entry of the table that decides a site."""
-
-    def take_up(self, piece: Piece, occurrence: Occurrence) -> None:
-        """Take up in the report what runs."""
-
-    def missed(self, program: Program, place: Located) -> None:
-        """Say that a site has run where no rule could be given to it."""
-
-    def torn(self, parameters: Iterable[tuple[Program, str]]) -> None:
-        """Say that several graphs that run in one call use a parameter with a rule."""
-
-    def after(self, session: Session) -> None:
-        """After a call: say what the caller asked for and has not got."""
+        """The table entry that decides a site."""
 
 
 class Session:
-    """One call of what was compiled with a backend. It begins when it is made.
+    """One call of a compiled function or model. The session starts when the object is created.
 
     Args:
         backend: The backend.
-        function: What was compiled.
+        function: The function that was compiled.
         frame: The frame that calls it.
 
     Attributes:
-        name: What was compiled.
-        calls: How many sites have run.
-        pending: How many sites have been captured in graphs that have not run yet.
+        name: The name of the model or the function.
+        calls: The sites that have run, counted.
+        pending: The sites in graphs that have been captured and have not run yet, counted.
         ran: How many captured graphs have run.
-        error: What went wrong while a graph was rewritten.
-        one_call: Whether it is one call of a module, in which a rule acts once on the gradient of a parameter.
+        error: The error of rewriting a graph, or None.
+        one_call: Whether this is one call of a module, in which a rule acts once on the gradient of a parameter.
     """
 
     def __init__(self, backend: Owner, function: Callable[..., Any], frame: FrameType) -> None:
@@ -75,7 +66,7 @@ class Session:
         self._frame: FrameType | None = frame
         self._activation: FrameType | None = None
         self._watch = Watch(self._seen)
-        # Those that graphs have used, and whether their rules are in one of these
+        # The parameters that graphs have used, and whether their rules are in a graph
         self._parameters: dict[tuple[Program, str], bool] = {}
         self._decoupled: Decoupled = {}
         self.one_call = frames.calls_module(function)
@@ -90,14 +81,14 @@ class Session:
         self._watch.__enter__()
 
     def end(self, failed: bool) -> None:
-        """The call is over.
+        """End the session.
 
         Args:
-            failed: Whether it raised.
+            failed: Whether the call raised an error.
 
         Raises:
-            PlanError: A rule could not serve a site; under `strict`, what is otherwise a warning.
-            RuleError: A rule is not what it was when the backend was made.
+            PlanError: A rule cannot act at a site; or there is a new problem, and the backend is strict.
+            RuleError: A rule was registered again after the backend was created.
         """
         self._watch.__exit__(None, None, None)
         self._backend.sessions.pop()
@@ -105,32 +96,34 @@ class Session:
         if self.error is not None:
             raise self.error
         if not failed:
-            self._backend.after(self)
+            self._backend.findings.after(self.name, ran=self.ran > 0)
 
     def has(self, function: Callable[..., Any]) -> bool:
-        """Whether something compiled is a part of the model that this session runs."""
+        """Whether a compiled function belongs to a part of the model that this session runs."""
         module = frames.compiled_module(function)
         return module is not None and self._root is not None and module in self._root.modules()
 
     def holds_all(self, gm: fx.GraphModule, setting: Setting) -> bool:
-        """Whether a graph that is captured now holds all that this call runs, as far as can be told.
+        """Whether a graph that is being captured contains everything that this call runs, as far as is known.
 
         Args:
             gm: The graph.
-            setting: Where it is captured.
+            setting: The place of the program where it is captured.
         """
-        reason = getattr(gm, "compile_subgraph_reason", None)  # DDP's parts of a graph have none
+        reason = getattr(
+            gm, "compile_subgraph_reason", None
+        )  # None for the parts into which DDP splits a graph
         ended = reason is not None and not reason.graph_break
         return ended and not self.ran and not self.pending and len(setting.modules) <= 1
 
     def setting(self) -> Setting:
-        """Where the code that is running stands in the program."""
+        """The place of the program that is running."""
         return frames.setting(self._root, self._frame)
 
     def run(self, piece: Piece, compiled: Callable[..., Any], args: tuple[Any, ...]) -> Any:
         """Run a captured graph."""
         occurrence = piece.at(self.setting(), self.calls)
-        self._backend.take_up(piece, occurrence)
+        self._backend.findings.add(piece, occurrence)
         self.calls.update(occurrence.counts)
         self.pending.clear()
         self.ran += 1
@@ -140,16 +133,16 @@ class Session:
         return self._watch.unseen(lambda: compiled(*piece.decouple(args, known)), ())
 
     def _use(self, parameters: Mapping[tuple[Program, str], bool]) -> None:
-        """Say which of the parameters that a graph uses have been used before, so that a rule acts on each part."""
+        """Note the parameters that a graph uses, and those whose rule acts on a part of the gradient because of it."""
         used = self._parameters
         inside = {p: inside or not self.one_call for p, inside in parameters.items()}
-        self._backend.torn(p for p in inside if p in used and (inside[p] or used[p]))
+        self._backend.findings.torn(p for p in inside if p in used and (inside[p] or used[p]))
         used.update({p: inside[p] or used.get(p, False) for p in inside})
 
     def _seen(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Look at an operation that runs outside of the captured graphs."""
+        """Examine an operation that runs outside of the captured graphs."""
         if is_tracing():
-            return  # a compiler runs it on fake tensors
+            return  # a compiler runs the operation on fake tensors
         learns = torch.is_grad_enabled() and func is not torch.ops.aten.detach.default
         tensors = [t for t in tree.leaves((args, kwargs)) if isinstance(t, Tensor)]
         learning = [t for t in tensors if learns and t.requires_grad]
@@ -165,7 +158,7 @@ class Session:
         if called is not None:
             frame, name = called
             if frame is self._activation:
-                return  # a further step of it
+                return  # another operation of the same activation
             self._activation = frame
             if name not in possible:
                 target, given = OPS[name].function, (tensors[0],)
@@ -180,7 +173,7 @@ class Session:
     def _activations(
         self, program: Program, setting: Setting, calls: list[tuple[Any, Any, Any]], learning: bool
     ) -> None:
-        """Count one call of an activation, and say if a rule was meant for it, under whichever of its names."""
+        """Count one call of an activation. Note it as missed if the table gives a rule to one of its names."""
         owner = program.owner(setting.modules)
         where = Origin(program.path(owner), caller(), class_of(owner))
         names = [
@@ -197,14 +190,14 @@ class Session:
                 wanted = wanted or place
         self.calls.update((program, place.site.path, place.site.op) for place in names[:1])
         if wanted is not None:
-            self._backend.missed(program, wanted)
+            self._backend.findings.missed(program, wanted)
 
     def _parameter(self, program: Program, parameter: Tensor, names: tuple[str, ...]) -> None:
-        """Say if a rule was meant for a parameter that is used."""
+        """Note a parameter as missed if the table gives a rule to it."""
         owner = program.holder(names[0])
         where = Origin(program.path(owner), "", class_of(owner), names)
         place = located_parameter(parameter, where)
         entry = self._backend.entry_for(place)
         if entry is not None and entry.rules is not None:
             place = replace(place, site=replace(place.site, source=caller()))
-            self._backend.missed(program, place)
+            self._backend.findings.missed(program, place)

@@ -1,8 +1,8 @@
-"""Sees what a compiled program runs outside of its captured graphs, where no rule can act.
+"""Detects the operations that a compiled program runs outside of its captured graphs, where no rule can act.
 
-Dynamo leaves code to Python wherever it cannot follow it, and says so in a log at most. A dispatch mode that tells
-PyTorch to compile as if it was not there sees every operation of such code, whatever the reason was. Knows nothing of
-programs and rules.
+Dynamo leaves code that it cannot capture to Python, and reports this in a log only. A dispatch mode receives every
+operation of such code, for whatever reason it was not captured. The mode tells PyTorch to ignore it when compiling.
+This file does not know programs or rules.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ __all__ = [
 
 
 class Watch(DispatchMode):  # type: ignore[misc]
-    """Hands every operation that runs under it to a function.
+    """A dispatch mode that passes every operation to a function.
 
     Args:
-        seen: Called with the operation and its arguments, before it runs.
+        seen: Called with the operation and its arguments before the operation runs.
     """
 
     supports_higher_order_operators = True
@@ -50,22 +50,22 @@ class Watch(DispatchMode):  # type: ignore[misc]
 
     @classmethod
     def ignore_compile_internals(cls) -> bool:
-        """Dynamo compiles as if this mode was not there."""
+        """Tell Dynamo to compile as if this mode was not active."""
         return True
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        """Show an operation, then run it."""
+        """Pass an operation to the function, then run it."""
         kwargs = kwargs or {}
         if not self._paused:
             self._seen(func, args, kwargs)
         return func(*args, **kwargs)
 
     def unseen(self, function: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-        """Call a function without looking at what it runs."""
+        """Call a function whose operations are not passed on."""
         innermost = current_dispatch_mode() is self
-        if innermost:  # what runs then is spared the way through this mode
+        if innermost:  # operations are faster without the mode
             self.__exit__(None, None, None)
         self._paused += 1
         try:
@@ -76,17 +76,20 @@ class Watch(DispatchMode):  # type: ignore[misc]
                 self.__enter__()
 
 
-# --- which activation an operation of ATen is ---
+# --- activations by operation of ATen ---
 
 
 def possible_activations(func: Any) -> tuple[str, ...]:
-    """The names of the activations that an operation of ATen is, or that ATen computes by it."""
+    """The names of the activations that ATen computes with an operation."""
     return operations().get(func, ())
 
 
 @functools.cache
 def operations() -> dict[Any, tuple[str, ...]]:
-    """All of them. To be asked first where no mode is active: inside of one, operators are not taken apart."""
+    """The names of the activations by operation of ATen.
+
+    The first call has to be outside of dispatch modes, because operators are not decomposed inside of one.
+    """
     found: dict[Any, dict[str, None]] = {o: {op.name: None} for op in OPS.values() for o in op.aten}
     for op in OPS.values():
         if op.function is not None and not hasattr(op.function, "__code__"):
@@ -99,7 +102,7 @@ def operations() -> dict[Any, tuple[str, ...]]:
 
 
 class _Record(DispatchMode):  # type: ignore[misc]
-    """Lists the operations that run."""
+    """A dispatch mode that lists the operations that run."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -114,7 +117,7 @@ class _Record(DispatchMode):  # type: ignore[misc]
 
 @functools.cache
 def _written_in_python() -> dict[CodeType, str]:
-    """The functions of PyTorch that are activations and Python code, such as `F.softsign`."""
+    """The activations that PyTorch implements in Python, such as `F.softsign`, by their code."""
     return {
         function.__code__: op.name
         for op in OPS.values()
@@ -124,7 +127,7 @@ def _written_in_python() -> dict[CodeType, str]:
 
 
 def activation_call() -> tuple[FrameType, str] | None:
-    """The call of an activation that is Python code of PyTorch's and is running, with its name."""
+    """The frame and the name of the activation that is running, if PyTorch implements it in Python; else None."""
     known = _written_in_python()
     for frame in frames():
         if is_users(frame.f_code):
@@ -134,11 +137,11 @@ def activation_call() -> tuple[FrameType, str] | None:
     return None
 
 
-# --- the same stages for one operation ---
+# --- sites of single operations ---
 
 
 def located(target: Any, args: Any, kwargs: Any, where: Origin) -> Located | None:
-    """The site that one operation is; None where it is none."""
+    """The site of one operation; None if it is not a site."""
     graph = fx.Graph()
 
     def as_node(value: Any) -> Any:
@@ -152,7 +155,7 @@ def located(target: Any, args: Any, kwargs: Any, where: Origin) -> Located | Non
 
 
 def located_parameter(parameter: Tensor, where: Origin) -> Located:
-    """The site that a parameter is."""
+    """The site of a parameter."""
     graph = fx.Graph()
     node = graph.placeholder("parameter")
     node.meta.update({META: where, "val": parameter})

@@ -1,7 +1,7 @@
-"""Keeps the calls of chosen classes whole, in graphs in which Dynamo has opened every module.
+"""Folds the call of a module into one node, in graphs in which Dynamo has traced into every module.
 
-The nodes of a call become one node while sites are found and rewritten, and themselves again afterwards. Knows nothing
-of rules.
+The nodes of the call are one node while sites are found and rewritten. Afterwards they are put back. This file does not
+know rules.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Call:
         module: The module.
         name: Its dotted path, for errors.
         stack: The entries of `nn_module_stack` up to the module.
-        nodes: What the call computes, in order.
+        nodes: The nodes of the call, in order.
     """
 
     module: nn.Module
@@ -36,18 +36,18 @@ class Call:
 
 
 def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
-    """Make one node of a call.
+    """Fold a call into one node.
 
     Args:
         gm: The module of the graph; it is changed.
         call: The call.
-        number: Tells calls apart.
+        number: A number that no other call of the graph has.
 
     Returns:
-        The node. Its first argument is the tensor that the call is given, the others are parameters, buffers and sizes.
+        The node. Its first argument is the input tensor of the call; the others are parameters, buffers and sizes.
 
     Raises:
-        PlanError: More or less than one tensor goes in or comes out, or the call writes into the one that goes in.
+        PlanError: The call does not have exactly one tensor as input and one as output, or writes into its input.
     """
     inside = set(call.nodes)
     inputs = dict.fromkeys(
@@ -57,12 +57,12 @@ def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
     given = [v for v in inputs if _is_tensor(v) and id(captured_tensor(v)) not in state]
     outputs = [node for node in call.nodes if any(user not in inside for user in node.users)]
     if len(given) != 1:
-        raise refusal(call.module, call.name, f"{len(given) or 'no'} tensors go into the call")
+        raise refusal(call.module, call.name, f"it has {len(given) or 'no'} tensors as input")
     if len(outputs) != 1 or not _is_tensor(outputs[0]):
-        raise refusal(call.module, call.name, "the call does not return one tensor")
+        raise refusal(call.module, call.name, "it does not return one tensor")
     (x,), (y,) = given, outputs
     if any(written_argument(node, gm) is x for node in call.nodes):
-        raise refusal(call.module, call.name, "the call writes into the tensor that it is given")
+        raise refusal(call.module, call.name, "it writes into its input tensor")
     body = fx.Graph()
     order = (x, *(value for value in inputs if value is not x))
     copies = {value: body.placeholder(value.name) for value in order}
@@ -81,17 +81,17 @@ def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
 
 
 def refusal(module: nn.Module, path: str, reason: str) -> PlanError:
-    """The error for a call that cannot be kept whole."""
+    """The error for a call that cannot be folded."""
     kind = type(module).__name__
     return PlanError(
-        f"the class {kind} is to be kept whole, and the call of {path or 'the root'} cannot be: {reason}. Dynamo opens "
-        f"every module, and what its graph tells of a call is what goes in and comes out. Name the ops inside of "
-        f"{kind} instead, or use transform()."
+        f"the table selects the calls of {kind}, but the call of {path or 'the root'} cannot be one site: {reason}. "
+        f"Dynamo traces into every module, so a call can be a site only if it is in one graph and has one tensor as "
+        f"input and one as output. Select the ops inside of {kind} instead, or use transform()."
     )
 
 
 def unfold(gm: fx.GraphModule, whole: fx.Node) -> None:
-    """Put the nodes of a call in the place of the one that `fold` made."""
+    """Replace the node that `fold` made by the nodes of the call."""
     name = str(whole.target)
     body: fx.GraphModule = gm.get_submodule(name).get_submodule("body")  # type: ignore[assignment]
     copies: dict[fx.Node, Any] = {}
@@ -109,7 +109,7 @@ def unfold(gm: fx.GraphModule, whole: fx.Node) -> None:
 
 
 def captured_tensor(node: fx.Node) -> Any:
-    """The tensor that an input of a graph of Dynamo's is; None where it is not known."""
+    """The tensor that is an input of a captured graph; None if it is not known."""
     argument = node.meta.get("grapharg") if node.op == "placeholder" else None
     return None if argument is None else argument.example
 
@@ -119,7 +119,7 @@ def _is_tensor(node: fx.Node) -> bool:
 
 
 def _instance(kind: type[nn.Module], body: fx.GraphModule) -> nn.Module:
-    """A module of a subclass, which runs a graph."""
+    """An instance of a subclass of `kind` whose forward runs a graph."""
 
     def forward(self: Any, *args: Any) -> Any:
         return self.body(*args)

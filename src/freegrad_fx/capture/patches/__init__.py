@@ -1,5 +1,5 @@
-"""What is replaced in PyTorch while a model is traced, so that nothing of the forward is run once and forgotten.
+"""Temporary replacements in PyTorch while a model is traced, so that the graph contains every effect of the forward.
 
-Every replacement goes through `replaced`, which keeps it from other threads. `symbolic` has all of a symbolic trace;
-export takes what it needs.
+Every replacement is made by `replaced`, which does not affect other threads. `symbolic` combines the replacements of a
+symbolic trace; `export` uses some of them.
 """

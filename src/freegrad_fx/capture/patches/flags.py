@@ -1,4 +1,4 @@
-"""The `training` flags of modules, read while a model is traced."""
+"""Reads of the `training` flags of modules while a model is traced."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ __all__ = ["answering_training", "noted_flags", "recorded_flags"]
 def answering_training(
     answer: Callable[[nn.Module, FrameType], Any],
 ) -> contextlib.AbstractContextManager[None]:
-    """Ask `answer` when `module.training` is read; what it answers with None is read as ever.
+    """Call `answer` when `module.training` is read, and return its result. If the result is None, return the flag.
 
-    The flag is an entry of the instance's ``__dict__``; a property on the class goes before it.
+    The flag is in the ``__dict__`` of the instance. A property of the class takes precedence over it.
     """
 
     def read(module: nn.Module) -> Any:
-        # between this frame and the reader's there is that of the replacement
+        # The frame of the replacement is between this frame and the frame that reads
         if (flag := answer(module, sys._getframe(2))) is not None:
             return flag
         try:
@@ -39,13 +39,13 @@ def answering_training(
 
 
 def recorded_flags(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    """Reading `module.training` gives a proxy of the flag."""
+    """Return a proxy of the flag where `module.training` is read."""
     return answering_training(lambda module, _: recorder.training_flag(module))
 
 
 @contextlib.contextmanager
 def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
-    """Lists who reads whose `training` flag."""
+    """Collect the reads of the `training` flags of a model."""
     paths = {module: path for path, module in root.named_modules()}
     found: set[FlagRead] = set()
 

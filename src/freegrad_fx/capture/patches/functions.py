@@ -1,4 +1,4 @@
-"""A user's `torch.autograd.Function`: one node of a symbolic trace, refused by export."""
+"""Calls of a user's `torch.autograd.Function`: one node in a symbolic trace, an error in an export."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["recorded_functions", "refused_functions"]
 
 
 def recorded_functions(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    """A user's `autograd.Function` is one node: traced into, it would lose its backward."""
+    """Record a call of a user's `autograd.Function` as one node. Traced into, it would lose its backward."""
 
     def record(function: Function, args: tuple[Any, ...]) -> Any:
         args, _ = with_proxies(recorder, args, {})
@@ -28,15 +28,15 @@ def recorded_functions(recorder: Recorder) -> contextlib.AbstractContextManager[
 
 
 def refused_functions() -> contextlib.AbstractContextManager[None]:
-    """A user's `autograd.Function` raises: export would drop its backward without a word."""
+    """Raise `CaptureError` at a call of a user's `autograd.Function`, whose backward export would drop silently."""
 
     def refuse(function: Function, _: tuple[Any, ...]) -> Any:
         if function.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0]):
             return NotImplemented
         raise CaptureError(
             f"the model calls the autograd.Function {function.__qualname__}, whose backward torch.export drops. "
-            f"Transform the model without example_inputs: symbolic tracing keeps such calls. If it cannot trace the "
-            f"model, freegrad_fx.compile(model, rules) keeps them too."
+            f"Transform the model without example_inputs, because symbolic tracing keeps such calls. If the model "
+            f"cannot be traced symbolically, use freegrad_fx.compile(model, rules), which keeps them too."
         )
 
     return functions_answered_by(refuse)

@@ -1,4 +1,4 @@
-"""The random number generators that Python code may draw from while it is traced."""
+"""The state of the random number generators that the forward of a model can use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["RandomState"]
 
 
 class RandomState:
-    """The random number generators that Python code may draw from while it is traced."""
+    """The state of the random number generators of Python, PyTorch and NumPy when the object is created."""
 
     def __init__(self) -> None:
         self._python = random.getstate()
@@ -22,7 +22,7 @@ class RandomState:
         self._numpy = _numpy_state()
 
     def drawn_from(self) -> bool:
-        """Whether a number was drawn since."""
+        """Whether a random number has been drawn since."""
         now = RandomState()
         return (
             self._python != now._python
@@ -32,7 +32,7 @@ class RandomState:
 
     @contextlib.contextmanager
     def restored_on_error(self) -> Iterator[None]:
-        """Put the generators back if an error goes through."""
+        """Restore the generators if an error is raised in the block."""
         try:
             yield
         except BaseException:
@@ -40,7 +40,7 @@ class RandomState:
             raise
 
     def restore(self) -> None:
-        """Put the generators back."""
+        """Restore the generators."""
         random.setstate(self._python)
         torch.set_rng_state(self._torch)
         if self._numpy is not None:
@@ -53,5 +53,5 @@ def _numpy_state() -> Any:
 
 
 def _comparable(numpy_state: Any) -> Any:
-    """A state whose first array is bytes."""
+    """A NumPy state with bytes in place of its array, so that it can be compared."""
     return None if numpy_state is None else (numpy_state[1].tobytes(), *numpy_state[2:])

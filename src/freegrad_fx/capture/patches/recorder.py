@@ -1,4 +1,4 @@
-"""What the patches ask of a tracer."""
+"""The methods of a tracer that the patches call."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ __all__ = ["Recorder", "with_proxies"]
 
 
 class Recorder(Protocol):
-    """What the patches ask of a tracer."""
+    """The methods of a tracer that the patches call."""
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Record a node."""
 
     def training_flag(self, module: nn.Module) -> Any:
-        """The proxy of a module's flag; None where the module is not traced."""
+        """The proxy of the flag of a module; None if the module is not traced."""
 
     def known_tensor(self, tensor: torch.Tensor) -> Proxy | None:
         """The proxy of a parameter, buffer or tensor attribute of the model; None for other tensors."""
 
     def is_held(self, tensor: torch.Tensor) -> bool:
-        """Whether a list or dict of the model holds a tensor."""
+        """Whether a list or dict of the model contains a tensor."""
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
-        """Record an assignment of a proxy to an attribute; False where it is to be carried out."""
+        """Record an assignment of a proxy to an attribute. Return False if the assignment has to be executed too."""
 
 
 def with_proxies(
     recorder: Recorder, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments with a proxy for every tensor of the model; the very same where there is none."""
+    """Replace the tensors of the model in arguments by proxies. Without such tensors, return the same objects."""
     found = False
 
     def swap(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What a graph would lose or answer once and for ever: it refuses to be captured."""
+"""Errors for code whose effect a graph would lose, and for questions that a graph would answer only once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["is_grad_enabled", "refused_constants", "refused_contexts", "refused_
 
 
 def refused_constants() -> contextlib.AbstractContextManager[None]:
-    """A tensor that learns and that no module has registered raises: export would make a constant of it."""
+    """Raise `CaptureError` for an unregistered tensor that requires a gradient: export would make it a constant."""
 
     def refusing(lift: Callable[..., Any]) -> Callable[..., Any]:
         def look(graph_module: fx.GraphModule, *rest: Any) -> Any:
@@ -29,10 +29,10 @@ def refused_constants() -> contextlib.AbstractContextManager[None]:
                 value = attribute(node, graph_module)
                 if isinstance(value, torch.Tensor) and value.requires_grad:
                     raise CaptureError(
-                        f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and that "
-                        f"no module has registered under the name by which it is used (kept in a list, a function or "
-                        f"a global?): torch.export would make it a constant, which never learns. Use nn.ParameterList "
-                        f"or nn.Parameter, or transform the model without example_inputs."
+                        f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and is not "
+                        f"registered under the name by which it is used, for example one in a list, a closure or a "
+                        f"global. torch.export would make it a constant, which is never trained. Use "
+                        f"nn.ParameterList or nn.Parameter, or transform the model without example_inputs."
                     )
             return lift(graph_module, *rest)
 
@@ -43,15 +43,15 @@ def refused_constants() -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def refused_contexts() -> Iterator[None]:
-    """`torch.autocast`, `torch.inference_mode` and `use` in a forward would be lost: they refuse to be traced."""
+    """Raise where a forward enters `torch.autocast`, `torch.inference_mode` or `use`, which a graph would lose."""
 
     def refusing(enter: Callable[[Any], Any]) -> Callable[[Any], Any]:
         def refuse(context: Any) -> Any:
-            # a block of ours may be a decorator of the user's function
+            # A block of this package can be entered by its own decorator instead of user code
             if isinstance(context, Block) or is_users(sys._getframe(2).f_code):
                 package = type(context).__module__.partition(".")[0]
                 raise TypeError(
-                    f"{package}.{type(context).__name__} inside a forward cannot be put into a graph"
+                    f"{package}.{type(context).__name__} inside a forward cannot be captured in a graph"
                 )
             return enter(context)
 
@@ -68,13 +68,13 @@ is_grad_enabled = torch.is_grad_enabled
 
 @contextlib.contextmanager
 def refused_questions() -> Iterator[None]:
-    """A forward that asks for the grad mode would have the answer of the capture for ever."""
+    """Raise where a forward asks for the grad mode: a graph would keep the answer from the capture."""
 
     def refusing(question: Callable[..., bool]) -> Callable[..., bool]:
         def ask(*args: Any) -> bool:
             if is_users(sys._getframe(2).f_code):
                 raise TypeError(
-                    f"the forward asks torch.{question.__name__}(), which a graph cannot answer anew"
+                    f"the forward calls torch.{question.__name__}(), whose result would be a constant of the graph"
                 )
             return question(*args)
 

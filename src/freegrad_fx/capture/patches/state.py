@@ -18,7 +18,7 @@ __all__ = ["noted_assignments", "recorded_assignments"]
 
 
 def recorded_assignments(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    """`self.name = value` with a traced value becomes part of the graph."""
+    """Record `self.name = value` in the graph if the value is traced."""
 
     def recording(assign: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
         def record(module: nn.Module, name: str, value: Any) -> None:
@@ -32,10 +32,10 @@ def recorded_assignments(recorder: Recorder) -> contextlib.AbstractContextManage
 
 @contextlib.contextmanager
 def noted_assignments(root: nn.Module) -> Iterator[list[str]]:
-    """Lists the attributes of a model's modules that are given other Python values."""
+    """Collect the attributes of the modules of a model whose Python values change."""
     modules = set(root.modules())
     names: list[str] = []
-    # export puts copies in the place of containers, so the containers themselves are watched
+    # Export replaces containers by copies, so the original containers are compared
     containers = [
         (f"{type(module).__name__}.{name}", value, copy.deepcopy(value))
         for module in modules

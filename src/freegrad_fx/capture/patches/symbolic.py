@@ -1,4 +1,4 @@
-"""All that is replaced for the time of a symbolic trace."""
+"""All replacements of a symbolic trace."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["patched"]
 
 @contextlib.contextmanager
 def patched(recorder: Recorder) -> Iterator[None]:
-    """Everything below, for the time of a trace."""
+    """Make all replacements while the block runs."""
     with (
         recorded_flags(recorder),
         recorded_assignments(recorder),

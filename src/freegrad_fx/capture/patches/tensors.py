@@ -1,4 +1,4 @@
-"""Tensors that no proxy stands for yet, and questions that proxies would answer wrongly."""
+"""Operations without a proxy among their arguments, and `isinstance` of proxies."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ _FACTORIES = frozenset(
 
 
 def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager[None]:
-    """`isinstance(x, Tensor)` in a forward: the answer is yes, and each call checks that it was right."""
+    """Let `isinstance(x, Tensor)` in a forward be True for a proxy. A node of the graph checks this at each call."""
     thread = threading.get_ident()
     tensor = torch.empty(0)
-    proxies: dict[type[Any], bool] = {}  # nearly everything that is asked about is none
+    proxies: dict[type[Any], bool] = {}  # nearly all values are not proxies
 
     def answering(ask: Callable[[Any, Any], bool]) -> Callable[[Any, Any], bool]:
         def answer(value: Any, kinds: Any) -> bool:
@@ -75,7 +75,7 @@ def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager
 
 @contextlib.contextmanager
 def recorded_factories(recorder: Recorder) -> Iterator[None]:
-    """`torch.rand(x.shape[0])` is a node; its C++ would refuse the proxy before anything else could take the call."""
+    """Record factories such as `torch.rand(x.shape[0])`, which raise an error for a proxy before they dispatch."""
 
     def recording(factory: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args, **kwargs: recorder.create_proxy("call_function", factory, args, kwargs)
@@ -86,7 +86,7 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
         yield
 
 
-# What is asked of a tensor rather than computed from it.
+# Properties that are computed from a tensor; other properties, and the methods below, only describe it
 _PROPERTIES_COMPUTED = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
 
 
@@ -130,7 +130,7 @@ _INPLACE_NAMES = frozenset(
 
 
 class RecordMode(TorchFunctionMode):
-    """Records what no proxy takes part in: functions that make a tensor from nothing, and changes of the grad mode."""
+    """Records operations without a proxy: factories, changes of the grad mode, and functions of model tensors."""
 
     def __init__(self, recorder: Recorder) -> None:
         super().__init__()
@@ -144,7 +144,7 @@ class RecordMode(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if func in _FACTORIES:  # fetched before the trace: `from torch import rand`
+        if func in _FACTORIES:  # imported before the trace: `from torch import rand`
             return self.recorder.create_proxy("call_function", func, args, kwargs or {})
         if func is grad_mode_setter():
             self._record_grad_mode(*args)
@@ -154,9 +154,9 @@ class RecordMode(TorchFunctionMode):
         first = args[0] if args else None
         if writes and isinstance(first, torch.Tensor) and self.recorder.is_held(first):
             raise TypeError(
-                "the forward writes into a tensor that a list or dict of the model holds"
+                "the forward writes into a tensor that is in a list or dict of the model"
             )
-        # A parameter that the forward found without asking for it by name (`self.parameters()`)
+        # A parameter that the forward did not read by its name, for example from `self.parameters()`
         traced, traced_kwargs = with_proxies(self.recorder, args, kwargs or {})
         if traced is args or not _computes(func):
             return func(*args, **(kwargs or {}))
@@ -165,7 +165,7 @@ class RecordMode(TorchFunctionMode):
         return RecordingProxy.__torch_function__(func, types, traced, traced_kwargs)
 
     def _record_grad_mode(self, enabled: bool) -> None:
-        """Leaving a `no_grad` block restores the mode that a *call* found, not the one that the trace found."""
+        """Record a change of the grad mode. At its end a `no_grad` block restores the mode of the call."""
         setter = sys._getframe(2)
         inside = setter.f_back
         names = (setter.f_code.co_name, inside.f_code.co_name if inside is not None else "")
@@ -174,7 +174,7 @@ class RecordMode(TorchFunctionMode):
         if "__exit__" in names and self.previous:
             mode = self.previous.pop()
         elif names[0] != "__enter__" or not isinstance(context, torch.set_grad_enabled):
-            # `set_grad_enabled` sets the mode when it is made and again when it is entered
+            # `set_grad_enabled` sets the mode when it is created and again when it is entered
             self.previous.append(
                 self.recorder.create_proxy("call_function", is_grad_enabled, (), {})
             )
