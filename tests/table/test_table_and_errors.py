@@ -846,7 +846,7 @@ def test_an_entry_that_matches_nothing_is_told_what_there_is(entry: Any, told: s
 
 @pytest.mark.parametrize("name", ["none", "None", "native", "null", None])
 def test_no_rule_is_not_mistaken_for_a_misspelt_one(name: Any) -> None:
-    with pytest.raises(fg.RuleError, match="keeps the native backward is None in a table"):
+    with pytest.raises(fg.RuleError, match="To keep the native backward, use None in a table"):
         fg.get(name)
 
 
