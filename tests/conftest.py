@@ -27,9 +27,8 @@ with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     warn_if_untested()
 
-if "PYTEST_XDIST_WORKER" in os.environ:
-    # As many workers as cores, with as many threads each, would be slower than one worker alone.
-    torch.set_num_threads(1)
+# Kernels this small are slower on several threads, and much slower on cores that other workers use.
+torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

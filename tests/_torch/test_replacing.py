@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import freegrad_fx as fg
-from freegrad_fx._torch.replacing import replaced, replacements
+from freegrad_fx._torch.replacing import all_replaced, replaced, replacements
 
 
 class Owner:
@@ -311,3 +311,33 @@ def test_a_trace_that_fails_leaves_nothing() -> None:
         with pytest.raises(fg.CaptureError):
             fg.transform(Fails(), "straight_through", example_inputs=(torch.ones(2),))
     assert temporary() == []
+
+
+# --- many at once ---
+
+
+def test_many_attributes_are_replaced_and_restored() -> None:
+    before = dict(vars(Owner))
+    with all_replaced((Owner, name, times_ten) for name in ("method", "static")):
+        assert (Owner().method(1), Owner.static(1)) == (20, 20)
+        assert in_another_thread(lambda: (Owner().method(1), Owner.static(1))) == (2, 2)
+        with replaced(Owner, "static", times_ten):
+            assert Owner.static(1) == 200
+        assert Owner.static(1) == 20
+    assert dict(vars(Owner)) == before
+    assert not temporary()
+
+
+def test_what_was_replaced_before_an_error_is_restored() -> None:
+    before = dict(vars(Owner))
+
+    def fails(original: Any) -> Any:
+        raise ZeroDivisionError
+
+    with (
+        pytest.raises(ZeroDivisionError),
+        all_replaced([(Owner, "method", times_ten), (Owner, "static", fails)]),
+    ):
+        raise AssertionError("the block is not entered")
+    assert dict(vars(Owner)) == before
+    assert not temporary()

@@ -28,9 +28,10 @@ from torch.export import Dim
 from torchvision import models as vision
 
 import freegrad_fx as fg
-import models
-from models import Branching, Smooth, assert_same_forward, assert_same_gradients
+import runs
+from models import Branching, Smooth
 from places import IMPORTABLE
+from runs import assert_same_forward, assert_same_gradients, call, run
 from side_by_side import (
     BACKWARD,
     RULE,
@@ -38,14 +39,12 @@ from side_by_side import (
     Make,
     Net,
     build,
-    call,
     check_capture,
     difference,
     nothing_is_left_behind,
-    one_thread,  # noqa: F401
     sample,
 )
-from sweep import NATIVE, Interception, check_invariants, execute, wake
+from sweep import NATIVE, Interception, check_invariants, wake
 
 
 @pytest.fixture(autouse=True)
@@ -590,10 +589,10 @@ def test_softmin_is_one_site_and_no_softmax() -> None:
         (d.site.path, d.site.call) for d in fg.report(gm).decisions if d.site.op == "softmin"
     ]
     assert changed == [("soft", 0), ("", 0), ("soft", 1), ("", 1)]
-    actual, expected, native = execute(gm, x), execute(traced, x), execute(model, x)
+    actual, expected, native = run(gm, x), run(traced, x), run(model, x)
     assert_same_forward(actual, native)
     assert_same_gradients(actual, expected)
-    assert models.differs(actual, native)
+    assert runs.differs(actual, native)
 
 
 # --- what comes out ---
@@ -1207,13 +1206,12 @@ def check_both(make: Make, x: Tensor, table: Any) -> None:
     assert seen[0]
     assert [entry.selector for entry in a.unmatched] == [entry.selector for entry in b.unmatched]
     for training in (True, False):
-        native = execute(original.train(training), x)
-        expected, actual = execute(traced.train(training), x), execute(opened.train(training), x)
-        assert actual.structure == expected.structure
+        native = run(original.train(training), x)
+        expected, actual = run(traced.train(training), x), run(opened.train(training), x)
         assert_same_forward(expected, native)
         assert_same_forward(actual, native)
         assert_same_gradients(actual, expected)
-        assert models.differs(actual, native) or not b.with_action("rewrite")
+        assert runs.differs(actual, native) or not b.with_action("rewrite")
 
 
 @pytest.mark.parametrize("table", TABLES)
@@ -1320,7 +1318,7 @@ class SoftminInDouble(Net):
 def test_softmin_keeps_its_dtype() -> None:
     model = build(SoftminInDouble)
     gm = exported(model, {"softmin": fg.rules.scale(s=3.0)})
-    assert_same_forward(execute(gm, sample()), execute(model, sample()))
+    assert_same_forward(run(gm, sample()), run(model, sample()))
 
 
 class Appends(Net):

@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 import freegrad_fx as fg
 import models
+import runs
 from freegrad_fx.ops import apply_function
 from places import IMPORTABLE
 from side_by_side import (
@@ -34,7 +35,6 @@ from side_by_side import (
     Net,
     build,
     difference,
-    one_thread,  # noqa: F401
     sample,
     traced_plainly,
     what_plain_tracing_gets_wrong,
@@ -344,13 +344,13 @@ def test_copies_and_second_traces_keep_it_too(name: str) -> None:
         changed = change(gm)
         expected, actual = gradients(original, x), gradients(changed, x)
         for a, e in zip(actual, expected, strict=True):
-            models.assert_identical(a, e, way)
+            runs.assert_identical(a, e, way)
 
 
 def gradients(model: nn.Module, x: Tensor) -> list[Tensor | None]:
     x = x.clone().requires_grad_()
     leaves = [x, model.f.weight]  # a plain second trace drops what it does not use
-    return list(torch.autograd.grad(models.loss([model(x)]), leaves, allow_unused=True))
+    return list(torch.autograd.grad(runs.loss([model(x)]), leaves, allow_unused=True))
 
 
 WRONG_ABOUT = [
@@ -832,7 +832,7 @@ def test_another_process_loads_it_with_its_backward(tmp_path: Path) -> None:
     (expected,) = torch.autograd.grad(model(sample()).square().sum(), [model.f.weight])
     actual = torch.load(file + ".gradient")
     assert actual.any()
-    models.assert_identical(actual, expected)
+    runs.assert_identical(actual, expected)
 
 
 # --- custom operators ---

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from runs import call
 from side_by_side import (
     BACKWARD,
     RULE,
@@ -29,11 +30,9 @@ from side_by_side import (
     Make,
     Net,
     build,
-    call,
     captured_or_refused,
     check_capture,
     difference,
-    one_thread,  # noqa: F401
     sample,
     what_plain_tracing_gets_wrong,
 )
@@ -188,7 +187,7 @@ def test_the_line_and_the_reason_are_in_the_report(kind: type[nn.Module]) -> Non
 
 @KINDS
 def test_strict_refuses_it(kind: type[nn.Module]) -> None:
-    with pytest.raises(fg.PlanError, match=f"not looked into: part: {kind.__name__}"):
+    with pytest.raises(fg.PlanError, match=f"not traced: part: {kind.__name__}"):
         fg.transform(build(around(kind)), RULE, strict=True)
 
 
@@ -406,7 +405,7 @@ def test_composites_are_kept_whole_and_listed_once_each() -> None:
     assert all(o.reason for o in plan.opaque)
     with pytest.raises(fg.PlanError, match="strict") as caught:
         fg.transform(build(Composites), RULE, strict=True)
-    assert all(f"not looked into: {path}:" in str(caught.value) for path in COMPOSITES)
+    assert all(f"not traced: {path}:" in str(caught.value) for path in COMPOSITES)
 
 
 def test_composites_in_evaluation_have_the_original_s_output() -> None:

@@ -19,13 +19,12 @@ from torch import Tensor, fx, nn
 
 import freegrad_fx as fg
 from random_modules import SIMPLE, WIDTH, Kept, Program, programs
+from runs import call
 from side_by_side import (
     RULE,
     InterceptionOutside,
-    call,
     contents,
     difference,
-    one_thread,  # noqa: F401
     what_plain_tracing_gets_wrong,
 )
 from sweep import NATIVE

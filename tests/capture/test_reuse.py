@@ -31,7 +31,6 @@ from side_by_side import (
     captured_or_refused,
     check_capture,
     difference,
-    one_thread,  # noqa: F401
     sample,
     traced_plainly,
     what_plain_tracing_gets_wrong,

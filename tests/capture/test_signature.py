@@ -23,17 +23,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from runs import Call, call
 from side_by_side import (
     RULE,
     Asserts,
-    Call,
     Make,
     Net,
     build,
-    call,
     check_capture,
     difference,
-    one_thread,  # noqa: F401
     sample,
     what_plain_tracing_gets_wrong,
 )

@@ -33,7 +33,6 @@ from side_by_side import (
     contents,
     difference,
     nothing_is_left_behind,
-    one_thread,  # noqa: F401
     sample,
     traced_plainly,
     what_plain_tracing_gets_wrong,

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import freegrad_fx as fg
-from models import VISION, Vision, assert_same_forward, differs
-from sweep import RULES, Execution, Interception, execute, wake
+from models import VISION, Vision
+from runs import Run, assert_same_forward, differs, run
+from sweep import RULES, Interception, wake
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -26,7 +27,7 @@ def places(plan: fg.Plan) -> set[tuple[str, str, int]]:
     return {(d.site.path or d.site.name, d.site.op, d.site.call) for d in rewritten}
 
 
-def without_prefix(run: Execution) -> Execution:
+def without_prefix(run: Run) -> Run:
     """`torch.compile` puts a module around the model, and a prefix before its names."""
     run.gradients = {k.removeprefix("_orig_mod."): v for k, v in run.gradients.items()}
     run.buffers = {k.removeprefix("_orig_mod."): v for k, v in run.buffers.items()}
@@ -64,10 +65,10 @@ def test_one_table_means_the_same_through_both_doors(vision: Vision, training: b
     )
     x = vision.sample(training)
     transformed = fg.transform(model, table).train(training)
-    expected = execute(transformed, x)
-    native = execute(model, x)
+    expected = run(transformed, x)
+    native = run(model, x)
     backend = fg.backend(table, inner="aot_eager")
-    actual = without_prefix(execute(torch.compile(model, backend=backend, fullgraph=True), x))
+    actual = without_prefix(run(torch.compile(model, backend=backend, fullgraph=True), x))
     assert_same_forward(actual, native)
     assert differs(actual, native)
     for name, gradient in expected.gradients.items():

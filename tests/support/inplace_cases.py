@@ -5,8 +5,9 @@ Every case stands here twice: as a user writes it, and by hand, out of place, wi
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,8 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import models
-from models import Activation, Backward, assert_identical, loss
+from models import Activation, Backward
+from runs import Compared, Run, assert_same_forward, assert_same_gradients, close, identical, run
 
 NATIVE: dict[str, None] = {"activations": None}
 
@@ -629,52 +631,36 @@ def _(m, x, relu):
 CASE = pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 
 
-@dataclass
-class Seen:
-    outputs: list[Tensor]
-    left_in_x: Tensor
-    gradients: list[Tensor | None]
-    random_state: Tensor
-    refused: str = ""  # what autograd said where it gave no gradients
-
-
 REFUSALS = ("modified by an inplace operation", "is being modified inplace", "in-place operation")
+X = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3))
 
 
-def observe(model: Written, call: Callable[[Tensor], tuple[Any, Tensor]]) -> Seen:
-    """Call with a tensor that the caller goes on using; look at the results, at that tensor, and at all gradients."""
-    leaf = torch.randn(2, 4, 6, generator=torch.Generator().manual_seed(3)).requires_grad_()
-    torch.manual_seed(1)
-    x = leaf * 1
-    output, x = call(x)
-    outputs = models.tree_leaves(output)
-    gradients, refused = [], ""
-    try:
-        gradients = torch.autograd.grad(
-            loss([*outputs, x * 0.5]), [leaf, *model.parameters()], allow_unused=True
-        )
-    except RuntimeError as error:
-        refused = str(error)
-        assert any(text in refused for text in REFUSALS)
-    outputs = [o.detach().clone() for o in outputs]
-    return Seen(outputs, x, list(gradients), torch.get_rng_state(), refused)
+def observe(model: nn.Module, called: Callable[[Tensor], tuple[Any, Tensor]]) -> Run:
+    """Call with a tensor that the caller goes on using, and look at that tensor besides; autograd may refuse."""
+
+    def around(leaf: Tensor) -> tuple[Any, Tensor]:
+        output, x = called(leaf * 1)
+        return output, x * 0.5
+
+    seen = run(around, X, of=model, catch=RuntimeError)
+    assert seen.error is None or any(text in str(seen.error) for text in REFUSALS)
+    return seen
 
 
 def with_x(model: nn.Module) -> Callable[[Tensor], tuple[Any, Tensor]]:
     return lambda x: (model(x), x)
 
 
-def assert_same(actual: Seen, expected: Seen) -> None:
-    for a, e in zip(actual.outputs, expected.outputs, strict=True):
-        assert_identical(a, e)
-    assert_identical(actual.left_in_x, expected.left_in_x, "what the caller's tensor holds")
-    assert torch.equal(actual.random_state, expected.random_state)
+rounded = functools.partial(close, rtol=1e-5, atol=1e-6)
+"""For gradients of a reference, which may add them up in another order."""
 
 
-def assert_same_gradients(actual: Seen, expected: Seen, exactly: bool = True) -> None:
-    assert actual.refused == expected.refused
-    for a, e in zip(actual.gradients, expected.gradients, strict=True):
-        if exactly or a is None or e is None:
-            assert_identical(a, e)
-        else:  # the reference adds up in another order
-            torch.testing.assert_close(a, e, rtol=1e-5, atol=1e-6)
+def assert_same_backward(actual: Run, expected: Run, compared: Compared = identical) -> None:
+    """The same gradients, or the same refusal by autograd."""
+    assert str(actual.error) == str(expected.error)
+    assert_same_gradients(actual, expected, compared)
+
+
+def assert_same_values(actual: Run, expected: Run) -> None:
+    """The same results and the same tensor of the caller's afterwards, whatever autograd says of them."""
+    assert_same_forward(replace(actual, error=None), replace(expected, error=None))

@@ -15,7 +15,6 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 Backward = Callable[[Tensor, Tensor], Tensor]
 Activation = Callable[[Tensor], Tensor]
@@ -101,89 +100,6 @@ def edited_by_hand(model: nn.Module, backward: Backward) -> Iterator[nn.Module]:
     patches = {name: by_hand(function) for name, function in FUNCTIONS.items()}
     with mock.patch.multiple(F, **patches):
         yield edited
-
-
-# --- running a model ---
-
-
-@dataclass
-class Run:
-    """All that can be seen of one forward and backward."""
-
-    kind: type
-    outputs: list[Tensor]
-    buffers: dict[str, Tensor]
-    random_state: Tensor
-    gradients: dict[str, Tensor | None]
-
-
-def run(model: nn.Module, x: Tensor, *, also: dict[str, Tensor] | None = None) -> Run:
-    """Run a model forward and backward from the same random state; its buffers are put back afterwards."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    x = x.detach().requires_grad_()
-    leaves = {"input": x, **dict(model.named_parameters()), **(also or {})}
-    torch.manual_seed(1)
-    output = model(x)
-    random_state = torch.get_rng_state()
-    outputs = tree_leaves(output)
-    gradients = torch.autograd.grad(loss(outputs), list(leaves.values()), allow_unused=True)
-    result = Run(
-        type(output),
-        [o.detach().clone() for o in outputs],
-        {name: buffer.clone() for name, buffer in model.named_buffers()},
-        random_state,
-        dict(zip(leaves, gradients, strict=True)),
-    )
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-    return result
-
-
-def loss(outputs: list[Tensor]) -> Tensor:
-    """A number that depends on every entry of every output in another way."""
-    return sum(((o * weights(o)).sum() for o in outputs), start=torch.zeros(()))
-
-
-def weights(like: Tensor) -> Tensor:
-    return torch.arange(1.0, like.numel() + 1).sin().reshape(like.shape).to(like)
-
-
-def assert_same_forward(actual: Run, expected: Run) -> None:
-    """Bit for bit, with the same random numbers drawn and the same statistics kept."""
-    assert actual.kind is expected.kind
-    assert len(actual.outputs) == len(expected.outputs)
-    for a, e in zip(actual.outputs, expected.outputs, strict=True):
-        assert_identical(a, e)
-    assert list(actual.buffers) == list(expected.buffers)
-    for name, buffer in expected.buffers.items():
-        assert_identical(actual.buffers[name], buffer, name)
-    assert torch.equal(actual.random_state, expected.random_state), "drew other random numbers"
-
-
-def assert_same_gradients(actual: Run, expected: Run) -> None:
-    assert list(actual.gradients) == list(expected.gradients)
-    for name, gradient in expected.gradients.items():
-        assert_identical(actual.gradients[name], gradient, name)
-
-
-def assert_identical(actual: Tensor | None, expected: Tensor | None, name: str = "") -> None:
-    if expected is None or actual is None:
-        assert actual is expected, f"{name}: {actual} is not {expected}"
-        return
-    assert actual.dtype == expected.dtype, name
-    assert actual.shape == expected.shape, name
-    same = torch.equal(actual, expected) or torch.allclose(
-        actual, expected, rtol=0, atol=0, equal_nan=True
-    )
-    assert same, f"{name}: differs by up to {(actual - expected).abs().max()}"
-
-
-def differs(a: Run, b: Run) -> bool:
-    """Whether the gradients of two runs differ somewhere: without this, a test of a rule proves nothing."""
-    return any(
-        g is not None and not torch.equal(g, b.gradients[name]) for name, g in a.gradients.items()
-    )
 
 
 # --- torchvision ---

@@ -8,9 +8,7 @@ its graph shows exchanged for a naive one.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
@@ -21,20 +19,12 @@ from torch.overrides import TorchFunctionMode
 
 import freegrad_fx as fg
 from freegrad_fx._torch.replacing import replacements
-from models import MODULES, loss, naive
+from models import MODULES, naive
+from runs import Call, Run, call, close, identical, run, tell_apart
 from sweep import NATIVE, RULES, Interception
 
 Make = Callable[[], nn.Module]
 RULE, BACKWARD = RULES["rectangular"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """For a test module to import: kernels this small are slower on several threads, and much slower on busy ones."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Net(nn.Module):
@@ -69,99 +59,16 @@ def sample(seed: int = 2) -> Tensor:
     return torch.randn(4, 6, generator=torch.Generator().manual_seed(seed))
 
 
-@dataclass(frozen=True)
-class Call:
-    args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
-
-
-def call(*args: Any, **kwargs: Any) -> Call:
-    return Call(args, kwargs)
-
-
 TWICE = (call(sample(2)), call(sample(3)))
 THRICE = (*TWICE, call(sample(2)))
 
 
-# --- one call ---
-
-
-@dataclass
-class Seen:
-    """All that can be seen of one call, and of a backward through what it returned."""
-
-    error: Exception | None = None
-    outline: Any = None
-    outputs: list[Tensor] = field(default_factory=list)
-    gradients: dict[str, Tensor | None] = field(default_factory=dict)
-    buffers: dict[str, Tensor] = field(default_factory=dict)
-    random_state: Tensor | None = None
-
-
-def observe(model: nn.Module, given: Call, seed: int) -> Seen:
-    inputs: list[Tensor] = []
-    args, kwargs = _leaves(given.args, inputs), _leaves(dict(given.kwargs), inputs)
-    leaves = {f"input {i}": t for i, t in enumerate(inputs) if t.requires_grad}
-    leaves.update((name, p) for name, p in model.named_parameters() if p.requires_grad)
-    torch.manual_seed(seed)
-    try:
-        output = model(*args, **kwargs)
-    except Exception as error:
-        return Seen(error)
-    random_state = torch.get_rng_state()
-    tensors: list[Tensor] = []
-    outline = outlined(output, tensors)
-    learning = [t for t in tensors if t.requires_grad]
-    gradients: Sequence[Tensor | None] = [None] * len(leaves)
-    if learning and leaves:
-        # what a model keeps from call to call is gone through again by the next one
-        gradients = torch.autograd.grad(
-            loss(learning), list(leaves.values()), allow_unused=True, retain_graph=True
-        )
-    return Seen(
-        None,
-        outline,
-        [t.detach().clone() for t in tensors],
-        dict(zip(leaves, gradients, strict=True)),
-        {name: buffer.detach().clone() for name, buffer in model.named_buffers()},
-        random_state,
-    )
-
-
-def outlined(value: Any, tensors: list[Tensor]) -> Any:
-    """The types and plain values that a value is made of; its tensors are appended to a list."""
-    if isinstance(value, Tensor):
-        tensors.append(value)
-        return ("tensor", type(value))
-    if isinstance(value, Mapping):
-        return type(value), [(key, outlined(item, tensors)) for key, item in value.items()]
-    if isinstance(value, tuple | list):
-        return type(value), [outlined(item, tensors) for item in value]
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        items = [getattr(value, part.name) for part in dataclasses.fields(value)]
-        return type(value), [outlined(item, tensors) for item in items]
-    return type(value), value
-
-
-def _leaves(value: Any, found: list[Tensor]) -> Any:
-    """The same value with tensors of its own, of which gradients can be asked."""
-    if isinstance(value, Tensor):
-        found.append(value.detach().clone().requires_grad_(value.is_floating_point()))
-        return found[-1]
-    if isinstance(value, dict):
-        items = [(key, _leaves(item, found)) for key, item in value.items()]
-        return type(value)(items)
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_leaves(item, found) for item in value))
-    if type(value) in (tuple, list):
-        return type(value)(_leaves(item, found) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [part.name for part in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{n: _leaves(getattr(value, n), found) for n in names})
-    return value
-
-
 # --- two models ---
+
+
+def look(model: nn.Module, given: Call, seed: int) -> Run:
+    """A run that keeps the model's state, and the graph, which the next call may go through again."""
+    return run(model, given, seed=seed, restore=False, keep_graph=True, catch=Exception)
 
 
 def difference(
@@ -182,9 +89,9 @@ def difference(
     """
     for number, given in enumerate(calls):
         with reference or contextlib.nullcontext():
-            expected = observe(original, given, number)
-        actual = observe(other, given, number)
-        if found := _difference(actual, expected, exact=reference is None):
+            expected = look(original, given, number)
+        actual = look(other, given, number)
+        if found := tell_apart(actual, expected, close if reference else identical):
             return f"{found} (call {number})"
         if expected.error is not None:
             return ""
@@ -194,42 +101,6 @@ def difference(
                     0.125
                 )  # no new version: earlier graphs may be gone through again
     return ""
-
-
-def _difference(actual: Seen, expected: Seen, exact: bool) -> str:
-    if (actual.error is None) != (expected.error is None):
-        return f"raises: {actual.error!r} instead of {expected.error!r}"
-    if actual.outline != expected.outline:
-        return f"outputs are made of {actual.outline}, and not of {expected.outline}"
-    for index, (a, e) in enumerate(zip(actual.outputs, expected.outputs, strict=True)):
-        if not _identical(a, e):
-            return f"output {index} differs"
-    if not _identical(actual.random_state, expected.random_state):
-        return "random numbers drawn differ"
-    if list(actual.buffers) != list(expected.buffers):
-        return f"buffers are {list(actual.buffers)}, and not {list(expected.buffers)}"
-    for name, buffer in expected.buffers.items():
-        if not _identical(actual.buffers[name], buffer):
-            return f"buffer {name} differs"
-    if list(actual.gradients) != list(expected.gradients):
-        return f"parameters are {list(actual.gradients)}, and not {list(expected.gradients)}"
-    for name, gradient in expected.gradients.items():
-        if not (_identical if exact else _close)(actual.gradients[name], gradient):
-            return f"gradient of {name} differs"
-    return ""
-
-
-def _identical(a: Tensor | None, b: Tensor | None) -> bool:
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a.nan_to_num(), b.nan_to_num())
-
-
-def _close(a: Tensor | None, b: Tensor | None) -> bool:
-    # an Interception clones what it hands on: gradients may be added up in another order
-    if a is None or b is None:
-        return a is b
-    return a.dtype == b.dtype and a.shape == b.shape and torch.allclose(a, b, 1e-4, 1e-5)
 
 
 class InterceptionOutside(Interception):

@@ -8,18 +8,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import TreeSpec, tree_leaves, tree_map_only, tree_structure
 
 import freegrad_fx as fg
-from models import Run, assert_same_forward, assert_same_gradients, differs, loss
+from runs import Inputs, assert_same_forward, assert_same_gradients, differs, run
 
-Inputs: TypeAlias = Tensor | tuple[Any, ...] | Mapping[str, Any]
 Backward: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 
 A, B = -0.8, 1.2
@@ -100,55 +97,7 @@ def _inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     return len(args) > position and bool(args[position])
 
 
-# --- running a model ---
-
-
-@dataclass
-class Execution(Run):
-    """A run, and how its outputs are nested."""
-
-    structure: TreeSpec
-
-
-def execute(model: nn.Module, inputs: Inputs) -> Execution:
-    """Run a model forward and backward from the same random numbers; its buffers are put back afterwards."""
-    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    inputs = tree_map_only(Tensor, _leaf, inputs)
-    args, kwargs = _as_call(inputs)
-    leaves = {f"input {i}": t for i, t in enumerate(tree_leaves(inputs)) if _learns(t)}
-    leaves.update((n, p) for n, p in model.named_parameters() if p.requires_grad)
-    torch.manual_seed(1)
-    output = model(*args, **kwargs)
-    random_state = torch.get_rng_state()
-    outputs = [o for o in tree_leaves(output) if isinstance(o, Tensor)]
-    learning = [o for o in outputs if o.requires_grad]
-    gradients = torch.autograd.grad(loss(learning), list(leaves.values()), allow_unused=True)
-    result = Execution(
-        type(output),
-        [o.detach().clone() for o in outputs],
-        {name: buffer.clone() for name, buffer in model.named_buffers()},
-        random_state,
-        dict(zip(leaves, gradients, strict=True)),
-        tree_structure(output),
-    )
-    with torch.no_grad():
-        for name, buffer in model.named_buffers():
-            buffer.copy_(before[name])
-    return result
-
-
-def _leaf(tensor: Tensor) -> Tensor:
-    return tensor.detach().clone().requires_grad_(tensor.is_floating_point())
-
-
-def _learns(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.requires_grad
-
-
-def _as_call(inputs: Inputs) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if isinstance(inputs, Mapping):
-        return (), dict(inputs)
-    return (inputs if isinstance(inputs, tuple) else (inputs,)), {}
+# --- a model before it is run ---
 
 
 def wake(model: nn.Module) -> nn.Module:
@@ -256,29 +205,27 @@ def _check_mode(
     rule: str | None,
 ) -> None:
     model.train(training)
-    native = execute(model, inputs)
+    native = run(model, inputs)
     assert all(o.isfinite().all() for o in native.outputs if o.is_floating_point())
     before = fingerprint(model)
     for gm in transformed:
         gm.train(not training)
         gm.train(training)
         assert_modes(gm, model)
-    actual = execute(transformed[0], inputs)
-    assert actual.structure == native.structure
+    actual = run(transformed[0], inputs)
     assert_same_forward(actual, native)
     assert_same_gradients(actual, native)
     del actual
     if rule is None:
         return
-    ruled = execute(transformed[1], inputs)
-    assert ruled.structure == native.structure
+    ruled = run(transformed[1], inputs)
     assert_same_forward(ruled, native)
     assert differs(ruled, native)
     assert fingerprint(model) == before, "running the transformed model changes the original"
     del native
     model.train(training)  # some models forget here what they keep from one call to the next
     with Interception(RULES[rule][1]) as reference:
-        expected = execute(model, inputs)
+        expected = run(model, inputs)
     assert_same_gradients(ruled, expected)
     assert _sites(transformed[1]) == len(reference.calls), "an activation is not a site"
 

@@ -15,20 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import freegrad_fx as fg
 import models
-from models import (
-    MODULES,
-    VISION,
-    Run,
-    Spellings,
-    SpellingsByHand,
-    Vision,
-    assert_same_forward,
-    assert_same_gradients,
-    differs,
-    edited_by_hand,
-    loss,
-    run,
-)
+import runs
+from models import MODULES, VISION, Spellings, SpellingsByHand, Vision, edited_by_hand
+from runs import Run, assert_same_forward, assert_same_gradients, differs, loss, run
 
 NATIVE: dict[str, None] = {"activations": None}
 RECTANGULAR = fg.rules.rectangular(a=-0.8, b=1.2)
@@ -251,7 +240,7 @@ def test_a_module_made_inside_forward_is_a_site() -> None:
     actual = run(gm, x).gradients
     assert differs(run(gm, x), run(model, x))
     for name, gradient in zip(("linear.weight", "linear.bias"), expected, strict=True):
-        models.assert_identical(actual[name], gradient, name)
+        runs.assert_identical(actual[name], gradient, name)
 
 
 def test_an_optimizer_made_before_trains_both() -> None:
@@ -265,7 +254,7 @@ def test_an_optimizer_made_before_trains_both() -> None:
             m(x).square().sum().backward()
             optimizer.step()
     for (name, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
-        models.assert_identical(a, b, name)
+        runs.assert_identical(a, b, name)
     assert torch.equal(gm.eval()(x), model.eval()(x))
 
 

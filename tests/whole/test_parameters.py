@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import freegrad_fx as fg
-from models import Vision, assert_same_forward
+from models import Vision
 from parameter_models import CASES, Case, Formula, entrywise, floats, whole
-from sweep import Execution, assert_same_state, execute, fingerprint
+from runs import Run, assert_same_forward, run
+from sweep import assert_same_state, fingerprint
 
 RECTANGULAR = (fg.rules.rectangular(a=-0.5, b=0.8), entrywise("rectangular", a=-0.5, b=0.8))
 
@@ -57,7 +58,7 @@ def transformed(case: Case, model: nn.Module, rules: Any, export: bool) -> fg.Ca
 
 
 def assert_ruled(
-    actual: Execution, native: Execution, model: nn.Module, formula: Formula, exact: bool = True
+    actual: Run, native: Run, model: nn.Module, formula: Formula, exact: bool = True
 ) -> None:
     """Every parameter has the formula's gradient, and every input the native one."""
     parameters = dict(model.named_parameters())
@@ -94,8 +95,7 @@ def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> N
     for training in (True, False):
         model.train(training)
         gm.train(training)
-        native, ruled = execute(model, case.inputs), execute(gm, case.inputs)
-        assert ruled.structure == native.structure
+        native, ruled = run(model, case.inputs), run(gm, case.inputs)
         assert_same_forward(ruled, native)
         assert_ruled(ruled, native, model, formula)
 
@@ -147,7 +147,7 @@ def test_each_rule_is_its_formula_on_the_native_gradient(name: str, model: str) 
     else:
         rules = {"params": rule}
     gm = fg.transform(original, rules)
-    native, ruled = execute(original, case.inputs), execute(gm, case.inputs)
+    native, ruled = run(original, case.inputs), run(gm, case.inputs)
     if name == "centralize" and model == "bare":
         assert torch.equal(ruled.gradients["temperature"], native.gradients.pop("temperature"))
     assert_ruled(ruled, native, original, formula, exact)
@@ -162,7 +162,7 @@ def test_resnet18(export: bool) -> None:
     for training in (True, False):
         model.train(training)
         gm.train(training)
-        native, ruled = execute(model, x), execute(gm, x)
+        native, ruled = run(model, x), run(gm, x)
         assert_same_forward(ruled, native)
         for name, p in model.named_parameters():
             window = (p >= -0.02) & (p <= 0.02)
@@ -174,7 +174,7 @@ def test_random_rules_draw_from_the_seed_and_stay_in_their_interval() -> None:
     case = CASES["Conv2d"]
     model = case.build()
     gm = fg.transform(model, {"params": "full_jam"})
-    native = execute(model, case.inputs)
+    native = run(model, case.inputs)
 
     def jammed(seed: int) -> dict[str, Tensor]:
         output = gm(*case.inputs)
@@ -222,7 +222,7 @@ def test_a_parameter_is_one_site_and_its_rule_sees_the_sum(
     gm = fg.transform(model, {"params": fg.rules.clip_norm(max_norm=0.05)})
     sites = [d.site for d in fg.report(gm).decisions if d.site.kind == "parameter"]
     assert [s.names for s in sites if parameter in s.names] == [names]
-    native, ruled = execute(model, case.inputs), execute(gm, case.inputs)
+    native, ruled = run(model, case.inputs), run(gm, case.inputs)
     assert_ruled(ruled, native, model, whole("clip_norm", max_norm=0.05), exact=False)
 
 
@@ -244,7 +244,7 @@ def test_training_leaves_no_mark_on_the_original() -> None:
         assert parameter.is_leaf
     untouched = case.build()
     untouched.load_state_dict(model.state_dict())
-    native, actual = execute(untouched, case.inputs), execute(model, case.inputs)
+    native, actual = run(untouched, case.inputs), run(model, case.inputs)
     assert_same_forward(actual, native)
     for name, gradient in native.gradients.items():
         assert torch.equal(actual.gradients[name], gradient), name
@@ -363,7 +363,7 @@ def test_a_decoupled_parameter_is_not_decoupled_again_and_others_still_are() -> 
     )
     with pytest.warns(fg.FreegradWarning, match="already decoupled, with the rule 'reverse'"):
         twice = fg.transform(once, {"params": fg.rules.scale(s=8.0)})
-    native, ruled = execute(model, case.inputs), execute(twice, case.inputs)
+    native, ruled = run(model, case.inputs), run(twice, case.inputs)
     assert_same_forward(ruled, native)
     for name, _ in model.named_parameters():
         factor = -2 if name.endswith("weight_ih") else 8
@@ -376,7 +376,7 @@ def test_a_decoupled_parameter_of_a_part_is_not_decoupled_again() -> None:
     with pytest.warns(fg.FreegradWarning, match=r"0\.0\.\w+ keeps .* already decoupled, with"):
         gm = fg.transform(nn.Sequential(once, nn.Linear(6, 3)), {"params": "reverse"})
     x = floats(4, 6)
-    native, ruled = execute(nn.Sequential(part, gm.get_submodule("1")), x), execute(gm, x)
+    native, ruled = run(nn.Sequential(part, gm.get_submodule("1")), x), run(gm, x)
     for name, gradient in native.gradients.items():
         factor = {"0": 4, "1": -1}.get(name[0], 1)
         assert torch.equal(ruled.gradients[name], factor * gradient), name
@@ -408,7 +408,7 @@ def test_which_parameters_a_table_means() -> None:
     entry = fg.on(parameter="*.weight", module="encoder.*")
     gm = fg.transform(model, fg.RuleTable([entry.backward("reverse")]))
     inputs = CASES["transformer-classifier"].inputs
-    native, ruled = execute(model, inputs), execute(gm, inputs)
+    native, ruled = run(model, inputs), run(gm, inputs)
     for name, gradient in native.gradients.items():
         meant = name.startswith("encoder.") and name.endswith(".weight")
         assert torch.equal(ruled.gradients[name], -gradient if meant else gradient), name
@@ -419,13 +419,13 @@ def test_a_tied_parameter_is_one_of_every_class_that_holds_it(kind: type[nn.Modu
     table = fg.RuleTable([fg.on("params", type=kind, module=["embed", "head"]).backward("reverse")])
     case = CASES["tied"]
     model = case.build()
-    native, ruled = execute(model, case.inputs), execute(fg.transform(model, table), case.inputs)
+    native, ruled = run(model, case.inputs), run(fg.transform(model, table), case.inputs)
     assert torch.equal(ruled.gradients["embed.weight"], -native.gradients["embed.weight"])
 
 
 def test_a_misspelt_parameter_is_answered_with_those_that_there_are() -> None:
     table = fg.RuleTable([fg.on(parameter="*.wieght").backward("reverse")])
-    with pytest.raises(fg.PlanError, match=r"it has are, among others: .*used\.weight"):
+    with pytest.raises(fg.PlanError, match=r"parameters of the model include: .*used\.weight"):
         fg.explain(HalfUsed(), table, strict=True)
 
 
@@ -435,7 +435,7 @@ def test_all_means_activations_and_parameters() -> None:
     gm = fg.transform(model, {"all": fg.rules.scale(s=4.0)})
     kinds = [d.site.kind for d in fg.report(gm).with_action("rewrite")]
     assert kinds == ["operation"] + ["parameter"] * 5
-    native, ruled = execute(model, x), execute(gm, x)
+    native, ruled = run(model, x), run(gm, x)
     # the slope of a PReLU learns natively but for its own rule
     for name in ("1.weight", "2.weight", "2.bias"):
         assert torch.equal(ruled.gradients[name], 4 * native.gradients[name])

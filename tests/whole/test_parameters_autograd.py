@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
-from models import assert_same_forward
 from parameter_models import CASES, entrywise, floats, indices, whole
-from sweep import execute
+from runs import assert_same_forward, run
 
 X = floats(4, 6)
 REVERSE = fg.rules.reverse(alpha=2.0)
@@ -529,7 +528,7 @@ def test_compositions_on_a_parameter_go_from_the_first_rule_to_the_last() -> Non
         fg.rules.rectangular(a=-0.3, b=0.3),
     )
     gm = fg.transform(model, {"params": fg.compose(*parts)})
-    native, ruled = execute(model, X), execute(gm, X)
+    native, ruled = run(model, X), run(gm, X)
     assert_same_forward(ruled, native)
     for name, parameter in model.named_parameters():
         inside = (parameter >= -0.3) & (parameter <= 0.3)

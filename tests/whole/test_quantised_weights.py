@@ -18,9 +18,8 @@ import freegrad_fx as fg
 from _data import Data, load_digits
 from freegrad_fx.table.entry import FORWARDS
 from freegrad_fx.vocabulary import OPS
-from models import assert_same_forward
 from parameter_models import CASES, floats
-from sweep import execute
+from runs import assert_same_forward, run
 
 X = floats(4, 6)
 
@@ -48,7 +47,7 @@ def with_weights(model: nn.Module, forward: Callable[[Tensor], Tensor]) -> nn.Mo
 
 def assert_reads(gm: nn.Module, reference: nn.Module) -> None:
     """The same output, and in the latent weights the gradients that the reference has in its own."""
-    actual, expected = execute(gm, X), execute(reference, X)
+    actual, expected = run(gm, X), run(reference, X)
     assert_same_forward(actual, expected)
     for name, gradient in expected.gradients.items():
         assert torch.equal(actual.gradients[name], gradient), name
@@ -206,7 +205,7 @@ def test_every_layer_reads_binary_weights(name: str) -> None:
     with torch.no_grad():
         for parameter in reference.parameters():
             parameter.copy_(torch.where(parameter >= 0, 1.0, -1.0))
-    expected, actual = execute(reference, case.inputs), execute(gm, case.inputs)
+    expected, actual = run(reference, case.inputs), run(gm, case.inputs)
     assert_same_forward(actual, expected)
     latent = dict(model.named_parameters())
     for key, gradient in expected.gradients.items():

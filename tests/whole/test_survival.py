@@ -24,17 +24,10 @@ from torch.func import functional_call, grad, vmap
 
 import freegrad_fx as fg
 import models
-from models import (
-    Branching,
-    BranchingByHand,
-    Smooth,
-    SmoothByHand,
-    assert_same_forward,
-    differs,
-    naive,
-    run,
-)
+import runs
+from models import Branching, BranchingByHand, Smooth, SmoothByHand, naive
 from places import IMPORTABLE
+from runs import assert_same_forward, differs, run
 
 # Not the defaults: a copy that loses the parameters fails too.
 RULES = {
@@ -179,12 +172,12 @@ def test_what_is_done_to_the_graphs_of_one_leaves_the_other_as_it_is(
 IN_ANOTHER_PROCESS = """
 import sys
 import torch
-import models
+from runs import run
 
 gm = torch.load(sys.argv[1], weights_only=False)
 x = torch.load(sys.argv[2])
-runs = [models.run(gm.train(training), x) for training in (True, False)]
-torch.save([run.gradients for run in runs], sys.argv[3])
+seen = [run(gm.train(training), x) for training in (True, False)]
+torch.save([each.gradients for each in seen], sys.argv[3])
 """
 
 
@@ -328,7 +321,7 @@ def assert_kept_compiled(compiled: nn.Module, by_hand: nn.Module) -> None:
         torch.manual_seed(1)
         output = model(x)
         leaves = [x, *model.parameters()]
-        results.append([output, *torch.autograd.grad(models.loss([output]), leaves)])
+        results.append([output, *torch.autograd.grad(runs.loss([output]), leaves)])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e)
 
@@ -345,8 +338,8 @@ def test_double_backward(pair: str, training: bool) -> None:
         x = sample().requires_grad_()
         torch.manual_seed(1)
         leaves = [x, *model.parameters()]
-        first = torch.autograd.grad(models.loss([model(x)]), leaves, create_graph=True)
-        second.append(torch.autograd.grad(models.loss([g.tanh() for g in first]), leaves))
+        first = torch.autograd.grad(runs.loss([model(x)]), leaves, create_graph=True)
+        second.append(torch.autograd.grad(runs.loss([g.tanh() for g in first]), leaves))
     for a, e in zip(*second, strict=True):
         torch.testing.assert_close(a, e)
     assert any(g.abs().max() > 0 for g in second[1][1:])
@@ -363,10 +356,10 @@ def test_functorch(pair: str, training: bool, outer: str) -> None:
     xs = sample()
 
     def sample_loss(parameters: dict[str, Tensor], x: Tensor) -> Tensor:
-        return models.loss([functional_call(gm, parameters, (x[None],))[0]])
+        return runs.loss([functional_call(gm, parameters, (x[None],))[0]])
 
     def reference(x: Tensor) -> list[Tensor]:
-        loss = models.loss([by_hand(x[None])[0]])
+        loss = runs.loss([by_hand(x[None])[0]])
         return list(torch.autograd.grad(loss, list(by_hand.parameters())))
 
     each = [reference(x) for x in xs]
@@ -445,7 +438,7 @@ def test_replicas(pair: str, training: bool) -> None:
         torch.manual_seed(1)
         outputs = [m(x) for m, x in zip(models_, inputs, strict=True)]
         owner = gm if models_ is replicas else by_hand
-        gradients = torch.autograd.grad(models.loss(outputs), [*inputs, *owner.parameters()])
+        gradients = torch.autograd.grad(runs.loss(outputs), [*inputs, *owner.parameters()])
         results.append([*outputs, *gradients])
     for a, e in zip(*results, strict=True):
         torch.testing.assert_close(a, e)

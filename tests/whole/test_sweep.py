@@ -21,7 +21,8 @@ from torchvision import models as vision
 from torchvision.models.video import mvit
 
 import freegrad_fx as fg
-from sweep import Inputs, check_invariants, fingerprint, wake
+from runs import Inputs
+from sweep import check_invariants, fingerprint, wake
 
 CLASSIFICATION = vision.list_models(module=vision)
 SEGMENTATION = vision.list_models(module=vision.segmentation)
@@ -99,15 +100,6 @@ def make(name: str) -> nn.Module:
 
 def sample(shape: tuple[int, ...]) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(2))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    # Many small kernels: threads only get into each other's way.
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # --- the checker ---

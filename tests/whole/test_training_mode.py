@@ -17,8 +17,10 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import models
+import runs
 from freegrad_fx.capture.symbolic import MAX_VARIANTS
-from models import assert_same_forward, assert_same_gradients, differs, edited_by_hand, run
+from models import edited_by_hand
+from runs import assert_same_forward, assert_same_gradients, differs, run
 
 NATIVE: dict[str, None] = {"activations": None}
 RECTANGULAR = fg.rules.rectangular(a=-0.8, b=1.2)
@@ -349,18 +351,18 @@ def test_a_surrogate_has_the_same_gradient_in_evaluation() -> None:
     step = models.naive(lambda x: (x > 0).to(x.dtype), models.fast_sigmoid(5.0))
     x = sample()
     leaves = list(model.parameters())
-    expected = torch.autograd.grad(models.loss([model.b(step(model.a(x)))]), leaves)
+    expected = torch.autograd.grad(runs.loss([model.b(step(model.a(x)))]), leaves)
     gm.eval()
-    actual = torch.autograd.grad(models.loss([gm(x)]), leaves)
+    actual = torch.autograd.grad(runs.loss([gm(x)]), leaves)
     for a, e in zip(actual, expected, strict=True):
         torch.testing.assert_close(a, e)
     assert actual[0].abs().max() > 0
     gm.train()
     torch.manual_seed(1)
-    trained = torch.autograd.grad(models.loss([gm(x)]), leaves)
+    trained = torch.autograd.grad(runs.loss([gm(x)]), leaves)
     torch.manual_seed(1)
     dropped = model.b(F.dropout(step(model.a(x)), 0.5))
-    for a, e in zip(trained, torch.autograd.grad(models.loss([dropped]), leaves), strict=True):
+    for a, e in zip(trained, torch.autograd.grad(runs.loss([dropped]), leaves), strict=True):
         torch.testing.assert_close(a, e)
 
 
@@ -381,8 +383,8 @@ def test_compiled_in_one_piece_and_switched(name: str) -> None:
         leaves = list(model.parameters())
         with edited_by_hand(model.train(training), BY_HAND) as reference:
             torch.manual_seed(1)
-            by_hand = torch.autograd.grad(models.loss([reference(x)]), leaves)
-        for a, e in zip(torch.autograd.grad(models.loss([actual]), leaves), by_hand, strict=True):
+            by_hand = torch.autograd.grad(runs.loss([reference(x)]), leaves)
+        for a, e in zip(torch.autograd.grad(runs.loss([actual]), leaves), by_hand, strict=True):
             torch.testing.assert_close(a, e)
 
 

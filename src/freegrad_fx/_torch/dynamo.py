@@ -52,6 +52,12 @@ def takes_for_constant(function: Called) -> Called:
     return function
 
 
+def _run_in_python(code: CodeType) -> None:
+    """Let Dynamo compile no frame of a code, and no frame that it calls."""
+    skip = _frames._FrameAction.SKIP
+    _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+
+
 def leave_to_python(function: Called) -> Called:
     """Decorate a function that Dynamo must not compile, including every function that it calls.
 
@@ -60,9 +66,7 @@ def leave_to_python(function: Called) -> Called:
     """
     function._torchdynamo_disable = True  # type: ignore[attr-defined]
     try:
-        skip = _frames._FrameAction.SKIP
-        strategy = _frames._FrameExecStrategy(skip, skip)
-        _frames.set_code_exec_strategy(function.__code__, strategy)
+        _run_in_python(function.__code__)
     except (AttributeError, TorchVersionError) as error:
         text = str(unsupported(_COMPILED, error))
 
@@ -113,13 +117,18 @@ def is_tracing() -> bool:
     return tracing_context() is not None
 
 
+@takes_for_constant
 def _is_compiling() -> bool:
     return torch.compiler.is_compiling() or is_tracing()
 
 
-# Before torch 2.13, the public function answers no while AOTAutograd traces.
-is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_compiling
-"""Whether `torch.compile` or `torch.export` traces the code that asks."""
+if release() >= (2, 13):
+    is_compiling = torch.compiler.is_compiling
+else:  # there, the public function returns False while AOTAutograd traces
+    is_compiling = _is_compiling
+    # Compiled by itself, as Dynamo does with functions behind a graph break, it would always return True.
+    _run_in_python(_is_compiling.__code__)
+"""Whether `torch.compile` or `torch.export` traces the calling code."""
 
 
 def is_compiling_backward() -> bool:

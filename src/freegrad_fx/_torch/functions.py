@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 import torch
 
 from .releases import lookup, uses_private_names
-from .replacing import replace_for_good, replaced
+from .replacing import Make, all_replaced, replace_for_good, replaced
 
 __all__ = [
     "Function",
@@ -65,24 +65,23 @@ def functions_answered_by(intercept: Intercept) -> Iterator[None]:
     Args:
         intercept: Called at each `apply`.
     """
-    with contextlib.ExitStack() as stack:
-
-        def watch(function: Function) -> None:
-            stack.enter_context(_answered(function, intercept))
+    # not those of compilers and transforms
+    known = [
+        f for f in _subclasses(torch.autograd.Function) if not f.__module__.startswith("torch._")
+    ]
+    with (
+        all_replaced(part for f in known for part in _answered(f, intercept)),
+        contextlib.ExitStack() as made,
+    ):
 
         def noted(start: Callable[..., None]) -> Callable[..., None]:
-            def made(function: Any, *args: Any, **kwargs: Any) -> None:
+            def watched(function: Any, *args: Any, **kwargs: Any) -> None:
                 start(function, *args, **kwargs)
-                watch(function)
+                made.enter_context(all_replaced(_answered(function, intercept)))
 
-            return made
+            return watched
 
-        for function in _subclasses(torch.autograd.Function):
-            if not function.__module__.startswith(
-                "torch._"
-            ):  # not those of compilers and transforms
-                watch(function)
-        stack.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
+        made.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
         yield
 
 
@@ -95,8 +94,8 @@ def _subclasses(function: Function) -> dict[Function, None]:
     return found
 
 
-@contextlib.contextmanager
-def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
+def _answered(function: Function, intercept: Intercept) -> Iterator[tuple[Any, str, Make]]:
+    """What has to be replaced of a Function, so that an intercept is asked at each `apply`."""
     has_context = function.setup_context is torch.autograd.Function.setup_context
     nothing = answered = object()
 
@@ -122,11 +121,9 @@ def _answered(function: Function, intercept: Intercept) -> Iterator[None]:
 
         return prepare
 
-    with contextlib.ExitStack() as stack:
-        if not has_context:
-            stack.enter_context(replaced(function, "setup_context", setup_with))
-        stack.enter_context(replaced(function, "forward", forward_with))
-        yield
+    if not has_context:
+        yield function, "setup_context", setup_with
+    yield function, "forward", forward_with
 
 
 def applied_to_inputs(args: tuple[Any, ...], has_context: bool) -> tuple[Any, ...] | None:
