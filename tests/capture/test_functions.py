@@ -515,7 +515,7 @@ def test_a_stored_apply_is_a_site_of_its_class() -> None:
     torch.testing.assert_close(grad, (spikes * 3) @ model.f.weight)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("kind", [k for k in STORED if k is not MadeInsideOfTheForward])
 def test_dynamo_keeps_a_stored_apply(kind: type[nn.Module], backend: str) -> None:
     if kind is WithAnApplyOfItsOwn:

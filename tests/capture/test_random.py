@@ -89,7 +89,7 @@ def check(program: Any, captured_in: str, flags: Sequence[bool]) -> list[fx.Grap
 
 
 @pytest.mark.parametrize(
-    "examples", [EXAMPLES // 4, pytest.param(EXAMPLES, marks=pytest.mark.slow)]
+    "examples", [EXAMPLES // 10, pytest.param(EXAMPLES, marks=pytest.mark.slow)]
 )
 def test_a_random_module(examples: int) -> None:
     @settings(

@@ -46,12 +46,13 @@ LARGE = [
     Vision("mnasnet0_5"),
     Vision("convnext_tiny"),
 ]
+MODES = [pytest.param(True, id="train"), pytest.param(False, id="eval", marks=pytest.mark.slow)]
 CASES = [pytest.param(v, id=v.name) for v in SMALL] + [
     pytest.param(v, id=v.name, marks=pytest.mark.slow) for v in LARGE
 ]
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("vision", CASES)
 def test_one_table_means_the_same_through_both_doors(vision: Vision, training: bool) -> None:
     model = wake(vision.make()).train(training)
@@ -196,7 +197,7 @@ def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
     return pytest.importorskip("transformers")
 
 
-@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("make", LANGUAGE, ids=lambda make: make.__name__)
 def test_a_language_model_gets_its_rules(transformers: Any, make: Any, training: bool) -> None:
     model = make(transformers).train(training)
@@ -218,6 +219,7 @@ def test_a_language_model_gets_its_rules(transformers: Any, make: Any, training:
     assert places(backend.report()) == LANGUAGE[make]
 
 
+@pytest.mark.slow
 def test_generate_gives_the_same_tokens_and_the_model_can_be_trained_on(transformers: Any) -> None:
     model = gpt2(transformers).eval()
     tokens = torch.randint(3, 50, (2, 5))

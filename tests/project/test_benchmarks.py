@@ -197,7 +197,10 @@ def test_a_different_gradient_is_reported() -> None:
     assert cases.differences(gradients) == {"snnTorch atan": "another gradient: up to 0.5 apart"}
 
 
-@pytest.mark.parametrize("name", cases.MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow if i else ()) for i, n in enumerate(cases.MODELS)],
+)
 def test_every_training_step_runs_and_every_model_has_its_rule(name: str) -> None:
     models, x = cases.step_models(name, quick=True), cases.MODELS[name].input(quick=True)
     native = models["native"]().eval()
