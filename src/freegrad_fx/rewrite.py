@@ -1,8 +1,7 @@
-"""Plan → rewritten graph: the only stage that changes one.
+"""Applies a plan to a graph. This is the only stage that changes graphs.
 
-Requires: graphs as `capture` makes them, and their sites. Ensures: every site that the plan rewrites has its rules
-around it, every other node is as it was, and the values that the graph computes are the same unless the plan replaces
-a forward.
+Requires: a captured graph and its sites. Ensures: `stop_gradient` and `decoupled` surround every site that the plan
+rewrites, every other node is unchanged, and the graph computes the same values unless the plan replaces a forward.
 """
 
 from __future__ import annotations
@@ -41,10 +40,13 @@ __all__ = ["rewrite", "without_ambient"]
 
 
 def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
-    """Take out what an earlier rewrite has put around ambient sites, so that a table can decide them.
+    """Remove the calls that an earlier rewrite inserted around ambient sites, so that a table can decide these sites.
+
+    Args:
+        graph: The graph; it is changed in place.
 
     Returns:
-        The operations that were ambient sites, and the names of the parameters that were.
+        The nodes of the operations and the names of the parameters that were ambient sites.
     """
     found: set[fx.Node | str] = set()
     for node in graph.nodes:
@@ -59,17 +61,17 @@ def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
 
 
 def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
-    """Put the rules of a plan around the sites of one graph.
+    """Insert the rules of a plan around the sites of one graph.
 
     Args:
-        graph: The graph; it is changed.
-        root: The module whose submodules it calls. Tensors that are parameters of rules become buffers of it, which no
-            state_dict holds, unless they are its parameters or buffers already.
-        decided: The sites of this graph with the decisions for them.
+        graph: The graph; it is changed in place.
+        root: The module whose submodules the graph calls. A tensor that is a parameter of a rule is registered on it as
+            a non-persistent buffer, unless it already is a parameter or buffer of `root`.
+        decided: The sites of this graph, each with its decision.
     """
     wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
-    # Judged before anything is inserted; the last site first, so that what is judged "later" has been done.
+    # The aliasing describes the graph before any insertion, so all sites are analysed first
     judged = [
         (place, decision, _memory(place, decision, aliasing))
         for place, decision in wanted
@@ -101,14 +103,15 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
 
 @dataclass(frozen=True)
 class _Memory:
-    """What a site needs beyond the usual.
+    """What a site needs because of in-place operations and shared memory.
 
     Attributes:
-        keep_x: Whether a rule needs a copy of `x`.
-        write_back: Whether the result has to be written back into `x`'s memory.
-        on_copy: Whether the operation has to run on a copy, because it may return its input and the result is written
-            into.
-        save: What `decoupled` is to save, if not what the rule says.
+        keep_x: Whether a rule needs a copy of `x`, because `x` is overwritten before the backward.
+        write_back: Whether the result has to be written into the memory of `x`, because that memory is read later
+            through another node.
+        on_copy: Whether the operation has to run on a copy of `x`, because it may return `x` itself and its result is
+            written into later.
+        save: The `save` option for `decoupled`; ``""`` for the rule's own.
     """
 
     keep_x: bool
@@ -118,11 +121,11 @@ class _Memory:
 
 
 def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> _Memory:
-    """What a site needs beyond the usual.
+    """What a site needs because of in-place operations and shared memory.
 
-    A rule that asks of `x` only where it is positive can ask the output of some operations instead, which what follows
-    keeps anyway, more often than not; in place, `x` has become the output when it is saved. (What a module returns may
-    be what its forward hooks made of it.)
+    A rule that reads only where `x` is positive can read the output of some operations instead, for example of ReLU.
+    The next layer usually saves the output anyway. If the operation works in place, `x` already holds the output when
+    it is saved. Module calls are excluded, because forward hooks can replace the output.
     """
     x, node = place.input, place.node
     first, *others = decision.rules or (None,)
@@ -130,7 +133,7 @@ def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> 
     write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
     others_read_x = first is None or any("x" in rule.inputs for rule in others)
     save = ""
-    if _asks_where_positive(first, place) and decision.forward is None:
+    if _reads_where_positive(first, place) and decision.forward is None:
         if overwrites:
             save = "" if write_back or others_read_x else OVERWRITTEN
         elif node.op != "call_module" and not aliasing.written_after(node, node):
@@ -142,15 +145,15 @@ def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> 
     return _Memory(needs_x and lost, write_back, on_copy, save)
 
 
-def _asks_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
-    """Whether a rule asks of `x` only where it is positive, and the output of an operation is positive there too."""
+def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
+    """Whether a rule reads only where `x` is positive, and the output is positive exactly where `x` is."""
     usual = rule is not None and rule.declaration.reads_sign and rule.save == SAVES[0]
     return usual and place.op is not None and place.op.keeps_positive
 
 
 @contextmanager
 def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
-    """Insert behind the inputs of a graph; if `enabled`, what is inserted is run with gradients enabled."""
+    """Insert nodes after the inputs of a graph. If `enabled`, they run with gradients enabled."""
     inputs = [node for node in graph.nodes if node.op == "placeholder"]
     first = inputs[-1].next if inputs else next(iter(graph.nodes))
     with graph.inserting_before(first):
@@ -163,7 +166,10 @@ def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
 
 
 def _enables_gradients(place: LocatedParameter, root: nn.Module) -> bool:
-    """Whether a parameter may be used where gradients are enabled though the caller of the model disabled them."""
+    """Whether a parameter may be used with gradients enabled even if the caller of the model disabled them.
+
+    This is possible if the graph sets the grad mode, or if an opaque call runs user code.
+    """
     if any(sets_grad_mode(node.graph) for node in place.reads):
         return True
     called = [called_module(node, root) for node, _ in place.calls]
@@ -178,7 +184,7 @@ def _enables_gradients(place: LocatedParameter, root: nn.Module) -> bool:
 def _use(
     graph: fx.Graph, results: Sequence[tuple[LocatedParameter, tuple[fx.Node, set[fx.Node]]]]
 ) -> None:
-    """Let every use of a parameter read what the rules made of it."""
+    """Replace every use of a parameter by the decoupled parameter."""
     calls: dict[fx.Node, dict[str, fx.Node]] = {}
     for place, (result, own) in results:
         for node in place.reads:
@@ -187,7 +193,7 @@ def _use(
             if node.op == "get_attr" and not node.users:
                 graph.erase_node(node)
         for node, names in place.calls:
-            if not is_erased(node):  # a module whose forward has been replaced uses nothing
+            if not is_erased(node):  # a replaced forward no longer uses the module
                 calls.setdefault(node, {}).update(dict.fromkeys(names, result))
     for node, values in calls.items():
         if node.target is call_with:
@@ -203,7 +209,7 @@ def _use(
 
 
 class _Surgery:
-    """The change at one site; new nodes go where the graph inserts, and come from where the site does."""
+    """The changes at one site. New nodes are created at the insertion point of the graph, with the site's origin."""
 
     def __init__(
         self,
@@ -222,10 +228,10 @@ class _Surgery:
     def operate(self, place: LocatedOperation, decision: Decision, memory: _Memory) -> None:
         """Rewrite the site of an operation.
 
-        In the usual case the operation runs on `stop_gradient(x)`, in place or not, and `decoupled` takes over every
-        later use of its result, and of `x` if that was overwritten. Where other names of `x`'s memory are read later,
-        the operation runs on a copy, and its decoupled result is written into `x` natively: autograd then sees to
-        the views.
+        Usually the operation runs on `stop_gradient(x)`, and `decoupled` replaces every later use of its result, and
+        every later use of `x` if the operation works in place. If the memory of `x` is read later through another
+        node, such as a view, the operation runs on a copy instead, and ``x.copy_`` writes the decoupled result back,
+        so that autograd tracks the views.
         """
         node, x = place.node, place.input
         first, *others = decision.rules or (None,)
@@ -234,7 +240,7 @@ class _Surgery:
             start = source
             source = self.chain(source, others)
             if memory.write_back:
-                # `source` itself may be overwritten unless a rule needs it
+                # the operation can overwrite `start`, unless a rule reads it
                 stop = self.stop(start)
                 stop = self.keep(stop) if memory.keep_x else stop
             else:
@@ -264,15 +270,15 @@ class _Surgery:
     def decouple(
         self, place: LocatedParameter, decision: Decision, written: bool
     ) -> tuple[fx.Node, set[fx.Node]]:
-        """Put the rules behind a parameter.
+        """Insert the rules for a parameter.
 
         Returns:
-            What is to be read in its place, and the nodes that go on reading the parameter itself.
+            The node to use instead of the parameter, and the inserted nodes that read the parameter itself.
         """
         first, *others = decision.rules or (None,)
         parameter = self.read(place)
         before = set(parameter.users)
-        # A rule reads the value at the beginning of the forward
+        # A rule reads the value that the parameter has at the beginning of the forward
         copied = written and decision.reads("x")
         source = self.keep(parameter) if copied else parameter
         chained = self.chain(source, others)
@@ -283,34 +289,34 @@ class _Surgery:
         return result, set(parameter.users) - before
 
     def read(self, place: LocatedParameter) -> fx.Node:
-        """The parameter."""
+        """A node that reads the parameter: its graph input, or a new get_attr node."""
         for node in place.reads:
             if node.op == "placeholder":
                 return node
         return self.node("get_attr", place.site.name)
 
     def chain(self, source: fx.Node, rules: Sequence[Rule | None]) -> fx.Node:
-        """An identity for every rule but the first, the last rule nearest to the source."""
+        """Apply all rules except the first, each around an identity; the last rule is nearest to the source."""
         for rule in reversed(rules):
             source = self.decoupled(self.stop(source), source, rule)
         return source
 
     def stop(self, x: fx.Node) -> fx.Node:
-        """A `stop_gradient` of x."""
+        """Insert ``stop_gradient(x)``."""
         return self.node("call_function", stop_gradient, (x,), self.ambient)
 
     def keep(self, x: fx.Node) -> fx.Node:
-        """A copy of x for the rules."""
+        """Insert a copy of x for the rules; at an ambient site it is made only while a rule is in force."""
         if not self.ambient:
             return self.clone(x)
         return self.node("call_function", kept, (x,), self.ambient)
 
     def clone(self, x: fx.Node) -> fx.Node:
-        """A copy of x."""
+        """Insert ``x.clone()``."""
         return self.node("call_method", "clone", (x,))
 
     def forward(self, x: fx.Node, forward: Forward) -> fx.Node:
-        """What replaces the forward, of x."""
+        """Insert the call of a replacement forward on x."""
         function: Any = OPS[forward].function if isinstance(forward, str) else forward
         before: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
@@ -329,7 +335,7 @@ class _Surgery:
         return self.node("call_function", apply_forward, (x, key, *before), keywords)
 
     def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None, save: str = "") -> fx.Node:
-        """A `decoupled` of y and x; without a rule it is ambient."""
+        """Insert ``decoupled(y, x)`` with a rule; ``None`` makes it ambient."""
         if rule is None:
             kwargs: dict[str, Any] = {**self.ambient, "site": self.site.name}
             return self.node("call_function", decoupled, (y, x), kwargs)
@@ -342,7 +348,7 @@ class _Surgery:
         return self.node("call_function", decoupled, (y, x), kwargs)
 
     def tensor(self, value: Tensor) -> fx.Node:
-        """A tensor that is a parameter of a rule: one of the model's, or a buffer that no state_dict holds."""
+        """Insert a read of a tensor that is a parameter of a rule; register it as a non-persistent buffer if needed."""
         named = (*self.root.named_parameters(), *self.root.named_buffers())
         name = next((name for name, tensor in named if tensor is value), "")
         if not name:
@@ -352,14 +358,14 @@ class _Surgery:
         return self.node("get_attr", name)
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:
-        """A node that comes from where the site does."""
+        """Insert a node with the origin of the site."""
         node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta.update(self.meta)
         return node
 
 
 def _can_be_written(value: Any) -> bool:
-    """Whether the code of a graph can hold a value."""
+    """Whether the generated code of a graph can contain a value."""
     plain = (int, float, complex, bool, str, type(None), torch.dtype, torch.device)
     return isinstance(value, Tensor) or type(value) in plain
 

@@ -182,6 +182,7 @@ VIEWS: dict[str, Callable[[Built, Any, Any], Any]] = {
     "aten.slice": lambda g, a, b: g.call(aten.slice.Tensor, a, 0, 0, 2),
     "aten.reshape": lambda g, a, b: g.call(aten.reshape.default, a, [-1]),
     "aten.contiguous": lambda g, a, b: g.call(aten.contiguous.default, a),
+    "aten.dropout, off": lambda g, a, b: g.call(aten.dropout.default, a, 0.5, False),
     "aten.split": lambda g, a, b: g.call(operator.getitem, g.call(aten.split.Tensor, a, 2), 0),
     "view of a view": lambda g, a, b: g.call("view", g.call("view", a, -1), 2, 8),
     # in place: the result is the argument
@@ -315,9 +316,10 @@ def test_a_sum_with_another_attribute_can_be_one_of_texts_or_lists() -> None:
     assert built.aliasing(total).written(built.x)
 
 
-def test_what_a_layer_returns_beside_its_output_is_no_tensor() -> None:
+@pytest.mark.parametrize("layer", ["gru", "gru_cell", "pool_indices"])
+def test_the_tuple_that_a_layer_returns_is_not_a_tensor(layer: str) -> None:
     built = Built()
-    several = built.call("part.gru", built.x)
+    several = built.call(f"part.{layer}", built.x)
     joined = built.call(operator.add, several, built.y)  # two tuples
     built.call("add_", built.call(operator.getitem, joined, 3), 1)
     assert built.aliasing(joined).written(built.y)
@@ -380,6 +382,7 @@ WRITERS: dict[str, tuple[Callable[[Built, Any, Any], fx.Node], str]] = {
     "nn.ReLU": (lambda g, x, y: g.call("part.relu", x), ""),
     "aten.relu_": (lambda g, x, y: g.call(aten.relu_.default, x), "x"),
     "aten.relu": (lambda g, x, y: g.call(aten.relu.default, x), ""),
+    "aten.view": (lambda g, x, y: g.call(aten.view.default, x, [-1]), ""),
     "add_": (lambda g, x, y: g.call("add_", x, y), "x"),
     "add_, to y": (lambda g, x, y: g.call("add_", y, x), "y"),
     "add_, by keyword": (lambda g, x, y: g.call("add_", x, other=y), "x"),

@@ -226,6 +226,17 @@ def test_a_function_whose_name_leads_to_another_is_kept_as_it_is() -> None:
     assert node.target is impostor
 
 
+def test_a_function_that_is_gone_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    graph = fx.Graph()
+    graph.call_function(F.max_pool1d, (graph.placeholder("x"),))
+    dump = dump_graph(graph)
+    monkeypatch.delattr(F, "max_pool1d")
+    with pytest.raises(
+        AttributeError, match=r"calls 'torch\.nn\.functional\.max_pool1d', which does"
+    ):
+        load_graph(dump)
+
+
 def test_a_deep_graph_pickles() -> None:
     graph = fx.Graph()
     node = graph.placeholder("x")

@@ -1,1 +1,1 @@
-"""Questions about the nodes of graphs, and graphs as data. Knows nothing of rules."""
+"""Analysis, provenance and serialisation of fx graphs. Independent of rules."""

@@ -1,7 +1,7 @@
-"""Which nodes of a graph may share memory, and which of them write into it.
+"""Alias analysis: which nodes of a graph may share memory, and which of them write into it.
 
-In doubt the answer is "may share": a wrong *no* would be a wrong gradient, a wrong *yes* costs one copy. Knows nothing
-of rules.
+In doubt the answer is "may share": a wrong "no" would cause a wrong gradient, a wrong "yes" costs one copy.
+Independent of rules.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "written_argument",
 ]
 
-# What returns memory of its own, whatever its arguments are.
+# Modules, functions and methods that always return newly allocated memory.
 _FRESH_MODULES: tuple[type[nn.Module], ...] = (
     *FRESH_BASES,
     nn.Linear,
@@ -113,6 +113,8 @@ _INPLACE_OPERATORS = frozenset(
 class Aliasing:
     """Groups the nodes of one graph by the memory that they may share.
 
+    The analysis is done once, on construction; it does not see nodes that are inserted later.
+
     Args:
         graph: The graph, before it is rewritten.
         root: The module whose submodules the graph calls.
@@ -121,7 +123,7 @@ class Aliasing:
     def __init__(self, graph: fx.Graph, root: nn.Module) -> None:
         self._root = root
         self._parent: dict[fx.Node, fx.Node] = {node: node for node in graph.nodes}
-        # Nodes that are one tensor, and not a tuple or list of some
+        # Nodes whose value is known to be one tensor, not a tuple or list of tensors
         self._tensors: set[fx.Node] = set()
         written: list[tuple[fx.Node, fx.Node]] = []
         for node in graph.nodes:
@@ -153,7 +155,7 @@ class Aliasing:
 
     def _is_fresh(self, node: fx.Node) -> bool:
         if node.target in (operator.add, operator.mul):
-            # of tuples or lists these make one that holds the same tensors
+            # on tuples and lists, `+` and `*` return a sequence of the same tensors
             numbers = node.target is operator.add and any(
                 isinstance(a, int | float) for a in node.args
             )
@@ -161,7 +163,10 @@ class Aliasing:
         return _is_fresh(node, self._root)
 
     def read_elsewhere_after(self, x: fx.Node, node: fx.Node) -> bool:
-        """Whether memory that `x` may share is read after `node` under another name than `x` or `node`."""
+        """Whether memory that `x` may share is read after `node` through another node than `x` and `node`.
+
+        Inputs and attributes count as read later: the caller or the model holds them.
+        """
         return any(
             user > node
             for other in self._members[self._find(x)]
@@ -171,18 +176,24 @@ class Aliasing:
         ) or any(other.op in ("placeholder", "get_attr") for other in self._members[self._find(x)])
 
     def read_after(self, x: fx.Node, node: fx.Node) -> bool:
-        """Whether memory that `x` may share is read after `node`, under whatever name but the result's."""
+        """Whether memory that `x` may share is read after `node`, through `x` or another node than `node`."""
         return any(user > node for user in x.users) or self.read_elsewhere_after(x, node)
 
     def written_after(self, x: fx.Node, node: fx.Node, certainly: bool = False) -> bool:
-        """Whether something writes, or certainly writes, into memory that `x` may share, after `node`."""
+        """Whether a node after `node` writes into memory that `x` may share.
+
+        Args:
+            x: The node whose memory is meant.
+            node: Only later nodes count.
+            certainly: Count only calls that are known to write, not opaque calls, which can write into any argument.
+        """
         return any(
             writer > node and not (certainly and _may_write_anything(writer, self._root))
             for writer in self._writes[self._find(x)]
         )
 
     def written(self, x: fx.Node) -> bool:
-        """Whether something certainly writes into memory that `x` may share."""
+        """Whether a call that is known to write writes into memory that `x` may share; opaque calls do not count."""
         return any(
             not _may_write_anything(writer, self._root) for writer in self._writes[self._find(x)]
         )
@@ -203,13 +214,13 @@ def _returns_several(node: fx.Node, root: nn.Module) -> bool:
 
 
 def _of_torch(module: nn.Module) -> bool:
-    """Whether a module does what the documentation of torch.nn says, and nothing else."""
+    """Whether a module is one of torch.nn without forward hooks, so that it behaves as documented."""
     kind = type_before_parametrizations(module)
     return kind.__module__.startswith("torch.nn.modules.") and not has_forward_hooks(module)
 
 
 def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
-    """Whether a node runs code of the user's that was not looked into."""
+    """Whether a node is an opaque call: it runs user code that was not traced."""
     if (called := called_module(node, root)) is not None:
         return not _of_torch(called)
     if node.op == "call_function":
@@ -217,22 +228,26 @@ def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
     return False
 
 
-# What these define is what it says; other functions in a graph are the user's.
+# Functions of these top-level modules have known semantics; all others are user code.
 LIBRARIES = ("torch", "_operator", "operator", "builtins", "math", "freegrad_fx")
 
 
 def of_library(function: Any) -> bool:
-    """Whether one of them defines a function; a builtin that says nothing of its module is torch's."""
+    """Whether a function is defined in one of `LIBRARIES`. A builtin without a module counts as PyTorch's."""
     return (getattr(function, "__module__", None) or "torch").partition(".")[0] in LIBRARIES
 
 
 def named_in_place(name: str) -> bool:
-    """Whether a function or method writes into its first argument by PyTorch's convention for names."""
+    """Whether a name ends in a single underscore, PyTorch's convention for in-place functions and methods."""
     return name.endswith("_") and not name.endswith("__")
 
 
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
-    """The argument that a node writes into, where the node's name or its `inplace` says that it does."""
+    """The argument that a node writes into, or None.
+
+    Recognised are in-place names and operators, `inplace` arguments and attributes, ``out=``, operator schemas, and
+    embedding lookups with `max_norm`.
+    """
     module = called_module(node, root)
     if (spelling := spelled(node, root)) is not None:
         return argument(node, spelling.key) if spelling.inplace else None
@@ -262,19 +277,19 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
 
 
 def _renormalised(node: fx.Node) -> fx.Node | None:
-    """The table of a lookup that, given a `max_norm`, writes into the rows that it reads."""
+    """The weight of an embedding lookup with `max_norm`, which renormalises the rows that it reads in place."""
     weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
     limit = node.args[3] if len(node.args) > 3 else node.kwargs.get("max_norm")
     return weight if isinstance(weight, fx.Node) and limit is not None else None
 
 
 def _positional_inplace(node: fx.Node) -> bool:
-    """`F.dropout(x, 0.5, True, True)`: the dropouts take `inplace` as their fourth argument."""
+    """Whether a call such as `F.dropout(x, 0.5, True, True)` sets `inplace`, the fourth argument of dropouts."""
     name = getattr(node.target, "__name__", "")
     return "dropout" in name and len(node.args) > 3 and bool(node.args[3])
 
 
-# Composite ATen operators that make a tensor of their own; of the others the schema tells.
+# Composite ATen operators that return new memory. For operators that are not composite, the schema is reliable.
 _FRESH_COMPOSITES = frozenset(
     {
         "aten::linear",
@@ -319,6 +334,6 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
         return False
     if isinstance(module, _FRESH_MODULES):
         return True
-    # An activation out of place makes a new tensor, the identity aside.
+    # Out of place, every elementwise activation except the identity returns a new tensor.
     spelling = spelled(node, root)
     return spelling is not None and spelling.op.elementwise and spelling.op.name != "identity"

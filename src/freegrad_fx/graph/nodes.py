@@ -1,4 +1,4 @@
-"""What a node of a graph calls and reads: the questions that every stage asks. Knows nothing of rules or sites."""
+"""Queries about a single node: its module, its arguments, its activation. Independent of rules and sites."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = [
 
 
 def attribute(node: fx.Node, root: nn.Module) -> Any:
-    """What a get_attr node reads; None for other nodes, and where there is nothing."""
+    """The value that a get_attr node reads; None for other nodes, and if the attribute does not exist."""
     found: Any = root if node.op == "get_attr" else None
     for name in str(node.target).split("."):
         found = getattr(found, name, None)
@@ -32,17 +32,22 @@ def attribute(node: fx.Node, root: nn.Module) -> Any:
 
 
 def submodule(root: nn.Module, path: str) -> nn.Module:
-    """The module at a dotted path; what `get_submodule` returns, without its checks of every step."""
+    """The module at a dotted path. Equivalent to `root.get_submodule(path)`, but faster.
+
+    Raises:
+        AttributeError: There is no module at the path.
+    """
     found: nn.Module | None = root
     for name in path.split(".") if path else ():
-        if found is None or isinstance(found, torch.jit.ScriptModule):  # its `_modules` is no dict
+        # `_modules` of a ScriptModule is not a dict
+        if found is None or isinstance(found, torch.jit.ScriptModule):
             return root.get_submodule(path)
         found = children_of(found).get(name)
     return root.get_submodule(path) if found is None else found
 
 
 def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The module that a node calls, as it is or with other tensors for its parameters; None for other calls."""
+    """The module that a node calls, directly or through `call_with`; None for other nodes."""
     if node.op == "call_module":
         return submodule(root, str(node.target))
     if node.target is call_with:
@@ -52,20 +57,20 @@ def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
 
 
 def called_path(node: fx.Node) -> str:
-    """The dotted path of the module that a node calls."""
+    """The dotted path of the module that a node calls, directly or through `call_with`."""
     return str(node.args[0].target) if node.target is call_with else str(node.target)  # type: ignore[union-attr]
 
 
 def first_argument(node: fx.Node) -> int:
-    """At which position the arguments of what a node calls begin."""
+    """The index in `node.args` of the first argument of the called module or function."""
     return 2 if node.target is call_with else 0
 
 
 def argument(node: fx.Node, key: int | str) -> Any:
-    """The argument of a node at a position or under a keyword."""
+    """The argument of a node at a position or with a keyword."""
     return node.args[key] if isinstance(key, int) else node.kwargs[key]
 
 
 def spelled(node: fx.Node, root: nn.Module) -> Spelling | None:
-    """How a node spells an activation, or None."""
+    """The activation that a node calls, and how; None if it calls no activation of the vocabulary."""
     return recognise(node, called_module(node, root), first_argument(node))

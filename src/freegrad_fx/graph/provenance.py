@@ -1,6 +1,6 @@
-"""Where a node of a graph comes from: the module that owns it and the line of the user's code.
+"""Provenance of graph nodes: the owning module and the line of user code.
 
-Written while a graph is captured, read when sites are named. Plain text only, so that it survives pickling.
+Capture writes it to ``node.meta``; site discovery reads it. It holds only plain data, so that it can be pickled.
 """
 
 from __future__ import annotations
@@ -29,14 +29,15 @@ _MODULES = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a node comes from.
+    """The provenance of a node.
 
     Attributes:
-        owner: The dotted path of the innermost module that made it; ``""`` for the root.
-        source: ``file:line`` of the user's code; ``""`` where it is not known.
-        owner_type: The class of that module, where the graph does not come with the modules.
-        parameter: Of an input that is a parameter of the model: its dotted names, the first canonical.
-        call: How many sites of the same op and owner come before it, where the graph is a part of the program alone.
+        owner: The dotted path of the innermost module whose forward created the node; ``""`` for the root.
+        source: ``file:line`` of the user code; ``""`` if it is not known.
+        owner_type: The class of the owner, if the graph comes without the modules; else None.
+        parameter: For a graph input that is a parameter of the model: its dotted names, the canonical name first.
+        call: The number of sites with the same op and owner that come before the node, if the graph is only a part of
+            the program; else None.
     """
 
     owner: str = ""
@@ -47,7 +48,7 @@ class Origin:
 
 
 def origin(node: fx.Node) -> Origin:
-    """The origin written on a node; an empty one where there is none."""
+    """The origin of a node; an empty `Origin` if the node has none."""
     found = node.meta.get(META)
     return found if isinstance(found, Origin) else Origin()
 
@@ -65,7 +66,7 @@ def is_users_file(name: str) -> bool:
 
 
 def caller() -> str:
-    """``file:line`` of the innermost frame that is neither PyTorch's nor ours."""
+    """``file:line`` of the innermost frame on the stack that is user code; ``""`` if there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code):
         frame = frame.f_back
@@ -73,7 +74,7 @@ def caller() -> str:
 
 
 def innermost(traceback: TracebackType | None) -> str:
-    """``file:line`` of the innermost frame of a traceback that is the user's; of PyTorch's modules if none is."""
+    """``file:line`` of the innermost frame of a traceback that is user code, or else that is in torch.nn."""
     users, modules = "", ""
     while traceback is not None:
         code = traceback.tb_frame.f_code

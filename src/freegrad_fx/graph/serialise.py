@@ -1,6 +1,7 @@
-"""Graphs copied, turned into plain data and back, and into code.
+"""Copying graphs, converting them to and from plain data, and generating their code.
 
-FX pickles a graph by tracing its generated code again, and its nodes form a list too deep for pickle.
+`torch.fx` pickles a graph by retracing its generated code, and the linked list of nodes exceeds the recursion limit of
+pickle. Graphs are therefore stored as a flat list of tuples.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
-import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
@@ -24,17 +24,16 @@ from ..core.rule import with_names_of_now
 from ..ops import decoupled
 from .provenance import META
 
-# Whatever is patched in PyTorch is patched by one thread at a time.
+# Only one thread at a time may patch PyTorch.
 LOCK = threading.RLock()
 
 __all__ = ["LOCK", "GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
-    """Copy a graph with what is written on its nodes."""
-    codegen = graphs.code_generator(
-        graph
-    )  # it holds the structure of inputs and outputs, which does not change
+    """Copy a graph together with the `meta` of its nodes."""
+    # The generator holds the structure of inputs and outputs. It is immutable, so the copy can share it.
+    codegen = graphs.code_generator(graph)
     graph.set_codegen(CodeGen())
     try:
         new = copy.deepcopy(graph)
@@ -57,21 +56,21 @@ def _ref(node: fx.Node) -> Any:
 
 @dataclass(frozen=True)
 class _Named:
-    """A function, by the name it can be imported under."""
+    """A function, represented by its importable name."""
 
     name: str
 
 
 @dataclass(frozen=True)
 class GraphDump:
-    """A graph as plain data."""
+    """A graph as plain data, made by `dump_graph`."""
 
     nodes: list[tuple[Any, ...]]
     codegen: Any
 
 
 def dump_graph(graph: fx.Graph) -> GraphDump:
-    """Turn a graph into plain data that can be pickled."""
+    """Convert a graph to plain data that can be pickled. Of the `meta` of nodes only the `Origin` is kept."""
     nodes = []
     for node in graph.nodes:
         args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
@@ -81,7 +80,7 @@ def dump_graph(graph: fx.Graph) -> GraphDump:
 
 
 def load_graph(dump: GraphDump) -> fx.Graph:
-    """Turn what `dump_graph` made into a graph."""
+    """Rebuild a graph from the result of `dump_graph`."""
     graph = fx.Graph()
     graph.set_codegen(_load_codegen(dump.codegen))
     nodes: dict[str, fx.Node] = {}
@@ -100,7 +99,7 @@ def load_graph(dump: GraphDump) -> fx.Graph:
 
 
 def _dump_codegen(graph: fx.Graph) -> Any:
-    """The structure of inputs and outputs as text; pickled as it is, PyTorch warns."""
+    """The structure of inputs and outputs as text; PyTorch warns when its own object is pickled."""
     structures = graphs.structures_of(graph)
     if structures is None:
         return graphs.code_generator(graph)
@@ -118,7 +117,10 @@ def _load_codegen(dump: Any) -> CodeGen:
 
 
 def _name(target: Any) -> Any:
-    """Functions that pickle refuses (`F.max_pool2d`, ATen overloads) go by name where the name leads back to them."""
+    """The name of a function if it resolves to that function, else the function itself.
+
+    Some functions cannot be pickled directly, for example `F.max_pool2d` and ATen overloads.
+    """
     try:
         name = graphs.qualified_name(target)
         return _Named(name) if _resolve(name) is target else target
@@ -134,12 +136,15 @@ def _resolve(name: str) -> Any:
             return reduce(getattr, parts[cut:], module)
         except (ImportError, AttributeError):
             continue
-    return reduce(getattr, parts[1:], torch)
+    raise AttributeError(
+        f"the graph calls {name!r}, which does not exist in this process. Import the package that defines it before "
+        f"loading the graph."
+    )
 
 
 @contextlib.contextmanager
 def keywords_as_names() -> Iterator[None]:
-    """FX writes a submodule named ``in`` as ``self.in``, which is no Python."""
+    """Generate ``getattr(self, "in")`` for a submodule named ``in``; FX generates ``self.in``, a syntax error."""
 
     def write(usual: Callable[[str, str], str]) -> Callable[[str, str], str]:
         def written(base: str, target: str) -> str:

@@ -1,4 +1,4 @@
-"""What modules hold beside registered tensors: the tensors in it, and plain Python values."""
+"""Module state other than parameters and buffers: tensors in Python objects, and plain Python values."""
 
 from __future__ import annotations
 
@@ -15,17 +15,27 @@ __all__ = ["ATTRIBUTES_OF_EVERY_MODULE", "collect_tensors", "is_python_state", "
 
 
 ATTRIBUTES_OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
+"""The instance attributes that every `nn.Module` has."""
 
 
 def tensors_in(value: Any) -> dict[int, Tensor]:
-    """The tensors, by identity, in a value: in containers, functions, and modules that are not registered."""
+    """The tensors in a value, keyed by `id`.
+
+    Containers, closures and default arguments of functions, and modules are searched recursively.
+    """
     found: dict[int, Tensor] = {}
     collect_tensors(value, found, set())
     return found
 
 
 def collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
-    """Add the tensors in a value to `found`, by identity; what is in `seen` has been looked through."""
+    """Add the tensors in a value to `found`, keyed by `id`.
+
+    Args:
+        value: See `tensors_in`.
+        found: The result; it is extended.
+        seen: The `id` of each object that has been searched already; it is extended.
+    """
     if isinstance(value, Tensor):
         found[id(value)] = value
         return
@@ -38,11 +48,11 @@ def collect_tensors(value: Any, found: dict[int, Any], seen: set[int]) -> None:
         cells = [c.cell_contents for c in value.__closure__ or () if c != _EMPTY]
         items = (*cells, value.__defaults__, value.__kwdefaults__)
     elif isinstance(value, nn.Module) and not isinstance(value, torch.jit.ScriptModule):
-        # one that is not registered, in a list say
+        # a module that is not registered, for example one in a list
         items = [v for m in value.modules() for k, v in m.__dict__.items() if k != CHILDREN]
     else:
         return
-    if id(value) not in seen:  # a part may refer to its whole
+    if id(value) not in seen:  # objects can refer to each other in a cycle
         seen.add(id(value))
         for item in items:
             collect_tensors(item, found, seen)
@@ -52,7 +62,7 @@ _EMPTY = types.CellType()
 
 
 def is_python_state(value: Any) -> bool:
-    """Whether a value is a number, text, None or a plain container of such."""
+    """Whether a value is None, a number, a str, bytes, or a built-in container of only such values."""
     if type(value) in (list, tuple, set, frozenset):
         return all(map(is_python_state, value))
     if type(value) is dict:

@@ -1,7 +1,7 @@
-"""The vocabulary of operations: one canonical name each, and every spelling that reaches a graph.
+"""The vocabulary of operations: a canonical name for each, and all the ways to call it that occur in graphs.
 
-`activations` is the table, `recognition` the question that it answers, `op` what a line is, `quantizers` the functions
-that this package adds. Knows no rules, no sites, and not how a graph was captured.
+`activations` holds the table, `op` defines its lines, `recognition` looks nodes up in it, and `quantizers` defines the
+functions that this package adds. Independent of rules, sites and capture.
 """
 
 from .activations import FORWARDS, GROUPS, OPS

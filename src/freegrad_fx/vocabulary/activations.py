@@ -1,4 +1,4 @@
-"""The table of activations: one canonical name each. To add an activation, or a spelling of one, change a line."""
+"""The table of activations. To add an activation, add a line; to add a spelling, extend a line."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
 _A, _S, _Q = "activations", "softmax", "quantizers"
 
 
-# Names that begin with an underscore are those that ATen's decompositions write.
+# Names that begin with an underscore occur in ATen's decompositions.
 TABLE = (
     make_op("relu", nn.ReLU, group=_A, keeps_positive=True),
     make_op("relu6", nn.ReLU6, group=_A),
@@ -60,7 +60,7 @@ TABLE = (
     make_op("floor", group=_Q),
     make_op("ceil", group=_Q),
     make_op("trunc", group=_Q, also="fix"),
-    # No group: models use these for other things than to activate.
+    # No group, because models also use these for other purposes than activation.
     make_op("glu", nn.GLU, elementwise=False, keeps_shape=False),
     make_op("clamp", also="clip", needs_more=True),
     make_op("clamp_min", needs_more=True),
@@ -70,7 +70,7 @@ TABLE = (
 )  # fmt: skip
 
 
-# What an op is called where it is a case of another one. Dynamo and torch.export know nn.ReLU6 as a hardtanh only.
+# Special cases of an op that have their own name. Dynamo and torch.export record nn.ReLU6 as a hardtanh.
 CASES = {"hardtanh": ("relu6", {"min_val": 0.0, "max_val": 6.0})}
 
 
@@ -78,7 +78,7 @@ OPS: Mapping[str, Op] = by_name(TABLE)
 
 
 FORWARDS = tuple(op.name for op in TABLE if op.function is not None and op.keeps_shape)
-"""The ops that can replace a forward: those of one tensor, which keep its shape."""
+"""The ops that can replace a forward: they take one tensor and keep its shape."""
 
 
 GROUPS: Mapping[str, frozenset[str]] = MappingProxyType(

@@ -1,7 +1,7 @@
-"""A line of the vocabulary, and how one is made from the names of torch.
+"""The lines of the vocabulary, and `make_op`, which makes a line from a name.
 
-A name in a line stands for all that torch calls by it: ``F.relu``, ``torch.relu``, ``torch.special.*``, the builtins
-of ``torch._C._nn``, the tensor method, the ATen overloads, and the in-place twin ``relu_`` of each of them.
+A name covers everything that PyTorch calls by it: ``F.relu``, ``torch.relu``, ``torch.special.*``, the builtins of
+``torch._C._nn``, the tensor method, the ATen overloads, and the in-place variant ``relu_`` of each of them.
 """
 
 from __future__ import annotations
@@ -22,23 +22,25 @@ __all__ = ["Op", "Spelling", "by_name", "make_op"]
 
 @dataclass(frozen=True)
 class Op:
-    """A line of the vocabulary: an activation, what it is like, and its spellings."""
+    """A line of the vocabulary: an activation, its properties and its spellings."""
 
     name: str
-    groups: frozenset[str]  # empty: a site only when a rule names the op itself
-    elementwise: bool  # an output entry depends on the input entry at the same place alone
+    groups: frozenset[str]  # if empty, the op is a site only when a rule names it
+    elementwise: bool  # each output entry depends only on the input entry at the same index
     keeps_shape: bool  # the output has the input's shape
-    modules: tuple[type[nn.Module], ...]  # by exact type: to Python, nn.ReLU6 is an nn.Hardtanh
-    functions: tuple[Callable[..., Any], ...]  # out of place, unless `inplace=` is given and true
+    # Matched by exact type, because nn.ReLU6 is a subclass of nn.Hardtanh
+    modules: tuple[type[nn.Module], ...]
+    functions: tuple[Callable[..., Any], ...]  # out of place, unless called with inplace=True
     inplace_functions: tuple[Callable[..., Any], ...]
-    methods: tuple[str, ...]  # of torch.Tensor; "relu" stands for "relu_" too
+    methods: tuple[str, ...]  # of torch.Tensor; "relu" includes "relu_"
     aten: tuple[Overload[..., Any], ...]  # out of place, in place, and with `out=`
-    function: Callable[..., Tensor] | None  # f(x), to replace a forward; None: x is not enough
-    # The output is positive exactly where the input is, and natively saved
+    # f(x), to replace a forward; None if it needs further arguments
+    function: Callable[..., Tensor] | None
+    # The output is positive exactly where the input is, and PyTorch saves the output for the backward
     keeps_positive: bool = False
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
-        # By name: a copy of a line is the line itself, and ATen overloads do not pickle.
+        # By name: copies are identical to the original, and ATen overloads cannot be pickled.
         if _lines.get(self.name) is self:
             return _line, (self.name,)
         return super().__reduce_ex__(protocol)
@@ -48,7 +50,7 @@ _lines: dict[str, Op] = {}
 
 
 def by_name(lines: Iterable[Op]) -> Mapping[str, Op]:
-    """The lines of a table, by their names; copies and pickles of them are the lines themselves from now on."""
+    """The lines of a table, keyed by name. From now on, copying or unpickling a line returns the line itself."""
     _lines.update((line.name, line) for line in lines)
     return MappingProxyType(_lines)
 
@@ -59,10 +61,10 @@ def _line(name: str) -> Op:
 
 @dataclass(frozen=True)
 class Spelling:
-    """How one node of a graph spells an op."""
+    """How a node of a graph calls an op."""
 
     op: Op
-    key: int | str  # where the activated tensor stands: in node.args (int) or node.kwargs (str)
+    key: int | str  # of the activated tensor: an index of node.args or a key of node.kwargs
     inplace: bool  # the call writes its result into that tensor
     writes_out: bool  # the call writes its result into an `out=` tensor
 
@@ -84,7 +86,19 @@ def make_op(
     keeps_positive: bool = False,
     needs_more: bool = False,
 ) -> Op:
-    """Make a line from the op's names in torch (`also`: the others) and the functions that no name finds."""
+    """Make a line of the vocabulary.
+
+    Args:
+        name: The canonical name of the op. It is looked up in PyTorch; see the module.
+        *modules: The module classes that apply the op.
+        group: The group of the op.
+        also: Further names in PyTorch, separated by spaces.
+        functions: Functions that cannot be found by name.
+        elementwise: See `Op`.
+        keeps_shape: See `Op`.
+        keeps_positive: See `Op`.
+        needs_more: Whether the op needs arguments besides the tensor.
+    """
     names = [name, *also.split()]
     twins = [f"{n}_" for n in names]
     functions = (*functions, *_found(names, _FUNCTIONS))
@@ -109,7 +123,7 @@ def _found(names: list[str], places: tuple[Any, ...]) -> list[Any]:
 
 
 def _tensor_overloads(packet: Any) -> Iterator[Overload[..., Any]]:
-    """The overloads from a tensor to a tensor; TorchScript's have numbers in and out."""
+    """The overloads from a tensor to a tensor. Those for TorchScript take and return numbers."""
     for overload in (getattr(packet, name) for name in packet.overloads()):
         found = schema(overload)
         ends = [found.arguments[0], *found.returns]

@@ -1,4 +1,4 @@
-"""Steps and quantizers: functions that stand for an operation's forward or that a weight is read through."""
+"""Step functions and quantizers, for use as the replacement forward of activations or parameters."""
 
 from __future__ import annotations
 
@@ -16,8 +16,12 @@ def heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 
     Formula: H(x), in the shape and dtype of `x`.
 
-    Its own derivative is zero, as that of `torch.sign` is, so that it can stand in a network whose rules are off.
-    (`torch.heaviside` wants a tensor of values, turns NaN into 0, and its backward raises.)
+    Like that of `torch.sign`, its own derivative is zero, so that a network can be run with its rules disabled.
+    (`torch.heaviside` requires a tensor of values, maps NaN to 0, and its backward raises.)
+
+    Args:
+        x: A tensor of floating point numbers.
+        value_at_zero: The result where x = 0.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(heaviside, (x,), x, value_at_zero=value_at_zero)
@@ -30,11 +34,11 @@ def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 
 
 def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
-    """The same in fewer passes over memory, none of them over booleans, for the usual case."""
+    """An equivalent implementation for common cases, with fewer passes over memory and without boolean tensors."""
     usual = x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if value_at_zero != 0 or not usual or x.requires_grad:  # it stays in the graph then
+    if value_at_zero != 0 or not usual or x.requires_grad:  # autograd has to record x
         return _heaviside(x, value_at_zero)
-    # Twice, as the smallest number times the largest is less than 1; added to 0, so that -0 becomes 0
+    # Multiply twice, because smallest·largest < 1. Adding to 0 maps -0 to 0.
     largest = torch.finfo(x.dtype).max
     return x.new_zeros(()).add(x.detach(), alpha=largest).mul_(largest).clamp_(0, 1)
 
@@ -46,6 +50,9 @@ def binarize(x: Tensor) -> Tensor:
 
     Source: Hubara et al. 2016, arXiv:1602.02830; larq SteSign, Brevitas BinaryQuant. (`torch.sign` maps 0 to 0, so that
     a weight could take three values.)
+
+    Args:
+        x: A tensor of floating point numbers.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(binarize, (x,), x)
@@ -62,11 +69,11 @@ def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
     Formula: ``sign(x)·1[|x| > Δ]``, in the shape and dtype of `x`; its own derivative is zero.
 
     Args:
-        x: Any tensor of floating point numbers.
+        x: A tensor of floating point numbers.
         threshold: Δ; by default ``0.7·mean|x|`` over the whole tensor.
 
-    Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which has ``|x| ≥ Δ``, and 0.05 for
-    Δ unless it is told otherwise.
+    Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which uses ``|x| ≥ Δ``, with 0.05
+    as the default of Δ.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(ternarize, (x,), x, threshold=threshold)
@@ -75,14 +82,14 @@ def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
 
 def _ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
     size = x.detach().abs()
-    # in float32 at least: the sum over a large tensor overflows float16
+    # at least float32, because the sum over a large tensor overflows float16
     wide = torch.promote_types(x.dtype, torch.float32)
     limit = 0.7 * size.mean(dtype=wide) if threshold is None else threshold
     return torch.where(x.isnan(), x, torch.where(size > limit, x.detach().sign(), 0).to(x.dtype))
 
 
-# Operators, so that Dynamo and torch.export keep them whole and they can be recognised in their graphs; composite ones,
-# so that autograd, vmap and Inductor see through them.
+# They are operators, so that Dynamo and torch.export record each as one recognisable call, and composite, so that
+# autograd, vmap and Inductor trace into them.
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 for _schema, (_usual, _batched) in {

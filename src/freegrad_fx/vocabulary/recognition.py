@@ -1,6 +1,6 @@
-"""The one question that the vocabulary answers: which activation does a node call, on which argument, and in place?
+"""Recognises activations: which op a node calls, on which argument, and whether in place.
 
-Never changes a node.
+Nodes are never changed.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ __all__ = ["recognise"]
 
 @dataclass(frozen=True)
 class _Entry:
-    """What a node's target says by itself."""
+    """The meaning of a node's target, independent of the arguments."""
 
     op: Op
     inplace: bool
-    inplace_position: int | None = None  # of the `inplace` argument
+    inplace_position: int | None = None  # index of the `inplace` argument
 
 
-_Target: TypeAlias = tuple[str, Any]  # as in a node: op, target
+_Target: TypeAlias = tuple[str, Any]  # `op` and `target` of a node; for modules, the class
 
 
 def _entries(op: Op) -> Iterator[tuple[_Target, _Entry]]:
@@ -65,17 +65,17 @@ def _index(table: tuple[Op, ...]) -> dict[_Target, _Entry]:
 _SPELLINGS = _index(TABLE)
 
 
-# The last three are NumPy's names, which torch.* takes too.
+# The last three are NumPy's names, which torch.* also accepts.
 _TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
 
 
 def recognise(node: fx.Node, module: nn.Module | None, first: int = 0) -> Spelling | None:
-    """Return how `node` spells an activation, or None.
+    """Return how `node` calls an activation, or None if it does not call one.
 
     Args:
         node: The node.
-        module: The module that it calls, if it calls one.
-        first: At which position the arguments of what it calls begin.
+        module: The module that the node calls, or None.
+        first: The index in `node.args` of the first argument of the called module or function.
     """
     called = ("call_module", type_before_parametrizations(module)) if module is not None else None
     entry = _SPELLINGS.get(called or (node.op, node.target))
@@ -84,7 +84,7 @@ def recognise(node: fx.Node, module: nn.Module | None, first: int = 0) -> Spelli
         key = next((k for k in _TENSOR_KEYWORDS if k in node.kwargs), None)
     if entry is None or key is None or not isinstance(_argument(node, key, key), fx.Node):
         return None
-    # A flag that the graph computes is a node here, and so taken for true: it may be.
+    # A flag that the graph computes is a node, and therefore counts as true
     flag = _argument(node, entry.inplace_position, "inplace") or getattr(module, "inplace", False)
     return Spelling(
         op=_narrowed(entry.op, node),
