@@ -399,7 +399,7 @@ def test_an_unknown_op_is_answered_with_the_closest_first(key: str, meant: str) 
 )
 def test_what_is_no_op_group_or_class_is_no_key(key: Any) -> None:
     with pytest.raises(
-        fg.PlanError, match=r"unknown op or group .*A key is an op, a group, or a cl"
+        fg.PlanError, match=r"unknown op or group .*A key has to be an op, a group, or a cl"
     ):
         fg.transform(Net(), {key: "scale"})
 
@@ -422,7 +422,7 @@ def test_what_is_no_rule_is_refused_with_the_remedy(rule: Any) -> None:
         with pytest.raises(fg.RuleError) as error:
             fg.transform(Net(), rules)
         message = str(error.value)
-        assert f"a rule is a name, a Rule or a composition, got {rule!r}" in message
+        assert f"a rule has to be a name, a Rule or a composition, got {rule!r}" in message
         assert f"of type {type(rule).__name__}" in message
         assert "@freegrad_fx.register('name')" in message
 
@@ -463,7 +463,7 @@ def test_an_entry_that_matches_nothing_warns_where_the_user_calls() -> None:
             call(Net(), {"tanh": "scale", "relu": "scale"})
         (warning,) = caught
         assert str(warning.message) == (
-            "the entry 'tanh' matches nothing in Net; the ops it has are: "
+            "the entry 'tanh' matches nothing in Net; the ops of the model are: "
             "clamp, gelu, relu, round, sigmoid, softmax"
         )
         assert Path(warning.filename).name == Path(__file__).name
@@ -491,7 +491,7 @@ def test_a_native_entry_that_matches_nothing_warns_too() -> None:
 
 def test_a_model_without_activations_says_that_it_has_none() -> None:
     with pytest.warns(
-        fg.FreegradWarning, match="matches nothing in Linear; the ops it has are: none"
+        fg.FreegradWarning, match="matches nothing in Linear; the ops of the model are: none"
     ):
         gm = fg.transform(nn.Linear(2, 2), "scale")
     assert "Linear, 0 sites" in str(fg.report(gm))
@@ -830,12 +830,12 @@ def test_a_second_trace_has_no_report_and_says_why() -> None:
 @pytest.mark.parametrize(
     ("entry", "told"),
     [
-        (fg.on("relu", module="blok.*"), r"sites of such ops have, among others: paths"),
+        (fg.on("relu", module="blok.*"), r"sites of these ops include: paths"),
         (fg.on("relu", call=7), r"calls 0 to \d"),
         (fg.on("params", type="nn.Linear"), r"classes torch\.nn\.modules\.linear\.Linear"),
-        (fg.on("relu", where=lambda site: False), r"`where` refuses every site"),
-        (fg.on("tanh"), r"ops it has are: clamp, "),
-        (fg.on(parameter="*.wieght"), r"parameters it has are, among others: \w+\.weight"),
+        (fg.on("relu", where=lambda site: False), r"`where` function returns False for every site"),
+        (fg.on("tanh"), r"ops of the model are: clamp, "),
+        (fg.on(parameter="*.wieght"), r"parameters of the model include: \w+\.weight"),
     ],
     ids=["module", "call", "type", "where", "op", "parameter"],
 )

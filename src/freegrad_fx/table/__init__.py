@@ -1,8 +1,8 @@
 """Rule tables: which sites get which backward.
 
-`fields` reads what a user writes, `classes` names classes, `selector` says which sites are meant, `entry` gives them
-a rule, `table` puts entries in order; `data` and `toml` write tables and read them. This package knows rules and the
-vocabulary; it has never seen a graph.
+`fields` validates the arguments of `on`, `classes` maps classes to names, `selector` matches sites, `entry` combines a
+selector with rules, and `table` orders entries. `data` and `toml` convert tables to and from plain data and TOML.
+Depends on rules and the vocabulary, not on graphs.
 """
 
 from .entry import FORWARDS, Entry, Selection, on

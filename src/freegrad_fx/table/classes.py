@@ -1,4 +1,4 @@
-"""Classes by name: ``"torch.nn.ReLU"`` for `nn.ReLU`. Imports nothing and runs no code."""
+"""Classes by name, for example ``"torch.nn.ReLU"`` for `nn.ReLU`. No module is imported and no code is run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Class: TypeAlias = type[Any]
 
 
 def matching_classes(wanted: str | Class, kind: Class) -> list[Class]:
-    """The class that is wanted, if `kind` is it or a subclass of it."""
+    """The classes among `kind` and its bases that `wanted` denotes."""
     if not isinstance(wanted, str):
         return [wanted] if wanted in kind.__mro__ else []
     public = imported(wanted)
@@ -21,7 +21,7 @@ def matching_classes(wanted: str | Class, kind: Class) -> list[Class]:
 
 
 def imported(name: str) -> Any:
-    """What a dotted name stands for in the modules that are imported; None if it is none. Runs no code."""
+    """The object that a dotted name denotes in the modules imported so far, or None. Runs no code."""
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         found: Any = sys.modules.get(".".join(parts[:cut]))
@@ -33,7 +33,7 @@ def imported(name: str) -> Any:
 
 
 def class_name(kind: str | Class) -> str | Class:
-    """The name under which a class is found, ``torch.nn.ReLU``; the class itself where no name leads to it."""
+    """The name by which a class can be found, ``torch.nn.ReLU``; the class itself if no name leads to it."""
     if isinstance(kind, str):
         return kind
     if vars(nn).get(kind.__name__) is kind:
@@ -43,5 +43,5 @@ def class_name(kind: str | Class) -> str | Class:
 
 
 def qualified(kind: Class) -> str:
-    """The name of a class with that of its module."""
+    """The qualified name of a class, including its module."""
     return f"{kind.__module__}.{kind.__qualname__}"

@@ -1,4 +1,4 @@
-"""Tables as plain data, as they stand in a file, and back. Knows no file format.
+"""Tables to and from plain data, the content of a table file. Independent of the file format.
 
 {"version": 1, "rule": [{"op": "relu", "backward": "rectangular", "params": {"a": -1.0, "b": 1.0}}]}
 """
@@ -39,21 +39,23 @@ def load_table(
 
     Args:
         data: The table.
-        allow_imports: Whether what is named ``package.module:name`` may be imported.
-        place: What an error calls the entry of a number, counted from 1.
+        allow_imports: Whether objects named ``package.module:name`` may be imported.
+        place: Maps the number of an entry, counted from 1, to its name in error messages.
 
     Raises:
-        TableError: It is no table; the message says which entry is wrong, and how.
+        TableError: `data` is not a valid table; the message names the invalid entry and the reason.
     """
     if not isinstance(data, Mapping):
-        raise TableError(f"a table is a dict, got {brief(data)}")
+        raise TableError(f"a table has to be a dict, got {brief(data)}")
     _refuse_unknown("key", data, ("version", "rule"))
     version = data.get("version", VERSION)
     if type(version) is not int or version != VERSION:
         raise TableError(f"this release reads tables of version {VERSION}, got {brief(version)}")
     given = data.get("rule", [])
     if not isinstance(given, list | tuple):
-        raise TableError(f"the entries are a list, each under a head [[rule]], got {brief(given)}")
+        raise TableError(
+            f"rule has to be a list of entries, in TOML each below [[rule]], got {brief(given)}"
+        )
     entries = []
     for number, entry in enumerate(given, start=1):
         try:
@@ -71,25 +73,29 @@ def _refuse_unknown(kind: str, data: Mapping[Any, Any], valid: Iterable[str]) ->
 
 def _load_entry(data: Any, allow_imports: bool) -> Entry:
     if not isinstance(data, Mapping):
-        raise TableError(f"an entry is a table of fields, got {brief(data)}")
+        raise TableError(f"an entry has to be a table of fields, got {brief(data)}")
     _refuse_unknown("field", data, _FIELDS)
     fields = {name: data[name] for name in _SELECTING if name in data}
     if "call" in fields:
         calls = fields["call"]
         fields["call"] = [*map(_load_call, calls)] if isinstance(calls, list) else _load_call(calls)
     if "backward" not in data:
-        raise TableError(f"it has no backward; to keep the native one, backward = {NATIVE!r}")
+        raise TableError(
+            f"backward is missing; to keep the native backward, write backward = {NATIVE!r}"
+        )
     forward = _load_forward(data.get("forward"), allow_imports)
     rule = _load_backward(data["backward"], data.get("params"), allow_imports)
     return on(**fields, forward=forward).backward(rule)
 
 
 def _load_call(call: Any) -> Any:
-    """A slice is a text, ``"1:3"``."""
+    """A slice is written as text, for example ``"1:3"``."""
     if not isinstance(call, str):
         return call
     if not re.fullmatch(r"(\d{0,9}:){1,2}\d{0,9}", call):
-        raise TableError(f"call is an index or a slice of indices ('1:3'), got {brief(call)}")
+        raise TableError(
+            f"call has to be an index or a slice of indices ('1:3'), got {brief(call)}"
+        )
     return slice(*(int(bound) if bound else None for bound in call.split(":")))
 
 
@@ -97,31 +103,32 @@ def _load_forward(forward: Any, allow_imports: bool) -> Forward | None:
     if isinstance(forward, str) and ":" in forward:
         found = _load_reference(forward, allow_imports)
         if not callable(found):
-            raise TableError(f"forward {forward!r} is no function, but {brief(found)}")
+            raise TableError(f"forward {forward!r} is not a function but {brief(found)}")
         return found  # type: ignore[no-any-return]
     if forward is not None and not isinstance(forward, str):
         raise TableError(
-            f"forward is the name of an op or a function 'package.module:name', got {brief(forward)}"
+            f"forward has to be the name of an op or a function 'package.module:name', got {brief(forward)}"
         )
     return forward
 
 
 def _load_backward(backward: Any, parameters: Any, allow_imports: bool) -> RuleLike | None:
-    """A rule's name with its parameters beside it, or a list of rules, each with its own."""
+    """Read a rule's name with separate parameters, or a list of rules, each with its own parameters."""
     if isinstance(backward, list | tuple):
         if parameters is not None:
             raise TableError(
-                'params are for one rule. In a list each has its own: backward = [{ rule = "scale", s = 2.0 }, "noise"]'
+                "params belongs to a single rule. In a list, give each rule its own parameters: backward = "
+                '[{ rule = "scale", s = 2.0 }, "noise"]'
             )
         return compose(*(_load_part(part, allow_imports) for part in backward))
     if not isinstance(backward, str):
         raise TableError(
-            f"backward is a rule's name, a list of rules, or {NATIVE!r}, got {brief(backward)}"
+            f"backward has to be a rule's name, a list of rules, or {NATIVE!r}, got {brief(backward)}"
         )
     if backward != NATIVE:
         return _load_rule(backward, {} if parameters is None else parameters, allow_imports)
     if parameters is not None:
-        raise TableError("the native backward takes no params")
+        raise TableError("the native backward does not take params; leave params out")
     return None
 
 
@@ -130,7 +137,7 @@ def _load_part(part: Any, allow_imports: bool) -> Rule:
         return _load_rule(part, {}, allow_imports)
     if not isinstance(part, Mapping) or not isinstance(part.get("rule"), str):
         raise TableError(
-            f'a part of a composition is a rule\'s name, or {{ rule = "scale", s = 2.0 }}, got {brief(part)}'
+            f'a part of a composition has to be a rule\'s name or {{ rule = "scale", s = 2.0 }}, got {brief(part)}'
         )
     values = {name: value for name, value in part.items() if name != "rule"}
     return _load_rule(part["rule"], values, allow_imports)
@@ -138,10 +145,10 @@ def _load_part(part: Any, allow_imports: bool) -> Rule:
 
 def _load_rule(name: str, values: Any, allow_imports: bool) -> Rule:
     if not isinstance(values, Mapping):
-        raise TableError(f"params is a table of the rule's parameters, got {brief(values)}")
+        raise TableError(f"params has to be a table of the rule's parameters, got {brief(values)}")
     rule = _load_reference(name, allow_imports) if _is_reference(name) else get(name)
     if not isinstance(rule, Rule):
-        raise TableError(f"{name!r} is no Rule, but {brief(rule)}")
+        raise TableError(f"{name!r} is not a Rule but {brief(rule)}")
     declared = rule.parameters
     _refuse_unknown(f"parameter of rule {rule.name!r}:", values, (*declared, *OPTIONS))
     return rule(
@@ -154,7 +161,7 @@ def _is_reference(name: str) -> bool:
 
 
 def _load_value(parameter: Parameter, value: Any) -> Any:
-    """What plain data cannot tell apart, the annotation of the parameter does."""
+    """Convert a value of plain data to the type in the parameter's annotation: tuple, or infinite float."""
     types = parameter.types or (type(parameter.default),)
     if isinstance(value, list) and tuple in types and list not in types:
         return tuple(value)
@@ -164,16 +171,16 @@ def _load_value(parameter: Parameter, value: Any) -> Any:
 
 
 def _load_reference(name: str, allow_imports: bool) -> Any:
-    """Import what ``package.module:name`` names."""
+    """Import the object that is named ``package.module:name``."""
     if not allow_imports:
         raise TableError(
-            f"{name!r} would have to be imported, which runs its code; where you trust the table, "
-            f"RuleTable.from_toml(..., allow_imports=True)"
+            f"{name!r} has to be imported, which runs the code of its module. If you trust the table, pass "
+            f"allow_imports=True: RuleTable.from_toml(..., allow_imports=True)"
         )
     module, _, qualname = name.partition(":")
     try:
         return reduce(getattr, qualname.split("."), importlib.import_module(module))
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # importing a module can raise any exception
         raise TableError(f"{name!r} cannot be imported: {type(error).__name__}: {error}") from error
 
 
@@ -181,10 +188,10 @@ def _load_reference(name: str, allow_imports: bool) -> Any:
 
 
 def dump_table(entries: Iterable[Entry]) -> dict[str, Any]:
-    """Write entries as a table of dicts, lists, text, numbers and truth values.
+    """Convert entries to a table of dicts, lists, strings, numbers and booleans.
 
     Raises:
-        TableError: An entry has something in it that is no plain data; the message says which and what.
+        TableError: An entry contains something that is not plain data; the message names both.
     """
     return {
         "version": VERSION,
@@ -193,7 +200,7 @@ def dump_table(entries: Iterable[Entry]) -> dict[str, Any]:
 
 
 class _NotPlainError(Exception):
-    """What cannot be written, and what to do."""
+    """Something cannot be written as plain data. The message gives the reason and a remedy."""
 
 
 def _dump(number: int, entry: Entry) -> dict[str, Any]:
@@ -201,7 +208,9 @@ def _dump(number: int, entry: Entry) -> dict[str, Any]:
         data = _dump_entry(entry)
         (again,) = load_table({"rule": [data]}, allow_imports=True)
         if again != entry:
-            raise _NotPlainError("a parameter's annotation does not tell which type its value has")
+            raise _NotPlainError(
+                "a value would be read back with another type; annotate the rule's parameter with the type of the value"
+            )
         return data
     except (_NotPlainError, TableError) as error:
         raise TableError(
@@ -212,11 +221,13 @@ def _dump(number: int, entry: Entry) -> dict[str, Any]:
 def _dump_entry(entry: Entry) -> dict[str, Any]:
     fields = entry.sites.given()
     if "where" in fields:
-        raise _NotPlainError("`where` is a function; say it with module, type, parameter or call")
+        raise _NotPlainError(
+            "`where` is a function; select with module, type, parameter or call instead"
+        )
     for kind in _as_list(fields.get("type")):
         if isinstance(kind, type):
             raise _NotPlainError(
-                f"no name leads to the class {kind.__name__}; define it in a module"
+                f"the class {kind.__name__} cannot be imported by name; define it at the top level of a module"
             )
     if "call" in fields:
         calls = [call_text(c) if isinstance(c, slice) else c for c in _as_list(fields["call"])]
@@ -243,7 +254,7 @@ def _dump_values(rule: Rule) -> dict[str, Any]:
     return {
         name: _dump_value(rule, name, value)
         for name, value in rule.given.items()
-        if not (value is None and defaults.get(name, ...) is None)  # no file format has a None
+        if not (value is None and defaults.get(name, ...) is None)  # TOML has no None
     }
 
 
@@ -257,7 +268,7 @@ def _dump_value(rule: Rule, name: str, value: Any) -> Any:
 
 
 def _rule_name(rule: Rule) -> str:
-    """The name of a built-in rule; where a rule of the user's can be imported from."""
+    """The name of a built-in rule; for a user's rule, the ``module:name`` to import it from."""
     module = rule.function.__module__
     if module.partition(".")[0] == __name__.partition(".")[0]:
         return rule.name
@@ -270,7 +281,7 @@ def _rule_name(rule: Rule) -> str:
 
 
 def _reference(function: Any, what: str) -> str:
-    module = getattr(function, "__module__", None) or "__main__"  # of a builtin it is None
+    module = getattr(function, "__module__", None) or "__main__"  # builtins have None
     name = getattr(function, "__qualname__", "")
     try:
         if (

@@ -1,4 +1,4 @@
-"""A line of a table: a selector, and the backward that its sites get. `on` is how one is written."""
+"""A table entry: a selector and the backward for the selected sites. Entries are made with `on`."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ __all__ = ["FORWARDS", "Entry", "Selection", "on"]
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of a table.
+    """An entry of a table.
 
     Attributes:
-        sites: Which sites it means.
-        rules: The rules, the first for the gradient that comes in; None keeps the native backward.
-        forward: What replaces the forward of the sites: the canonical name of an operation, or a function; or None.
+        sites: The selector of the sites.
+        rules: The rules; the first receives the incoming gradient. None keeps the native backward.
+        forward: The replacement forward: the canonical name of an operation, or a function. None keeps the forward.
     """
 
     sites: Selector
@@ -35,29 +35,29 @@ class Entry:
 
     @classmethod
     def of(cls, sites: Selector, rule: RuleLike | None, forward: Forward | None = None) -> Entry:
-        """Make an entry of a rule as a user gives it; see `Selection.backward`."""
+        """Make an entry from a rule in any form that `Selection.backward` accepts."""
         if rule is None:
             if forward is not None:
                 raise TableError(
-                    f"entry {str(sites)!r} replaces the forward by {shown(forward)} and has no rule; what replaces an "
-                    f"operation needs one, for instance 'straight_through'"
+                    f"entry {str(sites)!r} replaces the forward by {shown(forward)} but has no rule; a replaced "
+                    f"forward needs one, for example 'straight_through'"
                 )
             return cls(sites, None)
         rules = _rules(rule)
         named = {forward, *(part.forward for part in rules)} - {None}
         if len(named) > 1:
             both = " and ".join(sorted(map(shown, named)))
-            raise TableError(f"entry {str(sites)!r} and its rule name different forwards: {both}")
+            raise TableError(f"entry {str(sites)!r} and its rules name different forwards: {both}")
         replacement = _read_forward(next(iter(named), None))
         return cls(sites, tuple(replace(p, forward=None) for p in rules), replacement)
 
     @functools.cached_property
     def selector(self) -> str:
-        """What it selects, in words."""
+        """The selector as text."""
         return str(self.sites)
 
     def matches(self, located: Located) -> bool:
-        """Whether the entry means this site."""
+        """Whether the entry selects a site."""
         return self.sites.matches(located)
 
     def __repr__(self) -> str:
@@ -70,7 +70,7 @@ class Entry:
 
 
 def _source(value: Any) -> str:
-    """A value as Python code, where there is such."""
+    """A value as Python code, if possible."""
     if isinstance(value, list):
         return f"[{', '.join(map(_source, value))}]"
     if isinstance(value, slice):
@@ -95,44 +95,47 @@ def _backward(rules: tuple[Rule, ...] | None) -> str:
 
 
 def _part(rule: Rule) -> str:
-    """A rule so that it evaluates without the module that holds it."""
+    """A rule as Python code that does not refer to the module in which it is defined."""
     return f"get({rule.name!r})({', '.join(_values(rule))})" if rule.given else repr(rule.name)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Sites that still want a backward. Made by `on`.
+    """Selected sites, to be completed with `backward`. Made by `on`.
 
     Attributes:
-        sites: Which sites.
-        forward: What replaces their forward, or None.
+        sites: The selector of the sites.
+        forward: The replacement forward, or None.
     """
 
     sites: Selector
     forward: Forward | None = None
 
     def backward(self, rule: RuleLike | None, /, **parameters: Any) -> Entry:
-        """Give the sites a rule.
+        """Complete the entry with a rule.
 
         Args:
             rule: A rule name, a `Rule`, a composition, or None to keep the native backward.
-            **parameters: Values for the rule's parameters, and `save` and `compile`; see `Rule`.
+            **parameters: Values for the rule's parameters, and for its options `save` and `compile`; see `Rule`.
+
+        Returns:
+            The entry, for use in a `RuleTable`.
 
         Raises:
-            RuleError: The rule is unknown or not fully bound, or a value is not what it requires.
+            RuleError: The rule is unknown, lacks a parameter value, or a value is invalid.
             TypeError: A value has the wrong type.
-            TableError: There are parameters without a rule that could take them, or two different forwards.
+            TableError: There are parameters but no rule, or two different forwards.
         """
         if parameters:
             if rule is None:
                 raise TableError(
-                    f"entry {str(self.sites)!r} keeps the native backward, which takes no parameters; got "
+                    f"entry {str(self.sites)!r} keeps the native backward, which does not take parameters; got "
                     f"{', '.join(parameters)}"
                 )
             if isinstance(rule, str | Rule):
                 rule = get(rule)(**parameters)
             elif isinstance(rule, Composition):
-                rule = rule(**parameters)  # which says where its parameters go
+                rule = rule(**parameters)  # raises, and explains where its parameters go
         return Entry.of(self.sites, rule, self.forward)
 
 
@@ -148,26 +151,32 @@ def on(
 ) -> Selection:
     """Select sites for an entry of a `RuleTable`: ``on("relu", module="layer4.*").backward("rectangular")``.
 
-    All fields that are given must hold; a list in a field means any of its values. Patterns are globs on the whole
-    name, in which ``*`` crosses dots, or regular expressions after ``re:``, which have to match the whole name.
+    A site is selected if it matches every given field. If a field is a list, one of its values has to match. Patterns
+    match the whole name. A pattern is a glob, in which ``*`` also matches dots, or ``re:`` followed by a regular
+    expression.
 
     Args:
         op: Canonical names (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``), ``"params"`` for
-            every parameter, ``"all"`` for activations and parameters. Left out beside `type` or `parameter`, it is
-            what they mean; else ``"activations"``.
+            every parameter, or ``"all"`` for activations and parameters. The default is ``"activations"``; with `type`
+            or `parameter`, it is whatever these select.
         module: Patterns for the path of the module that is called, whose forward calls a function, or that holds the
             parameter; ``""`` is the root.
-        type: Classes, or qualified names of classes (``"torch.nn.ReLU"``); subclasses are meant too. Alone, it makes
-            every call of such a module or `autograd.Function` a site, and a module of this class is kept whole. Beside
-            `op` or `parameter` it asks for the class of the module at the site's path.
-        parameter: Patterns for the name of a parameter, ``"*.weight"``; for a tied one any of its names may match.
-        call: Which of the sites of one op at one path: an index from 0, or a slice.
-        forward: What replaces the forward of the sites: an op's name, or a function of one tensor. This selects
-            nothing; it is the same as ``rule(forward=...)``.
-        where: A function of the `Site` that says whether it is meant. A table with one cannot be written to a file.
+        type: Classes, or qualified names of classes (``"torch.nn.ReLU"``). Subclasses match, too. Without `op` and
+            `parameter`, every call of such a module or `autograd.Function` becomes a site, and the module is kept as
+            one opaque call. With `op` or `parameter`, the module at the site's path has to be of such a class.
+        parameter: Patterns for the name of a parameter, for example ``"*.weight"``. For a tied parameter, one of its
+            names has to match.
+        call: Selects among the sites of one op at one path: an index from 0, or a slice.
+        forward: The replacement forward of the sites: an op's name, or a function of one tensor. It does not take part
+            in the selection; it is equivalent to ``rule(forward=...)``.
+        where: A function that takes a `Site` and returns whether to select it. A table with such a function cannot be
+            written to a file.
+
+    Returns:
+        The selected sites; call its method `backward` to complete the entry.
 
     Raises:
-        TableError: A field is not what it has to be.
+        TableError: The value of a field is invalid.
 
     Example:
         >>> import freegrad_fx as fg
@@ -179,26 +188,28 @@ def on(
 
 
 def _read_forward(forward: Any) -> Forward | None:
-    """A forward as it is. Raises `TableError` for what cannot be one."""
+    """Return a replacement forward unchanged. Raises `TableError` if it is invalid."""
     if isinstance(forward, str) and forward not in FORWARDS:
         raise TableError(unknown("forward", forward, FORWARDS))
     if forward is not None and not isinstance(forward, str) and not callable(forward):
-        raise TableError(f"forward is the name of an op or a function of a tensor, got {forward!r}")
+        raise TableError(
+            f"forward has to be the name of an op or a function of a tensor, got {forward!r}"
+        )
     return forward  # type: ignore[no-any-return]
 
 
 def _rules(rule: RuleLike) -> tuple[Rule, ...]:
     if not isinstance(rule, str | Rule | Composition):
         raise RuleError(
-            f"a rule is a name, a Rule or a composition, got {rule!r} of type {type(rule).__name__}. "
-            f"Declare a function as a rule with @freegrad_fx.register('name'); chain several rules with "
-            f"freegrad_fx.compose(...); give different ops different rules with a dict."
+            f"a rule has to be a name, a Rule or a composition, got {rule!r} of type {type(rule).__name__}. "
+            f"Declare a function as a rule with @freegrad_fx.register('name'). Combine several rules with "
+            f"freegrad_fx.compose(...). Give different ops different rules with a dict."
         )
     parts = rule.parts if isinstance(rule, Composition) else (get(rule),)
     for part in parts:
         part.require_bound()
         if get(part.name).function is not part.function:
             raise RuleError(
-                f"rule {part.name!r} has been registered anew since this Rule was made; use get({part.name!r})."
+                f"rule {part.name!r} has been registered again since this Rule was made; use get({part.name!r})."
             )
     return parts

@@ -1,4 +1,4 @@
-"""What a user writes into the fields of `on`: read, brought into one form, or refused with the remedy."""
+"""Validates and normalises the arguments of `on`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 Names: TypeAlias = "str | list[str] | tuple[str, ...]"
-"""A text, or several of which any may hold."""
+"""A string, or several strings of which one has to match."""
 Types: TypeAlias = "str | Class | list[str | Class] | tuple[str | Class, ...]"
 """A class or the qualified name of one, or several."""
 Calls: TypeAlias = "int | slice | list[int | slice] | tuple[int | slice, ...]"
@@ -43,29 +43,29 @@ Calls: TypeAlias = "int | slice | list[int | slice] | tuple[int | slice, ...]"
 PARAMETERS = "params"
 ALL = "all"
 OP_NAMES = (*OPS, *GROUPS, PARAMETERS, ALL)
-"""What can stand in the field `op`."""
+"""The valid values of the field `op`."""
 
 
 def several(field: str, given: Any, read: Callable[[str, Any], Any]) -> tuple[Any, ...]:
-    """The values of a field, of which one alone needs no list."""
+    """The values of a field as a tuple; a single value can be given without a list."""
     if given is None:
         return ()
     values = tuple(read(field, v) for v in (given if isinstance(given, list | tuple) else [given]))
     if not values:
-        raise TableError(f"{field} is an empty list, which no site can match; leave it out")
+        raise TableError(f"{field} is an empty list, which matches no site; leave {field} out")
     for index, value in enumerate(values):
         if value in values[:index]:
-            raise TableError(f"{field} has {value!r} twice")
+            raise TableError(f"{field} contains {value!r} twice")
     return values
 
 
 def read_ops(given: Any, by_type: bool, by_parameter: bool) -> tuple[str, ...]:
-    """The ops that are meant, also where none is given. Raises `TableError` for what is no op."""
+    """The ops to select, including the default. Raises `TableError` if one is unknown."""
     ops = several("op", given, _read_op)
     if by_parameter:
         if others := [op for op in ops if op not in (PARAMETERS, ALL)]:
             raise TableError(
-                f"parameter selects parameters, op={others[0]!r} does not; leave one of the two out"
+                f"parameter selects only parameters, but op={others[0]!r} selects operations; leave out one of the two"
             )
         return (PARAMETERS,)
     return ops or (() if by_type else ("activations",))
@@ -74,33 +74,36 @@ def read_ops(given: Any, by_type: bool, by_parameter: bool) -> tuple[str, ...]:
 def _read_op(field: str, op: Any) -> str:
     if isinstance(op, str) and op in OP_NAMES:
         return op
-    remedy = "Patterns for paths go into `module`, names of parameters into `parameter`."
+    remedy = "Use `module` for patterns of paths, and `parameter` for names of parameters."
     if isinstance(op, type):
-        remedy = f"A class goes into `type`: on(type={op.__name__})."
+        remedy = f"Use `type` for a class: on(type={op.__name__})."
     name = op if isinstance(op, str) else brief(op)
     raise TableError(unknown("op or group", name, OP_NAMES, remedy))
 
 
 def read_pattern(field: str, pattern: Any) -> str:
-    """A glob or a regular expression as it is. Raises `TableError` for what is neither."""
+    """Return a pattern unchanged. Raises `TableError` unless it is a valid glob or regular expression."""
     if not isinstance(pattern, str):
         raise TableError(
-            f"{field} is a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {brief(pattern)}"
+            f"{field} has to be a glob ('layer4.*') or a regular expression ('re:layer[34]'), got {brief(pattern)}"
         )
     if pattern.startswith("re:"):
         try:
             compiled(pattern)
         except (re.error, OverflowError, RecursionError) as error:
-            raise TableError(f"{field} {pattern!r} is no regular expression: {error}") from None
+            raise TableError(
+                f"{field} {pattern!r} is not a valid regular expression: {error}"
+            ) from None
     elif _open_bracket(pattern):
         raise TableError(
-            f"{field} {pattern!r} is no glob: a '[' has no ']'. A set of characters is [abc]; for '[' itself write [[]."
+            f"{field} {pattern!r} is not a valid glob: a '[' has no ']'. A set of characters is written [abc]; for a "
+            f"literal '[' write [[]."
         )
     return pattern
 
 
 def _open_bracket(glob: str) -> bool:
-    """Whether a '[' begins a set of characters that nothing ends. A ']' that stands first is one of the set."""
+    """Whether a '[' starts a set of characters that is not closed. A ']' directly after '[' belongs to the set."""
     start = glob.find("[")
     while start >= 0:
         first = start + 1 + (glob[start + 1 : start + 2] == "!")
@@ -112,12 +115,12 @@ def _open_bracket(glob: str) -> bool:
 
 
 _FORM_OF_A_TYPE = (
-    "type is a class of modules or of autograd.Functions, or the qualified name of one"
+    "type has to be a class of modules or of autograd.Functions, or the qualified name of one"
 )
 
 
 def read_type(field: str, kind: Any) -> str | Class:
-    """A class or a name of one as it is. Raises `TableError` for what cannot be one."""
+    """Return a class or its name unchanged. Raises `TableError` if it cannot be valid."""
     if isinstance(kind, str):
         return _type_named(kind)
     if inspect.isclass(kind) and issubclass(kind, nn.Module | torch.autograd.Function):
@@ -137,11 +140,11 @@ def _type_named(name: str) -> str:
 
 
 _MOST_CALLS = 10**9 - 1
-_FORM_OF_A_CALL = "call is the index of a call (0 is the first), or a slice of indices"
+_FORM_OF_A_CALL = "call has to be the index of a call (0 is the first) or a slice of indices"
 
 
 def read_call(field: str, call: Any) -> int | slice:
-    """An index, or a slice whose start and step are numbers. Raises `TableError` for what is neither."""
+    """Return an index, or a slice with explicit start and step. Raises `TableError` if it is invalid."""
     if isinstance(call, int) and not isinstance(call, bool):
         _require_index(call)
         return call
@@ -152,44 +155,45 @@ def read_call(field: str, call: Any) -> int | slice:
             raise TableError(f"{_FORM_OF_A_CALL}, got {brief(call)}")
         _require_index(bound or 0)
     if call.step == 0:
-        raise TableError(f"the step of a slice of calls is 1 or more, got {brief(call)}")
+        raise TableError(f"the step of a slice of calls has to be at least 1, got {brief(call)}")
     return slice(call.start or 0, call.stop, call.step or 1)
 
 
 def _require_index(index: int) -> None:
     if index < 0:
         raise TableError(
-            f"{_FORM_OF_A_CALL}, got {brief(index)}; calls are counted from the first, as the number of them is not "
-            f"known when the table is made"
+            f"{_FORM_OF_A_CALL}, got {brief(index)}; negative indices are not supported, because the number of "
+            f"calls is not known when the table is made"
         )
-    # Every call can then be printed, and written to a file: Python writes no number of thousands of digits
+    # Python refuses to print an integer of several thousand digits, so it could not be written to a file
     if index > _MOST_CALLS:
-        raise TableError(f"{_FORM_OF_A_CALL}, got {brief(index)}; no model has that many calls")
+        raise TableError(
+            f"{_FORM_OF_A_CALL}, got {brief(index)}; the largest index is {_MOST_CALLS}"
+        )
 
 
 def brief(value: Any) -> str:
-    """A value in an error: on one line, and never an error itself."""
+    """A value for an error message: on one line, and without raising an exception itself."""
     try:
         text = f"{value.__name__}()" if inspect.isroutine(value) else repr(value)
-    except Exception:  # a number of more digits than Python writes, or a repr of the user's
+    except Exception:  # an integer with too many digits, or a user's repr that raises
         text = "a value"
     text = text if len(text) <= 60 else f"{text[:40]}…{text[-19:]}"
     return f"{text} of type {type(value).__name__}"
 
 
 def compiled(pattern: str) -> re.Pattern[str]:
-    """A pattern of either kind as a regular expression for the whole name."""
+    """A pattern of either kind as a regular expression for the whole name; for use with ``fullmatch``."""
     if not pattern.startswith("re:"):
         return re.compile(fnmatch.translate(pattern))
     with warnings.catch_warnings():
-        warnings.simplefilter(
-            "ignore", FutureWarning
-        )  # of sets that a later Python may read otherwise
+        # of sets of characters that a later Python may interpret differently
+        warnings.simplefilter("ignore", FutureWarning)
         return re.compile(pattern.removeprefix("re:"))
 
 
 def call_text(call: Any) -> str:
-    """A slice as people write it, ``1:3``; anything else as it is."""
+    """A slice in the notation ``1:3``; any other value as text."""
     if not isinstance(call, slice):
         return str(call)
     step = "" if call.step == 1 else f":{call.step}"

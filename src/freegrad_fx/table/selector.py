@@ -1,4 +1,4 @@
-"""Which sites an entry of a table means. Knows the vocabulary and what a site is; it has seen no rule and no graph."""
+"""Which sites an entry of a table selects. Independent of rules and graphs."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ __all__ = ["Selector"]
 
 @dataclass(frozen=True, eq=False)
 class Selector:
-    """Conditions on a site, all of which have to hold; of the values of a field any has to. Made by `on`.
+    """Conditions on a site. All fields have to match; of several values in a field, one has to. Made by `on`.
 
     Attributes:
-        op: Canonical names, groups, ``"params"`` and ``"all"``; empty where the calls of classes are meant.
+        op: Canonical names, groups, ``"params"`` and ``"all"``; empty if calls of classes are selected.
         module: Patterns for the path of the owner.
         type: Classes, or their qualified names.
         parameter: Patterns for the names of a parameter.
@@ -65,9 +65,9 @@ class Selector:
         call: Calls | None,
         where: Callable[[Site], Any] | None,
     ) -> Selector:
-        """Read the fields as a user gives them. Raises `TableError` for what no field can be."""
+        """Make a selector from the arguments of `on`. Raises `TableError` if one is invalid."""
         if where is not None and not callable(where):
-            raise TableError(f"where is a function of a Site, got {brief(where)}")
+            raise TableError(f"where has to be a function of a Site, got {brief(where)}")
         return cls(
             read_ops(op, by_type=type is not None, by_parameter=parameter is not None),
             several("module", module, read_pattern),
@@ -79,19 +79,19 @@ class Selector:
 
     @property
     def by_class(self) -> bool:
-        """Whether it means the calls of classes: a type, and neither op nor parameter."""
+        """Whether it selects calls of classes, with `type` and without `op` and `parameter`."""
         return not self.op
 
     @functools.cached_property
     def wants_parameters(self) -> bool:
-        """Whether it can match a parameter."""
+        """Whether it can select a parameter."""
         return bool({PARAMETERS, ALL} & {*self.op})
 
-    # A plan asks every entry about every site: what can be computed once is.
+    # Every entry is matched against every site, so what does not depend on the site is cached.
 
     @functools.cached_property
     def ops(self) -> frozenset[str]:
-        """The ops that names and groups stand for. A group that has the name of an op has the op in it."""
+        """The ops that the names and groups denote. A group with the name of an op contains that op."""
         groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: ()}
         return frozenset(op for name in self.op for op in groups.get(name, (name,)))
 
@@ -104,10 +104,10 @@ class Selector:
         return [compiled(pattern) for pattern in self.parameter]
 
     def matches(self, located: Located) -> bool:
-        """Whether it means this site.
+        """Whether it selects a site.
 
         Raises:
-            TableError: `where` raises an exception.
+            TableError: `where` raised an exception.
         """
         site = located.site
         if site.kind == "parameter":
@@ -139,11 +139,11 @@ class Selector:
         except Exception as error:
             raise TableError(
                 f"the `where` of the entry {str(self)!r} raised {error.__class__.__name__}: {error}; "
-                f"it was asked about the site {site.name}: {site}"
+                f"it was called with the site {site.name}: {site}"
             ) from error
 
     def classes_in(self, model: nn.Module) -> Iterator[Class]:
-        """The classes whose calls it means. Names stand for classes of the model's modules, and for imported ones."""
+        """The classes whose calls it selects. Names are resolved among the model's modules and imported modules."""
         for wanted in self.type if self.by_class else ():
             if isinstance(wanted, str):
                 for module in model.modules():
@@ -155,7 +155,7 @@ class Selector:
                 yield wanted
 
     def given(self) -> dict[str, Any]:
-        """What `on` has to be given to make it: the fields that are not empty, a lone value without its tuple."""
+        """The arguments of `on` that make this selector. Empty fields are left out; single values are not in lists."""
         found = {
             "op": () if self.op == (PARAMETERS,) and self.parameter else self.op,
             "module": self.module,
@@ -201,7 +201,7 @@ class Selector:
         return self
 
     def __getstate__(self) -> dict[str, Any]:
-        """A transformed model is saved with its plan, and has to be, whatever the table asks."""
+        """Replace what cannot be pickled, because a transformed model is saved together with its plan."""
         state = {field.name: getattr(self, field.name) for field in fields(self)}
         state["type"] = tuple(
             t if isinstance(class_name(t), str) or isinstance(t, str) else qualified(t)
@@ -209,19 +209,21 @@ class Selector:
         )
         try:
             pickle.dumps(self.where)
-        except Exception:  # what the user's function or object raises
+        except Exception:  # pickling a user's object can raise any exception
             state["where"] = _NotSaved(getattr(self.where, "__qualname__", "a function"))
         return state
 
 
 @dataclass(frozen=True)
 class _NotSaved:
-    """Stands for a `where` that could not be pickled."""
+    """Replaces a `where` that could not be pickled."""
 
     name: str
 
     def __call__(self, site: Site) -> bool:
-        raise RuntimeError("a function that cannot be imported is not saved with its table")
+        raise RuntimeError(
+            "this `where` was not saved with its table, because it cannot be pickled; make the table again"
+        )
 
     def __repr__(self) -> str:
         return self.name
@@ -236,7 +238,7 @@ def _any_match(patterns: Iterable[re.Pattern[str]], names: Iterable[str]) -> boo
 
 
 def _owner_paths(site: Site) -> tuple[str, ...]:
-    """The path of the owner; of a tied parameter, of each of them."""
+    """The path of the owner; for a tied parameter, the paths of all owners."""
     if len(site.names) < 2:
         return (site.path,)
     return tuple(name.rpartition(".")[0] for name in site.names)

@@ -1,4 +1,4 @@
-"""Rule tables: ordered entries, of which the first that matches a site decides."""
+"""Rule tables: ordered entries. The first entry that matches a site decides it."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ RulesLike: TypeAlias = (
 
 @dataclass(frozen=True, init=False)
 class RuleTable:
-    """Ordered entries. The first that matches a site decides; a site that none matches keeps its native backward.
+    """Ordered entries. The first entry that matches a site decides it; other sites keep their native backward.
 
-    Tables are values: they compare, join with ``+``, and are read like a sequence of entries. The `repr` evaluates to
-    the table after ``from freegrad_fx import *``, unless a function or a tensor is in it.
+    Tables are immutable. They can be compared, concatenated with ``+``, and iterated and indexed like a sequence of
+    entries. After ``from freegrad_fx import *``, evaluating the `repr` gives an equal table, unless it contains a
+    function or a tensor.
 
     Attributes:
         entries: The entries, made with `on`.
 
     Raises:
-        TableError: What is given is no entry.
+        TableError: An element is not an entry.
 
     Example:
         >>> import freegrad_fx as fg
@@ -61,29 +62,34 @@ class RuleTable:
         for number, entry in enumerate(given, start=1):
             if isinstance(entry, Selection):
                 raise TableError(
-                    f"entry {number} ({entry.sites}) has no backward: on(...).backward('rule'), or .backward(None) to "
-                    f"keep the native one"
+                    f"entry {number} ({entry.sites}) has no backward; write on(...).backward('rule'), or "
+                    f".backward(None) to keep the native backward"
                 )
             if not isinstance(entry, Entry):
                 raise TableError(
-                    f"entry {number} is made with on(...).backward(...), got {entry!r}; RuleTable.of reads a dict"
+                    f"entry {number} has to be made with on(...).backward(...), got {entry!r}; to read a dict use "
+                    f"RuleTable.of"
                 )
         object.__setattr__(self, "entries", tuple(given))
 
     @classmethod
     def of(cls, rules: RulesLike | None) -> RuleTable:
-        """Read what `transform` accepts as rules.
+        """Make a table from any form of rules that `transform` accepts.
 
         Args:
-            rules: A rule name, a `Rule` or a composition (given to the group ``"activations"``), or a dict from op
-                names, classes (of modules or of autograd.Functions), groups, ``"params"`` and ``"all"`` to rules.
-                Classes come before ops, ops before groups, groups before ``"all"``; a rule None keeps the native
-                backward. Or the path of a TOML file, see `from_toml`; as text it ends in ``.toml``. Or a table, which
-                is returned; or None, for an empty table.
+            rules: One of the following.
+
+                - A rule name, a `Rule` or a composition, for the group ``"activations"``.
+                - A dict from op names, classes of modules or of autograd.Functions, groups, ``"params"`` and ``"all"``
+                  to rules. Classes take precedence over ops, ops over groups, groups over ``"all"``. The value None
+                  keeps the native backward.
+                - The path of a TOML file; see `from_toml`. A path given as a string has to end in ``.toml``.
+                - A table, which is returned unchanged.
+                - None, for an empty table.
 
         Raises:
-            TableError: A key is no op, group or class; or the file is no table.
-            RuleError: A rule is unknown, or a parameter of it has no value.
+            TableError: A key is not an op, group or class; or the file is not a valid table.
+            RuleError: A rule is unknown or lacks a parameter value.
             OSError: The file cannot be read.
         """
         if rules is None:
@@ -92,7 +98,7 @@ class RuleTable:
             return rules
         lone = rules if isinstance(rules, list | tuple) else [rules]
         if any(isinstance(entry, Entry | Selection) for entry in lone):
-            raise TableError("entries stand in a table: RuleTable([on(...).backward(...)])")
+            raise TableError("entries have to be in a table: RuleTable([on(...).backward(...)])")
         if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
             return cls.from_toml(rules)
         if isinstance(rules, Mapping):
@@ -102,17 +108,29 @@ class RuleTable:
 
     @classmethod
     def from_toml(cls, source: str | os.PathLike[str], *, allow_imports: bool = False) -> RuleTable:
-        """Read a table that is written in TOML.
+        """Read a table from TOML.
 
         Args:
-            source: A path, as text one that ends in ``.toml``; or TOML text.
-            allow_imports: Import the rules and forwards that are named ``package.module:name``. Importing a module runs
-                its code: do so where you trust the table.
+            source: A path, which has to end in ``.toml`` if it is a string; or TOML text.
+            allow_imports: Whether to import rules and forwards that are named ``package.module:name``. Importing a
+                module runs its code, so allow it only for tables that you trust.
 
         Raises:
-            TableError: It is no TOML, or no table. The message says the file, the entry, its line, what is wrong and
-                which names are valid.
+            TableError: The text is not valid TOML or not a valid table. The message gives the file, the entry and its
+                line, the reason and the valid names.
             OSError: The file cannot be read.
+
+        Example:
+            >>> import freegrad_fx as fg
+            >>> fg.RuleTable.from_toml('''
+            ... [[rule]]
+            ... op = "relu"
+            ... backward = "rectangular"
+            ... params = { a = -1.0, b = 1.0 }
+            ... ''')
+            RuleTable([
+                on('relu').backward('rectangular', a=-1.0, b=1.0),
+            ])
         """
         where = ""
         try:
@@ -124,35 +142,35 @@ class RuleTable:
             data = loads(text)
             return cls(load_table(data, allow_imports, entry_place(text, data)))
         except UnicodeDecodeError as error:
-            raise TableError(f"{where}it is not UTF-8 text: {error}") from error
+            raise TableError(f"{where}the file is not UTF-8 text: {error}") from error
         except TableError as error:
             raise TableError(f"{where}{error}") from error
 
     def to_toml(self) -> str:
-        """The table as TOML text, which `from_toml` reads back to an equal table.
+        """Return the table as TOML text. `from_toml` reads it back to an equal table.
 
-        A rule of one's own is written as ``package.module:name``, so that reading it needs ``allow_imports=True``.
+        A user's rule is written as ``package.module:name``; reading it requires ``allow_imports=True``.
 
         Raises:
-            TableError: An entry cannot be written: it has a `where`, a tensor, or something that cannot be imported.
+            TableError: An entry contains a `where`, a tensor, or an object that cannot be imported.
         """
         return dumps(dump_table(self.entries))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, allow_imports: bool = False) -> RuleTable:
-        """Read a table from plain data of the same shape as in TOML.
+        """Read a table from plain data of the same structure as in TOML.
 
         Args:
-            data: What `to_dict` returns.
+            data: The data, as returned by `to_dict`.
             allow_imports: See `from_toml`.
 
         Raises:
-            TableError: It is no table.
+            TableError: The data is not a valid table.
         """
         return cls(load_table(data, allow_imports))
 
     def to_dict(self) -> dict[str, Any]:
-        """The table as plain data that can be written as JSON; an infinite number is the text ``"inf"``.
+        """Return the table as plain data that can be written as JSON. Infinity is represented as ``"inf"``.
 
         Raises:
             TableError: As for `to_toml`.
@@ -161,17 +179,17 @@ class RuleTable:
 
     @property
     def wants_parameters(self) -> bool:
-        """Whether some entry can match a parameter."""
+        """Whether an entry can select a parameter."""
         return any(entry.sites.wants_parameters for entry in self.entries)
 
     def types_in(self, model: nn.Module) -> tuple[type[Any], ...]:
-        """The classes whose calls are sites; a capture has to keep the modules among them whole."""
+        """The classes whose calls are sites. A capture must not trace into the modules among them."""
         return tuple(
             dict.fromkeys(t for entry in self.entries for t in entry.sites.classes_in(model))
         )
 
     def decide(self, located: Located) -> int | None:
-        """The index of the entry that decides a site, or None."""
+        """The index of the first entry that selects a site, or None."""
         entries = enumerate(self.entries)
         return next((index for index, e in entries if e.sites.matches(located)), None)
 
@@ -207,7 +225,7 @@ def _is_path(source: str) -> bool:
 
 
 def _as_json(value: Any) -> Any:
-    """JSON has no infinity."""
+    """Replace infinite numbers, which JSON cannot represent, by text."""
     if isinstance(value, dict):
         return {key: _as_json(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -222,15 +240,15 @@ def _specificity(key: Any) -> int:
 
 
 def _selector(key: Any) -> Selector:
-    """What a key of a dict means."""
+    """The selector for a key of a dict of rules."""
     if isinstance(key, type) and issubclass(key, nn.Module | torch.autograd.Function):
         return Selector(type=(key,))
     if isinstance(key, str) and key in OP_NAMES:
         return Selector(op=(key,))
     remedy = (
-        f"The groups among them: {', '.join((*GROUPS, PARAMETERS, ALL))}. A key is an op, a group, or a class of "
-        f"modules or of autograd.Functions; not a function and not the path of a module, which a RuleTable can select: "
-        f"on('relu', module='layer4.*')."
+        f"The groups among them: {', '.join((*GROUPS, PARAMETERS, ALL))}. A key has to be an op, a group, or a class "
+        f"of modules or of autograd.Functions, not a function or the path of a module. To select by path, use a "
+        f"RuleTable: on('relu', module='layer4.*')."
     )
     name = f"{key.__name__}()" if hasattr(key, "__name__") else key
     raise TableError(unknown("op or group", name, OP_NAMES, remedy))

@@ -1,6 +1,6 @@
-"""TOML text ↔ plain data. Python reads TOML itself; what is written here are the tables of this package, no more.
+"""TOML text to and from plain data. Reading uses `tomllib`; writing supports only what tables need.
 
-Knows nothing of rules.
+Independent of rules.
 """
 
 from __future__ import annotations
@@ -19,20 +19,20 @@ def loads(text: str) -> dict[str, Any]:
     """Read TOML.
 
     Raises:
-        TableError: It is no TOML; the message says in which line.
+        TableError: The text is not valid TOML; the message gives the line.
     """
     try:
         return tomllib.loads(text)
     except RecursionError:
-        raise TableError("it is nested too deeply") from None
-    except ValueError as error:  # tomllib's own, and those of numbers with too many digits
-        raise TableError(f"it is no TOML: {error}") from error
+        raise TableError("the TOML text is nested too deeply") from None
+    except ValueError as error:  # syntax errors, and integers with too many digits
+        raise TableError(f"invalid TOML: {error}") from error
 
 
 def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
-    """What to call the entries of a text that holds a table: by number, and by line where all heads are to be seen."""
+    """How to name entries in error messages: by number, and by line if the lines of all entries can be found."""
     head = re.compile(r"\s*\[\[\s*rule\s*]]")
-    # not splitlines(), which ends lines at characters that end none in TOML, nor in an editor
+    # not splitlines(), which also splits at characters that do not end a line in TOML
     lines = [number for number, line in enumerate(text.split("\n"), 1) if head.match(line)]
     entries = table.get("rule")
     certain = isinstance(entries, list) and len(entries) == len(lines)
@@ -44,7 +44,7 @@ def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
 
 
 def dumps(table: Mapping[str, Any]) -> str:
-    """Write a table: values at the top, then an array of tables under each key that has a list."""
+    """Write a table as TOML: first the plain values, then each list as an array of tables."""
     lines = [f"{_key(k)} = {_value(v)}" for k, v in table.items() if not isinstance(v, list)]
     for key, entries in table.items():
         for entry in entries if isinstance(entries, list) else ():
@@ -62,7 +62,7 @@ def _value(value: Any) -> str:
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, Mapping):
         return f"{{ {', '.join(f'{_key(k)} = {_value(v)}' for k, v in value.items())} }}"
-    return repr(value)  # Python writes its numbers as TOML does
+    return repr(value)  # Python and TOML write numbers alike
 
 
 def _key(key: str) -> str:
