@@ -200,8 +200,8 @@ class WritesOut(nn.Module):
 @pytest.mark.parametrize(
     ("make", "reason"),
     [
-        (lambda: with_hooks(nn.ReLU(inplace=True)), "works in place and has forward hooks"),
-        (WritesOut, "writes its result into an out= tensor"),
+        (lambda: with_hooks(nn.ReLU(inplace=True)), "it works in place and has forward hooks"),
+        (WritesOut, "it writes its result into an out= tensor"),
     ],
     ids=["hooks", "out"],
 )
@@ -422,7 +422,7 @@ def test_what_runs_later_than_it_is_called_is_not_decorated() -> None:
         yield
 
     for function in (later, generator_too, generator, Net):
-        with pytest.raises(TypeError, match="Put the block into it"):
+        with pytest.raises(TypeError, match="Enter the block inside of the function"):
             fg.native()(function)
 
 
@@ -446,7 +446,7 @@ def test_a_suspended_generator_keeps_its_block_in_force_and_leaves_no_trace() ->
 
 def test_a_block_is_left_in_the_thread_that_entered_it() -> None:
     block = fg.use(RECTANGULAR)
-    with block, ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="another thread"):
+    with block, ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="has not entered it"):
         pool.submit(block.__exit__).result()
 
 
@@ -464,11 +464,11 @@ def test_a_task_never_gets_the_blocks_of_another() -> None:
         inside, go_on = asyncio.Event(), asyncio.Event()
         task = asyncio.create_task(in_a_block(inside, go_on))
         await inside.wait()
-        with pytest.raises(RuntimeError, match="do not await in it"):
+        with pytest.raises(RuntimeError, match="do not await inside of it"):
             gradients(gm, X)
-        with pytest.raises(RuntimeError, match="do not await in it"):
+        with pytest.raises(RuntimeError, match="do not await inside of it"):
             fg.use("scale").__enter__()
-        with pytest.raises(RuntimeError, match="do not await in it"):
+        with pytest.raises(RuntimeError, match="do not await inside of it"):
             gradients(fg.transform(NET, "scale"), X)
         go_on.set()
         await task
@@ -483,10 +483,10 @@ def test_a_task_that_inherits_a_block_is_told_where_it_is_not_in_force() -> None
     async def main() -> None:
         with fg.use(RECTANGULAR):
             assert close(await asyncio.create_task(run()), intercepted())
-            with pytest.raises(RuntimeError, match="belongs to a thread"):
+            with pytest.raises(RuntimeError, match="applies to one thread"):
                 await asyncio.to_thread(gradients, gm, X)
             late = asyncio.create_task(run())
-        with pytest.raises(RuntimeError, match="belongs to a thread"):
+        with pytest.raises(RuntimeError, match="applies to one thread"):
             await late
 
     async def run() -> Gradients:

@@ -132,7 +132,7 @@ def test_the_built_in_rules_that_clip_have_no_jvp() -> None:
 
 def test_a_rule_that_cannot_be_followed_is_not_taken_for_linear() -> None:
     fg.register("test: branches")(lambda grad: grad * (2 if grad.sum() > 0 else 1))
-    with pytest.raises(fg.RuleError, match="cannot be told"):
+    with pytest.raises(fg.RuleError, match="cannot determine"):
         jvp(act, X, DX, rule="test: branches")
 
 
@@ -142,7 +142,7 @@ def test_what_hides_rules_is_refused() -> None:
         torch.vmap(act),
         lambda x: checkpoint(act, x, use_reentrant=True),
     ):
-        with pytest.raises(RuntimeError, match="cannot be seen"):
+        with pytest.raises(RuntimeError, match="cannot find the rules"):
             jvp(hiding, X, DX, rule="scale")
 
 
@@ -163,7 +163,7 @@ def test_functions_that_do_not_depend_on_their_argument() -> None:
 def test_mistakes_are_named() -> None:
     with pytest.raises(TypeError, match="returned tuple"):
         vjp(lambda x: (x, x), X)  # type: ignore[arg-type, return-value]
-    with pytest.raises(fg.RuleError, match="those of a rule"):
+    with pytest.raises(fg.RuleError, match="params requires a rule"):
         jvp(act, X, DX, params={"s": 1.0})
     with pytest.raises(fg.RuleError, match="Did you mean 'scale'"):
         vjp(act, X, rule="scael")

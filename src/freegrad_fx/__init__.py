@@ -35,7 +35,7 @@ __version__ = "0.1.0"
 
 find_moved()
 
-# Imported when they are asked for: whoever writes rules or tables needs no capture
+# Imported on first access, so that writing rules and tables does not import the capture
 _LATER = {
     "Backend": "dynamo",
     "CapturedModule": "capture.captured",

@@ -1,4 +1,4 @@
-"""Modules that have moved: models that were saved before name them by their old places."""
+"""Old names of modules that have moved, so that models saved under these names can still be loaded."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ MOVED = {
     "rules.rule": ("core.rule",),
     "serialise": ("graph.serialise",),
 }
-"""The modules whose names are in models that were saved before 0.1.0, with where their content is now."""
+"""Old module names that occur in models saved before 0.1.0, with the modules that hold their content now."""
 
 _PACKAGE = __name__.rpartition(".")[0]
 
 
 class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds a module of an old name: one that hands out what the module of the new name has."""
+    """Imports an old module name as a module that looks names up in the new modules."""
 
     def find_spec(
         self, name: str, path: Sequence[str] | None, target: ModuleType | None = None
@@ -54,6 +54,6 @@ class _Moved(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 
 def find_moved() -> None:
-    """Let the old names be found."""
+    """Make the old names importable."""
     if not any(isinstance(finder, _Moved) for finder in sys.meta_path):
         sys.meta_path.append(_Moved())

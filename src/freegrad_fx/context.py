@@ -1,6 +1,6 @@
-"""Ambient rules: what `use` and `native` say for a block of code, and what the sites of a graph ask.
+"""Ambient rules: the context managers `use` and `native`, and the state that the sites of a graph read.
 
-Knows rules; knows nothing of graphs. The state belongs to the thread, as the grad mode of torch does.
+Independent of graphs. The state is local to the thread, like the grad mode of PyTorch.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ Called = TypeVar("Called", bound=Callable[..., Any])
 
 
 class _State(threading.local):
-    """What is in force in a thread; the first three follow from the blocks."""
+    """The rules in force in a thread. `explicit`, `activations` and `params` are derived from `blocks`."""
 
     def __init__(self) -> None:
-        # Dynamo guards what stands on the object, not on its class
+        # Dynamo guards attributes of the object, not of its class
         self.explicit = True
         self.activations: tuple[Rule, ...] = ()
         self.params: tuple[Rule, ...] = ()
@@ -54,13 +54,14 @@ class _State(threading.local):
 
 _state = _State()
 
-# The same blocks once more, as an asynchronous task sees them, so that a task never gets those of another one. It is
-# not the state itself because compiled code can be guarded by a thread's attributes alone.
+# The blocks that the current asynchronous task has entered. They are compared with those of the thread, so that a task
+# never uses the blocks of another task. This cannot replace `_State`: Dynamo can guard thread-local attributes, but not
+# context variables.
 _entered: ContextVar[tuple[Block, ...]] = ContextVar("freegrad_fx_blocks", default=())
 
 
 def ambient_rules(scope: str) -> tuple[Rule, ...]:
-    """The rules in force for ``"activations"`` or ``"params"``; none where the backward is native.
+    """The rules in force for ``"activations"`` or ``"params"``; empty where the backward is native.
 
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
@@ -70,7 +71,7 @@ def ambient_rules(scope: str) -> tuple[Rule, ...]:
 
 
 def explicit_rules_act() -> bool:
-    """Whether the rules that a table has given to sites act.
+    """Whether rules that a table gave to sites act; they do not inside of `native`.
 
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
@@ -82,14 +83,14 @@ def explicit_rules_act() -> bool:
 def _require_own_blocks() -> None:
     if not is_compiling() and _entered.get() != _state.blocks:
         raise RuntimeError(
-            "the use() and native() blocks of this asynchronous task are not those in force in its thread. A block "
-            "belongs to a thread: enter it in the task or thread that calls the model, around the call, and do not "
-            "await in it."
+            "the use() and native() blocks of this asynchronous task differ from those in force in its thread. A block "
+            "applies to one thread: enter it in the task or thread that calls the model, around the call, and do not "
+            "await inside of it."
         )
 
 
 def _put(blocks: tuple[Block, ...]) -> None:
-    """Let the thread be in these blocks, the innermost last."""
+    """Set the blocks of the thread, the innermost last."""
     values: dict[str, Any] = {"explicit": True, **dict.fromkeys(SCOPES.values(), ())}
     for block in blocks:
         values.update(block.changes)
@@ -111,20 +112,20 @@ def _in(blocks: tuple[Block, ...]) -> Iterator[None]:
 
 
 def outside_of_blocks() -> Any:
-    """A context in which no block is in force."""
+    """A context manager in which no block is in force."""
     return _in(())
 
 
 def inside_of_a_block() -> AbstractContextManager[Any]:
-    """A context in which some rule is in force at every ambient site."""
+    """A context manager in which some rule is in force at every ambient site."""
     identity = Rule(Declaration("identity", lambda grad: grad, (), {}))
     return Block(**dict.fromkeys(SCOPES.values(), (identity,)))
 
 
 def in_the_blocks_of_now(function: Called) -> Called:
-    """Return `function` so that it runs in the blocks that are in force now, whenever and in whatever thread.
+    """Wrap `function` so that it always runs in the blocks that are in force now, in any thread.
 
-    If it runs after what surrounds it now (see `surrounded`) was left, that is entered again.
+    Contexts of `surrounded` that are active now are entered again if they have been left when it runs.
     """
     blocks, surroundings = _state.blocks, _state.surroundings
 
@@ -148,10 +149,10 @@ class _Surrounding:
 
 @contextmanager
 def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
-    """Run in a context, which what `torch.utils.checkpoint` runs again in the backward is run in once more.
+    """Enter a context, and enter it again around the recomputation of `torch.utils.checkpoint` in the backward.
 
     Args:
-        make: Makes the context, each time anew.
+        make: Returns a new context manager at each call.
     """
     _follow_checkpoints()
     this, before = _Surrounding(make), _state.surroundings
@@ -165,12 +166,12 @@ def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None
 
 
 class Block(ContextDecorator):
-    """What `use` and `native` are: it changes the state of the thread. Blocks nest, and can be entered again."""
+    """The base of `use` and `native`: changes the state of the thread. Blocks are reentrant and reusable."""
 
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
 
-    # The effects of entering and leaving would be Dynamo's to replay, which cannot see all of them
+    # Dynamo cannot replay all side effects of entering and leaving a block
     @leave_to_python
     def __enter__(self) -> Self:
         _follow_checkpoints()
@@ -180,25 +181,26 @@ class Block(ContextDecorator):
 
     @leave_to_python
     def __exit__(self, *_: object) -> None:
-        """Leave the block, also where others that were entered later are still open.
+        """Leave the block. Blocks that were entered later may still be active.
 
         Raises:
-            RuntimeError: It was not entered in this thread.
+            RuntimeError: The block was not entered in this thread.
         """
         blocks = list(_state.blocks)
         if self not in blocks:
             raise RuntimeError(
-                f"this {type(self).__name__}() block was entered in another thread than it is left in, and is still "
-                f"in force there. Do not suspend a generator inside of a block."
+                f"this {type(self).__name__}() block is left in a thread that has not entered it; it is still in force "
+                f"in the thread that entered it. Do not suspend a generator inside of a block."
             )
         del blocks[len(blocks) - 1 - blocks[::-1].index(self)]
         _put(tuple(blocks))
 
     def __call__(self, func: Called) -> Called:
-        """Return `func` so that each call of it runs in the block.
+        """Decorate `func`, so that each call of it runs in the block.
 
         Raises:
-            TypeError: `func` is a class, or one whose body does not run when it is called: asynchronous, a generator.
+            TypeError: `func` is a class, or its body does not run when it is called: a generator or an asynchronous
+                function.
         """
         suspended = (
             inspect.isgeneratorfunction,
@@ -207,24 +209,26 @@ class Block(ContextDecorator):
         )
         if not callable(func) or inspect.isclass(func) or any(asks(func) for asks in suspended):
             raise TypeError(
-                f"{type(self).__name__}() decorates functions that run when they are called, which "
-                f"{getattr(func, '__qualname__', repr(func))} is not. Put the block into it, around the call of the "
-                f"model."
+                f"{type(self).__name__}() cannot decorate {getattr(func, '__qualname__', repr(func))}: it decorates "
+                f"only functions that run when they are called, not classes, generators or asynchronous functions. "
+                f"Enter the block inside of the function, around the call of the model."
             )
         return super().__call__(func)
 
 
 class use(Block):
-    """Give every ambient site in a scope a rule, for the block.
+    """Context manager that gives every ambient site in a scope a rule.
 
     Formula: at every ambient site y = f(x) whose forward runs in the block, ∂x = rule(∂y, x, y).
 
-    Ambient sites are those of ``transform(model)`` without rules, those that no entry decides in
-    ``transform(model, rules, ambient=True)``, and `Activation` layers. The rule is bound when the forward runs: the
-    backward may run after the block, or in another thread. Blocks nest, and the innermost one for a scope wins; rules
-    that a table gave to a site go before. What `torch.utils.checkpoint` runs again in the backward runs in the blocks
-    of the first time. A block is for its own thread: a thread that is started in it has none. It can be used as a
-    decorator, and entered again.
+    The following sites are ambient: all sites of ``transform(model)`` without rules, the sites that no entry decides
+    in ``transform(model, rules, ambient=True)``, and `Activation` layers.
+
+    The rule is bound when the forward runs, so the backward can run after the block or in another thread. Blocks can
+    be nested: the innermost block for a scope takes precedence, and rules that a table gave to a site take precedence
+    over blocks. Recomputation by `torch.utils.checkpoint` runs in the blocks of the original forward. A block applies
+    only to the thread that entered it, not to threads started inside of it. It can be entered repeatedly, and used as
+    a decorator.
 
     Args:
         rule: A rule name, a `Rule` or a composition.
@@ -232,8 +236,8 @@ class use(Block):
         scope: ``"activations"``, ``"params"``, ``"all"``, or a tuple of these.
 
     Raises:
-        RuleError: The rule is unknown, not fully bound, names a forward, or cannot serve a scope; or a scope is
-            unknown.
+        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used in a scope; or
+            a scope is unknown.
 
     Source: FreeGrad, ``freegrad.use``.
     """
@@ -249,10 +253,19 @@ class use(Block):
 
 
 class native(Block):
-    """Switch every rule off for the block: the gradients are those of the untransformed model, bit for bit.
+    """Context manager that disables all rules: gradients equal those of the untransformed model, bit for bit.
 
-    Rules given by tables and ambient ones are both off; a `use` inside the block switches ambient sites on again. A
-    forward that a rule has replaced stays replaced, with its own derivative. Threads, tasks: as for `use`.
+    Both rules from tables and ambient rules are disabled; a `use` block inside enables ambient rules again. A
+    replaced forward stays replaced, with its own derivative. Threads and nesting are handled as by `use`.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> gm = fg.transform(torch.nn.Sequential(torch.nn.ReLU()), {"relu": fg.rules.scale(s=3.0)})
+        >>> x = torch.ones(1, requires_grad=True)
+        >>> with fg.native():
+        ...     y = gm(x)
+        >>> torch.autograd.grad(y, x)
+        (tensor([1.]),)
     """
 
     def __init__(self) -> None:
@@ -262,10 +275,11 @@ class native(Block):
 def parts_for(
     scopes: tuple[str, ...], rule: RuleLike, params: Mapping[str, Any] | None = None
 ) -> tuple[Rule, ...]:
-    """The parts of a rule with some values for its parameters, for sites whose forward stays as it is.
+    """Bind parameters to a rule and return its parts, for use at all sites of some scopes.
 
     Raises:
-        RuleError: It is unknown, not fully bound, names a forward, or cannot serve every site in these scopes.
+        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used at every site in
+            these scopes.
     """
     if params:
         rule = get(rule)(**params) if isinstance(rule, str) else rule(**params)
@@ -285,26 +299,29 @@ def _scopes(scope: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None:
-    """Raise `RuleError` if a rule cannot serve every site in some scopes."""
+    """Raise `RuleError` if a rule cannot be used at every site in some scopes."""
     rule.require_bound()
     if rule.forward is not None:
         raise RuleError(
-            f"{rule!r} replaces a forward, which transform() alone can do: give it to that, or leave forward= out."
+            f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "
+            f"forward=."
         )
     if not rule.keeps_shape:
         raise RuleError(
-            f"rule {rule.name!r} does not keep the shape of a gradient, and is for single sites alone"
+            f"rule {rule.name!r} changes the shape of the gradient, so it cannot be used in a block. Give it to "
+            f"single sites with transform()."
         )
     for kind, scope in SCOPES.items():
         if scope not in scopes:
             continue
         if kind not in rule.kinds:
             raise RuleError(
-                f"rule {rule.name!r} is for {' and '.join(rule.kinds)} sites alone, not for {scope!r}"
+                f"rule {rule.name!r} supports only {' and '.join(rule.kinds)} sites, so it cannot be used for scope "
+                f"{scope!r}"
             )
         if "y" in rule.inputs and (kind == "parameter" or rule is not parts[0]):
             reason = (
-                "a parameter has none"
+                "a parameter does not have one"
                 if kind == "parameter"
                 else "it must come first in a composition"
             )
@@ -313,17 +330,17 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
 
 @functools.cache
 def _follow_checkpoints() -> None:
-    """Let what `torch.utils.checkpoint` runs again in the backward run in the blocks of its first time.
+    """Make `torch.utils.checkpoint` recompute in the blocks of the original forward.
 
-    Otherwise it would record what the rules in force at the time of the backward need, or of its thread, which has
-    none: wrong gradients, without a word. `context_fn` would do, if nobody forgot it. Nothing needs it before the first
-    block is entered; what has begun until then is run again outside of all blocks.
+    Otherwise the recomputation would use the rules in force in the thread of the backward, which silently gives wrong
+    gradients. This is installed when the first block is entered. A checkpoint that began before is recomputed outside
+    of all blocks.
     """
     follow_checkpoints(in_the_blocks_of_now, _in_no_blocks)
 
 
 def _in_no_blocks(function: Called) -> Called:
-    """Return `function` so that it runs outside of all blocks."""
+    """Wrap `function` so that it runs outside of all blocks."""
 
     @functools.wraps(function)
     def outside(*args: Any, **kwargs: Any) -> Any:

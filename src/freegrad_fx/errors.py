@@ -1,6 +1,6 @@
-"""The errors and the warning of this package, and the one way in which they name valid choices.
+"""The exceptions and the warning category of this package, and the common message for an unknown name.
 
-Knows nothing of rules, graphs or tensors.
+Independent of rules, graphs and tensors.
 """
 
 from __future__ import annotations
@@ -20,31 +20,38 @@ __all__ = [
 
 
 class RuleError(ValueError):
-    """A backward rule is unknown, declared or bound wrongly, or returned what is no gradient."""
+    """A backward rule is unknown, is declared or bound incorrectly, or returned an invalid gradient."""
 
 
 class PlanError(ValueError):
-    """A rule table asks for something that cannot be had on the sites of this model."""
+    """A rule table cannot be applied to the sites of this model."""
 
 
 class TableError(PlanError):
-    """A rule table is written wrongly: an unknown op or field, a pattern that is none, a mistake in its file."""
+    """A rule table is invalid: an unknown op or field, an invalid pattern, or an error in its file."""
 
 
 class CaptureError(RuntimeError):
-    """A model cannot be turned into a graph that means what the model means."""
+    """A model cannot be captured as a graph that is equivalent to the model."""
 
 
 class TorchVersionError(RuntimeError):
-    """The PyTorch that is installed lacks something that a feature of this package relies on."""
+    """The installed PyTorch release lacks an internal function or attribute that a feature of this package needs."""
 
 
 class FreegradWarning(UserWarning):
-    """Something the caller asked for has no effect, or something of the model was not looked into."""
+    """Something that was requested has no effect, or a part of the model was not analysed."""
 
 
 def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> str:
-    """The sentence for a name that is not in a list: what it is, the valid names (closest first), the remedy."""
+    """Return the error message for an unknown name.
+
+    Args:
+        kind: The kind of the name, for example ``"rule"``.
+        name: The unknown name.
+        valid: The valid names; the message lists them, the most similar first.
+        remedy: A sentence that is appended.
+    """
     names = sorted(set(valid))
     folded = {n.casefold(): n for n in names}
     matches = difflib.get_close_matches(str(name).casefold(), folded, n=5, cutoff=0.5)

@@ -1,7 +1,7 @@
-"""Products with the Jacobian that rules make: `vjp` and `jvp` of a function, under the rules of its sites.
+"""Vector-Jacobian and Jacobian-vector products of a function whose sites have rules: `vjp` and `jvp`.
 
-A rule is a map of gradients, so `vjp` needs nothing else. Where the map is linear it has a transpose, which is what
-`jvp` applies; this file knows how to tell, and no rule by name.
+`vjp` is an ordinary backward pass. `jvp` transposes the backward, which requires that every rule is linear in the
+gradient. This module tests that property; it does not depend on individual rules.
 """
 
 from __future__ import annotations
@@ -30,16 +30,19 @@ def vjp(
     rule: RuleLike | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
-    """Return f(x) and the function that maps v, of the shape of f(x), to the gradient that reaches x.
+    """Return f(x) and the vector-Jacobian product at x under the rules in force.
 
-    Formula: v ↦ vᵀJ, where J is the Jacobian that the rules in force make of that of f.
+    Formula: v ↦ vᵀJ, where J is the Jacobian of f with the derivatives of the sites replaced by their rules.
 
     Args:
-        f: A function of a tensor. The rule acts at the ambient sites in it: `Activation` layers, and those of
-            ``transform(model)``. Tables keep theirs.
-        x: Where. It need not require a gradient, and is not changed.
-        rule: A rule for `use`; without one, the blocks that are entered act.
+        f: A function from a tensor to a tensor. The rule acts at its ambient sites: `Activation` layers and those of
+            ``transform(model)``. Sites that a table gave a rule keep it.
+        x: The point at which to evaluate. It does not have to require a gradient, and is not changed.
+        rule: A rule for a `use` block around `f`. By default the blocks that are active act.
         params: Values for the rule's parameters.
+
+    Returns:
+        ``f(x)``, and a function from v, of the shape of f(x), to vᵀJ, of the shape of x.
 
     Raises:
         RuleError: As for `use`.
@@ -66,26 +69,29 @@ def jvp(
     rule: RuleLike | None = None,
     params: Mapping[str, Any] | None = None,
 ) -> Tensor:
-    """Return the product with the same Jacobian from the other side.
+    """Return the Jacobian-vector product at x under the rules in force.
 
-    Formula: J·v, of the shape of f(x); uᵀ(J·v) = (uᵀJ)·v with the uᵀJ of `vjp`. It is exact: a rule that is linear in
-    the gradient is transposed, by differentiating it. What a rule draws at random is drawn once for the whole product.
+    Formula: J·v, where J is the Jacobian of `vjp`, so that uᵀ(J·v) = (uᵀJ)·v. The product is exact: it is computed by
+    differentiating the backward, which is linear in the gradient. A random rule draws once for the whole product.
 
     Args:
         f: As for `vjp`.
-        x: Where.
-        v: Of the shape of `x`.
+        x: The point at which to evaluate.
+        v: The vector, of the shape of `x`.
         rule: As for `vjp`.
         params: As for `vjp`.
 
+    Returns:
+        J·v, of the shape of f(x).
+
     Raises:
-        RuleError: A rule is not linear in the gradient, as those that clip are not, so that there is no Jacobian; or it
-            cannot be told. Otherwise as for `vjp`.
-        RuntimeError: `f` hides its rules: it is compiled, or uses `torch.vmap` or a reentrant checkpoint.
+        RuleError: A rule is not linear in the gradient, for example because it clips, so that no Jacobian exists; or
+            its linearity cannot be determined. Also as for `vjp`.
+        RuntimeError: The rules of `f` cannot be found: it is compiled, or uses `torch.vmap` or a reentrant checkpoint.
         TypeError: `f` does not return a tensor.
 
-    Source: the product by two transpositions; FreeGrad's ``freegrad.functional.jvp`` is a finite difference of the
-    forward, which no rule changes.
+    Source: the product by two transpositions. FreeGrad's ``freegrad.functional.jvp`` is a finite difference of the
+    forward, which does not depend on rules.
     """
     x, y = _run(f, x, rule, params)
     if not y.requires_grad:
@@ -93,8 +99,8 @@ def jvp(
     for node in _nodes(y):
         if node.name().startswith(_HIDING):
             raise RuntimeError(
-                f"the rules in the function cannot be seen behind {node.name()}: it is compiled, or uses vmap or a "
-                f"reentrant checkpoint. Give jvp a function without."
+                f"jvp cannot find the rules in the function, because {node.name()} hides them: the function is "
+                f"compiled, or uses vmap or a reentrant checkpoint. Pass a function that does not."
             )
         if (found := rule_behind(node)) is not None:
             rule_found, site, apply = found
@@ -111,7 +117,7 @@ def jvp(
     return product
 
 
-# Of nodes of an autograd graph: what they do in the backward is in no node
+# Autograd nodes, by prefix, whose backward is not visible as nodes of the autograd graph
 _HIDING = ("CompiledFunction", "ApplyTemplate", "Vmapped", "CheckpointFunction")
 
 
@@ -122,18 +128,18 @@ def _run(
     params: Mapping[str, Any] | None,
 ) -> tuple[Tensor, Tensor]:
     if rule is None and params:
-        raise RuleError("params are those of a rule: vjp(f, x, rule='scale', params={'s': 2.0})")
+        raise RuleError("params requires a rule: vjp(f, x, rule='scale', params={'s': 2.0})")
     block: AbstractContextManager[Any] = nullcontext() if rule is None else use(rule, params)
     x = x.detach().requires_grad_()
     with torch.enable_grad(), block:
         y = f(x)
     if not isinstance(y, Tensor):
-        raise TypeError(f"the function returned {type(y).__name__}, and not a tensor")
+        raise TypeError(f"the function has to return a tensor; it returned {type(y).__name__}")
     return x, y
 
 
 def _nodes(y: Tensor) -> Iterator[Any]:
-    """The nodes of the autograd graph behind a tensor."""
+    """The nodes of the autograd graph of a tensor."""
     waiting: list[Any] = [y.grad_fn]
     seen = set()
     while waiting:
@@ -145,14 +151,14 @@ def _nodes(y: Tensor) -> Iterator[Any]:
 
 
 def _require_linear(name: str, rule: Callable[[Tensor], Tensor], like: Tensor) -> None:
-    """Raise `RuleError` unless a rule is linear in the gradient, with the values that it has at a site.
+    """Raise `RuleError` unless a rule is linear in the gradient, with the values that it reads at a site.
 
-    A rule is linear if its derivative does not depend on the gradient, which the program that computes the derivative
-    shows, and if it maps sums to sums and zero to zero, which a few gradients of several sizes show. The second
-    catches constants and steps, of which a derivative tells nothing.
+    Two tests are made. A traced program of the rule's derivative must not depend on the gradient. The rule must also
+    map sums to sums and zero to zero, which is tested with random gradients of several magnitudes; this detects
+    constants and step functions, whose derivative is constant too.
 
     Args:
-        name: What to call it in an error.
+        name: The name of the rule for error messages.
         rule: The rule as a function of the gradient alone.
         like: A tensor of the shape, dtype and device of the gradient.
     """
@@ -161,17 +167,18 @@ def _require_linear(name: str, rule: Callable[[Tensor], Tensor], like: Tensor) -
             linear = not _derivative_depends_on_gradient(rule, like) and _adds(rule, like)
         except Exception as error:
             raise RuleError(
-                f"it cannot be told whether {name} is linear in the gradient, and so whether there is a Jacobian to "
-                f"multiply with: {error}"
+                f"jvp cannot determine whether {name} is linear in the gradient; vjp() does not require that. "
+                f"The reason: {error}"
             ) from error
     if not linear:
         raise RuleError(
-            f"{name} is not linear in the gradient, so that there is no Jacobian to multiply with; vjp() takes it."
+            f"{name} is not linear in the gradient, so jvp has no Jacobian to multiply with. Use vjp(), which does not "
+            f"require linear rules."
         )
 
 
 def _generators(device: torch.device) -> list[torch.Generator]:
-    """What a rule may draw from."""
+    """The random number generators that a rule can use on a device."""
     if device.type == "cpu":
         return [torch.default_generator]
     own = torch.get_device_module(device).default_generators
@@ -198,7 +205,7 @@ def _derivative_depends_on_gradient(rule: Callable[[Tensor], Tensor], like: Tens
     first, *others = program.graph.nodes
     reached = {first}
     for node in others:
-        # What is made in the shape of a tensor does not depend on its values
+        # The result of `zeros_like` and the like depends only on the shape of its input
         name = getattr(node.target, "_opname", "")
         of_shape_alone = name.endswith("_like") or name.startswith("new_")
         if not of_shape_alone and not reached.isdisjoint(node.all_input_nodes):
@@ -207,7 +214,7 @@ def _derivative_depends_on_gradient(rule: Callable[[Tensor], Tensor], like: Tens
 
 
 def _adds(rule: Callable[[Tensor], Tensor], like: Tensor) -> bool:
-    """Whether a rule maps sums to sums and zero to zero, where it draws the same random numbers."""
+    """Whether a rule maps sums to sums and zero to zero, with the same random numbers at each call."""
 
     def drawn_alike(grad: Tensor) -> Tensor:
         for generator in _generators(like.device):

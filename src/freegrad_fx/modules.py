@@ -1,4 +1,4 @@
-"""`Activation`: a layer whose backward can be decoupled without a transform. Knows nothing of graphs."""
+"""`Activation`: a layer whose backward can be decoupled without `transform`. Independent of graphs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .vocabulary.activations import FORWARDS, OPS
 
 __all__ = ["Activation"]
 
-# FreeGrad's names. The other forwards have those of the vocabulary.
+# FreeGrad's names of forwards, in addition to the names of the vocabulary
 FREEGRAD = {
     "Linear": "identity",
     "ReLU": "relu",
@@ -34,25 +34,25 @@ _FORWARDS = {**{name: name for name in FORWARDS}, **FREEGRAD}
 
 
 class Activation(nn.Module):
-    """An activation whose backward follows `use` blocks, or a rule of its own.
+    """An activation layer whose backward follows `use` blocks or has a fixed rule.
 
-    Formula: y = f(x); ∂x = rule(∂y, x, y) where a rule acts, else f'(x)·∂y, with torch's own derivatives of every
-    order. Shapes: any; y has the shape of x.
+    Formula: y = f(x); ∂x = rule(∂y, x, y) where a rule acts, else f'(x)·∂y, with PyTorch's derivatives of every order.
+    Shapes: any; y has the shape of x.
 
-    A rule of its own goes before ambient ones, and `native` switches both off. In a model that is transformed, the
-    layer is a site like any other: a table's entry goes before ambient rules, and not before the layer's own rule.
+    The layer's own rule takes precedence over ambient rules; `native` disables both. In a transformed model the layer
+    is a site: a table entry takes precedence over ambient rules, but not over the layer's own rule.
 
     Args:
         forward: One of FreeGrad's names, ``"Linear"``, ``"ReLU"``, ``"ReLU6"``, ``"LeakyReLU"``, ``"ELU"``,
-            ``"Tanh"``, ``"Logistic"``, ``"SiLU"``, ``"GELU"``, ``"Softplus"``, ``"Heaviside"``, or the canonical name
-            of an op that takes one tensor and keeps its shape: ``"mish"``, ``"round"``.
+            ``"Tanh"``, ``"Logistic"``, ``"SiLU"``, ``"GELU"``, ``"Softplus"``, ``"Heaviside"``; or the canonical name
+            of an op that takes one tensor and keeps its shape, for example ``"mish"`` or ``"round"``.
         rule: A rule name, a `Rule` or a composition.
         params: Values for the rule's parameters.
-        **parameters: Of the forward, under torch's names: ``negative_slope=0.2``.
+        **parameters: Parameters of the forward, by PyTorch's names, for example ``negative_slope=0.2``.
 
     Raises:
-        RuleError: The rule is unknown, not fully bound, names a forward, or cannot serve an activation.
-        TypeError: The forward takes no such parameters.
+        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used for activations.
+        TypeError: The forward does not accept the parameters.
         ValueError: The forward is unknown.
 
     Source: FreeGrad, ``freegrad.wrappers.Activation``.
@@ -83,10 +83,12 @@ class Activation(nn.Module):
         try:
             self._function(torch.empty(1, 1, device="meta"))
         except (RuntimeError, TypeError, ValueError) as error:
-            raise TypeError(f"Activation({forward!r}) cannot be computed: {error}") from error
+            raise TypeError(
+                f"Activation({forward!r}) cannot be computed with these parameters: {error}"
+            ) from error
         if rule is None and params:
             raise RuleError(
-                "params are those of a rule: Activation(..., rule='scale', params={'s': 2.0})"
+                "params requires a rule: Activation(..., rule='scale', params={'s': 2.0})"
             )
         self.rules = () if rule is None else parts_for(("activations",), rule, params)
 
@@ -94,13 +96,13 @@ class Activation(nn.Module):
         """Return f(x)."""
         site = f"Activation({self.name!r})"
         if _FORWARDS[self.name] == "identity":
-            x = x.clone()  # what is written into the result must not reach x behind autograd's back
+            x = x.clone()  # a later in-place write into the result must not change x without autograd's knowledge
         if not self.rules:
             y = self._function(stop_gradient(x, ambient="activations"))
             return decoupled(y, x, ambient="activations", site=site)
         first, *others = self.rules
         source = x
-        # An identity for every rule but the first, the last rule nearest to x
+        # All rules except the first act around identities; the last rule is nearest to x
         for other in reversed(others):
             cut = stop_gradient(source)
             source = decoupled(cut, source, rule=other.name, site=site, **other.given)
@@ -114,12 +116,12 @@ class Activation(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         new = super()._replicate_for_data_parallel()  # type: ignore[no-untyped-call]
-        # it runs in a thread of its own
+        # the replica runs in another thread, which has no blocks
         new.__dict__["forward"] = in_the_blocks_of_now(new.forward)
         return new
 
     def extra_repr(self) -> str:
-        """The forward, its parameters, and the rules."""
+        """The forward, its parameters and the rules, for `repr`."""
         given = [f"{name}={value!r}" for name, value in self.parameters_of_forward.items()]
         own = [f"rule={' then '.join(map(repr, self.rules))}"] if self.rules else []
         return ", ".join([repr(self.name), *given, *own])

@@ -1,4 +1,4 @@
-"""`transform` and `explain`: the one-call conversion. Puts the stages in order and adds nothing of its own."""
+"""`transform` and `explain`: run the stages in order."""
 
 from __future__ import annotations
 
@@ -33,41 +33,48 @@ def transform(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> CapturedModule:
-    """Give the activations of a model a decoupled backward, and leave its forward as it is.
+    """Replace the backward of the activations and parameters of a model; the forward is unchanged.
 
     Formula: for every site y = f(x) that the rules select, ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
 
     Args:
-        model: Any `nn.Module` whose forward can be traced. It is not changed.
-        rules: A rule name, a `Rule` or a composition: for every activation. Or a dict: its keys are op names
-            (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``), ``"params"``, ``"all"``, and
-            classes of modules or of autograd.Functions, its values rules, or None to keep the native backward. A class
-            goes before an op, an op before a group, a group before ``"all"``. A module of a class named so is kept
-            whole; it must not write into its input, unless it has a true attribute `inplace`. Or a `RuleTable`, or the
-            path of a TOML file that holds one.
-        ambient: Let activations and parameters that no rule is given to follow `use` blocks. By default, if `rules` is
-            None: ``transform(model)`` is native until a block is entered.
-        strict: Raise where the default is a warning or a line in the report: for an entry that matches nothing, a
-            site that cannot be given its rule, code that was kept whole, and what the graph loses.
-        concrete_args: Values of arguments of the forward that the graph is made for. An argument with a default is
-            made a constant unless it stands here with the value `torch.fx.PH`; a call with another value raises.
-        leaf_modules: Module classes to keep whole: what is computed in them keeps its backward.
-        example_inputs: A tuple of arguments, or a dict of keyword arguments, of the forward. With them the model is
-            captured by `torch.export`, which follows control flow on shapes and Python values and opens every module;
-            a call that breaks what the examples made it assume raises.
-        dynamic_shapes: For `torch.export`. By default the first dimension of every tensor may change, where the
-            model allows it.
+        model: An `nn.Module`. It is not changed.
+        rules: One of the following.
+
+            - A rule name, a `Rule` or a composition, for every activation.
+            - A dict. A key is an op name (``"relu"``), a group (``"activations"``, ``"softmax"``, ``"quantizers"``),
+              ``"params"``, ``"all"``, or a class of modules or of autograd.Functions. A value is a rule; None keeps
+              the native backward. A class takes precedence over an op, an op over a group, a group over ``"all"``.
+              Modules of a class that is a key are not traced. They must not write into their input, unless they have
+              a true attribute `inplace`.
+            - A `RuleTable`, or the path of a TOML file that contains one.
+            - None, for no rules.
+        ambient: Whether activations and parameters without a rule follow `use` blocks. The default is True if `rules`
+            is None, else False.
+        strict: Raise `PlanError` instead of a warning or a line in the report for: an entry that matches nothing, a
+            site that cannot be given its rule, code that was not traced, and behaviour of the model that the graph
+            lacks.
+        concrete_args: Values of arguments of the forward for which the graph is specialised. An argument with a
+            default is specialised for the default, unless its value here is `torch.fx.PH`. A later call with another
+            value raises.
+        leaf_modules: Module classes that are not traced. The code inside keeps its native backward.
+        example_inputs: The arguments of the forward as a tuple, or its keyword arguments as a dict. If given, the model
+            is captured by `torch.export`, which supports control flow on shapes and Python values and traces into
+            every module. A later call that violates an assumption made from the examples raises.
+        dynamic_shapes: For `torch.export`. By default the first dimension of every tensor is dynamic, if the model
+            allows it.
 
     Returns:
-        A `torch.fx.GraphModule` with the parameters and buffers of `model` (the same tensors), its own modules, and
-        the same state_dict keys. `report` tells what was done.
+        A `torch.fx.GraphModule` with the same parameters, buffers, submodules and state_dict keys as `model`. The
+        tensors are shared, so training one trains the other. `report` returns the plan that was applied.
 
     Raises:
-        TypeError: `model` is no `nn.Module`, is compiled or scripted already, or a rule's parameter has a wrong type.
-        RuleError: A rule is unknown or not fully bound.
-        PlanError: A rule cannot serve a site; under `strict`, see above.
-        TableError: A key names no op or group, or the file is no table. It is a PlanError.
-        CaptureError: The model cannot be traced; the message says where and why.
+        TypeError: `model` is not an `nn.Module`, is already compiled or scripted, or a rule's parameter has a wrong
+            type.
+        RuleError: A rule is unknown or lacks a parameter value.
+        PlanError: A rule cannot be used at a site, or a problem was found under `strict`.
+        TableError: A key is not an op, group or class, or the file is not a valid table. A subclass of `PlanError`.
+        CaptureError: The model cannot be captured; the message gives the place and the reason.
 
     Example:
         >>> import torch, freegrad_fx as fg
@@ -105,23 +112,29 @@ def explain(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
 ) -> Plan:
-    """What `transform` would do, without doing it.
+    """Return the plan of `transform` without applying it.
 
     Args:
         model: As for `transform`.
-        rules: As for `transform`; without, the plan lists the sites.
+        rules: As for `transform`. Without rules, the plan lists the sites of the model.
         ambient: As for `transform`, but False by default.
-        strict: As for `transform`; likewise `concrete_args` and `leaf_modules`.
+        strict: See `transform`.
         concrete_args: See `transform`.
         leaf_modules: See `transform`.
         example_inputs: See `transform`.
         dynamic_shapes: See `transform`.
 
     Returns:
-        The plan: for every site the decision and the reason. ``print`` it.
+        The plan: for every site the decision and the reason. Print it for a readable report.
 
     Raises:
-        TypeError: As for `transform`; likewise RuleError, PlanError and CaptureError.
+        TypeError: As for `transform`. RuleError, PlanError, TableError and CaptureError are raised as there, too.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> plan = fg.explain(torch.nn.Sequential(torch.nn.ReLU()), {"relu": fg.rules.scale(s=2.0)})
+        >>> [(d.site.name, d.action) for d in plan.decisions]
+        [('0:relu[0]', 'rewrite')]
     """
     table = RuleTable() if rules is None else RuleTable.of(rules)
     _, plan, _ = _planned(
@@ -146,12 +159,13 @@ def _planned(
     parameters: bool = False,
     ambient: bool = False,
 ) -> tuple[Capture, Plan, list[Decided]]:
-    """Capture a model and plan it: what `transform` and `explain` have in common."""
+    """Capture a model and make its plan."""
     warn_if_untested()
     check_model(model)
     leaves = [leaf_modules] if isinstance(leaf_modules, type) else list(leaf_modules)
-    # torch.export records what a block does to ambient parts of the model now, and refuses it. What is ambient in
-    # the end must be in no block then; what would cease to be, without a word, must be in one.
+    # torch.export would record the effect of a block on sites that are already ambient, and the capture refuses that.
+    # If sites stay ambient, no block may be in force. Otherwise one is, so that ambient sites, which would silently
+    # become native, are refused.
     with outside_of_blocks() if ambient else inside_of_a_block():
         captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
     before = {place for variant in captured.variants for place in without_ambient(variant.graph)}
@@ -159,7 +173,7 @@ def _planned(
 
 
 def _complain(plan: Plan, strict: bool) -> None:
-    """Say what the caller asked for and does not get."""
+    """Warn of requests that the plan does not fulfil; raise `PlanError` if `strict`."""
     problems = [
         f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry)}"
         for entry in plan.unmatched
@@ -169,7 +183,7 @@ def _complain(plan: Plan, strict: bool) -> None:
     ]
     problems += [f"lost: {lost}" for lost in plan.lost]
     if strict:
-        problems += [f"not looked into: {opaque}" for opaque in plan.opaque if not opaque.asked]
+        problems += [f"not traced: {opaque}" for opaque in plan.opaque if not opaque.asked]
         if problems:
             raise PlanError("strict: " + "; ".join(problems))
     for problem in problems:
@@ -177,7 +191,7 @@ def _complain(plan: Plan, strict: bool) -> None:
 
 
 def _there_are(plan: Plan, entry: Entry) -> str:
-    """What a model has of what an entry selects by, the closest first."""
+    """The names in the model that an entry could have meant, the most similar first, as a clause."""
     sites = entry.sites
     meant = [
         d.site
@@ -186,10 +200,10 @@ def _there_are(plan: Plan, entry: Entry) -> str:
     ]
     if not meant:
         ops = sorted({d.site.op for d in plan.decisions if d.site.kind == "operation"})
-        return f"ops it has are: {', '.join(ops) or 'none'}"
+        return f"ops of the model are: {', '.join(ops) or 'none'}"
     if sites.parameter:
         names = [name for site in meant for name in site.names]
-        return f"parameters it has are, among others: {_closest(sites.parameter, names)}"
+        return f"parameters of the model include: {_closest(sites.parameter, names)}"
     found = []
     if sites.module:
         found.append(f"paths {_closest(sites.module, [site.path or '<root>' for site in meant])}")
@@ -199,8 +213,8 @@ def _there_are(plan: Plan, entry: Entry) -> str:
     if sites.call:
         found.append(f"calls 0 to {max(site.call for site in meant)}")
     if not found:
-        return "function given as `where` refuses every site of such ops"
-    return f"sites of such ops have, among others: {'; '.join(found)}"
+        return "`where` function returns False for every site of these ops"
+    return f"sites of these ops include: {'; '.join(found)}"
 
 
 def _closest(patterns: Iterable[str], names: Sequence[str]) -> str:

@@ -1,1 +1,1 @@
-"""Other packages' interfaces on top of this one: `freegrad`."""
+"""Interfaces of other packages, implemented with this one: `freegrad`."""

@@ -1,7 +1,7 @@
-"""The places of a captured model where a backward can be replaced, and the code that hides such places.
+"""Sites: the places in a captured model where a backward can be replaced.
 
-`site` is what one is; `operations` and `parameters` find them in graphs; `opaque` finds what hides them; `remarks` is
-what reports say of that. Knows nothing of rules.
+`site` defines them. `operations` and `parameters` find them in graphs. `opaque` finds code that was not traced and may
+contain further sites. `remarks` defines how reports describe such code. Independent of rules.
 """
 
 from .opaque import find_opaque

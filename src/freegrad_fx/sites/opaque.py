@@ -1,4 +1,4 @@
-"""Code that was not looked into, and that may compute activations."""
+"""Finds calls that were not traced and may compute activations."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .remarks import Opaque
 __all__ = ["find_opaque"]
 
 
-# Modules of torch.nn that stay one call, and in which activations or softmaxes are computed.
+# Modules of torch.nn that are recorded as one call and contain activations or softmaxes
 _COMPOSITES: tuple[type[nn.Module], ...] = (
     nn.MultiheadAttention,
     nn.Transformer,
@@ -37,12 +37,12 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
 
 
 def _computes(parametrization: nn.Module) -> bool:
-    """Whether a part of a parametrization may compute activations; PyTorch's own (norms) do not."""
+    """Whether a parametrization may compute activations. PyTorch's own, such as weight norm, do not."""
     kind = type(parametrization)
     return not kind.__module__.startswith("torch.nn.utils.") and kind is not nn.ModuleDict
 
 
-# Functions with a softmax, or gates, inside.
+# Functions that contain a softmax or gates
 _ATTENTIONS = frozenset(
     {
         F.scaled_dot_product_attention,
@@ -58,7 +58,7 @@ _ATTENTIONS = frozenset(
 
 
 def _whole(module: nn.Module) -> str:
-    """Why a module that is one call may compute activations; ``""`` where it cannot."""
+    """The reason why a module call may compute activations that were not traced; ``""`` if there is none."""
     if isinstance(module, _COMPOSITES):
         return "PyTorch computes its activations inside one call"
     if isinstance(module, torch.jit.ScriptModule):
@@ -75,13 +75,13 @@ def find_opaque(
     types: Sequence[type[Any]] = (),
     leaf_modules: Sequence[type[nn.Module]] = (),
 ) -> list[Opaque]:
-    """List the calls of a graph that were not looked into, that are no sites, and that may compute activations.
+    """List the calls of a graph that were not traced, are not sites, and may compute activations.
 
     Args:
         graph: A captured graph.
-        root: The module whose submodules it calls.
+        root: The module whose submodules the graph calls.
         types: Classes whose calls are sites.
-        leaf_modules: Module classes that the caller wants kept whole.
+        leaf_modules: Module classes that the caller has excluded from tracing.
     """
     found: dict[Opaque, None] = {}
     for node in graph.nodes:
@@ -89,23 +89,24 @@ def find_opaque(
         module = called_module(node, root)
         if module is not None:
             asked = isinstance(module, tuple(leaf_modules))
-            reason = "leaf_modules asks for it" if asked else _whole(module)
+            reason = "its class is in leaf_modules" if asked else _whole(module)
             if reason and not isinstance(module, tuple(types)):
-                what = f"{type(module).__name__}, kept whole"
+                what = f"{type(module).__name__}, kept as one opaque call"
                 found[Opaque(called_path(node), what, reason, where.source, asked)] = None
         elif node.target is apply_function:
             if issubclass(function_of(str(node.args[0])), tuple(types)):
                 continue
             what = f"autograd.Function {node.args[0]}"
-            found[Opaque(where.owner, what, "keeps the backward it has", where.source)] = None
+            found[Opaque(where.owner, what, "keeps its own backward", where.source)] = None
         elif node.op == "call_function" and not isinstance(node.target, type):
             if node.target in _ATTENTIONS:
-                reason = "PyTorch computes activations inside of it"
+                reason = "PyTorch computes activations inside of this call"
                 found[Opaque(where.owner, spelling_of(node, None, False), reason, where.source)] = (
                     None
                 )
             if not of_library(node.target):
                 name = f"{node.target.__module__}.{getattr(node.target, '__name__', node.target)}"
-                what, reason = f"function {name}, kept whole", "it is wrapped for torch.fx"
+                what = f"function {name}, kept as one opaque call"
+                reason = "it is wrapped with torch.fx.wrap"
                 found[Opaque(where.owner, what, reason, where.source)] = None
     return list(found)

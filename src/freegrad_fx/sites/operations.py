@@ -29,8 +29,8 @@ def find_sites(
 
     Args:
         graph: A captured graph.
-        root: The module whose submodules it calls.
-        types: Classes of modules and of autograd.Functions whose calls are sites too.
+        root: The module whose submodules the graph calls.
+        types: Classes of modules and of autograd.Functions whose calls are also sites.
     """
     found: list[LocatedOperation] = []
     calls: Counter[tuple[str, str]] = Counter()
@@ -43,7 +43,7 @@ def find_sites(
         if spelling is None:
             continue
         where = origin(node)
-        # An origin that tells the class tells the path too: the graph may call modules by names of its own
+        # An origin with a class also has the right path; the graph may call modules by other names
         own = module is None or where.owner_type is not None
         path = where.owner if own else called_path(node)
         name = spelling.op.name if isinstance(spelling, Spelling) else _class_name(called)
@@ -75,7 +75,7 @@ def find_sites(
 
 @dataclass(frozen=True)
 class _Custom:
-    """How a node calls a class that the table names: what `Spelling` is for a line of the vocabulary."""
+    """How a node calls a class that the table selects by type; like `Spelling` for an op of the vocabulary."""
 
     key: int | str
     inplace: bool
@@ -94,7 +94,7 @@ def _class_name(called: type[Any] | None) -> str:
 
 
 def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
-    """The first tensor given to it is the activated one; only its `inplace` can tell that it is overwritten."""
+    """Take the first tensor argument as the activated tensor. It is overwritten if the module has a true `inplace`."""
     first = first_argument(node)
     positional = list(enumerate(node.args))[first:]
     given: list[tuple[int | str, Any]] = [*positional, *node.kwargs.items()]
@@ -104,22 +104,22 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
 
 def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> str:
     source = argument(node, spelling.key)
-    while source.target == "clone":  # an operation in place may run on a copy of what is cut
+    while source.target == "clone":  # an in-place operation can run on a copy of the detached input
         source = source.args[0]
     if source.target is stop_gradient:
         rules = [rule_of(user) for user in node.users if user.target is decoupled]
         if rules:
             return ALREADY.format(", ".join(rules))
-        return "its input is cut from the autograd graph already"
+        return "its input is already detached from the autograd graph"
     if spelling.inplace and module is not None and has_forward_hooks(module):
-        return "works in place and has forward hooks: what it returns need not be what it writes"
+        return "it works in place and has forward hooks, which can return another tensor than the one written"
     if spelling.writes_out:
-        return "writes its result into an out= tensor, which autograd does not support"
+        return "it writes its result into an out= tensor, which autograd does not support"
     return ""
 
 
 def spelling_of(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
-    """How the model writes what a node calls, for reports."""
+    """The call of a node as written in the model, for reports."""
     if called is not None and issubclass(called, nn.Module):
         return f"{short_name(called)}({'inplace=True' if inplace else ''})"
     if called is not None:

@@ -1,4 +1,4 @@
-"""The modules that own sites, and what is written of an earlier transform on their nodes."""
+"""Names and classes of the modules that own sites, and traces of an earlier transform."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["ALREADY", "class_at", "qualified", "rule_of", "short_name"]
 
 
 def class_at(root: nn.Module, path: str) -> type[nn.Module]:
-    """The class of the module at a dotted path, as its author wrote it."""
+    """The original class of the module at a dotted path."""
     module = submodule(root, path)
     model_class = getattr(module, "_model_class", None)
     return model_class or type_before_parametrizations(module)
@@ -25,12 +25,12 @@ def qualified(kind: type[Any]) -> str:
 
 
 def short_name(kind: type[Any]) -> str:
-    """The name of a class; with ``nn.`` before those of torch.nn."""
+    """The name of a class, with the prefix ``nn.`` for classes of torch.nn."""
     return f"{'nn.' if kind.__module__.startswith('torch.nn.') else ''}{kind.__name__}"
 
 
 def rule_of(node: fx.Node) -> str:
-    """The rule that a `decoupled` node has, for reports."""
+    """The rule of a `decoupled` node, for reports."""
     return str(node.kwargs.get("rule", "an ambient one"))
 
 

@@ -1,4 +1,4 @@
-"""Finds the parameters that a graph uses: one site each, whatever the number of its names and uses."""
+"""Finds the parameters that a graph uses. Each is one site, however many names and uses it has."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ __all__ = ["find_parameters", "unused_parameters"]
 
 
 def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
-    """List the parameters that a graph uses, in the order in which the model has them.
+    """List the parameters that a graph uses, in the order of ``named_parameters``.
 
     Args:
-        graph: A captured graph. Where it gets parameters as inputs, their origins name them.
-        root: The module whose submodules and parameters it uses.
+        graph: A captured graph. If parameters are inputs of the graph, the origins of the inputs name them.
+        root: The module whose submodules and parameters the graph uses.
     """
     names: dict[int, tuple[str, ...]] = {}
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -46,8 +46,8 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
         for identity in names.keys() & inside.held:
             use = uses.setdefault(names[identity], _Uses(root.get_parameter(names[identity][0])))
             use.obstacle = (
-                f"{called_path(node) or 'the root'} ({type(module).__name__}, kept whole) holds it in a list, a dict "
-                f"or an attribute, and may use it natively"
+                f"{called_path(node) or 'the root'} ({type(module).__name__}, kept as one opaque call) holds it in a "
+                f"list, a dict or an attribute, and may use it without the rule"
             )
     order = {own: index for index, own in enumerate(dict.fromkeys(names.values()))}
     return [
@@ -57,7 +57,7 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
 
 
 def unused_parameters(root: nn.Module, used: Iterable[LocatedParameter]) -> list[LocatedParameter]:
-    """List the parameters of a model that are in none of its graphs."""
+    """List the parameters of a model that none of its graphs uses."""
     found = {id(place.tensor) for place in used}
     names: dict[int, list[str]] = defaultdict(list)
     for name, parameter in root.named_parameters(remove_duplicate=False):
@@ -71,7 +71,7 @@ def unused_parameters(root: nn.Module, used: Iterable[LocatedParameter]) -> list
 
 @dataclass
 class _Uses:
-    """What is found out about a parameter; see `LocatedParameter`."""
+    """The uses of a parameter; see `LocatedParameter`."""
 
     tensor: Tensor
     reads: list[fx.Node] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Uses:
 
 
 class _Inside:
-    """What is in a module that is called: parameters with their names, lookup tables, and tensors not registered."""
+    """The contents of a called module: parameters with names, embedding modules, and unregistered tensors."""
 
     def __init__(self, module: nn.Module) -> None:
         local: dict[nn.Parameter, list[str]] = defaultdict(list)
@@ -119,7 +119,7 @@ def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> LocatedP
 
 
 def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
-    """The parameter that a node is, or what stands for it."""
+    """The parameter that is the value of a node, or its example tensor; None for other nodes."""
     if node.op == "get_attr":
         tensor = attribute(node, root)
         return tensor if isinstance(tensor, nn.Parameter) else None
@@ -130,22 +130,24 @@ def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
 
 
 def _held_outside(module: nn.Module) -> set[int]:
-    """The tensors, by identity, that a module of the user's holds otherwise than as its parameters and buffers."""
+    """The ids of the tensors that a user-defined module holds in other ways than as parameters and buffers."""
     if type_before_parametrizations(module).__module__.startswith("torch."):
         return set()
     return set(tensors_in({k: v for k, v in module.__dict__.items() if k not in _REGISTERED}))
 
 
-# Hooks among them: that these refer to the model is no sign that they compute with its parameters
+# This includes hooks: they often refer to the model, but rarely compute with its parameters
 _REGISTERED = frozenset(nn.Module().__dict__)
 
 
 def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
-    """What an earlier transform did to a parameter, of the model or of a part, where it had the end of its name."""
+    """The obstacle if a parameter is already decoupled by an earlier transform of the model or of a submodule.
+
+    The earlier transform of a submodule knew the parameter by the end of its name.
+    """
     users = dict.fromkeys(user for node in reads for user in node.users)
-    copies = [
-        user for user in users if user.target in ("clone", kept)
-    ]  # made for rules that read x
+    # copies that an earlier transform made for rules that read x
+    copies = [user for user in users if user.target in ("clone", kept)]
     sites = [f".{name}" for name in names]
     rules = [
         rule_of(user)

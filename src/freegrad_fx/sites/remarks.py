@@ -1,4 +1,4 @@
-"""What reports say beside the decisions: code that no rule can reach, and what a graph has lost."""
+"""Remarks in reports besides the decisions: opaque code, and behaviour of the model that a graph lacks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ __all__ = ["Lost", "Opaque", "Remark"]
 
 @dataclass(frozen=True)
 class Remark:
-    """Something about a part of a model.
+    """A remark on a part of a model.
 
     Attributes:
         path: The dotted path of the module.
-        what: What it is.
-        reason: Why it is so.
-        source: ``file:line`` of the user's code; ``""`` where it is not known.
+        what: What the remark is about.
+        reason: The reason.
+        source: ``file:line`` of the user code; ``""`` if it is not known.
     """
 
     path: str
@@ -30,10 +30,10 @@ class Remark:
 
 @dataclass(frozen=True)
 class Opaque(Remark):
-    """Code of the model that is one opaque call in the graph, so that no rule can reach what is in it.
+    """Code of the model that is one opaque call in the graph, so that no rule can act inside of it.
 
     Attributes:
-        asked: Whether the caller asked for it.
+        asked: Whether the caller requested this, for example with `leaf_modules`.
     """
 
     asked: bool = False
@@ -41,4 +41,4 @@ class Opaque(Remark):
 
 @dataclass(frozen=True)
 class Lost(Remark):
-    """Something that the model did and that the graph does not do."""
+    """Behaviour of the model that the graph lacks."""

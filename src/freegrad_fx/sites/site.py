@@ -1,6 +1,6 @@
-"""What a site is. Plain data: knows nothing of how sites are found, and nothing of rules.
+"""The data classes of sites. Independent of how sites are found, and of rules.
 
-A site is named by what it is in the model (owner path, op, call index), never by the name of a node.
+A site is identified by its place in the model (owner path, op, call index), never by the name of a node.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ __all__ = ["Located", "LocatedOperation", "LocatedParameter", "Site"]
 
 @dataclass(frozen=True)
 class Site:
-    """One place in one model where a backward can be replaced.
+    """A place in a model where a backward can be replaced.
 
     Attributes:
         kind: ``"operation"`` or ``"parameter"``.
-        op: The canonical name of the operation; for a call of a class that the table names, that class's name; for a
-            parameter ``"parameter"``.
-        path: The dotted path of the owner: of the module called, of the module whose `forward` calls a function, or
-            of the module that holds the parameter; ``""`` for the root.
-        call: How many sites of this op and path come before it; 0 for a parameter.
-        spelling: How the model writes it: ``nn.ReLU(inplace=True)``, ``F.relu``, ``Tensor.relu_``.
-        source: ``file:line`` of the user's code that calls it.
-        type: The qualified name of the owner's class, ``torch.nn.modules.activation.ReLU``.
-        names: Of a parameter: its dotted name, ``layer4.0.conv1.weight``, and further ones where it is tied.
+        op: The canonical name of the operation; the class name, for a call of a class that the table selects by type;
+            or ``"parameter"``.
+        path: The dotted path of the owner: the module that is called, the module whose `forward` calls the function,
+            or the module that holds the parameter; ``""`` for the root.
+        call: The number of sites with the same op and path that come before it; 0 for a parameter.
+        spelling: The call as written in the model, for example ``nn.ReLU(inplace=True)``, ``F.relu``, ``Tensor.relu_``.
+        source: ``file:line`` of the user code that makes the call.
+        type: The qualified name of the owner's class, for example ``torch.nn.modules.activation.ReLU``.
+        names: The dotted names of a parameter, for example ``layer4.0.conv1.weight``. A tied parameter has several.
     """
 
     kind: str
@@ -43,18 +43,18 @@ class Site:
     names: tuple[str, ...] = ()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        # what was saved before kinds had the names of now
+        # models saved before the kind was renamed
         kind = "operation" if state["kind"] == "activation" else state["kind"]
         self.__dict__.update({**state, "kind": kind})
 
     @property
     def name(self) -> str:
-        """``path:op[call]``, or the parameter's name, as reports and errors print it."""
+        """``path:op[call]``, or the name of the parameter, as in reports and error messages."""
         return self.names[0] if self.names else f"{self.path or '<root>'}:{self.op}[{self.call}]"
 
     @property
     def key(self) -> tuple[str, str, str, int]:
-        """What tells this site from every other one of the model."""
+        """A key that is unique among the sites of the model."""
         return (self.kind, self.name if self.names else self.path, self.op, self.call)
 
 
@@ -64,10 +64,11 @@ class Located:
 
     Attributes:
         site: The site.
-        owners: The class of the module at the site's path; of a tied parameter those of all modules that hold it.
-        obstacle: Why no rule can be given to it; ``""`` where one can.
-        op: Its line in the vocabulary; None for a parameter and for a call of a class that the table names.
-        called: The class of the module or `autograd.Function` that is called; None for other functions and methods.
+        owners: The class of the module at the site's path; for a tied parameter, the classes of all modules that hold
+            it.
+        obstacle: The reason why no rule can act at the site; ``""`` if one can.
+        op: Its line in the vocabulary; None for a parameter, and for a call of a class that the table selects by type.
+        called: The class of the module or `autograd.Function` that is called; None for other calls.
     """
 
     site: Site
@@ -83,8 +84,8 @@ class LocatedOperation(Located):
 
     Attributes:
         node: The node of the operation.
-        key: Where the activated tensor stands in the node's arguments.
-        inplace: Whether the operation writes into it.
+        key: The position of the activated tensor: an index of `node.args` or a key of `node.kwargs`.
+        inplace: Whether the operation writes its result into the activated tensor.
     """
 
     node: fx.Node
@@ -104,10 +105,10 @@ class LocatedParameter(Located):
     """The site of a parameter.
 
     Attributes:
-        tensor: The parameter, or what stands for it where the graph gets it as an input.
-        reads: The nodes that are the parameter: get_attr nodes, or an input of the graph.
-        calls: The nodes that call a module which holds it, with its names in that module.
-        embeds: The modules among them that look up its rows.
+        tensor: The parameter; or an example tensor, if the parameter is an input of the graph.
+        reads: The nodes whose value is the parameter: get_attr nodes, or an input of the graph.
+        calls: The nodes that call a module with the parameter, each with the names of the parameter in that module.
+        embeds: The embedding modules among the called modules that use it as their table.
     """
 
     tensor: Tensor
@@ -117,10 +118,10 @@ class LocatedParameter(Located):
 
     @property
     def sparse(self) -> bool:
-        """Whether its gradient is sparse."""
+        """Whether the gradient of the parameter is sparse."""
         return any(module.sparse for module in self.embeds)
 
     @property
     def renormalised(self) -> bool:
-        """Whether a lookup writes into it."""
+        """Whether an embedding lookup renormalises the parameter in place."""
         return any(module.max_norm is not None for module in self.embeds)

@@ -1,10 +1,15 @@
-"""The interface of FreeGrad 1.0.1: ``import freegrad_fx.compat.freegrad as freegrad`` is the whole port.
+"""The interface of FreeGrad 1.0.1. To port code, write ``import freegrad_fx.compat.freegrad as freegrad``.
 
-The names, signatures and meaning are those of the package `freegrad` (Troiano et al. 2025,
-doi:10.1016/j.neucom.2025.131178), and differ from this package's own: a rule is a function of ``ctx``, the gradient and
-the input; of nested blocks the innermost replaces the others, scopes and all; a rule for parameters gets no input; the
-parts of a composition share their parameters. What FreeGrad's layers cannot do, these can: they compile into one graph,
-and have second derivatives. Ambient sites of ``transform(model)`` follow its blocks too.
+Names, signatures and semantics are those of the package `freegrad` (Troiano et al. 2025,
+doi:10.1016/j.neucom.2025.131178). They differ from the rest of this package:
+
+- A rule is a function of ``ctx``, the gradient and the input.
+- The innermost of nested blocks replaces the others, including their scopes.
+- A rule for parameters receives None as the input.
+- The parts of a composition share their parameters.
+
+Unlike FreeGrad's layers, these layers can be compiled into one graph and have second derivatives. The ambient sites of
+``transform(model)`` follow the blocks of this interface too.
 """
 
 from importlib.metadata import PackageNotFoundError, version

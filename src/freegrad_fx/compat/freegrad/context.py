@@ -1,4 +1,4 @@
-"""`use`: a block of code, and the rule that FreeGrad's layers follow in it."""
+"""`use`: a context manager that sets the rule of FreeGrad's layers."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ ScopeLike: TypeAlias = str | Iterable[str]
 
 
 class use(Block):
-    """Apply a rule to the layers whose forward runs in the block, or to parameters, in the backward that runs in it.
+    """Apply a rule to layers whose forward runs in the block, and to parameters whose backward runs in the block.
 
-    Blocks nest, and the innermost replaces those around it: its rule, its parameters and its scope.
+    Blocks can be nested. The innermost replaces the others: rule, parameters and scope.
 
     Args:
         rule: The name of a registered rule, or a callable ``fn(ctx, grad_out, tin, **params)``.
-        params: What the rule is called with.
-        scope: ``"activations"``, ``"params"`` or ``"all"``, or several of them. Other words mean nothing.
+        params: Keyword arguments for the rule.
+        scope: ``"activations"``, ``"params"`` or ``"all"``, or several of them. Other words have no effect.
 
     Raises:
-        RuleError: On entry: no rule of that name is registered.
+        RuleError: No rule of that name is registered; raised on entry.
     """
 
     def __init__(

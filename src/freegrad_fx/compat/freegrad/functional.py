@@ -1,4 +1,4 @@
-"""`vjp` and `jvp` as FreeGrad has them; `freegrad_fx.functional` has a jvp that rules have a part in."""
+"""`vjp` and `jvp` of FreeGrad. For a `jvp` that depends on rules, see `freegrad_fx.functional`."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ def jvp(
 
     Args:
         f: A function of a tensor.
-        x: Where.
-        v: Of the shape of `x`.
-        rule: A rule to enter while `f` runs; it has no effect on the result.
-        params: What the rule is called with.
+        x: The point at which to evaluate.
+        v: The vector, of the shape of `x`.
+        rule: A rule for a `use` block around `f`; it has no effect on the result.
+        params: Keyword arguments for the rule.
     """
     step = 1e-3
     with _block(rule, params):
@@ -56,9 +56,9 @@ def vjp(
 
     Args:
         f: A function of a tensor.
-        x: Where.
-        rule: A rule to enter while `f` runs.
-        params: What the rule is called with.
+        x: The point at which to evaluate.
+        rule: A rule for a `use` block around `f`.
+        params: Keyword arguments for the rule.
     """
     x = x.detach().requires_grad_()
     with _block(rule, params):

@@ -1,4 +1,4 @@
-"""`attach_param_hooks`: rules for the gradients of parameters, at the time of the backward."""
+"""`attach_param_hooks`: applies rules to the gradients of parameters during the backward."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ __all__ = ["attach_param_hooks"]
 
 
 def attach_param_hooks(model: nn.Module) -> None:
-    """Let the gradients of all parameters of a model go through the rule of the block that the backward runs in.
+    """Register hooks that apply the rule of the `use` block around the backward to all parameters of a model.
 
-    The rule acts if the scope of its `use` block has ``"params"`` or ``"all"`` in it. It is given no input. On a GPU no
-    rule ever acts, as in FreeGrad, and a `FreegradWarning` says so.
+    The rule acts if the scope of the block includes ``"params"`` or ``"all"``. Its input is None. As in FreeGrad, rules
+    never act on GPU parameters; a `FreegradWarning` is issued then.
+
+    Args:
+        model: The model.
     """
     for parameter in model.parameters():
         parameter.register_hook(_through_the_rule)  # type: ignore[no-untyped-call]
@@ -25,9 +28,9 @@ def attach_param_hooks(model: nn.Module) -> None:
 def _through_the_rule(grad: Tensor) -> Tensor:
     if grad.device.type != "cpu":
         warnings.warn(
-            f"the hooks of parameters on {grad.device} run in a thread of PyTorch's own, which is in no block: no rule "
-            f"acts on them. Transform the model, freegrad_fx.transform(model), instead of attaching hooks; its "
-            f"parameters follow the block of the forward on every device.",
+            f"PyTorch runs the hooks of parameters on {grad.device} in its own thread, in which no block is in force, "
+            f"so no rule acts on them. Use freegrad_fx.transform(model) instead of hooks: its parameters follow the "
+            f"block of the forward on every device.",
             FreegradWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""Rules by name. A rule is any callable ``fn(ctx, grad_out, tin, **params)``; ``ctx`` is None, as in FreeGrad."""
+"""The registry of rules. A rule is a callable ``fn(ctx, grad_out, tin, **params)``; ``ctx`` is None, as in FreeGrad."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ class RuleError(KeyError):
     """A name is registered already, or is not registered."""
 
     def __str__(self) -> str:
-        return str(self.args[0])  # a KeyError would show its repr
+        return str(self.args[0])  # a KeyError would show the repr of the message
 
 
 def register(name: str) -> Callable[[Registered], Registered]:
-    """Register a rule ``fn(ctx, grad_out, tin, **params) -> grad_in``; the decorated function stays what it is.
+    """Register a rule ``fn(ctx, grad_out, tin, **params) -> grad_in``. The decorator returns the function unchanged.
 
     Raises:
-        RuleError: The name is taken.
+        RuleError: The name is already registered.
     """
 
     def declare(function: Registered) -> Registered:
@@ -41,7 +41,7 @@ def register(name: str) -> Callable[[Registered], Registered]:
 
 
 def get(rule: str | Rule) -> Rule:
-    """Return the rule of a name; a callable is returned as it is.
+    """Return the rule of a name. A callable is returned unchanged.
 
     Raises:
         RuleError: No rule of that name is registered.
@@ -54,7 +54,7 @@ def get(rule: str | Rule) -> Rule:
 
 
 def compose(*rules: str | Rule) -> Rule:
-    """Chain rules: the gradient goes through the first one first. All of them are given the same parameters.
+    """Compose rules. The first rule receives the incoming gradient. All rules receive the same parameters.
 
     Raises:
         RuleError: A name is not registered.

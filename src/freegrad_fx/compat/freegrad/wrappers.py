@@ -1,4 +1,4 @@
-"""`Activation`: the layer."""
+"""`Activation`: an activation layer with FreeGrad's interface."""
 
 from __future__ import annotations
 
@@ -28,5 +28,5 @@ class Activation(modules.Activation):
         super().__init__(forward)
 
     def _function(self, x: Tensor) -> Tensor:
-        # its derivative is 1 at 0 and at 6, where that of relu6 is 0
+        # the derivative of clamp at 0 and 6 is 1, that of relu6 is 0
         return torch.clamp(x, 0.0, 6.0) if self.name == "ReLU6" else super()._function(x)

@@ -1,4 +1,4 @@
-"""Derivatives of simple operations, and rules that reshape the gradient itself.
+"""Derivatives of simple operations, and rules that transform only the gradient.
 
 The formulas are those of the rules of the same name in `freegrad_fx.rules`. Without an input, as for a parameter,
 `rectangular` and `triangular` raise TypeError or AttributeError, as in FreeGrad.

@@ -1,4 +1,4 @@
-"""Gradient jamming: the gradient is multiplied with uniform noise, everywhere where there is no input."""
+"""Gradient jamming: the gradient is multiplied by uniform noise. Without an input, no mask is applied."""
 
 from __future__ import annotations
 
