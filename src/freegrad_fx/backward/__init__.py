@@ -1,1 +1,1 @@
-"""What `decoupled` comes to where a rule acts. Knows no rule by name, and nothing of graphs."""
+"""The implementation of `decoupled` where a rule acts. Independent of individual rules and of graphs."""

@@ -1,10 +1,14 @@
-"""The backward that a rule has, in each of the ways in which code runs.
+"""Chooses the implementation of a decoupled backward for the current execution mode.
 
-`decouple` is what `ops.decoupled` comes to where a rule acts. In eager mode that is a plain Function; under the
-transforms of torch.func one that they can take apart; and under the compiler an operator, which Dynamo leaves whole
-and AOTAutograd opens, so that caches of compiled code know by its arguments which backward it has. (A formula that
-reads variables is left for Dynamo to look into, which guards their values.) This file knows no rule by name and nothing
-of graphs.
+`decouple` implements `ops.decoupled` where a rule acts:
+
+- In eager mode it calls a plain `autograd.Function`.
+- Under `torch.func` transforms it calls a Function with `setup_context` and a vmap rule.
+- Under `torch.compile` it calls an operator. Dynamo records the operator as one call, AOTAutograd traces into it, and
+  caches of compiled code identify the backward by the operator's arguments. A formula that reads variables cannot be
+  identified that way, so Dynamo traces the Function instead and guards the values.
+
+This module does not depend on individual rules or on graphs.
 """
 
 from __future__ import annotations
@@ -35,25 +39,26 @@ def decouple(
     save: str,
     compile: bool,
 ) -> Tensor:
-    """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
+    """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
 
     Args:
         y: The output of the operation.
-        x: Its input.
+        x: The input of the operation.
         rule: The rule.
-        site: The name of the place in the model, for error messages.
-        parameters: The rule's parameters, all of them.
-        save: What is saved where the rule reads ``x``: ``"x"``; ``"mask"``, its mask alone; ``"y"``, the output, which
-            is positive where ``x`` is; ``"overwritten"``, ``x``, which has become the output.
-        compile: Whether the backward is to run as one kernel in eager mode.
+        site: The name of the site, for error messages.
+        parameters: All parameters of the rule.
+        save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"``, only the mask of ``x``;
+            ``"y"``, the output, which is positive exactly where ``x`` is; or ``"overwritten"``, ``x``, into which the
+            operation has written its output.
+        compile: Whether the backward runs as one kernel in eager mode.
 
     Raises:
-        RuleError: The rule asks of ``x`` more than what is saved tells.
+        RuleError: The rule needs more of ``x`` than is saved.
     """
     if save in ("y", OVERWRITTEN) and not rule.declaration.reads_sign:
         raise RuleError(
-            f"rule {rule.name!r} at site {site!r} asks now for more of x than where it is positive, which is all that "
-            f"the graph has kept: it was registered anew since. Transform the original model again."
+            f"rule {rule.name!r} at site {site!r} needs more of x than where it is positive, but the graph saves only "
+            f"that: the rule has been registered again since. Transform the original model again."
         )
     if is_compiling():
         refuse_compiled_transform()
@@ -61,7 +66,7 @@ def decouple(
         if call and all(isinstance(value, Tensor) for value in tensors):
             return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call)  # type: ignore[no-any-return]
     elif not function_transforms_active():
-        # a tensor may have escaped from a transform that is over
+        # a tensor may be left over from a transform that has ended
         y, x = without_dead_transform(y), without_dead_transform(x)
         return apply(y, x, Call(rule, site, parameters, save, compile))  # type: ignore[no-any-return]
     values = tuple(_distinct(x, parameters.values()))
@@ -69,7 +74,7 @@ def decouple(
 
 
 def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
-    """The values, none of them a tensor that was there before: torch.compile takes none twice for one Function."""
+    """The values, each tensor at most once: torch.compile does not accept the same tensor twice for one Function."""
     if not is_compiling():
         return values
     found: list[Any] = [x]

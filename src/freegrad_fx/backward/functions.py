@@ -1,4 +1,4 @@
-"""The `torch.autograd.Function` of a rule: what it saves, and what it hands on."""
+"""The `torch.autograd.Function` that applies a rule: what it saves, and how it computes the gradient."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "rule_behind"]
 
 
 OVERWRITTEN = "overwritten"
-"""What a graph says is saved where the operation has written its output into ``x``."""
+"""The `save` option of a graph whose operation writes its output into ``x``."""
 
 
 class Call(NamedTuple):
-    """A rule at a place, and how it runs."""
+    """A rule at a site, with its parameters and options."""
 
     rule: Rule
     site: str
@@ -35,11 +35,11 @@ class Call(NamedTuple):
 
 
 class _Decoupled(torch.autograd.Function):
-    """The identity on `y` in the forward, a rule on `x` in the backward."""
+    """Forward: `y`. Backward: the gradient of `x` is computed by a rule."""
 
     @staticmethod
     def forward(ctx: Any, y: Tensor, x: Tensor, call: Call) -> Tensor:
-        # `y` itself or a view of it would make autograd refuse in-place operations on the result
+        # autograd would reject in-place operations on the result if it were `y` itself or a tracked view of `y`
         output = y.detach()
         _save(ctx, x, output, call)
         return output
@@ -51,16 +51,16 @@ class _Decoupled(torch.autograd.Function):
 
 
 apply = direct_apply(_Decoupled)
-"""`_Decoupled.apply` where no transform of `torch.func` is active; see `decouple`."""
+"""`_Decoupled.apply`, for use where no `torch.func` transform is active; see `decouple`."""
 
 
 class Composable(torch.autograd.Function):
-    """`_Decoupled` once more, as the transforms of torch.func take it; several times as slow. It saves no masks."""
+    """`_Decoupled` for `torch.func` transforms. It is several times slower, and saves ``x`` instead of a mask."""
 
     generate_vmap_rule = True
 
-    # Where nothing requires a gradient, Dynamo counts the arguments to tell a forward like this from one with a `ctx`:
-    # their number has to be fixed
+    # If no argument requires a gradient, Dynamo recognises a forward without `ctx` by its number of arguments, so the
+    # number has to be fixed
     @staticmethod
     def forward(
         y: Tensor,
@@ -71,12 +71,12 @@ class Composable(torch.autograd.Function):
         names: tuple[str, ...],
         values: tuple[Any, ...],
     ) -> Tensor:
-        """The values of `y`."""
+        """Return the values of `y`."""
         return y.detach()
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Save what the rule reads."""
+        """Save the tensors that the rule reads."""
         _, x, rule, site, save, names, values = inputs
         parameters = dict(zip(names, values, strict=True))
         save = "x" if save == MASK else save
@@ -84,7 +84,7 @@ class Composable(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradients of `y` and `x`; None for the others."""
+        """Return the gradients of `y` and `x`, and None for the other arguments."""
         (grad,) = grads
         unlearned = (None,) * len(ctx.needs_input_grad[2:])
         return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
@@ -101,7 +101,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
             x = output
         elif save == MASK and "x" in inputs:
             x = _mask(x, call)
-        # The output stands for `y`: in a second backward its derivative is the rule's, not the operation's own.
+        # The output is saved as `y`: a double backward then differentiates the rule, not the operation
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
         ctx.tensors = tensors
@@ -114,30 +114,33 @@ _X = ("x",)
 
 
 def _mask(x: Tensor, call: Call) -> Tensor:
-    """The mask of ``x`` that a rule reads; raise `RuleError` where there is none."""
+    """The mask of ``x`` that a rule reads. Raises `RuleError` if the rule has no valid mask."""
     declaration, where = call.rule.declaration, f"rule {call.rule.name!r} at site {call.site!r}"
     if declaration.mask is None:
         raise RuleError(
-            f"{where} reads more of x than a mask, so that there is none to save. Leave save='mask' out; if it was "
-            f"registered anew since, transform the original model again."
+            f"{where} reads x not only through a mask, so there is no mask to save. Leave out save='mask'. If the "
+            f"rule has been registered again since, transform the original model again."
         )
     counts = not (declaration.own or is_compiling() or x.is_inference())
     before = version(x) if counts else 0
     mask: Any = declaration.mask_of(x, call.parameters)
     if counts and version(x) != before:
-        raise RuleError(f"{where} has a mask that changes x in place. Make it a pure function.")
+        raise RuleError(
+            f"{where} has a mask function that changes x in place. Make it a pure function."
+        )
     if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
         got = type(mask).__name__
         if isinstance(mask, Tensor):
             got = f"a tensor of {mask.dtype} and shape {tuple(mask.shape)}"
         raise RuleError(
-            f"{where} has a mask that returns {got}; it has to return booleans of the shape of x, {tuple(x.shape)}."
+            f"{where} has a mask function that returns {got}; it has to return a boolean tensor of the shape of x, "
+            f"{tuple(x.shape)}."
         )
     return mask
 
 
 def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any]]:
-    """The formula that a backward is computed with, what it reads, and its parameters."""
+    """The formula of a backward, the saved tensors that it reads, and its parameters."""
     rule, _, parameters, save, _ = ctx.call
     inputs: tuple[Tensor, ...] = ctx.saved_tensors
     declaration = rule.declaration
@@ -149,10 +152,11 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
-    """The gradient of x."""
+    """Compute the gradient of `x`."""
     call: Call = ctx.call
     function, inputs, parameters = _formula(ctx)
-    if is_compiling():  # it sees writes by itself, and takes no sparse gradient
+    # The compiler detects in-place writes itself, and does not support sparse gradients
+    if is_compiling():
         inputs = tuple(_after(tensor, grad) for tensor in inputs)
         return _checked(function(grad, *inputs, **parameters), grad, ctx)
     if grad.layout is not torch.strided:
@@ -174,16 +178,16 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
         result = function(grad, *inputs, **parameters)
     if not declaration.own and before != _versions(grad, inputs):
         raise RuleError(
-            f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, which other gradients are "
-            f"computed from. Make it a pure function: grad * 2, not grad.mul_(2)."
+            f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, but other gradients are "
+            f"computed from them. Make it a pure function, for example with grad * 2 instead of grad.mul_(2)."
         )
     return _checked(result, grad, ctx)
 
 
 def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
-    """The rule that a node of an autograd graph applies, its site, and the rule as a function of the gradient alone.
+    """The rule that a node of an autograd graph applies, its site, and the rule as a function of only the gradient.
 
-    None for other nodes, and where the input of the site needs no gradient.
+    None for other nodes, and if the input of the site does not require a gradient.
     """
     call = getattr(node, "call", None)
     if not isinstance(call, Call) or not node.needs_input_grad[1]:
@@ -195,10 +199,10 @@ def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | Non
 
 
 def _after(tensor: Tensor, grad: Tensor) -> Tensor:
-    """The same values, as if they depended on the gradient; a mask that is to be saved as it is.
+    """Return a saved tensor with an artificial dependence on the gradient; a boolean mask is returned unchanged.
 
-    A compiler then computes masks of them in the backward. Left to itself it computes them in the forward and saves
-    them as booleans, which Inductor's code for CPUs writes one by one, ten times slower than the rest together.
+    The compiler then computes masks in the backward. Otherwise it computes them in the forward and saves them as
+    booleans. Inductor's CPU code writes booleans one at a time, which takes ten times as long as everything else.
     """
     if (
         grad.device.type != "cpu"
@@ -210,7 +214,7 @@ def _after(tensor: Tensor, grad: Tensor) -> Tensor:
 
 
 def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
-    """How often the tensors were written into, together."""
+    """The sum of the version counters of the tensors."""
     count = 0 if grad.is_inference() else version(grad)
     for tensor in inputs:
         count += 0 if tensor.is_inference() else version(tensor)
@@ -218,18 +222,18 @@ def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
 
 
 def _coalesced(grad: Tensor, call: Call) -> Tensor:
-    """A sparse gradient with one entry for each index; raise `RuleError` where the rule wants a dense one."""
+    """Coalesce a sparse gradient. Raises `RuleError` if the rule does not support sparse gradients."""
     if not call.rule.sparse or grad.layout != torch.sparse_coo:
         raise RuleError(
-            f"rule {call.rule.name!r} cannot take the gradient at site {call.site!r}, whose layout is {grad.layout}. "
-            f"Make it dense, nn.Embedding(..., sparse=False) say, or register the rule with sparse=True if it treats "
-            f"every entry by itself and keeps zeros."
+            f"rule {call.rule.name!r} does not support the gradient at site {call.site!r}, which has the layout "
+            f"{grad.layout}. Make it dense, for example with nn.Embedding(..., sparse=False); or register the rule "
+            f"with sparse=True if it is elementwise and maps zero to zero."
         )
     return grad.coalesce()
 
 
 def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
-    """Return a rule's result in the dtype of `x`, or raise `RuleError` where it is no gradient for `x`."""
+    """Return a rule's result in the dtype of `x`. Raises `RuleError` if it is not a valid gradient for `x`."""
     shape, dtype = ctx.like
     if type(result) is Tensor and result.dtype is dtype and result.shape == shape:
         return result
@@ -238,7 +242,7 @@ def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
     if not isinstance(result, Tensor):
         raise RuleError(
             f"rule {rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
-            f"A rule returns the gradient for x; for no gradient, torch.zeros_like(grad)."
+            f"A rule has to return the gradient for x; for a zero gradient, torch.zeros_like(grad)."
         )
     if result.shape != shape:
         raise RuleError(
@@ -247,7 +251,7 @@ def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
         )
     if result.dtype == dtype:
         return result
-    # Under autocast an operation's output may have another dtype than its input: its rule may compute in either.
+    # Under autocast the dtypes of input and output can differ, and the rule can compute in either
     if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, dtype)):
         raise RuleError(
             f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "

@@ -1,6 +1,6 @@
-"""Where PyTorch would drop a rule without a word: who records a forward now, and leaves its backward out.
+"""Detects situations in which PyTorch would silently drop a rule, such as exporters that record only the forward.
 
-Knows nothing of rules and graphs.
+Independent of rules and graphs.
 """
 
 from __future__ import annotations
@@ -23,39 +23,40 @@ __all__ = [
 ]
 
 
-# Dynamo takes the answers for constants
+# Dynamo treats the results as constants
 @takes_for_constant
 def records_forward_alone() -> bool:
-    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` records this call."""
+    """Whether `torch.export`, `torch.onnx.export` or `torch.jit.trace` is recording this call."""
     return dispatch.is_exporting() or dispatch.is_jit_tracing()
 
 
 @takes_for_constant
 def warn_if_recorded() -> bool:
-    """The answer of `records_forward_alone`, with a warning where it is yes.
+    """Return `records_forward_alone()`, and warn if it is true.
 
-    `make_fx` is warned of too, but records the rules where the gradients are computed inside the traced function.
+    Also warns under `make_fx`, but returns False there: `make_fx` records the rules if the gradients are computed
+    inside of the traced function.
     """
     if records_forward_alone():
         warnings.warn(
-            "the backward rules of this model stay behind: torch.export, torch.onnx.export and torch.jit.trace "
-            "record the forward alone. What they make computes the same values, and is for inference: trained, it "
-            "would pass no gradient where a rule stood. Train the transformed model itself, and save it with "
-            "torch.save; export the original model where there is nothing to train.",
+            "the backward rules of this model are not exported: torch.export, torch.onnx.export and torch.jit.trace "
+            "record only the forward. The exported program computes the same values and is for inference only: in "
+            "training, no gradient would pass at the sites of rules. To train, use the transformed model itself and "
+            "save it with torch.save. For inference, export the original model to avoid this warning.",
             FreegradWarning,
             stacklevel=3,
         )
         return True
     if not (dispatch.dispatch_modes() or dispatch.in_pre_dispatch()):
-        return False  # what nearly every call comes to, in a tenth of the time
+        return False  # a fast path for nearly every call
     if (
         torch.is_grad_enabled()
         and dispatch.proxy_mode() is not None
         and not dispatch.is_functionalised()  # AOTAutograd's trace records the backward too
     ):
         warnings.warn(
-            "make_fx records the forward of a model with backward rules. The rules are in its graph only if the "
-            "gradients, too, are computed inside the function that it traces: make_fx(lambda p, x: "
+            "make_fx records the forward of a model with backward rules. Its graph contains the rules only if the "
+            "gradients are also computed inside of the traced function: make_fx(lambda p, x: "
             "torch.autograd.grad(loss(p, x), p)).",
             FreegradWarning,
             stacklevel=3,
@@ -64,32 +65,33 @@ def warn_if_recorded() -> bool:
 
 
 def refuse_compiled_transform() -> None:
-    """Raise `RuntimeError` if a transform of `torch.func` is being compiled: the compiler would drop the rule."""
+    """Raise `RuntimeError` if a `torch.func` transform is being compiled, because the compiler would drop the rule."""
     if is_compiling() and _in_transform():
         raise RuntimeError(
-            "torch.compile drops the backward of an autograd.Function inside torch.func.grad, vmap and their kin. "
-            "Do not compile the transform: put @torch.compiler.disable on the function that calls it. What is around "
-            "it is still compiled."
+            "torch.compile drops the backward of an autograd.Function inside of torch.func transforms such as grad and "
+            "vmap. Do not compile the transform: decorate the function that calls it with @torch.compiler.disable. "
+            "The surrounding code is still compiled."
         )
 
 
 def refuse_sharded_parts(module: nn.Module, names: Iterable[str]) -> None:
-    """Raise `RuntimeError` if `fully_shard` was called on a part of a model whose parameters have rules.
+    """Raise `RuntimeError` if `fully_shard` was applied to a submodule whose parameters have rules.
 
-    Such a part gathers its parameters when it is called, behind the rules, and would then learn natively.
+    Such a submodule gathers its own parameters when it is called, so the rules would have no effect.
 
     Args:
-        module: A module that is called with other tensors in the place of some parameters.
-        names: Their names.
+        module: A module that is called with other tensors in place of some parameters.
+        names: The dotted names of these parameters.
     """
     for name in names:
         part = module
         for step in (*name.split(".")[:-1], ""):
             if hasattr(part, "set_reshard_after_backward"):  # an FSDPModule
                 raise RuntimeError(
-                    f"the rule for the parameter {name!r} of {type(part).__name__} would be ignored: fully_shard makes "
-                    f"that module gather its parameters when it is called, behind the rule. Shard the transformed "
-                    f"model as a whole, fully_shard(gm), and not this part of it; rules on activations go with both."
+                    f"the rule for the parameter {name!r} of {type(part).__name__} would be ignored, because "
+                    f"fully_shard makes that module gather its own parameters when it is called. Shard the "
+                    f"transformed model as a whole, fully_shard(gm), not this submodule; rules on activations work "
+                    f"with both."
                 )
             part = getattr(part, step) if step else part
 

@@ -1,4 +1,4 @@
-"""One kernel for the backward of a rule: its formula, compiled. What `compile=True` runs in eager mode."""
+"""Compiles the formula of a rule to one kernel, for `compile=True` in eager mode."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ Formula: TypeAlias = Callable[..., Tensor]
 def run_compiled(
     rule: Rule, site: str, function: Formula, grad: Tensor, *inputs: Tensor, **parameters: Any
 ) -> Any:
-    """Compute what a rule makes of a gradient, in one kernel.
+    """Apply a rule to a gradient with one compiled kernel.
 
     Args:
         rule: The rule.
-        site: The name of the place in the model, for error messages.
-        function: Its formula, of ``x`` or of the mask of ``x``.
-        grad: The gradient.
-        *inputs: What the formula reads.
+        site: The name of the site, for error messages.
+        function: The formula of the rule, as a function of ``x`` or of the mask of ``x``.
+        grad: The incoming gradient.
+        *inputs: The saved tensors that the formula reads.
         **parameters: The rule's parameters.
 
     Returns:
-        The gradient for ``x``; ``NotImplemented`` where it has been compiled in too many ways.
+        The gradient for ``x``; ``NotImplemented`` if the recompilation limit has been reached.
 
     Raises:
         RuleError: The formula cannot be compiled.
@@ -49,13 +49,13 @@ def run_compiled(
             raise
         reason = str(error).strip().partition("\n")[0]
         raise RuleError(
-            f"compile=True: rule {rule.name!r} at site {site!r} cannot be compiled here ({type(error).__name__}: "
-            f"{reason}). Leave compile=True out; its formula is run as it is then."
+            f"compile=True: rule {rule.name!r} at site {site!r} cannot be compiled ({type(error).__name__}: "
+            f"{reason}). Leave out compile=True to run the formula in eager mode."
         ) from error
 
 
 def _order(tensor: Tensor) -> list[int]:
-    """The dimensions of a tensor as they stand in memory."""
+    """The dimensions of a tensor in the order of their strides."""
     return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
@@ -63,11 +63,11 @@ def _order(tensor: Tensor) -> list[int]:
 def _kernel(
     function: Callable[..., Tensor], names: tuple[str, ...], layouts: tuple[Any, ...]
 ) -> Callable[..., Tensor]:
-    """A function, compiled for tensors of some dtypes and layouts, and of any size."""
+    """A function compiled for some dtypes and memory layouts, with dynamic shapes."""
 
     def run(grad: Tensor, *inputs: Tensor, **parameters: Any) -> Tensor:
         return function(grad, *inputs, **parameters)
 
-    # Dynamo counts by code how often something is compiled, and gives up: each has a code of its own
+    # Dynamo limits the recompilations of each code object, so every kernel gets its own
     own = types.FunctionType(run.__code__.replace(), run.__globals__, closure=run.__closure__)
     return torch.compile(own, fullgraph=True, dynamic=True)

@@ -1,4 +1,4 @@
-"""The operator ``freegrad_fx::decoupled``: a rule as compilers and their caches know it."""
+"""The operator ``freegrad_fx::decoupled``, by which compilers and their caches identify a rule."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ __all__ = ["operands"]
 def operands(
     rule: Rule, site: str, parameters: dict[str, Any], save: str
 ) -> tuple[list[Any], list[Any], str]:
-    """What ``freegrad_fx::decoupled`` is given behind `y` and `x`.
+    """The arguments of ``freegrad_fx::decoupled`` after `y` and `x`.
 
     Returns:
-        The parameters that are neither numbers nor plain, which have to be tensors; those that are numbers, which a
-        compiler may take for variables; and everything else as text, ``""`` where it cannot be written.
+        The parameters that are neither numbers nor plain values, which have to be tensors; the parameters that are
+        numbers, which a compiler can make dynamic; and everything else as JSON text, ``""`` if it cannot be serialised.
     """
     token = rule.declaration.token
     if not token:
@@ -33,12 +33,11 @@ def operands(
     if not parameters:
         return [], [], _written(token, site, save, (), ())
     found: list[dict[str, Any]] = [{}, {}, {}]
-    # One loop, and no function: Dynamo goes through it for every site
+    # One loop without helper functions, because Dynamo traces it for every site
     for name, value in parameters.items():
         kind = type(value)
-        if kind is float or (
-            kind is int and -(2**63) <= value < 2**63
-        ):  # which an operator can hold
+        # an operator takes integers of 64 bits
+        if kind is float or (kind is int and -(2**63) <= value < 2**63):
             found[1][name] = value
         elif kind in _PLAIN:
             found[2][name] = value
@@ -53,14 +52,14 @@ def operands(
 _PLAIN = (bool, int, str, tuple, type(None))
 
 
-# Dynamo calls it while it traces, and takes the answer for a constant
+# Dynamo calls it during tracing, and treats the result as a constant
 @takes_for_constant
 def _written(
     token: str, site: str, save: str, names: tuple[str, ...], values: tuple[Any, ...]
 ) -> str:
     try:
         text = json.dumps([token, site, save, names, values, _digest()])
-    except (TypeError, ValueError):  # a tuple can hold anything
+    except (TypeError, ValueError):  # a tuple can contain values that JSON cannot represent
         return ""
     return text if _read(text)[3:] == (names, values) else ""
 
@@ -73,7 +72,7 @@ def _read(call: str) -> tuple[str, str, str, tuple[str, ...], tuple[Any, ...]]:
 
 @functools.cache
 def _digest() -> str:
-    """What this package computes, as a number: a cache is to serve no other release."""
+    """A hash of the source of this package, so that caches are not shared between versions."""
     texts = [file.read_bytes() for file in sorted(Path(__file__).parent.parent.rglob("*.py"))]
     return hashlib.sha256(b"".join(texts)).hexdigest()[:16]
 
@@ -86,7 +85,7 @@ def _run_operator(
     return apply(y, x, Call(of_token(token), site, parameters, save, False))  # type: ignore[no-any-return]
 
 
-# Composite: autograd, and AOTAutograd's trace of it, sees what it calls
+# Composite, so that autograd and AOTAutograd trace into it
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
     "decoupled(Tensor y, Tensor x, Tensor[] tensors, Scalar[] numbers, str call) -> Tensor"

@@ -1,14 +1,13 @@
-"""What a captured and rewritten graph calls: `stop_gradient` in front of an operation, `decoupled` behind it.
+"""The functions that a rewritten graph calls: `stop_gradient` before an operation, `decoupled` after it.
 
     stop = stop_gradient(x)
-    y    = relu(stop)                                      # the user's own operation, unchanged
+    y    = relu(stop)                                      # the model's own operation, unchanged
     out  = decoupled(y, x, rule="rectangular", a=-1.0, b=1.0)
 
-A parameter is decoupled in the same way, with no operation in between, and `call_with` calls a module with the result
-in its place. `apply_function` stands for a call of a `torch.autograd.Function` of the user's own, `apply_forward` for
-one of a function that replaces a forward. All are plain functions that dispatch through ``__torch_function__``: a
-symbolic tracer keeps each as one node, which is why a rewritten graph survives pickling, a second trace and
-`torch.compile`.
+A parameter is decoupled in the same way, without an operation in between; `call_with` then calls a module with the
+decoupled parameter. `apply_function` calls a user's `torch.autograd.Function`. `apply_forward` calls a function that
+replaces a forward. All are plain functions that dispatch through ``__torch_function__``. A symbolic tracer therefore
+records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
 """
 
 from .calls import call_with
@@ -31,6 +30,6 @@ __all__ = [
     "stop_gradient",
 ]
 
-# The code of a graph, and graphs that were saved, name each function by this module, wherever it stands in it
+# Generated code and saved graphs refer to each function by this module, whichever submodule defines it
 for _name in __all__:
     globals()[_name].__module__ = __name__

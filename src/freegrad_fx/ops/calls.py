@@ -1,4 +1,4 @@
-"""`call_with`: calls a module with other tensors in the place of some of its parameters."""
+"""`call_with`: calls a module with other tensors in place of some of its parameters."""
 
 from __future__ import annotations
 
@@ -28,18 +28,26 @@ __all__ = ["call_with"]
 def call_with(
     module: nn.Module, parameters: Mapping[str, Tensor], /, *args: Any, **kwargs: Any
 ) -> Any:
-    """Call a module with other tensors in the place of some of its parameters; the module keeps its own.
+    """Call a module with other tensors in place of some of its parameters. The module is not changed.
 
-    Formula: ``module(*args, **kwargs)``, where the parameter of each name in `parameters` has the value given.
+    Equivalent to ``torch.func.functional_call(module, parameters, args, kwargs, tie_weights=False)``, and faster where
+    possible.
 
     Args:
-        module: The module.
-        parameters: Tensors by the names of the module's parameters, which may be those of its submodules.
-        *args: What the module is called with.
-        **kwargs: What the module is called with.
+        module: The module to call.
+        parameters: Replacement tensors, keyed by the dotted name of the parameter in `module`.
+        *args: Positional arguments of the call.
+        **kwargs: Keyword arguments of the call.
+
+    Returns:
+        The output of the module.
+
+    Raises:
+        RuntimeError: The forward writes into a parameter that is read through a replaced forward; or a submodule with
+            replaced parameters is sharded with `fully_shard`.
     """
     given = (*parameters.values(), *args, *kwargs.values())
-    # Tensors of a subclass, and modes, are the business of what the module itself calls
+    # Tensor subclasses and modes dispatch on the operations inside of the module
     traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
     if traced:
         return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
@@ -51,7 +59,7 @@ def call_with(
     before = {name: (_version(value), _memory(value)) for name, value in parameters.items()}
     if _can_be_viewed(module, parameters):
         result = _call_view(module, parameters, args, kwargs)
-    else:  # the module itself is changed for the time of the call
+    else:  # the parameters of the module itself are swapped during the call
         with surrounded(lambda: _swapped(module, parameters)):
             result = module(*args, **kwargs)
     for name, value in parameters.items():
@@ -61,10 +69,11 @@ def call_with(
         own: Any = reduce(getattr, name.split("."), module)
         if memory != _memory(own):
             raise RuntimeError(
-                f"the forward of {type(module).__name__} writes into its parameter {name!r}, which is read through "
-                f"another forward here: the write is lost. Leave the parameter its own forward."
+                f"the forward of {type(module).__name__} writes into its parameter {name!r}. A rule with forward= "
+                f"replaces that parameter by a computed tensor, so the write would be lost. Use a rule without "
+                f"forward= for this parameter."
             )
-        if memory != _memory(value):  # weight.data = ..., as projections of weights are written
+        if memory != _memory(value):  # weight.data = ..., a common way to project weights
             own.data = value.data
     return result
 
@@ -74,9 +83,9 @@ _swapping = threading.RLock()
 
 @contextmanager
 def _swapped(module: nn.Module, parameters: Mapping[str, Tensor]) -> Iterator[None]:
-    """Let a module have other tensors for some of its parameters; one thread at a time."""
+    """Swap some parameters of a module for other tensors; only one thread at a time does so."""
     _let_be_parameters(parameters.values())
-    # What functional_call is made of
+    # As torch.func.functional_call does
     with _swapping, modules.with_parameters(module, parameters):
         yield
 
@@ -86,13 +95,13 @@ def _version(tensor: Tensor) -> int:
 
 
 def _memory(tensor: Tensor) -> int:
-    """Where the values of a tensor are; 0 where it has none of its own."""
+    """The address of a tensor's data; 0 for subclasses and tensors inside of function transforms."""
     own = type(tensor) in (Tensor, nn.Parameter) and not is_transformed(tensor)
     return tensor.data_ptr() if own else 0
 
 
 def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
-    """Whether tensors are the parameters that a module has under their names anyway."""
+    """Whether all given tensors already are the module's parameters of these names."""
     named = (
         (reduce(getattr, name.split("."), module), value) for name, value in parameters.items()
     )
@@ -100,10 +109,10 @@ def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
 
 
 def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
-    """Whether nothing but its own code runs in a module, so that a view of it does what the module does.
+    """Whether a shallow copy of a module, a "view", behaves exactly like the module when it is called.
 
-    A hook would see the view instead of the module, a method that is kept as an attribute would see the module instead
-    of the view, and PyTorch caches parametrized weights by the identity of their module.
+    This fails in three cases: hooks would receive the view instead of the module, bound methods stored as attributes
+    would use the module instead of the view, and PyTorch caches parametrized weights by the identity of the module.
     """
     if (
         modules.has_hooks(module)
@@ -132,7 +141,7 @@ def _knows_no_module(attribute: Any) -> bool:
     if isinstance(attribute, dict):
         attribute = attribute.values()
     if isinstance(attribute, Collection) and not isinstance(attribute, str | bytes | Tensor):
-        # A long one is not looked through at every call
+        # Long collections are not searched at every call
         return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
     if isinstance(attribute, types.FunctionType):
         return attribute.__closure__ is None
@@ -145,13 +154,16 @@ def _call_view(
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
 ) -> Any:
-    """Call a view of a module: the same class and attributes, with other tensors for some parameters."""
+    """Call a view of a module, a shallow copy with other tensors for some parameters.
+
+    Attributes that the forward assigns on the view are assigned to the module afterwards.
+    """
     written: list[_Written] = []
     view = _view(module, parameters, written, of_torch=True)
     try:
         return view(*args, **kwargs)
     finally:
-        for own, seen, before in written:  # what the forward assigned
+        for own, seen, before in written:  # attributes that the forward assigned or deleted
             for name in before.keys() - seen.keys():
                 own.pop(name, None)
             for name, value in seen.items():
@@ -159,7 +171,7 @@ def _call_view(
                     own[name] = value
 
 
-# A dict of a module, that of its view, and what this one was before the call
+# A dict of a module, the corresponding dict of its view, and a copy of the latter from before the call
 _Written: TypeAlias = tuple[dict[str, Any], dict[str, Any], dict[str, Any]]
 
 
@@ -176,7 +188,7 @@ def _view(
     values = {**modules.parameters_of(module), **own}
     children = {**modules.children_of(module), **parts}
     view.__dict__ = {**module.__dict__, modules.PARAMETERS: values, modules.CHILDREN: children}
-    if not of_torch:  # in which no code but the library's runs
+    if not of_torch:  # only PyTorch's own code runs in modules of torch.nn
         _let_be_parameters(own.values())
         pairs: list[tuple[Any, dict[str, Any]]] = [
             (module.__dict__, view.__dict__),
@@ -188,13 +200,13 @@ def _view(
 
 
 def _let_be_parameters(tensors: Iterable[Tensor]) -> None:
-    """Let tensors be parameters for code that asks for an `nn.Parameter`."""
+    """Make ``isinstance(tensor, nn.Parameter)`` true for tensors."""
     for tensor in tensors:
         mark_as_parameter(tensor)
 
 
 def _by_part(values: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """What belongs to each submodule, of values by dotted names."""
+    """Group values with dotted names by the submodule that the names begin with."""
     parts: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
         part, dot, rest = name.partition(".")

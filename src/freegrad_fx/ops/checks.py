@@ -1,4 +1,4 @@
-"""What a graph checks at each call: that what its capture took for granted holds."""
+"""Checks that a graph runs at each call: the assumptions made during capture still hold."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ __all__ = ["require_frozen", "require_open", "require_specialised", "require_ten
 
 
 def require_specialised(value: Any, captured: Any, name: str, remedy: str = "") -> None:
-    """Raise `CaptureError` unless an argument has the value that the graph was captured for.
+    """Raise `CaptureError` unless an argument has the value for which the graph was captured.
 
     Args:
         value: The argument of this call.
-        captured: The value at the time of the capture; ``...`` stands for one that no graph can hold.
-        name: The argument's name.
-        remedy: What the caller can do, where it is not what symbolic tracing needs.
+        captured: The value during the capture; ``...`` represents a value that a graph cannot contain.
+        name: The name of the argument.
+        remedy: The last sentence of the error message. By default it explains `concrete_args`.
     """
     if has_torch_function((value,)):
         handle_torch_function(require_specialised, (value,), value, captured, name, remedy)
     elif not (value is captured or (type(value) is type(captured) and value == captured)):
         was = "the default of " + name if captured is ... else f"{name}={captured!r}"
         remedy = remedy or (
-            f"Transform the model for the value you need: transform(model, rules, concrete_args={{{name!r}: ...}}); "
-            f"for an argument that is a tensor at each call, concrete_args={{{name!r}: torch.fx.PH}}."
+            f"Transform the model for the value you need, transform(model, rules, concrete_args={{{name!r}: ...}}). "
+            f"If the argument is a tensor at each call, use concrete_args={{{name!r}: torch.fx.PH}}."
         )
         raise CaptureError(
             f"the graph was captured for {was} and is called with another value. {remedy}"
@@ -36,40 +36,40 @@ def require_specialised(value: Any, captured: Any, name: str, remedy: str = "") 
 
 
 def require_open(value: Any, name: str) -> None:
-    """Raise `CaptureError` if an open argument is None or a bool, which a forward may have asked for with ``is``.
+    """Raise `CaptureError` if an argument is None or a bool, for which an ``is`` test in the forward could differ.
 
     Args:
         value: The argument of this call.
-        name: The argument's name.
+        name: The name of the argument.
     """
     if has_torch_function((value,)):
         handle_torch_function(require_open, (value,), value, name)
     elif value is None or isinstance(value, bool):
         raise CaptureError(
-            f"the forward asks with `is` what an argument is, and the graph was captured for a value of {name!r} "
-            f"that is neither None nor a bool; it is {value} now. Transform the model for that: "
+            f"the forward tests its arguments with `is`, and the graph was captured for a value of {name!r} that is "
+            f"neither None nor a bool; it is {value} in this call. Transform the model for that value: "
             f"transform(model, rules, concrete_args={{{name!r}: {value}}})."
         )
 
 
 def require_tensor(value: Any, where: str) -> None:
-    """Raise `CaptureError` unless a value is a tensor, which the capture took it for when the forward asked.
+    """Raise `CaptureError` unless a value is a tensor, as the capture assumed at a type test in the forward.
 
     Args:
         value: The value.
-        where: ``file:line`` of the question.
+        where: ``file:line`` of the type test.
     """
     if has_torch_function((value,)):
         handle_torch_function(require_tensor, (value,), value, where)
     elif not isinstance(value, Tensor):
         raise CaptureError(
-            f"the forward asks at {where} for the type of a value; the graph was captured for a tensor, and it is "
-            f"{type(value).__name__} now. Transform the model with example_inputs=(...) of that kind."
+            f"the forward tests the type of a value at {where}. The graph was captured for a tensor, but the value is "
+            f"of type {type(value).__name__} in this call. Transform the model with example_inputs=(...) of that type."
         )
 
 
 def require_frozen(parameter: Tensor, name: str) -> None:
-    """Raise `RuntimeError` if a parameter learns that was frozen when its rule was planned.
+    """Raise `RuntimeError` if a parameter requires a gradient that was frozen when the plan was made.
 
     Args:
         parameter: The parameter.
@@ -79,7 +79,7 @@ def require_frozen(parameter: Tensor, name: str) -> None:
         handle_torch_function(require_frozen, (parameter,), parameter, name)
     elif parameter.requires_grad and torch.is_grad_enabled():
         raise RuntimeError(
-            f"the parameter {name!r} was frozen (requires_grad=False) when the model was transformed, and learns now: "
-            f"its rule would not act. Transform the original model again, with the parameter unfrozen; the tensors "
-            f"stay the same."
+            f"the parameter {name!r} was frozen (requires_grad=False) when the model was transformed, and is "
+            f"trainable now: its rule would not act. Transform the original model again with the parameter unfrozen; "
+            f"the result shares its tensors."
         )

@@ -1,4 +1,4 @@
-"""Functions and classes of the user's in a graph, which names them by text."""
+"""User functions and classes in graphs, which refer to them by a text key."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ _functions: dict[str, Callable[..., Any]] = {}
 
 
 def function_key(function: Callable[..., Any]) -> str:
-    """The text by which a graph names a class or function of the user's: ``module:qualified name``.
+    """Return the key of a user's class or function, ``module:qualified name``, by which graphs refer to it.
 
-    One that cannot be imported (it was made inside a function, or is an object that can be called) is known in this
-    process alone; a second one of the same name gets a number.
+    An object that cannot be imported, such as a nested function or a callable instance, can be found only in this
+    process. If several objects have the same name, ``#2`` and so on is appended.
     """
     bound = isinstance(getattr(function, "__func__", None), types.FunctionType)
     named = hasattr(function, "__qualname__") and not bound
@@ -40,37 +40,44 @@ def function_key(function: Callable[..., Any]) -> str:
 
 
 def apply_function(function: str, *args: Any, **kwargs: Any) -> Any:
-    """Call ``apply`` of the `torch.autograd.Function` that `function` names (see `function_key`).
+    """Call ``apply`` of a `torch.autograd.Function`.
+
+    Args:
+        function: The key of the class; see `function_key`.
+        *args: Positional arguments.
+        **kwargs: Keyword arguments.
 
     Raises:
-        RuntimeError: The class is not known in this process and cannot be imported.
+        RuntimeError: The class cannot be found in this process and cannot be imported.
     """
     if has_torch_function(args):
         return handle_torch_function(apply_function, args, function, *args, **kwargs)
-    # Dynamo calls the `apply` of the base class in any case
+    # Dynamo always calls the `apply` of the base class
     if not is_compiling() and _wraps_apply(function):
         return base_apply(function_of(function))(*args, **kwargs)
     return function_of(function).apply(*args, **kwargs)
 
 
 def _wraps_apply(function: str) -> bool:
-    """Whether a Function has code of its own around `apply`: a trace has gone through that already."""
+    """Whether a Function overrides `apply`. The capture has traced through the override already."""
     return overrides_apply(function_of(function))
 
 
 def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) -> Tensor:
-    """Call the function of the user's that `function` names (see `function_key`), in the place of a site's own forward.
+    """Call a user's function that replaces the forward of a site.
+
+    Formula: ``function(*before, x, **parameters)``.
 
     Args:
-        x: The tensor.
-        function: The name of the function.
-        *before: What it is given in front of `x`.
-        **parameters: What it is given by keyword.
+        x: The input of the site.
+        function: The key of the function; see `function_key`.
+        *before: Positional arguments before `x`.
+        **parameters: Keyword arguments.
 
     Raises:
-        RuntimeError: It is not known in this process and cannot be imported.
-        TypeError: It returned something else than a tensor of the shape of `x`.
-        RuleError: It changed `x` in place.
+        RuntimeError: The function cannot be found in this process and cannot be imported.
+        TypeError: The function did not return a tensor of the shape of `x`.
+        RuleError: The function changed `x` in place.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(apply_forward, (x,), x, function, *before, **parameters)
@@ -79,8 +86,8 @@ def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) 
     result = function_of(function)(*before, x, **parameters)
     if counts and version(x) != before_call:
         raise RuleError(
-            f"the forward {function!r} changes its argument in place, which is the model's own tensor. Make it a pure "
-            f"function: x.sign(), not x.sign_()."
+            f"the forward {function!r} changes its argument, a tensor of the model, in place. Make it a pure "
+            f"function, for example with x.sign() instead of x.sign_()."
         )
     if not isinstance(result, Tensor) or result.shape != x.shape:
         got = (
@@ -94,10 +101,10 @@ def apply_forward(x: Tensor, function: str, /, *before: Any, **parameters: Any) 
 
 
 def function_of(key: str) -> Any:
-    """The class or function of a key.
+    """Return the class or function of a key; see `function_key`.
 
     Raises:
-        RuntimeError: The class is not known in this process and cannot be imported.
+        RuntimeError: It cannot be found in this process and cannot be imported.
     """
     if key not in _functions:
         _functions[key] = _import_function(key)
@@ -110,6 +117,6 @@ def _import_function(key: str) -> Any:
         return reduce(getattr, qualname.split("."), importlib.import_module(module))
     except (ImportError, AttributeError) as error:
         raise RuntimeError(
-            f"the model calls {key!r}, which cannot be imported here ({error}). "
-            f"Define it at the top level of a module, so that a saved model finds it."
+            f"the model calls {key!r}, which cannot be imported ({error}). "
+            f"Define it at the top level of an importable module, so that a saved model can find it."
         ) from error

@@ -1,7 +1,7 @@
-"""The two functions around an operation: `stop_gradient` in front of it, `decoupled` behind it.
+"""The two functions around an operation: `stop_gradient` before it, `decoupled` after it.
 
-They dispatch through ``__torch_function__``, so that a symbolic tracer keeps each as one node. What `decoupled` comes
-to is in `backward`. This file knows no rule by name and nothing of graphs.
+They dispatch through ``__torch_function__``, so that a symbolic tracer records each as one node. The package `backward`
+implements `decoupled`. This module does not depend on individual rules or on graphs.
 """
 
 from __future__ import annotations
@@ -25,28 +25,28 @@ __all__ = ["decoupled", "kept", "stop_gradient"]
 
 
 def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
-    """Return the values of `x`, cut from its autograd graph; the memory is shared.
+    """Return `x` detached from the autograd graph, sharing memory with `x`.
 
-    Formula: forward x, backward 0.
+    Formula: forward x; backward 0.
 
-    Where gradients are disabled it is `x` itself: some kernels ask whether a weight requires a gradient even then. A
-    program that is being exported may be run with gradients later, and cuts in any case.
+    With gradients disabled, `x` itself is returned, because some kernels check `requires_grad` even then. While a
+    program is being exported, `x` is always detached, because the program can be run with gradients later.
 
     Args:
         x: Any tensor.
-        ambient: As for `decoupled`; where no rule acts, `x` itself is returned.
+        ambient: As for `decoupled`. If no rule acts, `x` itself is returned.
     """
     if has_torch_function_unary(x):
         return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
     if not (torch.is_grad_enabled() or records_forward_alone()):
         return x
     acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
-    # abs() and its like are written for numbers too, and a trace cannot tell
+    # a traced function such as abs() can be called with a number
     return x.detach() if acts and isinstance(x, Tensor) else x
 
 
 def kept(x: Tensor, *, ambient: str) -> Tensor:
-    """Return a copy of `x` if a rule acts at an ambient site, whose operation writes into `x`; else `x` itself.
+    """Return a copy of `x` if an ambient rule acts, else `x` itself. Used where the operation overwrites `x`.
 
     Args:
         x: Any tensor.
@@ -72,28 +72,39 @@ def decoupled(
     compile: bool = False,
     **parameters: Any,
 ) -> Tensor:
-    """Return the values of `y`; in the backward, `x` receives what the rule makes of the gradient.
+    """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
 
     Formula: forward y; backward ∂x = rule(∂out, x, y), ∂y = ∂out.
 
-    `y` keeps its own gradient, so that the weight of a PReLU between `stop_gradient(x)` and `y` learns natively.
+    `y` also receives its gradient. A PReLU between `stop_gradient(x)` and `y`, for example, is trained as usual.
 
     Args:
         y: The output of the operation, computed from ``stop_gradient(x)``. Any shape.
-        x: The input of the operation, of the shape that the rule's result has.
+        x: The input of the operation. The rule has to return a gradient of its shape.
         rule: The name of a registered rule, or a `Rule`.
-        ambient: Instead of a rule: ``"activations"`` or ``"params"``, for the one that a `use` block of this scope
-            gives while this runs; outside of such a block `y` itself is returned.
-        site: The name of the place in the model, for error messages.
-        save: What is saved where the rule reads ``x``: ``"x"``; ``"mask"``, its mask alone; ``"y"``, the output, where
-            that has the same mask. By default what the rule says.
-        compile: Let the backward run as one compiled kernel in eager mode.
-        **parameters: The rule's parameters, all of them; what is missing is taken from the rule.
+        ambient: ``"activations"`` or ``"params"``, instead of a rule: the rule of the `use` block of this scope that is
+            in force at the call. Outside of such a block `y` itself is returned.
+        site: The name of the site, for error messages.
+        save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"``, only the mask of ``x``;
+            or ``"y"``, the output, which must have the same mask. The default is the rule's own option.
+        compile: Whether the backward runs as one compiled kernel in eager mode.
+        **parameters: The rule's parameters. Missing ones are taken from the rule.
+
+    Returns:
+        A tensor with the values of `y`.
 
     Raises:
-        RuleError: The rule is unknown, or, in the backward, returned what is no gradient for `x`.
-        TypeError: The operation returned something else than a tensor.
-        RuntimeError: It is compiled inside a transform of `torch.func`, where the compiler would drop the rule.
+        RuleError: The rule is unknown; or, in the backward, its result is not a valid gradient for `x`.
+        TypeError: `y` is not a tensor.
+        RuntimeError: The call is compiled inside of a `torch.func` transform, where the compiler would drop the rule.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> x = torch.tensor([-0.5, 3.0], requires_grad=True)
+        >>> y = torch.relu(fg.ops.stop_gradient(x))
+        >>> out = fg.ops.decoupled(y, x, rule="rectangular", a=-1.0, b=1.0)
+        >>> torch.autograd.grad(out.sum(), x)
+        (tensor([1., 0.]),)
     """
     if has_torch_function_variadic(y, x):
         given = _if_given(ambient=ambient) if ambient else {"rule": rule}
@@ -103,9 +114,9 @@ def decoupled(
         if not isinstance(x, Tensor):
             return y
         raise TypeError(
-            f"the operation at site {site!r} returned {type(y).__name__}; a rule needs one that returns a tensor"
+            f"the operation at site {site!r} returned {type(y).__name__}; a rule requires that it returns a tensor"
         )
-    # Only the grad mode may be asked here: `requires_grad` is not to be trusted under functorch and Dynamo.
+    # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
     acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
     if not acts or warn_if_recorded() or not torch.is_grad_enabled():
         return y
@@ -115,7 +126,7 @@ def decoupled(
             parameters = {**dict(found.values), **parameters}
         return decouple(y, x, found, site, parameters, save or found.save, compile or found.compile)
     first, *others = ambient_rules(ambient)
-    # An identity for every rule but the first, the last rule nearest to x
+    # All rules except the first act around identities; the last rule is nearest to x
     for other in reversed(others):
         x = _decoupled_by(other, x.detach(), x, site)
     return _decoupled_by(first, y, x, site)
