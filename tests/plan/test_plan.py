@@ -271,6 +271,25 @@ def test_a_parameter_of_operations_whose_forward_is_replaced_is_unused() -> None
     assert (site.action, slope.action) == ("rewrite", "rewrite")
 
 
+def test_a_parameter_that_one_operation_still_uses_keeps_its_rule() -> None:
+    class Slope(Root):
+        def __init__(self) -> None:
+            super().__init__()
+            self.prelu = nn.PReLU()
+
+    capture = captured(graph_of(("prelu", "prelu"), ("prelu", "prelu")), root=Slope())
+    plan = planned(
+        capture,
+        fg.on("prelu", call=0, forward="tanh").backward("scale"),
+        fg.on(parameter="prelu.weight").backward("scale"),
+    )
+    assert outcomes(plan)[:3] == [
+        ("prelu:prelu[0]", "rewrite", ["scale"], 0),
+        ("prelu:prelu[1]", "native", [], None),
+        ("prelu.weight", "rewrite", ["scale"], 1),
+    ]
+
+
 @pytest.mark.parametrize("forward", [None, torch.tanh])
 def test_a_parameter_that_the_forward_writes_into_keeps_its_own_forward(forward: Any) -> None:
     graph = fx.Graph()

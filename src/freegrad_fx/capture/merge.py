@@ -177,7 +177,7 @@ def _differing_flags(a: fx.Node, b: fx.Node, same: dict[fx.Node, fx.Node]) -> li
 
 
 def _equal(mine: Any, yours: Any) -> bool:
-    """Whether two arguments are equal. A node without a counterpart counts as equal to every node."""
+    """Whether two arguments are equal. A node of eval mode without a counterpart counts as equal to every node."""
     if isinstance(mine, fx.Node) and isinstance(yours, fx.Node):
         return mine is yours or mine.graph is not yours.graph
     if isinstance(mine, tuple | list) and isinstance(yours, tuple | list):
