@@ -159,7 +159,7 @@ def _require_linear(name: str, rule: Callable[[Tensor], Tensor], like: Tensor) -
 
     Args:
         name: The name of the rule for error messages.
-        rule: The rule as a function of the gradient alone.
+        rule: The rule as a function of only the gradient.
         like: A tensor of the shape, dtype and device of the gradient.
     """
     with _random_state_kept(like.device):

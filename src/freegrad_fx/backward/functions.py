@@ -118,8 +118,8 @@ def _mask(x: Tensor, call: Call) -> Tensor:
     declaration, where = call.rule.declaration, f"rule {call.rule.name!r} at site {call.site!r}"
     if declaration.mask is None:
         raise RuleError(
-            f"{where} reads x not only through a mask, so there is no mask to save. Leave out save='mask'. If the "
-            f"rule has been registered again since, transform the original model again."
+            f"{where} reads x in other ways than through a mask, so there is no mask to save. Leave out save='mask'. "
+            f"If the rule has been registered again since, transform the original model again."
         )
     counts = not (declaration.own or is_compiling() or x.is_inference())
     before = version(x) if counts else 0

@@ -245,8 +245,8 @@ def named_in_place(name: str) -> bool:
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     """The argument that a node writes into, or None.
 
-    Recognised are in-place names and operators, `inplace` arguments and attributes, ``out=``, operator schemas, and
-    embedding lookups with `max_norm`.
+    A write is recognised by an in-place name or operator, by `inplace` as an argument or attribute, by ``out=``, by the
+    schema of an operator, or by `max_norm` of an embedding lookup.
     """
     module = called_module(node, root)
     if (spelling := spelled(node, root)) is not None:

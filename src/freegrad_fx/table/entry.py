@@ -157,8 +157,8 @@ def on(
 
     Args:
         op: Canonical names (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``), ``"params"`` for
-            every parameter, or ``"all"`` for activations and parameters. The default is ``"activations"``; with `type`
-            or `parameter`, it is whatever these select.
+            every parameter, or ``"all"`` for activations and parameters. The default is ``"activations"``. If
+            `type` or `parameter` is given, these select the ops.
         module: Patterns for the path of the module that is called, whose forward calls a function, or that holds the
             parameter; ``""`` is the root.
         type: Classes, or qualified names of classes (``"torch.nn.ReLU"``). Subclasses match, too. Without `op` and
