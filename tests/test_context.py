@@ -446,7 +446,11 @@ def test_a_suspended_generator_keeps_its_block_in_force_and_leaves_no_trace() ->
 
 def test_a_block_is_left_in_the_thread_that_entered_it() -> None:
     block = fg.use(RECTANGULAR)
-    with block, ThreadPoolExecutor(1) as pool, pytest.raises(RuntimeError, match="has not entered it"):
+    with (
+        block,
+        ThreadPoolExecutor(1) as pool,
+        pytest.raises(RuntimeError, match="has not entered it"),
+    ):
         pool.submit(block.__exit__).result()
 
 

@@ -242,7 +242,9 @@ def test_wrong_things_to_save_are_named() -> None:
     with pytest.raises(fg.RuleError, match="value of save="):
         fg.rules.d_relu(save="y")  # which a rewritten graph alone may do
     x = torch.randn(3, requires_grad=True)
-    with pytest.raises(fg.RuleError, match=r"'triangular' at site '' reads x in other ways than through a mask"):
+    with pytest.raises(
+        fg.RuleError, match=r"'triangular' at site '' reads x in other ways than through a mask"
+    ):
         decoupled(torch.tanh(stop_gradient(x)), x, rule="triangular", save="mask")
 
 

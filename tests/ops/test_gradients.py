@@ -920,9 +920,7 @@ def test_a_function_is_found_in_another_process(elsewhere: Path) -> None:
     ["no_such_module:Function", f"{__name__}:NoSuchFunction", f"{__name__}:made.<locals>.Other"],
 )
 def test_a_function_that_cannot_be_found_is_an_error_with_the_remedy(key: str) -> None:
-    with pytest.raises(
-        RuntimeError, match=r"cannot be imported .*at the top level of a module"
-    ):
+    with pytest.raises(RuntimeError, match=r"cannot be imported .*at the top level of a module"):
         apply_function(key, torch.ones(2))
 
 

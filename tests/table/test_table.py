@@ -260,7 +260,9 @@ def refusals() -> Iterator[Any]:
     yield case(
         "a value twice", lambda: fg.on(["relu", "gelu", "relu"]), table, "op contains 'relu' twice"
     )
-    yield case("a pattern twice", lambda: fg.on(module=["a", "a"]), table, "module contains 'a' twice")
+    yield case(
+        "a pattern twice", lambda: fg.on(module=["a", "a"]), table, "module contains 'a' twice"
+    )
     yield case(
         "a pattern that is no text",
         lambda: fg.on(module=3),
@@ -289,7 +291,10 @@ def refusals() -> Iterator[Any]:
         "is not a valid regular expression",
     )
     yield case(
-        "parameter and op", lambda: fg.on("relu", parameter="*"), table, "op='relu' selects operations"
+        "parameter and op",
+        lambda: fg.on("relu", parameter="*"),
+        table,
+        "op='relu' selects operations",
     )
     yield case(
         "a bare class name", lambda: fg.on(type="ReLU"), table, "Did you mean 'torch.nn.ReLU'?"
@@ -301,13 +306,22 @@ def refusals() -> Iterator[Any]:
         "unknown type",
         "'torch.nn.ReLU'?",
     )
-    yield case("no class", lambda: fg.on(type=nn.ReLU()), table, "type has to be a class of modules")
+    yield case(
+        "no class", lambda: fg.on(type=nn.ReLU()), table, "type has to be a class of modules"
+    )
     yield case("another class", lambda: fg.on(type=int), table, "type has to be a class of modules")
     yield case(
-        "a negative call", lambda: fg.on(call=-1), table, "negative indices are not supported", "is not known"
+        "a negative call",
+        lambda: fg.on(call=-1),
+        table,
+        "negative indices are not supported",
+        "is not known",
     )
     yield case(
-        "a negative slice", lambda: fg.on(call=slice(-2, None)), table, "negative indices are not supported"
+        "a negative slice",
+        lambda: fg.on(call=slice(-2, None)),
+        table,
+        "negative indices are not supported",
     )
     yield case(
         "no step",
@@ -334,7 +348,10 @@ def refusals() -> Iterator[Any]:
         "index beyond any model", lambda: fg.on(call=10**5000), table, "the largest index is"
     )
     yield case(
-        "where is no question", lambda: fg.on(where="site"), table, "where has to be a function of a Site"
+        "where is no question",
+        lambda: fg.on(where="site"),
+        table,
+        "where has to be a function of a Site",
     )
     yield case(
         "unknown rule",

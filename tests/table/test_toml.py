@@ -185,15 +185,24 @@ def test_a_file_that_is_no_table_is_an_error(text: str, words: str) -> None:
         ("type = 'ReLU'\nbackward = 'scale'", "Did you mean 'torch.nn.ReLU'?"),
         ("type = 'torch.nn.RelU'\nbackward = 'scale'", "unknown type 'torch.nn.RelU'"),
         ("call = -1\nbackward = 'scale'", "negative indices are not supported"),
-        ("call = 0x" + "f" * 5000 + "\nbackward = 'native'\nforward = 'tanh'", "the largest index is"),
+        (
+            "call = 0x" + "f" * 5000 + "\nbackward = 'native'\nforward = 'tanh'",
+            "the largest index is",
+        ),
         ("call = [1, 1_000_000_000]\nbackward = 'scale'", "the largest index is 999999999"),
         ("call = '1-3'\nbackward = 'scale'", "a slice of indices ('1:3'), got '1-3'"),
         ("call = '1:2:3:4'\nbackward = 'scale'", "a slice of indices"),
         ("call = '::0'\nbackward = 'scale'", "step of a slice of calls has to be at least 1"),
         ("op = 'relu'\nparameter = '*'\nbackward = 'scale'", "op='relu' selects operations"),
-        ("op = 'relu'", "backward is missing; to keep the native backward, write backward = 'native'"),
+        (
+            "op = 'relu'",
+            "backward is missing; to keep the native backward, write backward = 'native'",
+        ),
         ("backward = 'rectanguler'", "unknown rule 'rectanguler'. Did you mean 'rectangular'?"),
-        ("backward = true", "backward has to be a rule's name, a list of rules, or 'native', got True"),
+        (
+            "backward = true",
+            "backward has to be a rule's name, a list of rules, or 'native', got True",
+        ),
         ("backward = []", "compose() needs at least one rule"),
         (
             "backward = 'scale'\nparams = { t = 1 }",

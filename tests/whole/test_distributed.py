@@ -135,7 +135,10 @@ def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[st
     ("scenario", "remedy"),
     [
         ("FSDP of parts", "RuntimeError: the rule for the parameter 'weight' .* would be ignored"),
-        ("FSDP of parts, compiled", "would be ignored: fully_shard makes that module gather"),
+        (
+            "FSDP of parts, compiled",
+            "would be ignored, because fully_shard makes that module gather",
+        ),
         ("FSDP, then transform", "CaptureError: .* cannot be copied: .*FSDP"),
     ],
 )
