@@ -109,9 +109,8 @@ def call_code() -> CodeType:
 
 def is_compiled_wrapper(module: nn.Module) -> bool:
     """Whether a module is the result of `torch.compile` for another module."""
-    if (
-        "torch._dynamo" not in sys.modules
-    ):  # without it there are no compiled modules, and importing it takes seconds
+    # Without Dynamo there are no compiled modules, and importing it takes seconds
+    if "torch._dynamo" not in sys.modules:
         return False
     kind = lookup("torch._dynamo.eval_frame.OptimizedModule", "telling compiled models")
     return isinstance(module, kind)

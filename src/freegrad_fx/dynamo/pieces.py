@@ -66,9 +66,8 @@ class _Place:
     program: Program
     place: Located
     decision: Decision
-    anchored: (
-        str | None
-    )  # the path of its owner, or the parameter's name, relative to the module that is running
+    # The path of its owner, or the parameter's name, relative to the module that is running
+    anchored: str | None
     inside: bool  # whether its rules are in the graph
 
 
