@@ -110,9 +110,8 @@ class Session:
             gm: The graph.
             setting: The place of the program where it is captured.
         """
-        reason = getattr(
-            gm, "compile_subgraph_reason", None
-        )  # None for the parts into which DDP splits a graph
+        # The parts into which DDP splits a graph have no reason
+        reason = getattr(gm, "compile_subgraph_reason", None)
         ended = reason is not None and not reason.graph_break
         return ended and not self.ran and not self.pending and len(setting.modules) <= 1
 
