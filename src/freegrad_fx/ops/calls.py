@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import enum
 import threading
 import types
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -137,15 +137,26 @@ def _own_attributes(module: nn.Module) -> dict[str, Any]:
 _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 
 
+# Values that refer to no module. Any other object may hold one, and would use it instead of its view.
+_PLAIN = (
+    types.NoneType, bool, int, float, complex, str, bytes, Tensor,
+    torch.dtype, torch.device, torch.layout, torch.memory_format,
+    torch.Generator, enum.Enum, type, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
+
+
 def _knows_no_module(attribute: Any) -> bool:
+    if isinstance(attribute, _PLAIN):
+        return True
+    if isinstance(attribute, types.FunctionType):
+        defaults = (attribute.__defaults__, attribute.__kwdefaults__, attribute.__dict__)
+        return attribute.__closure__ is None and all(map(_knows_no_module, defaults))
     if isinstance(attribute, dict):
         attribute = attribute.values()
-    if isinstance(attribute, Collection) and not isinstance(attribute, str | bytes | Tensor):
-        # Long collections are not searched at every call
-        return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
-    if isinstance(attribute, types.FunctionType):
-        return attribute.__closure__ is None
-    return not isinstance(attribute, types.MethodType | functools.partial | nn.Module)
+    elif not isinstance(attribute, list | tuple | set | frozenset):
+        return False
+    # Long collections are not searched at every call
+    return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
 
 
 def _call_view(
