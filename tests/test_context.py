@@ -320,7 +320,7 @@ def test_what_cannot_serve_is_refused_when_the_block_is_made() -> None:
         fg.use("scale", scope=("params", "parameters"))
     with pytest.raises(fg.RuleError, match=r"transform\(\)"):
         fg.use(fg.rules.fast_sigmoid(forward="heaviside"))
-    with pytest.raises(TypeError, match="Bind its parts"):
+    with pytest.raises(TypeError, match="Bind the parameters of its parts"):
         fg.use(fg.compose("scale", "rectangular"), {"s": 2.0})
     unbound = fg.register("test: unbound")(unbound_rule)
     with pytest.raises(fg.RuleError, match="no value for factor"):

@@ -657,7 +657,9 @@ def transforms(rule: str) -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
 def test_where_the_compiler_would_drop_the_rule_it_is_refused(name: str, backend: str) -> None:
     """PyTorch itself compiles these with a zero or with the native gradient, and says nothing."""
     function, x = transforms("rectangular")[name]
-    with pytest.raises(Exception, match=r"torch\.compile drops the backward .* torch\.func\.grad"):
+    with pytest.raises(
+        Exception, match=r"torch\.compile drops the backward .* torch\.func transforms"
+    ):
         compiled_as_a_whole(function, backend)(x)
     broken_off = torch.compile(function, backend=backend)
     assert torch.equal(broken_off(x), function(x))
@@ -920,7 +922,9 @@ def test_a_function_is_found_in_another_process(elsewhere: Path) -> None:
     ["no_such_module:Function", f"{__name__}:NoSuchFunction", f"{__name__}:made.<locals>.Other"],
 )
 def test_a_function_that_cannot_be_found_is_an_error_with_the_remedy(key: str) -> None:
-    with pytest.raises(RuntimeError, match=r"cannot be imported .*at the top level of a module"):
+    with pytest.raises(
+        RuntimeError, match=r"cannot be imported .*at the top level of an importable"
+    ):
         apply_function(key, torch.ones(2))
 
 

@@ -435,7 +435,7 @@ class SparseByFunction(nn.Module):
 
 def test_where_no_plan_could_see_it_the_backward_says_so() -> None:
     gm = fg.transform(SparseByFunction(), {"params": "rectangular"})
-    with pytest.raises(fg.RuleError, match=r"site 'table', whose layout is torch\.sparse_coo"):
+    with pytest.raises(fg.RuleError, match=r"site 'table', which has the layout torch\.sparse_coo"):
         accumulated(gm, WORDS)
     model = SparseByFunction()
     gm = fg.transform(model, {"params": REVERSE})
