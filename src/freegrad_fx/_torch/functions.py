@@ -95,7 +95,7 @@ def _subclasses(function: Function) -> dict[Function, None]:
 
 
 def _answered(function: Function, intercept: Intercept) -> Iterator[tuple[Any, str, Make]]:
-    """What has to be replaced of a Function, so that an intercept is asked at each `apply`."""
+    """The replacements by which an intercept can answer each `apply` of a Function."""
     has_context = function.setup_context is torch.autograd.Function.setup_context
     nothing = answered = object()
 

@@ -19,4 +19,7 @@ def shown(value: Any) -> str:
     if isinstance(value, functools.partial):
         given = [*map(shown, value.args), *(f"{k}={shown(v)}" for k, v in value.keywords.items())]
         return f"partial({', '.join([shown(value.func), *given])})"
+    name = getattr(value, "__name__", "")
+    if name and getattr(torch, name, None) is value:
+        return f"torch.{name}"  # their qualified names begin with a private class
     return getattr(value, "__qualname__", None) or repr(value)
