@@ -82,7 +82,7 @@ def families() -> dict[str, list[rules.Rule]]:
     found: dict[str, list[rules.Rule]] = {}
     for name in rules.available():
         rule = rules.get(name)
-        found.setdefault(rule.declaration.family, []).append(rule)
+        found.setdefault(rule.declaration.module, []).append(rule)
     return found
 
 

@@ -1085,3 +1085,42 @@ def test_a_function_of_a_size_stays_one() -> None:
         x = torch.randn(rows, 2, requires_grad=True)
         (grad,) = torch.autograd.grad(compiled(x).sum(), x)
         assert torch.equal(grad, torch.full((rows, 2), float(abs(rows - 10))))
+
+
+# --- models that were transformed before ---
+
+
+@pytest.mark.parametrize("around", [lambda gm: gm, nn.Sequential], ids=["itself", "a part"])
+@pytest.mark.parametrize(
+    "second", ["reverse", {"params": "reverse"}], ids=["operation", "parameter"]
+)
+def test_what_is_decoupled_already_is_skipped_with_the_reason(second: Any, around: Any) -> None:
+    """Two rules at one site would not both act: `transform` refuses the second in the same words."""
+    first = fg.rules.scale(s=2.0) if second == "reverse" else {"params": fg.rules.scale(s=2.0)}
+    gm = fg.transform(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), first)
+    x = sample()
+    backend = fg.backend(second, inner="aot_eager")
+    with pytest.warns(fg.FreegradWarning, match="already decoupled, with the rule 'scale"):
+        actual = gradients(torch.compile(around(gm), backend=backend), gm, x)
+    for a, e in zip(actual, gradients(gm, gm, x), strict=True):
+        assert a is not None
+        assert e is not None
+        assert torch.equal(a, e)
+    kind = "operation" if second == "reverse" else "parameter"
+    found = [d.action for d in backend.report().decisions if d.site.kind == kind]
+    assert found == ["skip"] * (1 if kind == "operation" else 2)
+    strict = fg.backend(second, inner="aot_eager", strict=True)
+    with pytest.raises(Exception, match="already decoupled"):
+        torch.compile(around(gm), backend=strict)(x)
+
+
+@pytest.mark.parametrize("ambient", [False, True])
+def test_a_model_that_was_transformed_without_a_rule_takes_one(ambient: bool) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Tanh())
+    others = {} if ambient else {"tanh": "scale"}
+    gm = fg.transform(model) if ambient else fg.transform(model, {"relu": None, **others})
+    x = sample()
+    compiled = torch.compile(gm, backend=fg.backend({"relu": "reverse"}, inner="aot_eager"))
+    by_hand = fg.transform(model, {"relu": "reverse", **others})
+    for a, e in zip(gradients(compiled, gm, x), gradients(by_hand, by_hand, x), strict=True):
+        torch.testing.assert_close(a, e)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import enum
 import functools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -29,12 +31,16 @@ class Scaled(nn.Module):
 
 
 def find(value: Any, module: nn.Module) -> Tensor:
+    if isinstance(value, collections.defaultdict):
+        return value.default_factory(module)
     while isinstance(value, list | tuple | dict):
-        value = next(iter(value.values() if isinstance(value, dict) else value))
+        value = next(iter(value))
+    if isinstance(value, types.BuiltinFunctionType) and value.__name__ == "get":
+        value = value(None)
     return value(module) if callable(value) else module.weight
 
 
-@dataclass
+@dataclass(eq=False)
 class Helper:
     """Holds the module, as strategies and caches do."""
 
@@ -79,6 +85,24 @@ def with_attribute(owner: nn.Module) -> Callable[..., Tensor]:
     return get_
 
 
+class Named(NamedTuple):
+    helper: Helper
+
+
+def of_itself(owner: nn.Module) -> Callable[..., Tensor]:
+    def get(module: nn.Module) -> Tensor:
+        return module.weight
+
+    get.original = get
+    return get
+
+
+def list_of_itself(owner: nn.Module) -> list[Any]:
+    found: list[Any] = [Helper(owner)]
+    found.append(found)
+    return found
+
+
 REFERS = {
     "closure": closure,
     "default": default,
@@ -88,7 +112,13 @@ REFERS = {
     "method": lambda owner: Helper(owner).__call__,
     "object": Helper,
     "object in a list": lambda owner: [Helper(owner)],
-    "object in a dict in a tuple": lambda owner: ({"a": Helper(owner)},),
+    "object in a dict in a tuple": lambda owner: ({Helper(owner): 1},),
+    "key of a dict": lambda owner: {Helper(owner): 1},
+    "factory of a defaultdict": lambda owner: collections.defaultdict(Helper(owner).__call__),
+    "method of a dict": lambda owner: {None: Helper(owner)}.get,
+    "named tuple": lambda owner: Named(Helper(owner)),
+    "function of itself": of_itself,
+    "list of itself": list_of_itself,
     "a long list": lambda owner: [Helper(owner), *range(200)],
 }
 REFERS_TO_NOTHING = {

@@ -71,11 +71,8 @@ def numbers(*marks: float) -> st.SearchStrategy[float]:
 
 
 @st.composite
-def tensors(
-    draw: st.DrawFn, *marks: tuple[float, ...], min_dims: int = 0
-) -> list[
-    Tensor
-]:  # one for each tuple of marks, of one shape and dtype, empty and 0-dim ones among them
+def tensors(draw: st.DrawFn, *marks: tuple[float, ...], min_dims: int = 0) -> list[Tensor]:
+    """One for each tuple of marks, of one shape and dtype, empty and 0-dim ones among them."""
     shape = tuple(draw(st.lists(st.integers(0, 3), min_size=min_dims, max_size=3)))
     dtype = draw(st.sampled_from(FLOATS))
     n = math.prod(shape)

@@ -642,7 +642,7 @@ def observe(model: nn.Module, called: Callable[[Tensor], tuple[Any, Tensor]]) ->
         output, x = called(leaf * 1)
         return output, x * 0.5
 
-    seen = run(around, X, of=model, catch=RuntimeError)
+    seen = run(around, X, of=model, catch=RuntimeError, catch_backward=True)
     assert seen.error is None or any(text in str(seen.error) for text in REFUSALS)
     return seen
 

@@ -44,7 +44,7 @@ class Run:
         buffers: The model's buffers after the call.
         random_state: PyTorch's random state after the call.
         gradients: Of every input and parameter that requires one, by name.
-        error: What was raised, by the call or by its backward, where `run` was told to catch it.
+        error: What was raised, where `run` was told to catch it.
     """
 
     outline: Any = None
@@ -67,6 +67,7 @@ def run(
     backward: bool = True,
     keep_graph: bool = False,
     catch: type[Exception] | tuple[type[Exception], ...] = (),
+    catch_backward: bool = False,
 ) -> Run:
     """Call a model forward and backward, and return all that can be seen of it.
 
@@ -79,7 +80,8 @@ def run(
         restore: Whether the buffers are put back afterwards.
         backward: Whether there is a backward.
         keep_graph: Whether the graph is kept, which a later call may use again.
-        catch: Errors that are a part of the result.
+        catch: Errors of the call that are a part of the result.
+        catch_backward: Whether these errors of the backward are too.
     """
     if of is None:
         of = model if isinstance(model, nn.Module) else nn.Module()
@@ -91,19 +93,22 @@ def run(
     leaves.update(also or {})
     before = {name: b.detach().clone() for name, b in of.named_buffers()} if restore else {}
     torch.default_generator.manual_seed(seed)  # torch.manual_seed takes longer than a small model
-    seen = Run()
+    seen, tensors = Run(), list[Tensor]()
     try:
         output = model(*args, **kwargs)
         seen.random_state = torch.get_rng_state()
-        tensors: list[Tensor] = []
         seen.outline = outlined(output, tensors)
         seen.outputs = [t.detach().clone() for t in tensors]
         seen.strides = [t.stride() for t in tensors if t.layout is torch.strided]
         seen.buffers = {name: b.detach().clone() for name, b in of.named_buffers()}
-        if backward:
-            seen.gradients = _gradients(tensors, leaves, keep_graph)
     except catch as error:
         seen.error = error
+    refusals = catch if catch_backward else ()
+    if backward and seen.error is None:
+        try:
+            seen.gradients = _gradients(tensors, leaves, keep_graph)
+        except refusals as error:
+            seen.error = error
     with torch.no_grad():
         for name, buffer in of.named_buffers():
             if name in before:
@@ -177,7 +182,7 @@ def weights(like: Tensor) -> Tensor:
 
 
 def identical(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are equal bit for bit, NaNs and dtypes included."""
+    """Whether two tensors are equal without rounding, dtypes and NaNs included; 0 and −0 are equal."""
     if a is None or b is None:
         return a is b
     if a.dtype != b.dtype or a.shape != b.shape:
@@ -210,7 +215,7 @@ def tell_apart(actual: Run, expected: Run, compared: Compared = identical) -> st
 
 
 def difference_in_forward(actual: Run, expected: Run) -> str:
-    if (actual.error is None) != (expected.error is None):
+    if type(actual.error) is not type(expected.error):
         return f"raises: {actual.error!r} instead of {expected.error!r}"
     if actual.outline != expected.outline:
         return f"outputs are made of {actual.outline}, and not of {expected.outline}"
@@ -218,6 +223,8 @@ def difference_in_forward(actual: Run, expected: Run) -> str:
         f"output {i}": pair
         for i, pair in enumerate(zip(actual.outputs, expected.outputs, strict=True))
     }
+    if actual.strides != expected.strides:
+        return f"outputs have the strides {actual.strides}, and not {expected.strides}"
     if list(actual.buffers) != list(expected.buffers):
         return f"buffers are {list(actual.buffers)}, and not {list(expected.buffers)}"
     named |= {f"buffer {n}": (actual.buffers[n], b) for n, b in expected.buffers.items()}
@@ -262,5 +269,5 @@ def assert_identical(actual: Tensor | None, expected: Tensor | None, name: str =
 def differs(a: Run, b: Run) -> bool:
     """Whether the gradients of two runs differ somewhere: without this, a test of a rule proves nothing."""
     return any(
-        g is not None and not torch.equal(g, b.gradients[name]) for name, g in a.gradients.items()
+        g is not None and not identical(g, b.gradients[name]) for name, g in a.gradients.items()
     )

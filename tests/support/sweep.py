@@ -207,6 +207,7 @@ def _check_mode(
     model.train(training)
     native = run(model, inputs)
     assert all(o.isfinite().all() for o in native.outputs if o.is_floating_point())
+    assert any(g is not None for g in native.gradients.values())
     before = fingerprint(model)
     for gm in transformed:
         gm.train(not training)

@@ -357,7 +357,7 @@ def behave(model: nn.Module, looks_at_x: bool, grad: bool = True) -> Run:
         return outputs, x.detach()
 
     with torch.set_grad_enabled(grad):
-        return run(around, LEAF, of=model, backward=grad, catch=RuntimeError)
+        return run(around, LEAF, of=model, backward=grad, catch=RuntimeError, catch_backward=True)
 
 
 def assert_gradients_by_differences(

@@ -451,7 +451,7 @@ def test_a_graph_for_every_mode_up_to_a_number_and_beyond_it_for_both_modes_alon
     model.train().parts[1].eval()
     gm.train().get_submodule("parts.1").eval()
     if variants == 2:
-        with pytest.raises(fg.CaptureError, match="Put these modules in one mode together"):
+        with pytest.raises(fg.CaptureError, match="Put these modules in the same mode"):
             gm(sample())
     else:
         assert torch.equal(gm(sample()), model(sample()))

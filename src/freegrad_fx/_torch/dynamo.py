@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 from collections.abc import Callable, Iterator
@@ -122,12 +123,13 @@ def _is_compiling() -> bool:
     return torch.compiler.is_compiling() or is_tracing()
 
 
-if release() >= (2, 13):
-    is_compiling = torch.compiler.is_compiling
-else:  # there, the public function returns False while AOTAutograd traces
-    is_compiling = _is_compiling
-    # Compiled by itself, as Dynamo does with functions behind a graph break, it would always return True.
-    _run_in_python(_is_compiling.__code__)
+if release() < (2, 13):
+    # If Dynamo compiled it by itself, as it does with functions behind a graph break, it would always return True
+    with contextlib.suppress(AttributeError, TorchVersionError):
+        _run_in_python(_is_compiling.__code__)
+
+# Before torch 2.13, the public function returns False while AOTAutograd traces
+is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_compiling
 """Whether `torch.compile` or `torch.export` traces the calling code."""
 
 

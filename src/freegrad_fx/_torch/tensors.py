@@ -13,7 +13,7 @@ __all__ = ["empty_like_gradient", "mark_as_parameter", "version"]
 
 
 def version(tensor: Tensor) -> int:
-    """The number of writes into a tensor. Tensors of inference mode do not count them."""
+    """The number of writes into a tensor. Raises `RuntimeError` for tensors of inference mode."""
     return tensor._version
 
 

@@ -15,7 +15,7 @@ from .._torch.dynamo import takes_for_constant
 from ..core.rule import Rule, of_token
 from .functions import Call, apply
 
-__all__ = ["operands"]
+__all__ = ["described", "operands"]
 
 
 def operands(
@@ -68,6 +68,12 @@ def _read(call: str) -> tuple[str, str, str, tuple[str, ...], tuple[Any, ...]]:
     token, site, save, names, values, _ = json.loads(call)
     found = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     return token, site, save, tuple(names), found
+
+
+def described(call: str) -> tuple[str, str]:
+    """The names of the rule and the site, given the last argument of the operator."""
+    token, site, *_ = _read(call)
+    return of_token(token).name, site
 
 
 @functools.cache

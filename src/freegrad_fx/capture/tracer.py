@@ -253,9 +253,8 @@ class Tracer(graphs.Tracer):
             return False
         self.assigned[path, name] = value
         if name not in buffers_of(module):
-            return (
-                False  # the copy is assigned too, so that the rest of the forward reads the value
-            )
+            # The copy is assigned too, so that the rest of the forward reads the value
+            return False
         self._attributes[f"{path}.{name}" if path else name] = value
         return True
 

@@ -117,7 +117,7 @@ def arguments_of(name: str, what: str, function: Callable[..., Any]) -> list[tup
 
     Args:
         name: The name of the rule, for errors.
-        what: The keyword of `register` that the function is given as, for errors.
+        what: What the function is, for errors.
         function: The function.
 
     Raises:

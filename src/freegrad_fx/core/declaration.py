@@ -68,8 +68,8 @@ class Declaration:
         return (inspect.getdoc(self.function) or "").partition("\n")[0]
 
     @property
-    def family(self) -> str:
-        """The module that defines the rule: built-in rules are grouped by it."""
+    def module(self) -> str:
+        """The module that defines the rule. Each module of ``freegrad_fx.rules`` is a family of rules."""
         return str(getattr(self.function, "__module__", ""))
 
     @property
@@ -103,7 +103,6 @@ def tells_sign(mask: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
     Any tensor that is positive exactly where ``x`` is positive gives the same mask.
     """
-    setattr(
-        mask, _SIGN, mask
-    )  # the function itself, as a wrapper made with functools.wraps copies the attribute
+    # The function itself, as a wrapper made with functools.wraps copies the attribute
+    setattr(mask, _SIGN, mask)
     return mask

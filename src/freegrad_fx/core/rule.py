@@ -231,9 +231,9 @@ class Rule:
             tensor([0., 1., 0.])
         """
         given = {"x": x, "y": y}
-        needed = ", ".join(f"{name}=..." for name in self.inputs)
         for name in self.inputs:
             if given[name] is None:
+                needed = ", ".join(f"{name}=..." for name in self.inputs)
                 raise RuleError(
                     f"rule {self.name!r} reads {name!r}, which is missing. Call rule.backward(grad, {needed})."
                 )
@@ -317,9 +317,8 @@ class Composition:
 RuleLike: TypeAlias = str | Rule | Composition
 
 _registry: dict[str, Rule] = {}
-_by_token: dict[
-    str, Rule
-] = {}  # also holds rules that were overwritten, as a graph can still use them
+# Also holds rules that were overwritten, as a graph can still use them
+_by_token: dict[str, Rule] = {}
 
 
 def add(rule: Rule) -> None:

@@ -1,7 +1,7 @@
 """Detects the operations that a compiled program runs outside of its captured graphs, where no rule can act.
 
 Dynamo leaves code that it cannot capture to Python, and reports this in a log only. A dispatch mode receives every
-operation of such code, for whatever reason it was not captured. The mode tells PyTorch to ignore it when compiling.
+operation of such code, for whatever reason it was not captured. PyTorch compiles as if the mode was not active.
 This file does not know programs or rules.
 """
 

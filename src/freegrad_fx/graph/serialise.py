@@ -130,16 +130,17 @@ def _name(target: Any) -> Any:
 
 def _resolve(name: str) -> Any:
     parts = name.split(".")
+    reason: Exception | None = None
     for cut in range(len(parts) - 1, 0, -1):
         try:
             module = importlib.import_module(".".join(parts[:cut]))
             return reduce(getattr, parts[cut:], module)
-        except (ImportError, AttributeError):
-            continue
+        except (ImportError, AttributeError) as error:
+            reason = error
     raise AttributeError(
-        f"the graph calls {name!r}, which does not exist in this process. Import the package that defines it before "
-        f"loading the graph."
-    )
+        f"the graph calls {name!r}, which cannot be imported ({reason}). Install or import the package that defines "
+        f"it before loading the graph."
+    ) from reason
 
 
 @contextlib.contextmanager

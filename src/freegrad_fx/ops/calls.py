@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 import threading
 import types
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
@@ -111,8 +112,8 @@ def _are_own(parameters: Mapping[str, Tensor], module: Any) -> bool:
 def _can_be_viewed(module: nn.Module, names: Collection[str]) -> bool:
     """Whether a shallow copy of a module, a "view", behaves exactly like the module when it is called.
 
-    This fails in three cases: hooks would receive the view instead of the module, bound methods stored as attributes
-    would use the module instead of the view, and PyTorch caches parametrized weights by the identity of the module.
+    Hooks would receive the view instead of the module; PyTorch caches parametrized weights by the identity of the
+    module; a ScriptModule is no Python object; and what an attribute refers to may use the module instead of the view.
     """
     if (
         modules.has_hooks(module)
@@ -141,22 +142,31 @@ _OF_EVERY_MODULE = frozenset(nn.Module().__dict__)
 _PLAIN = (
     types.NoneType, bool, int, float, complex, str, bytes, Tensor,
     torch.dtype, torch.device, torch.layout, torch.memory_format,
-    torch.Generator, enum.Enum, type, types.BuiltinFunctionType, types.ModuleType,
+    torch.Generator, enum.Enum, type, types.ModuleType,
 )  # fmt: skip
+_MAPPINGS = (dict, OrderedDict)
+_COLLECTIONS = (list, tuple, set, frozenset, torch.Size)
 
 
-def _knows_no_module(attribute: Any) -> bool:
+def _knows_no_module(attribute: Any, depth: int = 5) -> bool:
+    """Whether a value, and what it holds, is known to refer to no module. The depth of the search is limited."""
     if isinstance(attribute, _PLAIN):
         return True
-    if isinstance(attribute, types.FunctionType):
-        defaults = (attribute.__defaults__, attribute.__kwdefaults__, attribute.__dict__)
-        return attribute.__closure__ is None and all(map(_knows_no_module, defaults))
-    if isinstance(attribute, dict):
-        attribute = attribute.values()
-    elif not isinstance(attribute, list | tuple | set | frozenset):
+    inside: Collection[Any]
+    if isinstance(attribute, types.BuiltinFunctionType):
+        inside = (attribute.__self__,)  # a bound method of a list, for example
+    elif isinstance(attribute, types.FunctionType):
+        if attribute.__closure__ is not None or attribute.__dict__:
+            return False
+        inside = (attribute.__defaults__, attribute.__kwdefaults__)
+    elif type(attribute) in _MAPPINGS:
+        inside = (*attribute.keys(), *attribute.values())
+    elif type(attribute) in _COLLECTIONS:
+        inside = attribute
+    else:
         return False
     # Long collections are not searched at every call
-    return len(attribute) <= 100 and all(map(_knows_no_module, attribute))
+    return depth > 0 and len(inside) <= 100 and all(_knows_no_module(v, depth - 1) for v in inside)
 
 
 def _call_view(

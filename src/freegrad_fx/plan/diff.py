@@ -122,9 +122,8 @@ def _only_in(plan: dict[Any, Decision], other: dict[Any, Decision]) -> tuple[Dec
 
 
 def _missing(decision: Decision) -> str:
-    """The text for a site that a plan does not have. Parameters are listed only if an entry selects parameters."""
-    parameter = decision.site.kind == "parameter"
-    return "native: no entry is for parameters" if parameter else "no such site"
+    """The text for a site that a plan does not have. A plan lists parameters only if rules for some are asked for."""
+    return "not listed" if decision.site.kind == "parameter" else "no such site"
 
 
 def _by_site(decisions: Sequence[Decision]) -> dict[Any, Decision]:

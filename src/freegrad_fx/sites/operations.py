@@ -14,9 +14,9 @@ from .._torch.operators import Overload
 from ..graph.nodes import argument, called_module, called_path, first_argument, spelled
 from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
-from ..ops.gradients import decoupled, stop_gradient
+from ..ops.gradients import stop_gradient
 from ..vocabulary.op import Spelling
-from .owners import ALREADY, class_at, qualified, rule_of, short_name
+from .owners import ALREADY, class_at, decoupling, qualified, short_name
 from .site import LocatedOperation, Site
 
 __all__ = ["find_sites", "spelling_of"]
@@ -106,10 +106,12 @@ def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Cus
     source = argument(node, spelling.key)
     while source.target == "clone":  # an in-place operation can run on a copy of the detached input
         source = source.args[0]
+    rules = [
+        found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
+    ]
+    if rules:
+        return ALREADY.format(", ".join(rules))
     if source.target is stop_gradient:
-        rules = [rule_of(user) for user in node.users if user.target is decoupled]
-        if rules:
-            return ALREADY.format(", ".join(rules))
         return "its input is already detached from the autograd graph"
     if spelling.inplace and module is not None and has_forward_hooks(module):
         return "it works in place and has forward hooks, which can return another tensor than the one written"

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from ..backward.operator import described
 from ..graph.nodes import submodule
+from ..ops.gradients import decoupled
 
-__all__ = ["ALREADY", "class_at", "qualified", "rule_of", "short_name"]
+__all__ = ["ALREADY", "class_at", "decoupling", "qualified", "short_name"]
 
 
 def class_at(root: nn.Module, path: str) -> type[nn.Module]:
@@ -29,9 +32,13 @@ def short_name(kind: type[Any]) -> str:
     return f"{'nn.' if kind.__module__.startswith('torch.nn.') else ''}{kind.__name__}"
 
 
-def rule_of(node: fx.Node) -> str:
-    """The rule of a `decoupled` node, for reports."""
-    return str(node.kwargs.get("rule", "an ambient one"))
+def decoupling(node: fx.Node) -> tuple[str, str] | None:
+    """The rule and the site of a node that decouples, for reports; None for any other node."""
+    if node.target is decoupled:
+        return str(node.kwargs.get("rule", "an ambient one")), str(node.kwargs.get("site"))
+    if node.target is torch.ops.freegrad_fx.decoupled:  # what Dynamo makes of it
+        return described(str(node.args[-1]))
+    return None
 
 
 ALREADY = (

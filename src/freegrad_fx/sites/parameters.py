@@ -12,8 +12,8 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..graph.nodes import attribute, called_module, called_path
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
-from ..ops.gradients import decoupled, kept
-from .owners import ALREADY, class_at, qualified, rule_of, short_name
+from ..ops.gradients import kept
+from .owners import ALREADY, class_at, decoupling, qualified, short_name
 from .site import LocatedParameter, Site
 
 __all__ = ["find_parameters", "unused_parameters"]
@@ -149,10 +149,6 @@ def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
     # copies that an earlier transform made for rules that read x
     copies = [user for user in users if user.target in ("clone", kept)]
     sites = [f".{name}" for name in names]
-    rules = [
-        rule_of(user)
-        for user in dict.fromkeys((*users, *(user for copied in copies for user in copied.users)))
-        if user.target is decoupled
-        and any(site.endswith(f".{user.kwargs.get('site')}") for site in sites)
-    ]
+    found = map(decoupling, dict.fromkeys((*users, *(u for c in copies for u in c.users))))
+    rules = [rule for rule, at in filter(None, found) if any(s.endswith(f".{at}") for s in sites)]
     return ALREADY.format(", ".join(rules)) if rules else ""
