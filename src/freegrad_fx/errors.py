@@ -54,7 +54,7 @@ def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> 
     """
     names = sorted(set(valid))
     folded = {n.casefold(): n for n in names}
-    matches = difflib.get_close_matches(str(name).casefold(), folded, n=5, cutoff=0.5)
+    matches = difflib.get_close_matches(str(name).casefold(), folded, n=5, cutoff=0.6)
     close = [folded[match] for match in matches]
     ordered = close + [n for n in names if n not in close]
     hint = f" Did you mean {close[0]!r}?" if close else ""

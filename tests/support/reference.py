@@ -16,7 +16,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,6 +36,8 @@ __all__ = [
     "whole_tensor",
 ]
 
+Forward: TypeAlias = Callable[[Tensor], Tensor]
+Backward: TypeAlias = Callable[[Tensor, Tensor, Tensor], Tensor]
 _F = TypeVar("_F", bound=Callable[..., Any])
 
 ENTRYWISE: dict[str, Callable[..., float]] = {}
@@ -244,21 +246,22 @@ def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
 # --- the plainest decoupled operation ---
 
 
-def oracle(
-    forward: Callable[[Tensor], Tensor], rule: Callable[[Tensor, Tensor, Tensor], Tensor]
-) -> Callable[[Tensor], Tensor]:
+class Decoupled(torch.autograd.Function):
+    """One class for all oracles: a transform looks at every class of Functions that is alive."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Forward, rule: Backward) -> Tensor:
+        y = forward(x.clone())  # it may write into its argument
+        ctx.save_for_backward(x, y)
+        ctx.rule = rule
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        x, y = ctx.saved_tensors
+        return ctx.rule(grad, x, y), None, None
+
+
+def oracle(forward: Forward, rule: Backward) -> Forward:
     """The operation with `forward` as its forward and ``rule(grad, x, y)`` as its backward, written by hand."""
-
-    class Decoupled(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor) -> Tensor:
-            y = forward(x.clone())  # it may write into its argument
-            ctx.save_for_backward(x, y)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, grad: Tensor) -> Tensor:
-            x, y = ctx.saved_tensors
-            return rule(grad, x, y)
-
-    return Decoupled.apply
+    return lambda x: Decoupled.apply(x, forward, rule)

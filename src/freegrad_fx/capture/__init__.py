@@ -83,7 +83,8 @@ def _refuse_with_examples(leaf_types: Sequence[type[Any]], concrete_args: Any) -
         names = ", ".join(t.__name__ for t in leaf_types)
         raise CaptureError(
             f"torch.export traces into every module, so a module cannot be kept as one opaque call or selected by its "
-            f"class ({names}). Select ops instead, or transform without example_inputs."
+            f"class ({names}). Select ops instead; or omit "
+            f"example_inputs, or use freegrad_fx.compile(model, rules), which both accept classes."
         )
     if concrete_args:
         raise CaptureError(

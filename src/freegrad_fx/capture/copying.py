@@ -31,7 +31,8 @@ def check_model(model: Any) -> None:
     if is_compiled_wrapper(model):
         raise TypeError(
             "the model is already compiled, and rules cannot be added to compiled code. Transform first, then compile: "
-            "torch.compile(freegrad_fx.transform(compiled._orig_mod, rules))."
+            "torch.compile(freegrad_fx.transform(compiled._orig_mod, rules)); or do both with "
+            "freegrad_fx.compile(compiled._orig_mod, rules), which accepts any program."
         )
     if isinstance(model, torch.jit.ScriptModule):
         raise TypeError(

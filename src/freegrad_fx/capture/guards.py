@@ -36,8 +36,9 @@ class Guards(nn.Module):
                 recording.append(f"    torch._assert({expression}, messages[{number}])")
         messages = [
             f"the model was captured for inputs with {words}, and is called with others. Give transform() "
-            f"dynamic_shapes=... for the dimensions that change, or example inputs with the sizes of the calls. An "
-            f"example with a batch of 1 makes the batch size constant; use at least 2."
+            f"dynamic_shapes=... for the dimensions that change, or example inputs with the sizes of the calls. If "
+            f"the forward loops over such a dimension, use freegrad_fx.compile(model, rules). An example with a batch "
+            f"of 1 makes the batch size constant; use at least 2."
             for _, words in self.checks
         ]
 

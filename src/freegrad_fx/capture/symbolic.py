@@ -200,6 +200,8 @@ def _remedies(tracer: Tracer) -> str:
     if any(node.target is apply_function for node in tracer.graph.nodes):
         # torch.export would refuse the Function
         return "Compile it with freegrad_fx.compile(model, rules), which keeps the model's autograd.Function; "
+    if tracer.leaf_types:  # torch.export would refuse the classes that the table selects
+        return "Compile it with freegrad_fx.compile(model, rules), where a table can select classes too; "
     return (
         "Give example_inputs=(...) to capture it by torch.export; or compile it with freegrad_fx.compile(model, "
         "rules), which accepts any program; "

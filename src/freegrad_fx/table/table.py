@@ -12,8 +12,8 @@ from typing import Any, TypeAlias, overload
 import torch
 from torch import nn
 
-from ..core.rule import RuleLike
-from ..errors import TableError, unknown
+from ..core.rule import RuleLike, available
+from ..errors import RuleError, TableError, unknown
 from ..sites.site import Located
 from ..vocabulary.activations import GROUPS
 from .data import dump_table, load_table
@@ -101,6 +101,11 @@ class RuleTable:
             raise TableError("entries have to be in a table: RuleTable([on(...).backward(...)])")
         if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
             return cls.from_toml(rules)
+        if isinstance(rules, str) and rules not in available() and {"/", ".", "\\"} & {*rules}:
+            raise RuleError(
+                f"{rules!r} is neither the name of a rule nor a path that ends in '.toml'. Give the path of a table "
+                f"with another ending as a pathlib.Path."
+            )
         if isinstance(rules, Mapping):
             ordered = sorted(rules.items(), key=lambda item: _specificity(item[0]))
             return cls(Entry.of(_selector(key), rule) for key, rule in ordered)
