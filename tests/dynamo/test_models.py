@@ -198,7 +198,13 @@ def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize("training", MODES)
-@pytest.mark.parametrize("make", LANGUAGE, ids=lambda make: make.__name__)
+@pytest.mark.parametrize(
+    "make",
+    [
+        pytest.param(m, id=m.__name__, marks=pytest.mark.slow if i else ())
+        for i, m in enumerate(LANGUAGE)
+    ],
+)
 def test_a_language_model_gets_its_rules(transformers: Any, make: Any, training: bool) -> None:
     model = make(transformers).train(training)
     inputs = {"input_ids": torch.randint(3, 50, (2, 7)), "attention_mask": torch.ones(2, 7).long()}

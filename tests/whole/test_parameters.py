@@ -81,6 +81,10 @@ CAPTURES = [
     for export in (False, True)
     if case.export or not export
 ]
+SLOWER_WITH_EXPORT = [
+    pytest.param(*p.values, id=p.id, marks=pytest.mark.slow if p.values[1] else ())
+    for p in CAPTURES
+]
 
 
 @pytest.mark.parametrize(("case", "export"), CAPTURES)
@@ -100,7 +104,7 @@ def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> N
         assert_ruled(ruled, native, model, formula)
 
 
-@pytest.mark.parametrize(("case", "export"), CAPTURES)
+@pytest.mark.parametrize(("case", "export"), SLOWER_WITH_EXPORT)
 def test_without_gradients_nothing_changes(case: Case, export: bool) -> None:
     model = case.build()
     gm = transformed(case, model, {"params": "reverse"}, export)

@@ -66,11 +66,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
 # More than about two and a half seconds on one core.
 # One of each family, the smallest; the others are like it, and take minutes together
 QUICK = {
-    "alexnet",
     "convnext_tiny",
-    "densenet121",
     "efficientnet_b0",
-    "efficientnet_v2_s",
     "googlenet",
     "lraspp_mobilenet_v3_large",
     "mnasnet0_5",
@@ -82,7 +79,6 @@ QUICK = {
     "shufflenet_v2_x0_5",
     "squeezenet1_1",
     "swin_t",
-    "vit_b_32",
 }
 # Gradients of 640 million parameters are several GB each: native ones alone.
 HUGE = {"regnet_y_128gf", "vit_h_14"}
