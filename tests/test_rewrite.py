@@ -260,12 +260,13 @@ def test_another_rule_or_option_reads_x_itself() -> None:
 
 
 def test_a_composition_is_a_chain_with_the_last_rule_nearest_to_x() -> None:
+    # a rule that reads x reads the operation's own: the rectangular one has x as a third argument
     rules = fg.compose(SCALE, RECTANGULAR, fg.rules.reverse(alpha=2.0))
     assert rewritten(lambda m, h: torch.relu(h), rules) == [
         "2 = stop(1)",
         "3 = decoupled(2, 1, reverse)",
         "4 = stop(3)",
-        "5 = decoupled(4, 3, rectangular)",
+        "5 = decoupled(4, 3, 1, rectangular)",
         "6 = stop(1)",
         "7 = relu(6)",
         "8 = decoupled(7, 5, scale)",

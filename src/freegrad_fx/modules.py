@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .context import in_the_blocks_of_now, parts_for
-from .core.rule import RuleLike
+from .core.rule import Rule, RuleLike
 from .errors import RuleError, unknown
 from .ops.gradients import decoupled, stop_gradient
 from .vocabulary.activations import FORWARDS, OPS
@@ -105,9 +105,11 @@ class Activation(nn.Module):
         # All rules except the first act around identities; the last rule is nearest to x
         for other in reversed(others):
             cut = stop_gradient(source)
-            source = decoupled(cut, source, rule=other.name, site=site, **other.given)
+            read = _read(other, source, x)
+            source = decoupled(cut, source, *read, rule=other.name, site=site, **other.given)
         y = self._function(stop_gradient(x))
-        return decoupled(y, source, rule=first.name, site=site, **first.given)
+        read = _read(first, source, x)
+        return decoupled(y, source, *read, rule=first.name, site=site, **first.given)
 
     def _function(self, x: Tensor) -> Tensor:
         function: Any = OPS[_FORWARDS[self.name]].function
@@ -125,3 +127,8 @@ class Activation(nn.Module):
         given = [f"{name}={value!r}" for name, value in self.parameters_of_forward.items()]
         own = [f"rule={' then '.join(map(repr, self.rules))}"] if self.rules else []
         return ", ".join([repr(self.name), *given, *own])
+
+
+def _read(rule: Rule, source: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    """What a rule of a composition reads instead of its source, which is the result of the next rules."""
+    return (x,) if source is not x and "x" in rule.inputs else ()

@@ -238,7 +238,7 @@ class _Surgery:
         with self.graph.inserting_before(node):
             source = self.clone(x) if memory.write_back else self.keep(x) if memory.keep_x else x
             start = source
-            source = self.chain(source, others)
+            source = self.chain(start, others)
             if memory.write_back:
                 # the operation can overwrite `start`, unless a rule reads it
                 stop = self.stop(start)
@@ -257,7 +257,7 @@ class _Surgery:
             node.replace_all_uses_with(operation)
             self.graph.erase_node(node)
         with self.graph.inserting_before(operation.next):
-            out = self.decoupled(operation, source, first, memory.save)
+            out = self.decoupled(operation, source, start, first, memory.save)
         result = out
         if memory.write_back:
             with self.graph.inserting_after(out):
@@ -280,12 +280,12 @@ class _Surgery:
         before = set(parameter.users)
         # A rule reads the value that the parameter has at the beginning of the forward
         copied = written and decision.reads("x")
-        source = self.keep(parameter) if copied else parameter
-        chained = self.chain(source, others)
+        start = self.keep(parameter) if copied else parameter
+        source = self.chain(start, others)
         value = self.stop(parameter)
         if decision.forward is not None:
             value = self.forward(value, decision.forward)
-        result = self.decoupled(value, chained, first)
+        result = self.decoupled(value, source, start, first)
         return result, set(parameter.users) - before
 
     def read(self, place: LocatedParameter) -> fx.Node:
@@ -295,10 +295,11 @@ class _Surgery:
                 return node
         return self.node("get_attr", place.site.name)
 
-    def chain(self, source: fx.Node, rules: Sequence[Rule | None]) -> fx.Node:
-        """Apply all rules except the first, each around an identity; the last rule is nearest to the source."""
+    def chain(self, start: fx.Node, rules: Sequence[Rule | None]) -> fx.Node:
+        """Apply all rules except the first, each around an identity; the last rule is nearest to the start."""
+        source = start
         for rule in reversed(rules):
-            source = self.decoupled(self.stop(source), source, rule)
+            source = self.decoupled(self.stop(source), source, start, rule)
         return source
 
     def stop(self, x: fx.Node) -> fx.Node:
@@ -334,18 +335,21 @@ class _Surgery:
         key = function_key(function)
         return self.node("call_function", apply_forward, (x, key, *before), keywords)
 
-    def decoupled(self, y: fx.Node, x: fx.Node, rule: Rule | None, save: str = "") -> fx.Node:
-        """Insert ``decoupled(y, x)`` with a rule; ``None`` makes it ambient."""
+    def decoupled(
+        self, y: fx.Node, x: fx.Node, start: fx.Node, rule: Rule | None, save: str = ""
+    ) -> fx.Node:
+        """Insert ``decoupled(y, x)`` with a rule that reads the start of its chain; ``None`` makes it ambient."""
         if rule is None:
             kwargs: dict[str, Any] = {**self.ambient, "site": self.site.name}
             return self.node("call_function", decoupled, (y, x), kwargs)
+        read = (start,) if x is not start and "x" in rule.inputs else ()
         values = {
             name: self.tensor(value) if isinstance(value, Tensor) else value
             for name, value in rule.bound.items()
         }
         options = {**rule.options, "save": save} if save else rule.options
         kwargs = {"rule": rule.name, "site": self.site.name, **options, **values}
-        return self.node("call_function", decoupled, (y, x), kwargs)
+        return self.node("call_function", decoupled, (y, x, *read), kwargs)
 
     def tensor(self, value: Tensor) -> fx.Node:
         """Insert a read of a tensor that is a parameter of a rule; register it as a non-persistent buffer if needed."""

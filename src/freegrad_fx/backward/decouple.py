@@ -38,6 +38,7 @@ def decouple(
     parameters: dict[str, Any],
     save: str,
     compile: bool,
+    read: Tensor | None = None,
 ) -> Tensor:
     """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
 
@@ -51,6 +52,8 @@ def decouple(
             ``"y"``, the output, which is positive exactly where ``x`` is; or ``"overwritten"``, ``x``, into which the
             operation has written its output.
         compile: Whether the backward runs as one kernel in eager mode.
+        read: The tensor that the rule reads as ``x``, with the values of `x`; None for `x` itself. In a composition,
+            `x` is the result of the next rules, and a second derivative would go through these rules.
 
     Raises:
         RuleError: The rule needs more of ``x`` than is saved.
@@ -64,21 +67,24 @@ def decouple(
         refuse_compiled_transform()
         tensors, numbers, call = operands(rule, site, parameters, save)
         if call and all(isinstance(value, Tensor) for value in tensors):
-            return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call)  # type: ignore[no-any-return]
+            return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call, read)  # type: ignore[no-any-return]
     elif not function_transforms_active():
         # a tensor may be left over from a transform that has ended
         y, x = without_dead_transform(y), without_dead_transform(x)
-        return apply(y, x, Call(rule, site, parameters, save, compile))  # type: ignore[no-any-return]
-    values = tuple(_distinct(x, parameters.values()))
-    return Composable.apply(y, x, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
+        described = Call(rule, site, parameters, save, compile)
+        if read is None:
+            return apply(y, x, described)  # type: ignore[no-any-return]
+        return apply(y, x, described, without_dead_transform(read))  # type: ignore[no-any-return]
+    values = tuple(_distinct((x, read), parameters.values()))
+    return Composable.apply(y, x, read, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _distinct(x: Tensor, values: Iterable[Any]) -> Iterable[Any]:
+def _distinct(before: tuple[Any, ...], values: Iterable[Any]) -> Iterable[Any]:
     """The values, each tensor at most once: torch.compile does not accept the same tensor twice for one Function."""
     if not is_compiling():
         return values
-    found: list[Any] = [x]
+    found: list[Any] = [*before]
     for value in values:
         twice = isinstance(value, Tensor) and any(value is other for other in found)
         found.append(value.detach() if twice else value)
-    return found[1:]
+    return found[len(before) :]

@@ -38,16 +38,17 @@ class _Decoupled(torch.autograd.Function):
     """Forward: `y`. Backward: the gradient of `x` is computed by a rule."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, x: Tensor, call: Call) -> Tensor:
+    def forward(ctx: Any, y: Tensor, x: Tensor, call: Call, read: Tensor | None = None) -> Tensor:
         # autograd would reject in-place operations on the result if it were `y` itself or a tracked view of `y`
         output = y.detach()
-        _save(ctx, x, output, call)
+        _save(ctx, x if read is None else read, output, call)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None
+        # autograd ignores the last None if `read` was not given
+        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None, None
 
 
 apply = direct_apply(_Decoupled)
@@ -65,6 +66,7 @@ class Composable(torch.autograd.Function):
     def forward(
         y: Tensor,
         x: Tensor,
+        read: Tensor | None,
         rule: Rule,
         site: str,
         save: str,
@@ -77,10 +79,10 @@ class Composable(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Save the tensors that the rule reads."""
-        _, x, rule, site, save, names, values = inputs
+        _, x, read, rule, site, save, names, values = inputs
         parameters = dict(zip(names, values, strict=True))
         save = "x" if save == MASK else save
-        _save(ctx, x, output, Call(rule, site, parameters, save, False))
+        _save(ctx, x if read is None else read, output, Call(rule, site, parameters, save, False))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:

@@ -21,7 +21,7 @@ __all__ = ["described", "operands"]
 def operands(
     rule: Rule, site: str, parameters: dict[str, Any], save: str
 ) -> tuple[list[Any], list[Any], str]:
-    """The arguments of ``freegrad_fx::decoupled`` after `y` and `x`.
+    """The arguments of ``freegrad_fx::decoupled`` after `y` and `x`, without `read`.
 
     Returns:
         The parameters that are neither numbers nor plain values, which have to be tensors; the parameters that are
@@ -84,16 +84,21 @@ def _digest() -> str:
 
 
 def _run_operator(
-    y: Tensor, x: Tensor, tensors: list[Tensor], numbers: list[int | float], call: str
+    y: Tensor,
+    x: Tensor,
+    tensors: list[Tensor],
+    numbers: list[int | float],
+    call: str,
+    read: Tensor | None = None,
 ) -> Tensor:
     token, site, save, names, values = _read(call)
     parameters = dict(zip(names, [*tensors, *numbers, *values], strict=True))
-    return apply(y, x, Call(of_token(token), site, parameters, save, False))  # type: ignore[no-any-return]
+    return apply(y, x, Call(of_token(token), site, parameters, save, False), read)  # type: ignore[no-any-return]
 
 
 # Composite, so that autograd and AOTAutograd trace into it
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 _library.define(
-    "decoupled(Tensor y, Tensor x, Tensor[] tensors, Scalar[] numbers, str call) -> Tensor"
+    "decoupled(Tensor y, Tensor x, Tensor[] tensors, Scalar[] numbers, str call, Tensor? read=None) -> Tensor"
 )
 _library.impl("decoupled", _run_operator, "CompositeImplicitAutograd")

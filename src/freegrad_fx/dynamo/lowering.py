@@ -39,4 +39,5 @@ def lower(graph: fx.Graph) -> None:
             tensors, numbers, call = operands(rule, site, kwargs, save)
             if call and all(isinstance(value, fx.Node) for value in tensors):
                 node.target = torch.ops.freegrad_fx.decoupled.default
-                node.args, node.kwargs = (*node.args, tensors, numbers, call), {}
+                y, x, *read = node.args
+                node.args, node.kwargs = (y, x, tensors, numbers, call, *read), {}

@@ -64,7 +64,7 @@ def _if_given(**keywords: Any) -> dict[str, Any]:
 def decoupled(
     y: Tensor,
     x: Tensor,
-    *,
+    *read: Tensor,
     rule: str | Rule = "",
     ambient: str = "",
     site: str = "",
@@ -81,6 +81,8 @@ def decoupled(
     Args:
         y: The output of the operation, computed from ``stop_gradient(x)``. Any shape.
         x: The input of the operation. The rule has to return a gradient of its shape.
+        *read: At most one tensor, with the values of `x`, that the rule reads instead of `x`. In a composition, `x` is
+            the result of the next rule, and all rules read the input of the operation.
         rule: The name of a registered rule, or a `Rule`.
         ambient: ``"activations"`` or ``"params"``, instead of a rule: the rule of the `use` block of this scope that is
             in force at the call. Outside of such a block `y` itself is returned.
@@ -106,10 +108,12 @@ def decoupled(
         >>> torch.autograd.grad(out.sum(), x)
         (tensor([1., 0.]),)
     """
-    if has_torch_function_variadic(y, x):
+    if has_torch_function_variadic(y, x):  # `read` is computed by the same tracer as `x`
         given = _if_given(ambient=ambient) if ambient else {"rule": rule}
         given = {**given, **_if_given(save=save, compile=compile)}
-        return handle_torch_function(decoupled, (y, x), y, x, **given, site=site, **parameters)
+        return handle_torch_function(
+            decoupled, (y, x), y, x, *read, **given, site=site, **parameters
+        )
     if not isinstance(y, Tensor):
         if not isinstance(x, Tensor):
             return y
@@ -124,13 +128,16 @@ def decoupled(
         found = get(rule)
         if len(parameters) < len(found.parameters):
             parameters = {**dict(found.values), **parameters}
-        return decouple(y, x, found, site, parameters, save or found.save, compile or found.compile)
+        save, compile = save or found.save, compile or found.compile
+        return decouple(y, x, found, site, parameters, save, compile, *read)
     first, *others = ambient_rules(ambient)
     # All rules except the first act around identities; the last rule is nearest to x
+    source = x
     for other in reversed(others):
-        x = _decoupled_by(other, x.detach(), x, site)
-    return _decoupled_by(first, y, x, site)
+        source = _decoupled_by(other, source.detach(), source, x, site)
+    return _decoupled_by(first, y, source, x, site)
 
 
-def _decoupled_by(rule: Rule, y: Tensor, x: Tensor, site: str) -> Tensor:
-    return decouple(y, x, rule, site, dict(rule.values), rule.save, rule.compile)
+def _decoupled_by(rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str) -> Tensor:
+    read = None if source is x else x
+    return decouple(y, source, rule, site, dict(rule.values), rule.save, rule.compile, read)

@@ -37,7 +37,7 @@ def decoupling(node: fx.Node) -> tuple[str, str] | None:
     if node.target is decoupled:
         return str(node.kwargs.get("rule", "an ambient one")), str(node.kwargs.get("site"))
     if node.target is torch.ops.freegrad_fx.decoupled:  # what Dynamo makes of it
-        return described(str(node.args[-1]))
+        return described(str(node.args[4]))
     return None
 
 
