@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from .releases import lookup, uses_private_names
 from .replacing import replaced
 
@@ -19,6 +21,7 @@ __all__ = [
     "guard_names",
     "guards_written_by",
     "is_fake",
+    "is_symbolic",
     "traced_in_full",
 ]
 
@@ -75,6 +78,14 @@ def guard_names() -> dict[str, Any]:
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor, with which export runs a model."""
     return isinstance(value, lookup("torch._subclasses.fake_tensor.FakeTensor", _EXPORT))
+
+
+def is_symbolic(value: Any) -> bool:
+    """Whether a value is a fake tensor, its functional wrapper, or a symbolic number of an export."""
+    functional = lookup("torch._subclasses.functional_tensor.FunctionalTensor", _EXPORT)
+    return is_fake(value) or isinstance(
+        value, (functional, torch.SymInt, torch.SymFloat, torch.SymBool)
+    )
 
 
 @uses_private_names("compiling an exported model")

@@ -27,6 +27,7 @@ from .captured import KEYWORD_ONLY, SPECIALISED, Variant
 from .copying import python_state_changed
 from .guards import Guards, ranks, recorded_guards
 from .merge import Exported, FlagRead, merge
+from .outside import Outside, keeps_tensors
 from .patches.flags import noted_flags
 from .patches.functions import refused_functions
 from .patches.random import RandomState
@@ -50,7 +51,15 @@ def capture_by_export(
         CaptureError: The export fails, or the graph would not compute what the model computes.
     """
     with LOCK:
-        return _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
+        outside = Outside(root)
+        try:
+            with outside.uncached():
+                captured = _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
+        finally:
+            found = outside.restore(exporting.is_symbolic)
+        if found:
+            raise CaptureError(keeps_tensors(type(model), found[0]))
+        return captured
 
 
 def _capture(

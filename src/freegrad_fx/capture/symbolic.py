@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import linecache
+import traceback
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
@@ -19,6 +20,7 @@ from ..ops import apply_function
 from ..sites.remarks import Lost
 from .captured import Variant
 from .copying import python_state_changed
+from .outside import Outside, is_proxy, keeps_tensors, still_held
 from .patches.random import RandomState
 from .proxies import any_proxy
 from .result import Capture
@@ -39,7 +41,9 @@ def capture_symbolically(
 ) -> Capture:
     """Trace `root`, the copy of `model`, once for every combination of the flags that the model branches on."""
     specialised = _specialised(root, concrete_args)
-    trace = partial(_trace, model, root, leaf_types, specialised)
+    with LOCK:  # another capture may have replaced functions
+        outside = Outside(root)
+    trace = partial(_trace, model, root, outside, leaf_types, specialised)
     found = _variants(trace)
     if found is None:
         # A flag was used in a way that a proxy cannot intercept (`training is True`): every read counts as a branch
@@ -121,6 +125,7 @@ def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str,
 def _trace(
     model: nn.Module,
     root: nn.Module,
+    outside: Outside,
     leaf_types: tuple[type[nn.Module], ...],
     specialised: dict[str, Any],
     assumed: dict[str, bool],
@@ -130,11 +135,14 @@ def _trace(
     """Trace one variant, and again with more checks if the first trace drew random numbers or changed Python state."""
     random = RandomState()
     with LOCK, random.restored_on_error():
-        make = partial(Tracer, leaf_types, assumed, specialised, concrete_flags, verifies)
+        make = partial(
+            Tracer, leaf_types, assumed, specialised, concrete_flags, verifies, outside=outside
+        )
         tracer = make()
-        graph = _traced(tracer, root)
+        graph = _traced(tracer, root, outside)
         whole = python_state_changed(model, root, tracer.assigned)
         forgotten = list(_forget_proxies(model, root, tracer))
+        stored = _left_behind(tracer, outside)
         drawn, watched = random.drawn_from(), _state_kept(root, tracer)
         if "" in whole:
             raise CaptureError(
@@ -142,13 +150,17 @@ def _trace(
                 f"call. Make the attribute a buffer, or move that part into a submodule, which is then kept as one "
                 f"opaque call."
             )
-        if drawn or watched or whole:
+        if drawn or watched or whole or stored:
             random.restore()
             for path, name in watched:
                 del root.get_submodule(path).__dict__[name]
-            tracer = make(watch_random=drawn, watched=watched, whole=whole)
-            graph = _traced(tracer, root)
+            tracer = make(
+                watch_random=drawn, watched=watched, whole=whole, watch_outside=bool(stored)
+            )
+            graph = _traced(tracer, root, outside)
             forgotten = list(_forget_proxies(model, root, tracer))
+            if stored := _left_behind(tracer, outside):
+                raise CaptureError(keeps_tensors(type(root), stored[0]))
             if random.drawn_from():
                 raise CaptureError(
                     f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
@@ -169,30 +181,52 @@ def _state_kept(root: nn.Module, tracer: Tracer) -> frozenset[tuple[str, str]]:
     )
 
 
-def _traced(tracer: Tracer, root: nn.Module) -> fx.Graph:
+def _left_behind(tracer: Tracer, outside: Outside) -> list[str]:
+    """Remove the proxies of a finished trace from whatever holds them, and name the holders other than caches."""
+    found = [*tracer.stored, *outside.restore(is_proxy)]
+    tracer.forget_proxies()
+    found += still_held(tracer.made)
+    tracer.made.clear()
+    return found
+
+
+def _traced(tracer: Tracer, root: nn.Module, outside: Outside) -> fx.Graph:
     try:
-        return tracer.trace(root)
-    except CaptureError:
-        raise
-    except Exception as error:
-        kinds = inspect.signature(type(root).forward).parameters.values()
-        collects = [
-            p.name for p in kinds if p.kind is p.VAR_KEYWORD and p.name in tracer.specialised
-        ]
-        where = innermost(error.__traceback__)
-        file, _, line = where.rpartition(":")
-        code = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
-        raise CaptureError(
-            f"{type(root).__name__} cannot be captured: {tracer.explain(error)}\n"
-            f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
-            "This line of the model's own forward cannot be traced symbolically, for example because it branches on "
-            f"the values or shapes of its inputs. {_remedies(tracer)}or move that part into a submodule, which is then "
-            "kept as one opaque call while the rest is rewritten."
-            + "".join(
-                f" If the forward needs keywords in **{c}, give concrete_args={{{c!r}: torch.fx.PH}}."
-                for c in collects
-            )
-        ) from error
+        with outside.uncached():
+            return tracer.trace(root)
+    except BaseException as error:
+        outside.restore(is_proxy)
+        tracer.forget_proxies()
+        refusal = _refusal(tracer, root, error) if isinstance(error, Exception) else error
+        # The variables of the frames hold proxies, so the search would find them as long as the error lives
+        traceback.clear_frames(error.__traceback__)
+        still_held(tracer.made)
+        tracer.made.clear()
+        if refusal is error:
+            raise
+        raise refusal from error
+
+
+def _refusal(tracer: Tracer, root: nn.Module, error: Exception) -> Exception:
+    """The error that says why a model cannot be traced symbolically, and what to do."""
+    if isinstance(error, CaptureError):
+        return error
+    kinds = inspect.signature(type(root).forward).parameters.values()
+    collects = [p.name for p in kinds if p.kind is p.VAR_KEYWORD and p.name in tracer.specialised]
+    where = innermost(error.__traceback__)
+    file, _, line = where.rpartition(":")
+    code = linecache.getline(file, int(line)).strip() if line.isdigit() else ""
+    return CaptureError(
+        f"{type(root).__name__} cannot be captured: {tracer.explain(error)}\n"
+        f"  at {where or 'an unknown place'}" + (f": {code}" if code else "") + "\n"
+        "This line of the model's own forward cannot be traced symbolically, for example because it branches on "
+        f"the values or shapes of its inputs. {_remedies(tracer)}or move that part into a submodule, which is then "
+        "kept as one opaque call while the rest is rewritten."
+        + "".join(
+            f" If the forward needs keywords in **{c}, give concrete_args={{{c!r}: torch.fx.PH}}."
+            for c in collects
+        )
+    )
 
 
 def _remedies(tracer: Tracer) -> str:

@@ -10,6 +10,7 @@ import copy
 import enum
 import math
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -18,7 +19,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Attribute, Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch import graphs
@@ -30,6 +31,7 @@ from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque
 from ..vocabulary.recognition import recognise
 from .inventory import compares_identity, held_tensors, tensor_names
+from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
@@ -53,6 +55,8 @@ class Tracer(graphs.Tracer):
         watched: Attributes, by module path and name, that the forward assigns. Reading one before it is assigned
             cannot be traced.
         whole: The paths of modules to keep as one opaque call, with the reason.
+        outside: What the forward can reach outside of the model. It is restored where a part of the trace is removed.
+        watch_outside: Keep a module as one opaque call if it stores a tensor outside of the model.
 
     Attributes:
         siteless: The paths of modules that are kept as one opaque call because they branch on their mode and contain
@@ -62,6 +66,8 @@ class Tracer(graphs.Tracer):
         assigned: The attributes that the forward assigned, by module path and name.
         opaque: The calls that were not traced into.
         lost: What the graph does not do.
+        made: The proxies of the trace.
+        stored: With `watch_outside`, the places outside of the model where the root stored a tensor.
     """
 
     def __init__(
@@ -74,6 +80,8 @@ class Tracer(graphs.Tracer):
         watch_random: bool = False,
         watched: frozenset[tuple[str, str]] = frozenset(),
         whole: Mapping[str, str] = MappingProxyType({}),
+        outside: Outside | None = None,
+        watch_outside: bool = False,
     ) -> None:
         # All functions of `math` are recorded; FX does so by default for some of them
         super().__init__(autowrap_modules=(math,))
@@ -86,6 +94,9 @@ class Tracer(graphs.Tracer):
         self.watch_random = watch_random
         self.watched = watched
         self.whole = whole
+        self.outside = outside
+        self.watch_outside = watch_outside
+        self.stored: list[str] = []
         self.thread = threading.get_ident()
         self.refusals = 0
         self.flags: dict[str, bool] = {}
@@ -93,6 +104,7 @@ class Tracer(graphs.Tracer):
         self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
         self.lost: list[Lost] = []
+        self.made: list[weakref.ref[Proxy]] = []
         self._attributes: dict[str, Proxy] = {}
         self.compares_identity = False
         self._tensor_names: dict[int, str] = {}
@@ -117,7 +129,14 @@ class Tracer(graphs.Tracer):
 
     def proxy(self, node: fx.Node) -> Proxy:
         """Make the proxy for the value of a node."""
-        return RecordingProxy(node, self)
+        proxy = RecordingProxy(node, self)
+        self.made.append(weakref.ref(proxy))
+        return proxy
+
+    def forget_proxies(self) -> None:
+        """Drop the proxies of a finished trace. The names in `assigned` remain."""
+        self._attributes.clear()
+        self.assigned = dict.fromkeys(self.assigned)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the call of a module is one node: for modules of torch.nn, scripted modules and `leaf_types`."""
@@ -275,6 +294,7 @@ class Tracer(graphs.Tracer):
             raise
         except Exception as error:
             before.restore()
+            self._stored_outside()
             self._note_opaque(m, path, self.explain(error), innermost(error.__traceback__))
             return self._call_opaque(m, path, args, kwargs)
         branches = self.flags.keys() - before.flags.keys()
@@ -290,17 +310,26 @@ class Tracer(graphs.Tracer):
         """Trace into a module.
 
         Raises:
-            TypeError: The module draws random numbers outside of the graph, or catches the error of a branch.
+            TypeError: The module draws random numbers outside of the graph, stores a tensor outside of the model, or
+                catches the error of a branch.
         """
+        self.stored += self._stored_outside()
         refusals = self.refusals
         random = RandomState() if self.watch_random else None
         result = super().call_module(m, forward, args, kwargs)
         if random is not None and random.drawn_from():
             random.restore()
             raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
+        if stored := self._stored_outside():
+            raise TypeError(f"stores a tensor in {stored[0]}, which a graph would not repeat")
         if self.refusals != refusals:
             raise TypeError(_CAUGHT)
         return result
+
+    def _stored_outside(self) -> list[str]:
+        """With `watch_outside`, restore what was stored outside of the model, and name the places."""
+        watches = self.watch_outside and self.outside is not None
+        return self.outside.restore(is_proxy) if watches else []  # type: ignore[union-attr]
 
     def _call_opaque(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
         """Record the call of a module as one node."""
@@ -358,6 +387,7 @@ class Tracer(graphs.Tracer):
         if proxy is None or is_erased(proxy.node):
             proxy = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=make)
             self._attributes[name] = proxy
+            self.made.append(weakref.ref(proxy))
         return proxy
 
     def explain(self, error: BaseException) -> str:
@@ -410,6 +440,14 @@ class _State:
         opaque, lost = self.notes
         self.tracer.opaque, self.tracer.lost = list(opaque), list(lost)
         self.tracer.refusals = self.refusals
+        if self.tracer.outside is not None:
+            self.tracer.outside.restore(_is_erased_proxy)
+
+
+def _is_erased_proxy(value: Any) -> bool:
+    if issubclass(type(value), Attribute):
+        value = value.root
+    return is_proxy(value) and is_erased(value.node)
 
 
 _CAUGHT = "the forward branches on the value of a tensor, which cannot be traced, and catches the error that says so"

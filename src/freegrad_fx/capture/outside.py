@@ -1,0 +1,331 @@
+"""What the forward of a model can reach outside of the model: no traced value may be left there by a capture.
+
+A forward can store a tensor in a global, a closure, a class or a cache. While a model is captured this tensor is a
+proxy or a fake tensor, which the original model would then use at its next call.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+import gc
+import inspect
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch.fx.proxy import Proxy
+
+from ..graph.provenance import is_users
+
+__all__ = ["Outside", "is_proxy", "keeps_tensors", "still_held"]
+
+IsTraced = Callable[[Any], bool]
+
+_CACHE: Any = type(functools.lru_cache(maxsize=1)(lambda: None))
+_BOUND = (staticmethod, classmethod)
+_MISSING: Any = object()
+_CONTAINERS = (dict, list, set, collections.deque)
+_DEPTH = 4
+
+
+class Outside:
+    """What the code of a model's classes can reach, with the contents when the object is created.
+
+    Args:
+        root: The model. Only functions that are defined outside of PyTorch are followed, through the globals that their
+            code names, their closures, default arguments and attributes.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._caches: dict[int, tuple[str, Any]] = {}
+        self._containers: dict[int, tuple[str, Any, Any]] = {}
+        self._globals: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
+        self._cells: dict[int, tuple[str, CellType, Any]] = {}
+        self._classes: dict[type[Any], dict[str, Any]] = {}
+        self._seen: set[int] = {id(value) for m in root.modules() for value in (m, m.__dict__)}
+        for kind in dict.fromkeys(type(module) for module in root.modules()):
+            self._add_class(kind)
+
+    def restore(self, is_traced: IsTraced) -> list[str]:
+        """Restore what contains traced values, and empty the caches of functions that do.
+
+        Returns:
+            The names of what was restored. Caches are not listed: a cache may forget a result at any time.
+        """
+        found: list[str] = []
+        for _, cache in self._caches.values():
+            if _contains(gc.get_referents(cache), is_traced):
+                cache.cache_clear()
+        for (_, key), (name, space, before) in self._globals.items():
+            if (now := space.get(key)) is not before and _contains(now, is_traced):
+                found.append(f"the global {name}")
+                _set_or_delete(space, key, before)
+        for name, cell, before in self._cells.values():
+            now = _contents(cell)
+            if now is not before and _contains(now, is_traced):
+                found.append(name)
+                if before is _MISSING:
+                    del cell.cell_contents
+                else:
+                    cell.cell_contents = before
+        for kind, before in self._classes.items():
+            for key, now in list(vars(kind).items()):
+                old = before.get(key, _MISSING)
+                if now is not old and _contains(now, is_traced):
+                    found.append(f"the class attribute {kind.__name__}.{key}")
+                    if old is _MISSING:
+                        delattr(kind, key)
+                    else:
+                        setattr(kind, key, old)
+        for name, container, before in self._containers.values():
+            if _contains(container, is_traced, 2) and not _contains(before, is_traced, 2):
+                found.append(name)
+                _refill(container, before)
+        return list(dict.fromkeys(found))
+
+    @contextlib.contextmanager
+    def uncached(self) -> Iterator[None]:
+        """Let the functions with a `functools` cache compute every result anew while the block runs.
+
+        A result of an earlier call would be a constant of the graph, and one of the trace would be used afterwards.
+        Other threads compute anew too, which takes them time but changes nothing.
+        """
+        undo: list[Callable[[], None]] = []
+        try:
+            for (_, key), (_, space, value) in self._globals.items():
+                if type(value) is _CACHE:
+                    space[key] = _uncached(value)
+                    undo.append(functools.partial(space.__setitem__, key, value))
+            for kind, attributes in self._classes.items():
+                for key, value in attributes.items():
+                    bare = value.__func__ if type(value) in _BOUND else value
+                    if type(bare) is _CACHE:
+                        new = _uncached(bare)
+                        setattr(kind, key, type(value)(new) if value is not bare else new)
+                        undo.append(functools.partial(setattr, kind, key, value))
+            yield
+        finally:
+            for put_back in undo:
+                put_back()
+
+    # -- what can be reached
+
+    def _add_class(self, kind: type[Any]) -> None:
+        for base in kind.__mro__:
+            if base in self._classes or _is_library(base.__module__):
+                continue
+            self._classes[base] = dict(vars(base))
+            for name, value in self._classes[base].items():
+                if not name.startswith("__") or name == "__call__":
+                    self._add(value, f"the class attribute {base.__name__}.{name}", _DEPTH)
+
+    def _add(self, value: Any, name: str, depth: int) -> None:
+        kind = type(value)
+        if kind in _PLAIN or depth < 0 or id(value) in self._seen:
+            return
+        if kind in (*_BOUND, MethodType):
+            self._add(value.__func__, name, depth)
+        elif kind is property:
+            self._add(value.fget, name, depth)
+        elif kind is FunctionType:
+            self._seen.add(id(value))
+            if is_users(value.__code__):
+                self._add_function(value)
+        elif kind is _CACHE:
+            self._seen.add(id(value))
+            self._caches[id(value)] = (name, value)
+            self._add(value.__wrapped__, name, depth)
+        elif kind is functools.partial:
+            self._seen.add(id(value))
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._add(part, name, depth - 1)
+        elif isinstance(value, _CONTAINERS):
+            self._add_container(value, name, depth)
+        elif isinstance(value, tuple):
+            for item in value:
+                self._add(item, name, depth - 1)
+        elif isinstance(value, type):
+            if not _is_library(value.__module__) and not issubclass(value, nn.Module):
+                self._add_class(value)
+        elif not isinstance(value, ModuleType | Tensor) and not _is_library(kind.__module__):
+            attributes = getattr(value, "__dict__", None)
+            if type(attributes) is dict:
+                self._seen.add(id(value))
+                self._add_container(attributes, f"an attribute of {name}", depth)
+                self._add_class(kind)
+
+    def _add_container(self, value: Any, name: str, depth: int) -> None:
+        self._seen.add(id(value))
+        self._containers[id(value)] = (name, value, _copied(value))
+        if len(value) <= _MOST_SEARCHED:
+            for item in list(value.values() if isinstance(value, dict) else value):
+                self._add(item, name, depth - 1)
+
+    def _add_function(self, function: FunctionType) -> None:
+        if not _is_library(module := function.__module__ or ""):
+            self._add_globals(function.__globals__, module, _names(function.__code__), _DEPTH)
+        where = f"of the function {function.__qualname__}"
+        for name, cell in zip(
+            function.__code__.co_freevars, function.__closure__ or (), strict=True
+        ):
+            if name != "__class__" and id(cell) not in self._cells:
+                contents = _contents(cell)
+                self._cells[id(cell)] = (f"the variable {name!r} {where}", cell, contents)
+                self._add(contents, f"the variable {name!r} {where}", _DEPTH)
+        defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
+        self._add(defaults, f"a default argument {where}", _DEPTH)
+        # The dict of a function is made when it is asked for, and stays
+        self._add_container(function.__dict__, f"an attribute {where}", _DEPTH)
+
+    def _add_globals(
+        self, space: dict[str, Any], module: str, names: frozenset[str], depth: int
+    ) -> None:
+        for name in names:
+            value = space.get(name, _MISSING)
+            if (id(space), name) in self._globals:
+                continue
+            if isinstance(value, ModuleType):
+                if depth and not _is_library(value.__name__):
+                    self._add_globals(vars(value), value.__name__, names, depth - 1)
+                continue
+            self._globals[id(space), name] = (f"{module}.{name}", space, value)
+            self._add(value, f"the global {module}.{name}", _DEPTH)
+
+
+def is_proxy(value: Any) -> bool:
+    """Whether a value is a proxy. `isinstance`, which a trace replaces, would ask a proxy for its class."""
+    return issubclass(type(value), Proxy)
+
+
+def keeps_tensors(kind: type[nn.Module], where: str) -> str:
+    """The message of the error for a model whose forward stores a tensor outside of the model."""
+    return (
+        f"{kind.__name__} cannot be captured: its forward stores a tensor in {where}, which a graph would not repeat "
+        f"at each call. Compile the model with freegrad_fx.compile(model, rules), which accepts any program; or store "
+        f"the tensor in a buffer of the model."
+    )
+
+
+def still_held(made: Iterable[weakref.ref[Any]]) -> list[str]:
+    """Remove the proxies of a finished trace from the objects that still hold them, and name the objects.
+
+    Garbage is collected and the holders are searched only if a proxy is alive, which it seldom is.
+    """
+    made = [ref for ref in made if ref() is not None]
+    if made:
+        gc.collect()
+    found: list[str] = []
+    for ref in made:
+        if (proxy := ref()) is not None:
+            found.extend(_removed(proxy))
+    return list(dict.fromkeys(found))
+
+
+# No comprehension in these functions refers to the proxy: its cell would be a holder of the proxy
+def _removed(proxy: Any) -> list[str]:
+    found: list[str] = []
+    for holder in gc.get_referrers(proxy):
+        if isinstance(holder, _CACHE):
+            holder.cache_clear()
+        elif isinstance(holder, dict):
+            found += _removed_from_dict(holder, proxy)
+        elif isinstance(holder, list | set | collections.deque):
+            kept: list[Any] = []
+            for item in holder:
+                if item is not proxy:
+                    kept.append(item)
+            _refill(holder, kept)
+            found.append(f"a {type(holder).__name__} that the forward can reach")
+        elif isinstance(holder, CellType):
+            del holder.cell_contents
+            found.append("a variable of an enclosing function")
+        elif not inspect.isframe(holder) and not isinstance(holder, fx.Tracer):
+            if type(attributes := getattr(holder, "__dict__", None)) is dict:
+                _removed_from_dict(attributes, proxy)
+            found.append(f"an object of the type {type(holder).__name__}")
+    return found
+
+
+def _removed_from_dict(holder: dict[Any, Any], proxy: Any) -> list[str]:
+    owners = gc.get_referrers(holder)
+    caches = [c for c in owners if isinstance(c, _CACHE)]
+    for cache in caches:
+        cache.cache_clear()
+    found: list[str] = []
+    for key, value in list(holder.items()) if not caches else ():
+        if key is proxy or value is proxy:
+            del holder[key]
+            found.append(f"the entry {key!r} of a dict" if isinstance(key, str) else "a dict")
+    return found
+
+
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, object, ModuleType})
+_MOST_SEARCHED = 256
+
+
+def _is_library(module: str) -> bool:
+    """Whether a module belongs to Python, PyTorch or this package."""
+    package = module.partition(".")[0]
+    return package in _LIBRARIES or package in sys.stdlib_module_names
+
+
+_LIBRARIES = ("torch", "numpy", __name__.partition(".")[0])
+
+
+def _uncached(cache: Any) -> Any:
+    return functools.lru_cache(maxsize=0)(cache.__wrapped__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _names_of(key: int, code: CodeType) -> frozenset[str]:
+    inner = (c for c in code.co_consts if isinstance(c, CodeType))
+    return frozenset(code.co_names).union(*map(_names, inner))
+
+
+def _names(code: CodeType) -> frozenset[str]:
+    """The global names and attribute names in a function and the functions that it defines."""
+    return _names_of(id(code), code)
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # the variable has no value yet
+        return _MISSING
+
+
+def _copied(value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else list(value)
+
+
+def _refill(container: Any, before: Any) -> None:
+    """Give a container the contents of a copy."""
+    container.clear()
+    if isinstance(container, dict | set):
+        container.update(before)
+    else:
+        container.extend(before)
+
+
+def _set_or_delete(space: dict[str, Any], key: str, value: Any) -> None:
+    if value is _MISSING:
+        space.pop(key, None)
+    else:
+        space[key] = value
+
+
+def _contains(value: Any, is_traced: IsTraced, depth: int = 3) -> bool:
+    """Whether a value is traced, or is a plain container with a traced value."""
+    if type(value) in _PLAIN:
+        return False
+    if is_traced(value):
+        return True
+    if depth <= 0 or not isinstance(value, (*_CONTAINERS, tuple)):
+        return False
+    items = (*value, *value.values()) if isinstance(value, dict) else (*value,)
+    return any(_contains(item, is_traced, depth - 1) for item in items)
