@@ -10,7 +10,7 @@ import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,21 +19,23 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch import tree
 from ._torch.graphs import grad_mode_setter, is_erased
-from ._torch.modules import buffers_of
+from ._torch.modules import buffers_of, has_forward_hooks, has_global_forward_hooks
 from .backward.functions import OVERWRITTEN
 from .capture.captured import sets_grad_mode
 from .context import SCOPES
 from .core.contract import SAVES
 from .core.rule import Forward, Rule
 from .graph.aliasing import Aliasing, of_library
-from .graph.nodes import called_module, called_path
+from .graph.hooked import open_call
+from .graph.nodes import called_module, called_path, takes_parameters
 from .graph.provenance import META
 from .ops.calls import call_with
 from .ops.checks import require_frozen
 from .ops.functions import apply_forward, function_key
 from .ops.gradients import decoupled, kept, stop_gradient
+from .ops.hooked import call_without_hooks
 from .plan import Decided, Decision
-from .sites.site import LocatedOperation, LocatedParameter, Site
+from .sites.site import Located, LocatedOperation, LocatedParameter, Site
 from .vocabulary.activations import OPS
 
 __all__ = ["rewrite", "without_ambient"]
@@ -69,6 +71,7 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
             a non-persistent buffer, unless it already is a parameter or buffer of `root`.
         decided: The sites of this graph, each with its decision.
     """
+    decided = _with_open_calls(root, decided)
     wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first
@@ -99,6 +102,37 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
             name = unlearned.site.name
             surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
+
+
+def _with_open_calls(root: nn.Module, decided: Decided) -> Decided:
+    """Open the calls of modules with forward hooks that get a rule: the hooks keep their own derivative.
+
+    Returns:
+        The sites with the nodes that they have now.
+    """
+    opened: dict[fx.Node, tuple[fx.Node, ...]] = {}
+    of_all = has_global_forward_hooks()
+    for place, decision in decided:
+        if decision.action not in ("rewrite", "ambient") or not isinstance(place, LocatedOperation):
+            continue
+        module = called_module(place.node, root)
+        if (
+            module is not None
+            and place.node.target is not call_without_hooks
+            and (of_all or has_forward_hooks(module))
+        ):
+            opened[place.node] = open_call(place.node, place.key)
+    return [(_at(place, opened), decision) for place, decision in decided] if opened else decided
+
+
+def _at(place: Located, opened: Mapping[fx.Node, tuple[fx.Node, ...]]) -> Located:
+    """A site after calls were opened."""
+    if isinstance(place, LocatedOperation) and place.node in opened:
+        return replace(place, node=opened[place.node][1], key=2)
+    if isinstance(place, LocatedParameter):
+        calls = [(part, n) for node, n in place.calls for part in opened.get(node, (node,))]
+        return replace(place, calls=tuple(calls))
+    return place
 
 
 @dataclass(frozen=True)
@@ -196,7 +230,7 @@ def _use(
             if not is_erased(node):  # a replaced forward no longer uses the module
                 calls.setdefault(node, {}).update(dict.fromkeys(names, result))
     for node, values in calls.items():
-        if node.target is call_with:
+        if takes_parameters(node):
             node.update_arg(1, {**node.args[1], **values})  # type: ignore[dict-item]
             continue
         with graph.inserting_before(node):

@@ -122,12 +122,12 @@ def test_an_out_argument_is_an_obstacle() -> None:
     assert place.obstacle.startswith("it writes its result into an out= tensor")
 
 
-@pytest.mark.parametrize(("name", "obstructed"), [("written", True), ("layer1.1", False)])
-def test_forward_hooks_are_an_obstacle_for_what_works_in_place(name: str, obstructed: bool) -> None:
+@pytest.mark.parametrize("name", ["written", "layer1.1"])
+def test_forward_hooks_are_no_obstacle(name: str) -> None:
     root = Root()
     root.get_submodule(name).register_forward_hook(lambda *_: None)
     (place,) = found(lambda g, x: g.call_module(name, (x,)), root=root)
-    assert place.obstacle.startswith("it works in place and has forward hooks") == obstructed
+    assert not place.obstacle
 
 
 # --- what an earlier transform left ---

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from types import CodeType
@@ -10,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from .dynamo import is_compiling
 from .releases import lookup, private
 
 __all__ = [
@@ -18,17 +20,22 @@ __all__ = [
     "COMPILED_CALL",
     "FRESH_BASES",
     "PARAMETERS",
+    "after_hooks",
+    "after_pre_hooks",
     "buffers_of",
     "call_code",
     "children_of",
     "compiled_model",
     "has_backward_hooks",
     "has_forward_hooks",
+    "has_global_forward_hooks",
     "has_global_hooks",
     "has_hooks",
+    "has_hooks_on_errors",
     "is_compiled_wrapper",
     "make_replica",
     "parameters_of",
+    "run_hooks_on_errors",
     "with_parameters",
 ]
 
@@ -53,6 +60,11 @@ FRESH_BASES: tuple[type[nn.Module], ...] = tuple(
 _any_global_hook = private(
     "torch.nn.modules.module._has_any_global_hook", "telling which hooks run"
 )
+_WHICH_RUN = "running the hooks of a module around its rule"
+_pre_hooks_of_all = private("torch.nn.modules.module._global_forward_pre_hooks", _WHICH_RUN)
+_hooks_of_all = private("torch.nn.modules.module._global_forward_hooks", _WHICH_RUN)
+_with_keywords = private("torch.nn.modules.module._global_forward_hooks_with_kwargs", _WHICH_RUN)
+_on_errors = private("torch.nn.modules.module._global_forward_hooks_always_called", _WHICH_RUN)
 _reparametrize = private(
     "torch.nn.utils.stateless._reparametrize_module", "calling a module with other parameters"
 )
@@ -91,6 +103,95 @@ def has_hooks(module: nn.Module) -> bool:
 def has_global_hooks() -> bool:
     """Whether there are hooks for all modules."""
     return bool(_any_global_hook())
+
+
+def has_global_forward_hooks() -> bool:
+    """Whether there are forward hooks or forward pre-hooks for all modules."""
+    return bool(len(_hooks_of_all) or len(_pre_hooks_of_all))
+
+
+def after_pre_hooks(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run the forward pre-hooks that a call of a module runs, and return the arguments that its forward gets.
+
+    Raises:
+        RuntimeError: A hook with keywords returns neither None nor a pair.
+    """
+    for number, hook in (*_pre_hooks_of_all.items(), *module._forward_pre_hooks.items()):
+        if number in module._forward_pre_hooks_with_kwargs:
+            both: Any = hook(module, args, kwargs)
+            if both is None:
+                continue
+            if not (isinstance(both, tuple) and len(both) == 2):
+                raise RuntimeError(
+                    f"a forward pre-hook of {type(module).__name__} with keywords has to return None or a pair (args, "
+                    f"kwargs); it returned {both!r}"
+                )
+            args, kwargs = both
+        else:
+            new: Any = hook(module, args)
+            if new is not None:
+                args = new if isinstance(new, tuple) else (new,)
+    return args, kwargs
+
+
+def after_hooks(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+) -> Any:
+    """Run the forward hooks that a call of a module runs, and return the result of the call."""
+    # PyTorch does not compile hooks for errors; one that has run already is not run again
+    left = {} if is_compiling() else _hooks_on_errors(module)
+    try:
+        for number, hook in (*_hooks_of_all.items(), *module._forward_hooks.items()):
+            left.pop(number, None)
+            with_keywords = number in module._forward_hooks_with_kwargs or number in _with_keywords
+            given = (args, kwargs) if with_keywords else (args,)
+            changed = hook(module, *given, result)
+            if changed is not None:
+                result = changed
+    except Exception:
+        _run_on_error(module, args, kwargs, result, left)
+        raise
+    return result
+
+
+def has_hooks_on_errors(module: nn.Module) -> bool:
+    """Whether a call of a module that fails runs forward hooks: those with ``always_call=True``."""
+    return bool(len(module._forward_hooks_always_called) or len(_on_errors))
+
+
+def run_hooks_on_errors(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Run the forward hooks with ``always_call=True`` of a module whose call has failed."""
+    _run_on_error(module, args, kwargs, None, _hooks_on_errors(module))
+
+
+def _hooks_on_errors(module: nn.Module) -> dict[int, Any]:
+    both = (*_hooks_of_all.items(), *module._forward_hooks.items())
+    always = (*_on_errors, *module._forward_hooks_always_called)
+    return {number: hook for number, hook in both if number in always}
+
+
+def _run_on_error(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    result: Any,
+    hooks: Mapping[int, Any],
+) -> None:
+    for number, hook in hooks.items():
+        # PyTorch gives the keywords to the hooks of the module itself only
+        given = (args, kwargs) if number in module._forward_hooks_with_kwargs else (args,)
+        try:
+            changed = hook(module, *given, result)
+        except Exception as error:
+            warnings.warn(
+                f"a forward hook of {type(module).__name__} with always_call=True failed after the forward had "
+                f"failed: {error}",
+                stacklevel=2,
+            )
+        else:
+            result = result if changed is None else changed
 
 
 def with_parameters(

@@ -23,8 +23,8 @@ from .._torch import graphs, modules, tree
 from .._torch.dynamo import is_compiling
 from ..context import in_the_blocks_of_now, surrounded
 from ..errors import CaptureError
+from ..graph.nodes import takes_parameters
 from ..graph.serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
-from ..ops.calls import call_with
 from ..ops.checks import require_specialised
 
 __all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
@@ -168,7 +168,9 @@ class CapturedModule(fx.GraphModule):
         self._codes = tuple(codes)
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
         # While one thread calls a module with replaced parameters, no other thread can be allowed to read them
-        alone = any(n.target is call_with for v in self._variants for n in v.graph.nodes)
+        alone = any(
+            takes_parameters(n) and n.args[1] for v in self._variants for n in v.graph.nodes
+        )
         # GraphModule wraps its call in error handling that torch.compile cannot trace
         del type(self).__call__
         specialised = self.__dict__.get(SPECIALISED, {})

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from .._torch import exporting, tree
-from .._torch.modules import has_hooks
+from .._torch.modules import has_global_forward_hooks, has_hooks
 from ..errors import CaptureError, FreegradWarning
 from ..graph.provenance import META, Origin
 from ..graph.serialise import LOCK, keywords_as_names
@@ -50,6 +50,13 @@ def capture_by_export(
     Raises:
         CaptureError: The export fails, or the graph would not compute what the model computes.
     """
+    if has_global_forward_hooks():
+        raise CaptureError(
+            f"{type(model).__name__} cannot be captured from example_inputs while there are forward hooks for all "
+            f"modules (register_module_forward_hook, register_module_forward_pre_hook): torch.export would run them "
+            f"once and put what they compute into the graph. Capture the model by symbolic tracing, without "
+            f"example_inputs, or remove these hooks and register hooks on the modules that need them."
+        )
     with LOCK:
         outside = Outside(root)
         try:

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from .._torch.modules import FRESH_BASES, has_forward_hooks
 from .._torch.operators import Overload, is_composite, schema
 from ..ops.functions import apply_function
-from .nodes import argument, attribute, called_module, first_argument, spelled
+from .nodes import argument, attribute, called_module, first_argument, hooked_module, spelled
 
 __all__ = [
     "LIBRARIES",
@@ -223,6 +223,8 @@ def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node is an opaque call: it runs user code that was not traced."""
     if (called := called_module(node, root)) is not None:
         return not _of_torch(called)
+    if hooked_module(node, root) is not None:
+        return True
     if node.op == "call_function":
         return node.target is apply_function or not of_library(node.target)
     return False

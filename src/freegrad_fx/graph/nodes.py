@@ -9,6 +9,7 @@ from torch import fx, nn
 
 from .._torch.modules import children_of
 from ..ops.calls import call_with
+from ..ops.hooked import call_without_hooks, run_hooks, run_pre_hooks
 from ..vocabulary.op import Spelling
 from ..vocabulary.recognition import recognise
 
@@ -18,8 +19,10 @@ __all__ = [
     "called_module",
     "called_path",
     "first_argument",
+    "hooked_module",
     "spelled",
     "submodule",
+    "takes_parameters",
 ]
 
 
@@ -46,24 +49,41 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
     return root.get_submodule(path) if found is None else found
 
 
+# Functions whose first two arguments are a module and tensors in place of its parameters
+_CALLS = (call_with, call_without_hooks)
+_HOOKS = (run_pre_hooks, run_hooks)
+
+
 def called_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
-    """The module that a node calls, directly or through `call_with`; None for other nodes."""
+    """The module that a node calls, directly or through a function of `ops`; None for other nodes."""
     if node.op == "call_module":
         return submodule(root, str(node.target))
-    if node.target is call_with:
-        module = attribute(node.args[0], root)  # type: ignore[arg-type]
-        return module if isinstance(module, nn.Module) else None
-    return None
+    return _given_module(node, root) if node.target in _CALLS else None
+
+
+def hooked_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    """The module whose forward hooks or pre-hooks a node runs; None for other nodes."""
+    return _given_module(node, root) if node.target in _HOOKS else None
+
+
+def _given_module(node: fx.Node, root: nn.Module) -> nn.Module | None:
+    module = attribute(node.args[0], root)  # type: ignore[arg-type]
+    return module if isinstance(module, nn.Module) else None
+
+
+def takes_parameters(node: fx.Node) -> bool:
+    """Whether a node calls a function of `ops` whose second argument takes the place of parameters of a module."""
+    return node.target in _CALLS or node.target in _HOOKS
 
 
 def called_path(node: fx.Node) -> str:
-    """The dotted path of the module that a node calls, directly or through `call_with`."""
-    return str(node.args[0].target) if node.target is call_with else str(node.target)  # type: ignore[union-attr]
+    """The dotted path of the module that a node calls, directly or through a function of `ops`."""
+    return str(node.args[0].target) if takes_parameters(node) else str(node.target)  # type: ignore[union-attr]
 
 
 def first_argument(node: fx.Node) -> int:
     """The index in `node.args` of the first argument of the called module or function."""
-    return 2 if node.target is call_with else 0
+    return 2 if node.target in _CALLS else 0
 
 
 def argument(node: fx.Node, key: int | str) -> Any:

@@ -6,19 +6,22 @@
 
 A parameter is decoupled in the same way, without an operation in between; `call_with` then calls a module with the
 decoupled parameter. `apply_function` calls a user's `torch.autograd.Function`. `apply_forward` calls a function that
-replaces a forward. All are plain functions that dispatch through ``__torch_function__``. A symbolic tracer therefore
-records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
+replaces a forward. `run_pre_hooks`, `call_without_hooks` and `run_hooks` are the parts of the call of a module with
+forward hooks: a rule is around the second. All are plain functions that dispatch through ``__torch_function__``. A
+symbolic tracer therefore records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
 """
 
 from .calls import call_with
 from .checks import require_frozen, require_open, require_specialised, require_tensor
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient
+from .hooked import call_without_hooks, run_hooks, run_pre_hooks
 
 __all__ = [
     "apply_forward",
     "apply_function",
     "call_with",
+    "call_without_hooks",
     "decoupled",
     "function_key",
     "function_of",
@@ -27,6 +30,8 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
+    "run_hooks",
+    "run_pre_hooks",
     "stop_gradient",
 ]
 

@@ -6,10 +6,10 @@ import enum
 import threading
 import types
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import reduce
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +23,9 @@ from .._torch.tensors import mark_as_parameter, version
 from ..backward.hazards import refuse_sharded_parts
 from ..context import surrounded
 
-__all__ = ["call_with"]
+__all__ = ["call_with", "with_parameters"]
+
+T = TypeVar("T")
 
 
 def call_with(
@@ -57,12 +59,49 @@ def call_with(
     refuse_sharded_parts(module, parameters)
     if is_compiling():
         return torch.func.functional_call(module, dict(parameters), args, kwargs, tie_weights=False)
-    before = {name: (_version(value), _memory(value)) for name, value in parameters.items()}
+    before = _states(parameters)
     if _can_be_viewed(module, parameters):
         result = _call_view(module, parameters, args, kwargs)
     else:  # the parameters of the module itself are swapped during the call
         with surrounded(lambda: _swapped(module, parameters)):
             result = module(*args, **kwargs)
+    _follow_writes(module, parameters, before)
+    return result
+
+
+def with_parameters(
+    module: nn.Module, parameters: Mapping[str, Tensor], function: Callable[[], T]
+) -> T:
+    """Run a part of the call of a module while other tensors take the place of some of its parameters.
+
+    Raises:
+        RuntimeError: As for `call_with`.
+    """
+    if not parameters or _are_own(parameters, module):
+        return function()
+    refuse_sharded_parts(module, parameters)
+    if is_compiling():
+        with modules.with_parameters(module, parameters):
+            return function()
+    before = _states(parameters)
+    with surrounded(lambda: _swapped(module, parameters)):
+        result = function()
+    _follow_writes(module, parameters, before)
+    return result
+
+
+def _states(parameters: Mapping[str, Tensor]) -> dict[str, tuple[int, int]]:
+    return {name: (_version(value), _memory(value)) for name, value in parameters.items()}
+
+
+def _follow_writes(
+    module: nn.Module, parameters: Mapping[str, Tensor], before: Mapping[str, tuple[int, int]]
+) -> None:
+    """Let the module keep what a call has written into replacements of its parameters.
+
+    Raises:
+        RuntimeError: The forward wrote into a parameter that is read through a replaced forward.
+    """
     for name, value in parameters.items():
         version_before, memory = before[name]
         if (_version(value), _memory(value)) == (version_before, memory):
@@ -76,7 +115,6 @@ def call_with(
             )
         if memory != _memory(value):  # weight.data = ..., a common way to project weights
             own.data = value.data
-    return result
 
 
 _swapping = threading.RLock()

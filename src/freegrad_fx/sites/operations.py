@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import fx, nn
 
-from .._torch.modules import has_forward_hooks
 from .._torch.operators import Overload
 from ..graph.nodes import argument, called_module, called_path, first_argument, spelled
 from ..graph.provenance import origin
@@ -62,7 +61,7 @@ def find_sites(
             LocatedOperation(
                 site=site,
                 owners=(owner,),
-                obstacle=_obstacle(node, module, spelling),
+                obstacle=_obstacle(node, spelling),
                 op=spelling.op if isinstance(spelling, Spelling) else None,
                 called=called,
                 node=node,
@@ -102,7 +101,7 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
-def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> str:
+def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
     source = argument(node, spelling.key)
     while source.target == "clone":  # an in-place operation can run on a copy of the detached input
         source = source.args[0]
@@ -113,8 +112,6 @@ def _obstacle(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Cus
         return ALREADY.format(", ".join(rules))
     if source.target is stop_gradient:
         return "its input is already detached from the autograd graph"
-    if spelling.inplace and module is not None and has_forward_hooks(module):
-        return "it works in place and has forward hooks, which can return another tensor than the one written"
     if spelling.writes_out:
         return "it writes its result into an out= tensor, which autograd does not support"
     return ""

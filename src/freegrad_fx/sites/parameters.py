@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..graph.nodes import attribute, called_module, called_path
+from ..graph.nodes import attribute, called_module, called_path, hooked_module
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
 from ..ops.gradients import kept
@@ -35,7 +35,7 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
         tensor = _parameter_read(node, root)
         if tensor is not None and (own := origin(node).parameter or names.get(id(tensor), ())):
             uses.setdefault(own, _Uses(tensor)).reads.append(node)
-        module = called_module(node, root)
+        module = called_module(node, root) or hooked_module(node, root)
         if module is None:
             continue
         inside = insides.get(module) or insides.setdefault(module, _Inside(module))
