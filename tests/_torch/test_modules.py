@@ -26,6 +26,7 @@ from freegrad_fx._torch.modules import (
     compiled_model,
     has_backward_hooks,
     has_forward_hooks,
+    has_global_forward_hooks,
     has_global_hooks,
     has_hooks,
     is_compiled_wrapper,
@@ -166,12 +167,14 @@ def test_every_backward_hook_is_seen_until_it_is_removed(register: Any) -> None:
     assert answers(module) == (False, False, False)
 
 
-@pytest.mark.parametrize("register", GLOBAL_HOOKS.values(), ids=GLOBAL_HOOKS)
-def test_every_hook_around_all_modules_is_seen_until_it_is_removed(register: Any) -> None:
+@pytest.mark.parametrize("name", GLOBAL_HOOKS)
+def test_every_hook_around_all_modules_is_seen_until_it_is_removed(name: str) -> None:
     assert not has_global_hooks()
-    handle = register()
+    assert not has_global_forward_hooks()
+    handle = GLOBAL_HOOKS[name]()
     try:
         assert has_global_hooks()
+        assert has_global_forward_hooks() == ("backward" not in name)
         assert answers(nn.ReLU()) == (False, False, False)
     finally:
         handle.remove()

@@ -17,7 +17,7 @@ from torch import Tensor, fx, nn
 
 import freegrad_fx as fg
 from freegrad_fx.graph.aliasing import Aliasing, named_in_place, of_library, written_argument
-from freegrad_fx.ops import apply_function, call_with, function_key
+from freegrad_fx.ops import apply_function, call_with, function_key, run_hooks, run_pre_hooks
 
 aten = torch.ops.aten
 
@@ -622,6 +622,15 @@ MAY_WRITE: dict[str, Callable[[Built, Any], fx.Node]] = {
     "a module of the user's": lambda g, a: g.call("part.users", a),
     "the same with parameters": lambda g, a: g.call(call_with, g.get_attr("part.users"), {}, a),
     "a module with a hook": lambda g, a: g.call("part.hooked", a),
+    "the hooks before a forward": lambda g, a: g.call(
+        run_pre_hooks, g.get_attr("part.hooked"), {}, 0, a
+    ),
+    "its keywords are its own": lambda g, a: g.call(
+        run_pre_hooks, g.get_attr("part.hooked"), {}, 0, a, inplace=True
+    ),
+    "the hooks after a forward": lambda g, a: g.call(
+        run_hooks, g.get_attr("part.hooked"), {}, a, (a, (a,), {}, 0)
+    ),
     "a function of the user's": lambda g, a: g.call(users_function, a),
     "its keyword": lambda g, a: g.call(users_function, x=[a]),
     "an autograd.Function": lambda g, a: g.call(apply_function, function_key(Double), a),

@@ -16,10 +16,12 @@ from freegrad_fx.graph.nodes import (
     called_module,
     called_path,
     first_argument,
+    hooked_module,
     spelled,
     submodule,
+    takes_parameters,
 )
-from freegrad_fx.ops import call_with
+from freegrad_fx.ops import call_with, call_without_hooks, run_hooks, run_pre_hooks
 
 
 class Scripted(nn.Module):
@@ -117,6 +119,21 @@ def test_a_module_that_is_called_with_parameters(root: nn.Module) -> None:
     assert node.args[first_argument(node)] is x
 
 
+def test_the_parts_of_a_call_with_hooks(root: nn.Module) -> None:
+    graph = fx.Graph()
+    x, module = graph.placeholder("x"), graph.get_attr("layer.act")
+    before = graph.call_function(run_pre_hooks, (module, {}, 0, x))
+    inside = graph.call_function(call_without_hooks, (module, {}, x, before))
+    after = graph.call_function(run_hooks, (module, {}, inside, before))
+    act = root.layer.act
+    assert [called_module(node, root) for node in (before, inside, after)] == [None, act, None]
+    assert [hooked_module(node, root) for node in (before, inside, after)] == [act, None, act]
+    assert all(takes_parameters(node) for node in (before, inside, after))
+    assert [called_path(node) for node in (before, inside, after)] == ["layer.act"] * 3
+    assert [spelled(node, root) is None for node in (before, inside, after)] == [True, False, True]
+    assert inside.args[first_argument(inside)] is x
+
+
 def test_other_calls_have_no_module(root: nn.Module) -> None:
     graph = fx.Graph()
     x = graph.placeholder("act")
@@ -129,6 +146,8 @@ def test_other_calls_have_no_module(root: nn.Module) -> None:
     ]
     for node in nodes:
         assert called_module(node, root) is None
+        assert hooked_module(node, root) is None
+    assert not any(map(takes_parameters, nodes[:-1]))
     assert first_argument(nodes[2]) == 0
     assert called_path(nodes[3]) == "relu"
 

@@ -197,6 +197,9 @@ def test_names_types_and_defaults_of_inputs_come_back() -> None:
         fg.ops.stop_gradient,
         fg.ops.decoupled,
         fg.ops.call_with,
+        fg.ops.run_pre_hooks,
+        fg.ops.call_without_hooks,
+        fg.ops.run_hooks,
     ],
     ids=lambda function: getattr(function, "__name__", str(function)),
 )

@@ -251,6 +251,8 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     schema of an operator, or by `max_norm` of an embedding lookup.
     """
     module = called_module(node, root)
+    if hooked_module(node, root) is not None:  # the keywords are those of the module
+        return None
     if (spelling := spelled(node, root)) is not None:
         return argument(node, spelling.key) if spelling.inplace else None
     if isinstance(node.target, Overload):
