@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dis
+import inspect
 import operator
 import sys
 from collections.abc import Callable
@@ -10,15 +11,32 @@ from types import FrameType
 from typing import Any
 
 from torch import Tensor, fx
-from torch.fx.proxy import Proxy, TraceError
+from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from .._torch.graphs import assertion
 
 __all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
+# The shape, the `data` and so on: not methods
+_PROPERTIES = frozenset(
+    name
+    for name in dir(Tensor)
+    if not name.startswith("_") and inspect.isdatadescriptor(inspect.getattr_static(Tensor, name))
+)
+
+
 class RecordingProxy(Proxy):
-    """A proxy that records in-place operators, which FX would replace by out-of-place ones, and assertions."""
+    """A proxy that records in-place operators, which FX would replace by out-of-place ones, and assertions.
+
+    A property of a tensor is recorded where it is read. FX would record it where its value is first used, where the
+    grad mode or the tensor may have changed.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        if name in _PROPERTIES:
+            return self.tracer.create_proxy("call_function", getattr, (self, name), {})
+        return _RecordingAttribute(self, name)
 
     def __setattr__(self, name: str, value: Any) -> None:
         if hasattr(Tensor, name):
@@ -52,6 +70,10 @@ _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _INPLACE_BITS = ("and", "or", "xor", "lshift", "rshift")
 for _name in (*_INPLACE, *_INPLACE_BITS):
     setattr(RecordingProxy, f"__i{_name}__", _record_operator(f"i{_name}"))
+
+
+class _RecordingAttribute(RecordingProxy, Attribute):
+    """An attribute that is not a property of tensors: a method, or a field of another object."""
 
 
 def _asserts(frame: FrameType) -> bool:
