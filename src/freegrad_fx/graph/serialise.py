@@ -11,15 +11,18 @@ import copy
 import importlib
 import keyword
 import threading
+import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.graph import CodeGen
 
 from .._torch import graphs, tree
+from .._torch.operators import Overload
 from ..core.rule import with_names_of_now
 from ..ops import decoupled
 from .provenance import META
@@ -50,13 +53,21 @@ class _Ref:
     name: str
 
 
-def _ref(node: fx.Node) -> Any:
-    return _Ref(node.name)
+def _dump_value(value: Any) -> Any:
+    """What stands for a value among the arguments of a node."""
+    if isinstance(value, fx.Node):
+        return _Ref(value.name)
+    if isinstance(value, torch.memory_format):  # the old protocols cannot pickle it
+        return _Named(str(value))
+    return _name(value) if isinstance(value, _FUNCTIONS) else value
+
+
+_FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, Overload)
 
 
 @dataclass(frozen=True)
 class _Named:
-    """A function, represented by its importable name."""
+    """A function or a memory format, represented by its importable name."""
 
     name: str
 
@@ -73,7 +84,7 @@ def dump_graph(graph: fx.Graph) -> GraphDump:
     """Convert a graph to plain data that can be pickled. Of the `meta` of nodes only the `Origin` is kept."""
     nodes = []
     for node in graph.nodes:
-        args, kwargs = fx.map_arg((node.args, node.kwargs), _ref)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _dump_value)
         target = _name(node.target) if node.op == "call_function" else node.target
         nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
     return GraphDump(nodes, _dump_codegen(graph))
@@ -84,10 +95,14 @@ def load_graph(dump: GraphDump) -> fx.Graph:
     graph = fx.Graph()
     graph.set_codegen(_load_codegen(dump.codegen))
     nodes: dict[str, fx.Node] = {}
+
+    def load_value(value: Any) -> Any:
+        if isinstance(value, _Ref):
+            return nodes[value.name]
+        return _resolve(value.name) if isinstance(value, _Named) else value
+
     for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
-        args, kwargs = fx.node.map_aggregate(
-            (args, kwargs), lambda a: nodes[a.name] if isinstance(a, _Ref) else a
-        )
+        args, kwargs = fx.node.map_aggregate((args, kwargs), load_value)
         target = _resolve(target.name) if isinstance(target, _Named) else target
         if target is decoupled:
             kwargs = with_names_of_now(kwargs)
@@ -99,7 +114,7 @@ def load_graph(dump: GraphDump) -> fx.Graph:
 
 
 def _dump_codegen(graph: fx.Graph) -> Any:
-    """The structure of inputs and outputs as text; PyTorch warns when its own object is pickled."""
+    """The structure of inputs and outputs as plain data; PyTorch warns when its own object is pickled."""
     structures = graphs.structures_of(graph)
     if structures is None:
         return graphs.code_generator(graph)
