@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import dis
 import functools
 import gc
 import inspect
+import itertools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -39,9 +41,14 @@ class Outside:
     Args:
         root: The model. Only functions that are defined outside of PyTorch are followed, through the globals that their
             code names, their closures, default arguments and attributes.
+
+    Attributes:
+        compares_identity: Whether one of these functions contains `is`, with something other than None. Python does not
+            ask a proxy for the result.
     """
 
     def __init__(self, root: nn.Module) -> None:
+        self.compares_identity = False
         self._caches: dict[int, tuple[str, Any]] = {}
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._globals: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
@@ -167,6 +174,7 @@ class Outside:
                 self._add(item, name, depth - 1)
 
     def _add_function(self, function: FunctionType) -> None:
+        self.compares_identity |= _compares_identity(function.__code__)
         if not _is_library(module := function.__module__ or ""):
             self._add_globals(function.__globals__, module, _names(function.__code__), _DEPTH)
         where = f"of the function {function.__qualname__}"
@@ -279,6 +287,15 @@ _LIBRARIES = ("torch", "numpy", __name__.partition(".")[0])
 
 def _uncached(cache: Any) -> Any:
     return functools.lru_cache(maxsize=0)(cache.__wrapped__)
+
+
+@functools.lru_cache(maxsize=4096)
+def _compares_identity(code: CodeType) -> bool:
+    instructions = list(dis.get_instructions(code))
+    return any(
+        after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
+        for before, after in itertools.pairwise(instructions)
+    ) or any(_compares_identity(c) for c in code.co_consts if isinstance(c, CodeType))
 
 
 @functools.lru_cache(maxsize=4096)

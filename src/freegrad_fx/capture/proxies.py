@@ -15,7 +15,7 @@ from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from .._torch.graphs import assertion
 
-__all__ = ["FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
+__all__ = ["IN_PLACE", "FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
 
 # The shape, the `data` and so on: not methods
@@ -70,6 +70,10 @@ _INPLACE = ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
 _INPLACE_BITS = ("and", "or", "xor", "lshift", "rshift")
 for _name in (*_INPLACE, *_INPLACE_BITS):
     setattr(RecordingProxy, f"__i{_name}__", _record_operator(f"i{_name}"))
+
+
+IN_PLACE = frozenset(getattr(operator, f"i{name}") for name in (*_INPLACE, *_INPLACE_BITS))
+"""The targets of the in-place operators, which return their first argument."""
 
 
 class _RecordingAttribute(RecordingProxy, Attribute):

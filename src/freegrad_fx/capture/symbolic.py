@@ -44,10 +44,10 @@ def capture_symbolically(
     with LOCK:  # another capture may have replaced functions
         outside = Outside(root)
     trace = partial(_trace, model, root, outside, leaf_types, specialised)
-    found = _variants(trace)
+    found = _variants(trace, outside.compares_identity)
     if found is None:
         # A flag was used in a way that a proxy cannot intercept (`training is True`): every read counts as a branch
-        found = _variants(partial(trace, concrete_flags=True)) or []
+        found = _variants(partial(trace, concrete_flags=True), False) or []
     if not found or len(found) > MAX_VARIANTS:
         found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
     return Capture(
@@ -67,8 +67,12 @@ def _both_modes(root: nn.Module) -> list[dict[str, bool]]:
     return [dict.fromkeys(paths, True), dict.fromkeys(paths, False)]
 
 
-def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
+def _variants(trace: Callable[..., _Traced], compares_identity: bool) -> list[_Traced] | None:
     """Trace both sides of every branch on a flag.
+
+    Args:
+        trace: Traces the model with assumed flags.
+        compares_identity: Whether the forward may compare a flag by `is`.
 
     Returns:
         The traces, at most ``MAX_VARIANTS + 1``; None if a graph differs from the one that plain flags would give.
@@ -80,9 +84,13 @@ def _variants(trace: Callable[..., _Traced]) -> list[_Traced] | None:
         tracer, graph, lost = trace(assumed)
         if tracer.flags_read:
             kept = frozenset(tracer.siteless)
-            _, plain, _ = trace({**assumed, **tracer.flags}, verifies=kept)
-            if _outline(graph, tracer.flags) != _outline(plain, {}):
-                return None
+            open_flags = tracer.flags_read - tracer.flags.keys()
+            values = (True, False) if open_flags and compares_identity else (True,)
+            for value in values:  # `training is True` and `training is False` show in one of them
+                flags = {**assumed, **dict.fromkeys(open_flags, value), **tracer.flags}
+                _, plain, _ = trace(flags, verifies=kept)
+                if _outline(graph, flags) != _outline(plain, {}):
+                    return None
         found.append((tracer, graph, lost))
         taken: dict[str, bool] = {}
         for path, value in tracer.flags.items():
@@ -244,6 +252,7 @@ def _remedies(tracer: Tracer) -> str:
 
 def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Lost]:
     """Restore the attributes that the traced forward changed, and list those that the graph does not assign."""
+    tracer.restore_tables(is_proxy)
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
         for name in set(original.__dict__) | set(traced.__dict__):
             if name in ATTRIBUTES_OF_EVERY_MODULE:

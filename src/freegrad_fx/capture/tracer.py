@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import enum
+import inspect
+import itertools
 import math
 import threading
 import weakref
@@ -26,6 +28,7 @@ from .._torch import graphs
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..errors import CaptureError
+from ..graph.aliasing import named_in_place
 from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque
@@ -34,7 +37,7 @@ from .inventory import compares_identity, held_tensors, tensor_names
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
-from .proxies import FlagProxy, RecordingProxy, TensorProxy
+from .proxies import IN_PLACE, FlagProxy, RecordingProxy, TensorProxy
 
 __all__ = ["Tracer", "flag_path"]
 
@@ -62,7 +65,7 @@ class Tracer(graphs.Tracer):
         siteless: The paths of modules that are kept as one opaque call because they branch on their mode and contain
             no site.
         flags: The flags that the forward branched on, with the value taken.
-        flags_read: Whether the forward read a flag.
+        flags_read: The flags that the forward read as proxies.
         assigned: The attributes that the forward assigned, by module path and name.
         opaque: The calls that were not traced into.
         lost: What the graph does not do.
@@ -100,7 +103,7 @@ class Tracer(graphs.Tracer):
         self.thread = threading.get_ident()
         self.refusals = 0
         self.flags: dict[str, bool] = {}
-        self.flags_read = False
+        self.flags_read: set[str] = set()
         self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
         self.lost: list[Lost] = []
@@ -109,6 +112,7 @@ class Tracer(graphs.Tracer):
         self.compares_identity = False
         self._tensor_names: dict[int, str] = {}
         self._held: set[int] = set()
+        self._tables: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {}
 
     # -- methods that torch.fx calls
 
@@ -117,6 +121,13 @@ class Tracer(graphs.Tracer):
         self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
         self._tensor_names = tensor_names(root)
         self._held = held_tensors(root)
+        self._tables = {
+            (path, name): (table, value)
+            for path, module in root.named_modules()
+            for table in (buffers_of(module), parameters_of(module))
+            if isinstance(table, dict)  # a scripted module has tables that cannot be changed
+            for name, value in table.items()
+        }
         with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
         if self.refusals:
@@ -149,6 +160,7 @@ class Tracer(graphs.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node, and write its origin on it."""
         if kind == "output":
+            self._note_table_writes()
             self._record_assignments()
         node = super().create_node(kind, *args, **kwargs)
         if kind not in ("placeholder", "output"):
@@ -161,6 +173,15 @@ class Tracer(graphs.Tracer):
             return attr_val
         proxy = self.known_tensor(attr_val)
         return attr_val if proxy is None else proxy
+
+    def create_proxy(
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> Proxy:
+        """Record a node. A flag that decides whether an operation is in place is a branch."""
+        if any(type(a) is FlagProxy for a in (*args, *kwargs.values())):
+            args, kwargs = _decided(target, args, kwargs)
+        proxy: Proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        return proxy
 
     def create_arg(self, a: Any) -> Any:
         """Make an argument of a node from a value. Subclasses of dict and list are preserved."""
@@ -247,7 +268,7 @@ class Tracer(graphs.Tracer):
             return self.assumed.get(path, True)
         if self.concrete_flags:
             return self._taken(path)
-        self.flags_read = True
+        self.flags_read.add(path)
         name = f"{path}.training" if path else "training"
         return self._attribute(name, lambda node: FlagProxy(node, self))
 
@@ -374,6 +395,34 @@ class Tracer(graphs.Tracer):
                 return True
         return False
 
+    def _note_table_writes(self) -> None:
+        """Note what the forward stored in the tables of buffers without `__setattr__`: `self._buffers["n"] += 1`.
+
+        Raises:
+            TypeError: The forward registers a new buffer, or replaces a parameter by another tensor.
+        """
+        for module, path in (self.submodule_paths or {self.root: ""}).items():
+            if isinstance(module, torch.jit.ScriptModule):
+                continue
+            values: dict[str, Any] = {**buffers_of(module), **parameters_of(module)}
+            for name, value in values.items():
+                if not is_proxy(value):
+                    continue
+                if (path, name) not in self._tables:
+                    raise TypeError(f"the forward registers the buffer {name!r}")
+                if _is_written_in_place(value.node, f"{path}.{name}" if path else name):
+                    continue
+                if name in buffers_of(module):
+                    self.assigned[path, name] = value
+                else:
+                    raise TypeError(f"the forward replaces the parameter {name!r}")
+
+    def restore_tables(self, is_traced: Callable[[Any], bool]) -> None:
+        """Put the parameters and buffers back where the tables of modules hold traced values."""
+        for (_, name), (table, value) in self._tables.items():
+            if is_traced(table.get(name)):
+                table[name] = value
+
     def _record_assignments(self) -> None:
         for (path, name), value in self.assigned.items():
             owner = self.create_proxy("get_attr", path or "itself", (), {})
@@ -442,12 +491,39 @@ class _State:
         self.tracer.refusals = self.refusals
         if self.tracer.outside is not None:
             self.tracer.outside.restore(_is_erased_proxy)
+        self.tracer.restore_tables(_is_erased_proxy)
+
+
+def _is_written_in_place(node: fx.Node, name: str) -> bool:
+    """Whether a node is the result of in-place operators on the tensor with a name, which is the tensor."""
+    while node.target in IN_PLACE or (
+        node.op == "call_method" and named_in_place(str(node.target))
+    ):
+        node = node.args[0]  # type: ignore[assignment]
+    return node.op == "get_attr" and node.target == name
 
 
 def _is_erased_proxy(value: Any) -> bool:
     if issubclass(type(value), Attribute):
         value = value.root
     return is_proxy(value) and is_erased(value.node)
+
+
+def _decided(target: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments with the assumed value in place of a flag that is passed as ``inplace``."""
+    try:
+        names = list(inspect.signature(target).parameters)
+    except (TypeError, ValueError):  # built in, or a method
+        names = []
+    named = itertools.zip_longest(names[: len(args)], args)
+    return (
+        tuple(_decide(name, value) for name, value in named),
+        {name: _decide(name, value) for name, value in kwargs.items()},
+    )
+
+
+def _decide(name: str | None, value: Any) -> Any:
+    return bool(value) if name == "inplace" and type(value) is FlagProxy else value
 
 
 _CAUGHT = "the forward branches on the value of a tensor, which cannot be traced, and catches the error that says so"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import builtins
 import contextlib
+import operator
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -160,8 +161,11 @@ class RecordMode(TorchFunctionMode):
         traced, traced_kwargs = with_proxies(self.recorder, args, kwargs or {})
         if traced is args or not _computes(func):
             return func(*args, **(kwargs or {}))
-        if getattr(func, "__name__", "") == "__get__":
+        if name == "__get__":
             return getattr(traced[0], func.__self__.__name__)
+        if name in _INPLACE_NAMES:  # as an operator of a proxy, which is known to write
+            target = getattr(operator, name.strip("_"))
+            return self.recorder.create_proxy("call_function", target, traced, {})
         return RecordingProxy.__torch_function__(func, types, traced, traced_kwargs)
 
     def _record_grad_mode(self, enabled: bool) -> None:
