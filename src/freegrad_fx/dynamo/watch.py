@@ -116,10 +116,14 @@ class _Record(DispatchMode):  # type: ignore[misc]
 
 
 @functools.cache
-def _written_in_python() -> dict[CodeType, str]:
-    """The activations that PyTorch implements in Python, such as `F.softsign`, by their code."""
+def _written_in_python() -> dict[int, tuple[CodeType, str]]:
+    """The activations that PyTorch implements in Python, such as `F.softsign`, by the identity of their code.
+
+    Code that Dynamo generates cannot be hashed if a dict is among its constants, for example where a function that is
+    made in the forward is alive across a graph break.
+    """
     return {
-        function.__code__: op.name
+        id(function.__code__): (function.__code__, op.name)
         for op in OPS.values()
         for function in op.functions
         if hasattr(function, "__code__")
@@ -132,8 +136,8 @@ def activation_call() -> tuple[FrameType, str] | None:
     for frame in frames():
         if is_users(frame.f_code):
             return None
-        if frame.f_code in known:
-            return frame, known[frame.f_code]
+        if found := known.get(id(frame.f_code)):
+            return frame, found[1]
     return None
 
 

@@ -1,0 +1,103 @@
+"""Functions that a forward makes and that are alive where Dynamo breaks the graph."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+
+
+class Times:
+    def __init__(self, factor: Any) -> None:
+        self.factor = factor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return torch.relu(x * self.factor)
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.a, self.b, self.act = nn.Linear(4, 4), nn.Linear(4, 4), nn.ReLU()
+
+    def before(self, x: Tensor) -> Tensor:
+        return self.act(self.a(x))
+
+
+class Lambda(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        double = lambda t: t * 2  # noqa: E731
+        h = self.before(x)
+        if h.sum() > 0:
+            h = h + 1
+        return double(h)
+
+
+class Nested(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        options = {"k": 2}
+
+        def scaled(t: Tensor, *, given: Any = options) -> Tensor:
+            return torch.relu(self.b(t)) * given["k"] * options["k"]
+
+        h = self.before(x)
+        if h.sum() > 0:
+            h = h + 1
+        return scaled(h)
+
+
+class Partial(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        add = functools.partial(lambda a, b, k: torch.relu(a + b * k), x, k=2)
+        h = self.before(x)
+        if h.sum() > 0:
+            h = h + 1
+        return add(h)
+
+
+class Object(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        times = Times(2)
+        h = self.before(x)
+        if h.sum() > 0:
+            h = h + 1
+        return times(h)
+
+
+class Generator(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        parts = (torch.relu(x * i) for i in range(3))
+        h = self.before(x)
+        torch._dynamo.graph_break()
+        return h + sum(parts)
+
+
+# PyTorch's own warning where a graph goes on with the result of another
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+# Python runs the generator, and a warning names its sites
+@pytest.mark.filterwarnings("ignore:outside of the captured graphs of Generator")
+@pytest.mark.parametrize("by", ["compile", "backend"])
+@pytest.mark.parametrize("make", [Lambda, Nested, Partial, Object, Generator])
+def test_the_model_runs_with_its_rules(make: Callable[[], nn.Module], by: str) -> None:
+    torch._dynamo.reset()
+    model, rules = make(), {"relu": "d(ReLU)"}
+    compiled: Any = (
+        fg.compile(model, rules, backend="aot_eager")
+        if by == "compile"
+        else torch.compile(model, backend=fg.backend(rules, inner="aot_eager"))
+    )
+    for size in (3, 5, 7):  # Dynamo compiles again for other shapes, and for the other branch
+        for shift in (0.0, -9.0):
+            x = (torch.randn(size, 4) + shift).requires_grad_()
+            output, expected = compiled(x), model(x)
+            assert torch.equal(output, expected)
+            output.sum().backward()
+            grad = x.grad
+            torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
