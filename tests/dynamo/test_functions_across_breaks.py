@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from freegrad_fx.dynamo.watch import activation_call
 
 
 class Times:
@@ -101,3 +103,17 @@ def test_the_model_runs_with_its_rules(make: Callable[[], nn.Module], by: str) -
             output.sum().backward()
             grad = x.grad
             torch.testing.assert_close(grad, torch.autograd.grad(expected.sum(), x)[0])
+
+
+def call() -> object:
+    return activation_call()
+
+
+def test_code_that_cannot_be_hashed_is_not_looked_up_by_its_hash() -> None:
+    """Dynamo generates such code for a function that is alive across a graph break."""
+    code = call.__code__.replace(
+        co_consts=(*call.__code__.co_consts, {}), co_filename=torch.__file__
+    )
+    with pytest.raises(TypeError, match="unhashable"):
+        hash(code)
+    assert types.FunctionType(code, globals())() is None
