@@ -7,8 +7,10 @@ import functools
 import json
 import re
 import string
+import sys
 import tomllib
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -306,11 +308,13 @@ number = 3
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     name = "a_package_of_the_user_s"
     (tmp_path / f"{name}.py").write_text(MODULE, "utf-8")
     monkeypatch.syspath_prepend(str(tmp_path))
-    return name
+    yield name
+    # its rule ends with the test, so that another test has to import it again
+    sys.modules.pop(name, None)
 
 
 def test_what_is_the_user_s_is_imported_where_that_is_allowed(package: str) -> None:
