@@ -11,7 +11,7 @@ import threading
 import time
 import types
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -250,13 +250,22 @@ STORES = [
 ]  # fmt: skip
 
 
-def no_proxies() -> bool:
+@pytest.fixture
+def no_proxies() -> Callable[[], bool]:
+    """Whether no proxy is alive that was not alive before the test."""
+    before = proxies()
+    return lambda: all(any(proxy is known for known in before) for proxy in proxies())
+
+
+def proxies() -> list[Any]:
     gc.collect()
-    return not any(issubclass(type(value), Proxy) for value in gc.get_objects())
+    return [value for value in gc.get_objects() if issubclass(type(value), Proxy)]
 
 
 @pytest.mark.parametrize("kind", STORES)
-def test_a_tensor_stored_outside_is_refused_and_the_original_is_as_before(kind: type[Net]) -> None:
+def test_a_tensor_stored_outside_is_refused_and_the_original_is_as_before(
+    no_proxies: Callable[[], bool], kind: type[Net]
+) -> None:
     model = build(kind)
     gm, refusal = captured_or_refused(model)
     assert gm is None
@@ -285,7 +294,7 @@ class Untraceable(Net):
         return y if y.sum() > -1e9 else x
 
 
-def test_a_refused_capture_leaves_nothing() -> None:
+def test_a_refused_capture_leaves_nothing(no_proxies: Callable[[], bool]) -> None:
     with pytest.raises(fg.CaptureError, match="control flow") as caught:
         fg.transform(build(Untraceable), RULE)
     assert not REMEMBERED
@@ -295,7 +304,9 @@ def test_a_refused_capture_leaves_nothing() -> None:
 
 
 @pytest.mark.parametrize("kind", [Untraceable, StoresInADict, StoresOnAHelper])
-def test_a_part_that_stores_a_tensor_outside_is_kept_whole(kind: type[Net]) -> None:
+def test_a_part_that_stores_a_tensor_outside_is_kept_whole(
+    no_proxies: Callable[[], bool], kind: type[Net]
+) -> None:
     class Outside(Net):
         def make(self) -> None:
             self.part = kind()
