@@ -18,13 +18,14 @@ from ..graph.serialise import LOCK
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from ..ops import apply_function
 from ..sites.remarks import Lost
+from .arguments import flag_path
 from .captured import Variant
 from .copying import python_state_changed
 from .outside import Outside, is_proxy, keeps_tensors, still_held
 from .patches.random import RandomState
 from .proxies import any_proxy
 from .result import Capture
-from .tracer import Tracer, flag_path
+from .tracer import Tracer
 
 __all__ = ["capture_symbolically"]
 

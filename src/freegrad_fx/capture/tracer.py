@@ -6,42 +6,36 @@ needs a graph. A submodule that cannot be traced is kept as one opaque call and 
 
 from __future__ import annotations
 
-import copy
-import enum
-import inspect
-import itertools
 import math
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
-from torch.fx.proxy import Attribute, Proxy
+from torch.fx.proxy import Proxy
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch import graphs
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..errors import CaptureError
-from ..graph.aliasing import named_in_place
 from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
-from ..sites.remarks import Lost, Opaque
+from ..sites.remarks import Lost, Opaque, add_once
 from ..vocabulary.recognition import recognise
+from .arguments import Constant, as_argument, decided, flag_path, is_written_in_place
 from .inventory import compares_identity, held_tensors, tensor_names
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
-from .proxies import IN_PLACE, FlagProxy, RecordingProxy, TensorProxy
+from .proxies import FlagProxy, RecordingProxy, TensorProxy
+from .snapshot import Snapshot
 
-__all__ = ["Tracer", "flag_path"]
-
-T = TypeVar("T")
+__all__ = ["Tracer"]
 
 
 class Tracer(graphs.Tracer):
@@ -179,7 +173,7 @@ class Tracer(graphs.Tracer):
     ) -> Proxy:
         """Record a node. A flag that decides whether an operation is in place is a branch."""
         if any(type(a) is FlagProxy for a in (*args, *kwargs.values())):
-            args, kwargs = _decided(target, args, kwargs)
+            args, kwargs = decided(target, args, kwargs)
         proxy: Proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         return proxy
 
@@ -198,7 +192,7 @@ class Tracer(graphs.Tracer):
         if isinstance(a, Tensor) and self._tensor_names.get(id(a)) is None:
             what = "a tensor from a list or dict, or made outside of the graph"
             note = Opaque(self._owner(), what, "it is a constant of the graph", caller())
-            _note(self.opaque, note)
+            add_once(self.opaque, note)
         return argument
 
     def to_bool(self, obj: Proxy) -> bool:
@@ -218,16 +212,16 @@ class Tracer(graphs.Tracer):
                 self.create_proxy("call_function", require_open, (proxy, name), {})
             return proxy
         value = self.specialised[plain]
-        usual = () if name.startswith("*") else (_as_argument(value),)
+        usual = () if name.startswith("*") else (as_argument(value),)
         proxy = self.create_proxy("placeholder", name, usual, {})
         expected = usual[0] if usual else value
         self.create_proxy("call_function", require_specialised, (proxy, expected, plain), {})
-        return _Constant(value)
+        return Constant(value)
 
     def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
         """Make the arguments of the forward, including the constants."""
         function, values = super().create_args_for_root(*args, **kwargs)
-        return function, [v.value if isinstance(v, _Constant) else v for v in values]
+        return function, [v.value if isinstance(v, Constant) else v for v in values]
 
     def call_module(
         self,
@@ -252,7 +246,9 @@ class Tracer(graphs.Tracer):
             return self._call_opaque(m, path, args, kwargs)
         if has_hooks(m):
             reason = "they would run on the trace instead of on each call; register them on a leaf or on the root"
-            _note(self.lost, Lost(path, f"the hooks of the container {type(m).__name__}", reason))
+            add_once(
+                self.lost, Lost(path, f"the hooks of the container {type(m).__name__}", reason)
+            )
             forward = m.forward
         return self._trace_or_call_opaque(m, path, forward, args, kwargs)
 
@@ -308,7 +304,7 @@ class Tracer(graphs.Tracer):
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """Trace into a module; if that fails, or is not needed, keep it as one opaque call."""
-        before = _State(self)
+        before = Snapshot(self)
         try:
             result = self._trace_into(m, forward, args, kwargs)
         except CaptureError:
@@ -362,15 +358,15 @@ class Tracer(graphs.Tracer):
 
     def _note_opaque(self, m: nn.Module, path: str, reason: str, source: str = "") -> None:
         what = f"{type(m).__name__}, kept as one opaque call"
-        _note(self.opaque, Opaque(path, what, reason, source))
+        add_once(self.opaque, Opaque(path, what, reason, source))
 
     def _has_sites(
-        self, before: _State, m: nn.Module, forward: Any, args: Any, kwargs: Any
+        self, before: Snapshot, m: nn.Module, forward: Any, args: Any, kwargs: Any
     ) -> bool:
         """Whether the module that was just traced contains a site, on either side of its branches."""
         if self._sites_since(before):
             return True
-        after = _State(self)
+        after = Snapshot(self)
         new = {path: value for path, value in self.flags.items() if path not in before.flags}
         assumed = self.assumed
         try:
@@ -388,7 +384,7 @@ class Tracer(graphs.Tracer):
             self.flags = {**before.flags, **new}
         return False
 
-    def _sites_since(self, before: _State) -> bool:
+    def _sites_since(self, before: Snapshot) -> bool:
         for node in before.new_nodes():
             module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
             if recognise(node, module) is not None or isinstance(module, self.leaf_types):
@@ -410,7 +406,7 @@ class Tracer(graphs.Tracer):
                     continue
                 if (path, name) not in self._tables:
                     raise TypeError(f"the forward registers the buffer {name!r}")
-                if _is_written_in_place(value.node, f"{path}.{name}" if path else name):
+                if is_written_in_place(value.node, f"{path}.{name}" if path else name):
                     continue
                 if name in buffers_of(module):
                     self.assigned[path, name] = value
@@ -451,106 +447,4 @@ class Tracer(graphs.Tracer):
         return f"{type(error).__name__}: {first[:200]}"
 
 
-@dataclass(frozen=True)
-class _Constant:
-    """Wraps a constant argument, because FX would take a dict or tuple apart."""
-
-    value: Any
-
-
-class _State:
-    """A snapshot of what a trace has recorded, to which the trace can be restored."""
-
-    def __init__(self, tracer: Tracer) -> None:
-        self.tracer = tracer
-        self.last = next(iter(reversed(tracer.graph.nodes)), None)
-        self.module_stack = copy.copy(tracer.module_stack)
-        self.num_calls = dict(tracer.num_calls)
-        self.flags = dict(tracer.flags)
-        self.assigned = dict(tracer.assigned)
-        self.notes = (list(tracer.opaque), list(tracer.lost))
-        self.refusals = tracer.refusals
-
-    def new_nodes(self) -> Iterator[fx.Node]:
-        """The nodes that were recorded after the snapshot, the last first."""
-        for node in reversed(self.tracer.graph.nodes):
-            if node is self.last:
-                return
-            yield node
-
-    def restore(self) -> None:
-        """Remove what was recorded after the snapshot."""
-        for node in list(self.new_nodes()):
-            self.tracer.graph.erase_node(node)
-        self.tracer.module_stack = copy.copy(self.module_stack)
-        self.tracer.num_calls = dict(self.num_calls)
-        self.tracer.flags = dict(self.flags)
-        self.tracer.assigned = dict(self.assigned)
-        opaque, lost = self.notes
-        self.tracer.opaque, self.tracer.lost = list(opaque), list(lost)
-        self.tracer.refusals = self.refusals
-        if self.tracer.outside is not None:
-            self.tracer.outside.restore(_is_erased_proxy)
-        self.tracer.restore_tables(_is_erased_proxy)
-
-
-def _is_written_in_place(node: fx.Node, name: str) -> bool:
-    """Whether a node is the result of in-place operators on the tensor with a name, which is the tensor."""
-    while node.target in IN_PLACE or (
-        node.op == "call_method" and named_in_place(str(node.target))
-    ):
-        node = node.args[0]  # type: ignore[assignment]
-    return node.op == "get_attr" and node.target == name
-
-
-def _is_erased_proxy(value: Any) -> bool:
-    if issubclass(type(value), Attribute):
-        value = value.root
-    return is_proxy(value) and is_erased(value.node)
-
-
-def _decided(target: Any, args: Any, kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Arguments with the assumed value in place of a flag that is passed as ``inplace``."""
-    try:
-        names = list(inspect.signature(target).parameters)
-    except (TypeError, ValueError):  # built in, or a method
-        names = []
-    named = itertools.zip_longest(names[: len(args)], args)
-    return (
-        tuple(_decide(name, value) for name, value in named),
-        {name: _decide(name, value) for name, value in kwargs.items()},
-    )
-
-
-def _decide(name: str | None, value: Any) -> Any:
-    return bool(value) if name == "inplace" and type(value) is FlagProxy else value
-
-
 _CAUGHT = "the forward branches on the value of a tensor, which cannot be traced, and catches the error that says so"
-
-
-def _note(notes: list[T], note: T) -> None:
-    if note not in notes:
-        notes.append(note)
-
-
-def flag_path(node: fx.Node) -> str | None:
-    """The path of the module whose `training` flag a node reads; None for other nodes."""
-    if node.op != "get_attr" or not isinstance(node.target, str):
-        return None
-    path, _, name = node.target.rpartition(".")
-    return path if name == "training" else None
-
-
-def _as_argument(value: Any) -> Any:
-    """A value that a graph can hold as an argument; ``...`` for other values."""
-    if isinstance(value, tuple | list) and type(value) in (tuple, list):
-        return value if all(_as_argument(v) is not ... for v in value) else ...
-    if type(value) is dict:
-        plain = all(type(k) is str and _as_argument(v) is not ... for k, v in value.items())
-        return value if plain else ...
-    plain = value is None or type(value) in _PLAIN or isinstance(value, enum.Enum)
-    return value if plain else ...
-
-
-_PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeVar
 
-__all__ = ["Lost", "Opaque", "Remark"]
+__all__ = ["Lost", "Opaque", "Remark", "add_once"]
+
+R = TypeVar("R", bound="Remark")
 
 
 @dataclass(frozen=True)
@@ -42,3 +45,9 @@ class Opaque(Remark):
 @dataclass(frozen=True)
 class Lost(Remark):
     """Behaviour of the model that the graph lacks."""
+
+
+def add_once(remarks: list[R], remark: R) -> None:
+    """Append a remark to a list that does not contain it."""
+    if remark not in remarks:
+        remarks.append(remark)
