@@ -16,6 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import freegrad_fx as fg
 import models
 import runs
+import sweep
 from models import MODULES, VISION, Spellings, SpellingsByHand, Vision, edited_by_hand
 from runs import Run, assert_same_forward, assert_same_gradients, differs, loss, run
 
@@ -130,19 +131,12 @@ def test_every_activation_is_a_site(subject: Subject, training: bool) -> None:
 
 
 def fingerprint(model: nn.Module) -> dict[str, Any]:
-    """All that a model holds: modules, modes, hooks and attributes by identity, tensors by identity and version."""
-    seen: dict[str, Any] = {"modules": [(p, id(m), type(m)) for p, m in model.named_modules()]}
-    for path, module in model.named_modules():
-        for name, value in vars(module).items():
-            if isinstance(value, dict):
-                seen[f"{path}:{name}"] = [(key, id(item)) for key, item in value.items()]
-            else:
-                plain = isinstance(value, bool | int | float | str | tuple | type(None))
-                seen[f"{path}:{name}"] = value if plain else id(value)
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        grad = None if tensor.grad is None else (id(tensor.grad), tensor.grad._version)
-        seen[name] = (tensor.data_ptr(), tensor._version, tensor.requires_grad, grad)
-    return seen
+    """What `sweep.fingerprint` holds, and the versions of tensors and gradients besides: nothing is written either."""
+    versions = {
+        f"{name}: versions": (t._version, None if t.grad is None else t.grad._version)
+        for name, t in (*model.named_parameters(), *model.named_buffers())
+    }
+    return {**sweep.fingerprint(model), **versions}
 
 
 def test_the_original_is_left_as_it_was(subject: Subject) -> None:

@@ -23,7 +23,7 @@ from .._torch.tensors import mark_as_parameter, version
 from ..backward.hazards import refuse_sharded_parts
 from ..context import surrounded
 
-__all__ = ["call_with", "with_parameters"]
+__all__ = ["call_with", "recording", "with_parameters"]
 
 T = TypeVar("T")
 
@@ -49,9 +49,7 @@ def call_with(
         RuntimeError: The forward writes into a parameter that is read through a replaced forward; or a submodule with
             replaced parameters is sharded with `fully_shard`.
     """
-    given = (*parameters.values(), *args, *kwargs.values())
-    # Tensor subclasses and modes dispatch on the operations inside of the module
-    traced = [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
+    traced = recording(parameters, *args, *kwargs.values())
     if traced:
         return handle_torch_function(call_with, traced, module, parameters, *args, **kwargs)
     if _are_own(parameters, module):  # no rule acts
@@ -67,6 +65,12 @@ def call_with(
             result = module(*args, **kwargs)
     _follow_writes(module, parameters, before)
     return result
+
+
+def recording(parameters: Mapping[str, Tensor], *values: Any) -> list[Any]:
+    """The values that record the call, such as proxies. Tensor subclasses dispatch inside of the call."""
+    given = (*parameters.values(), *values)
+    return [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
 
 
 def with_parameters(

@@ -20,7 +20,7 @@ from torch.overrides import handle_torch_function
 
 from .._torch import modules
 from .._torch.dynamo import is_compiling
-from .calls import with_parameters
+from .calls import recording, with_parameters
 
 __all__ = ["call_without_hooks", "run_hooks", "run_pre_hooks"]
 
@@ -53,7 +53,7 @@ def run_pre_hooks(
     Raises:
         RuntimeError: A pre-hook does not return what PyTorch requires, or the hooks leave no tensor to the forward.
     """
-    traced = _traced(parameters, *args, *kwargs.values())
+    traced = recording(parameters, *args, *kwargs.values())
     if traced:
         return handle_torch_function(
             run_pre_hooks, traced, module, parameters, key, *args, **kwargs
@@ -86,7 +86,7 @@ def call_without_hooks(
     Returns:
         The output of the forward.
     """
-    if traced := _traced(parameters, x, given):
+    if traced := recording(parameters, x, given):
         return handle_torch_function(call_without_hooks, traced, module, parameters, x, given)
     _, args, kwargs, key = given
     if isinstance(key, int):
@@ -110,18 +110,12 @@ def run_hooks(
     Returns:
         The output of the forward, or what the hooks return in place of it.
     """
-    if traced := _traced(parameters, result, given):
+    if traced := recording(parameters, result, given):
         return handle_torch_function(run_hooks, traced, module, parameters, result, given)
     _, args, kwargs, _ = given
     return with_parameters(
         module, parameters, lambda: modules.after_hooks(module, args, kwargs, result)
     )
-
-
-def _traced(parameters: Mapping[str, Tensor], *values: Any) -> list[Any]:
-    """The values that record the call, such as proxies. Tensor subclasses dispatch inside of the call."""
-    given = (*parameters.values(), *values)
-    return [v for v in given if not isinstance(v, Tensor) and hasattr(v, "__torch_function__")]
 
 
 def _called(
