@@ -143,7 +143,7 @@ def _trace(
 ) -> _Traced:
     """Trace one variant, and again with more checks if the first trace drew random numbers or changed Python state."""
     random = RandomState()
-    with LOCK, random.restored_on_error():
+    with LOCK, random.watching():
         make = partial(
             Tracer, leaf_types, assumed, specialised, concrete_flags, verifies, outside=outside
         )

@@ -10,6 +10,7 @@ import math
 import threading
 import weakref
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any
 
@@ -333,7 +334,8 @@ class Tracer(graphs.Tracer):
         self.stored += self._stored_outside()
         refusals = self.refusals
         random = RandomState() if self.watch_random else None
-        result = super().call_module(m, forward, args, kwargs)
+        with nullcontext() if random is None else random.watching():
+            result = super().call_module(m, forward, args, kwargs)
         if random is not None and random.drawn_from():
             random.restore()
             raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
