@@ -556,6 +556,48 @@ def test_other_threads_run_models_during_a_capture(which: str) -> None:
     assert torch.equal(gm(x), model(x))
 
 
+class DrawsInAPart(Net):
+    """A submodule draws from PyTorch's generator without a traced tensor, another does not draw."""
+
+    def make(self) -> None:
+        self.parts = nn.ModuleList([Scaled(), nn.Sequential(Branches(), nn.ReLU())])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+class Scaled(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * random.random()
+
+
+class Branches(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+def test_random_numbers_of_other_threads_are_not_those_of_the_capture() -> None:
+    """They keep no module whole, and the generator is not set back under the other thread."""
+    model, stop, drawn = build(DrawsInAPart), threading.Event(), []
+
+    def work() -> None:
+        while not stop.is_set():
+            drawn.append(float(torch.rand((), dtype=torch.float64)))
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    try:
+        report = fg.report(fg.transform(model, RULE))
+    finally:
+        stop.set()
+        thread.join()
+    assert [decision.site.path for decision in report.decisions] == ["parts.1.1"]
+    assert [call.path for call in report.opaque] == ["parts.0"]
+    assert len(set(drawn)) == len(drawn)
+
+
 def test_two_threads_capture_at_once() -> None:
     same: list[bool] = []
 
