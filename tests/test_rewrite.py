@@ -141,7 +141,7 @@ def test_an_operation_in_place_replaces_every_later_use_of_its_input() -> None:
 
 def test_a_rule_that_reads_x_gets_a_copy_of_what_is_overwritten() -> None:
     assert rewritten(lambda m, h: F.relu_(h), RECTANGULAR) == [
-        "2 = clone(1)",
+        "2 = kept(1)",
         "3 = stop(1)",
         "4 = relu_(3)",
         "5 = decoupled(4, 2, rectangular)",
@@ -154,7 +154,7 @@ def test_a_rule_that_reads_x_gets_a_copy_of_what_is_overwritten_later() -> None:
         h.add_(1)
         return y
 
-    expected = ["2 = clone(1)", "3 = stop(1)", "4 = relu(3)", "5 = decoupled(4, 2, rectangular)"]
+    expected = ["2 = kept(1)", "3 = stop(1)", "4 = relu(3)", "5 = decoupled(4, 2, rectangular)"]
     assert rewritten(body, RECTANGULAR) == [*expected, "6 = add_(1, 1)"]
     assert rewritten(body, SCALE)[0] == "2 = stop(1)"
 
@@ -167,22 +167,22 @@ def test_a_view_that_is_read_later_makes_the_result_be_written_back() -> None:
 
     assert rewritten(body) == [
         "2 = view(1, -1)",
-        "3 = clone(1)",
-        "4 = stop(3)",
+        "3 = stop(1)",
+        "4 = kept(3)",
         "5 = relu_(4)",
-        "6 = decoupled(5, 3, scale)",
-        "7 = copy_(1, 6)",
+        "6 = decoupled(5, 1, scale)",
+        "7 = written_back(1, 6)",
         "8 = add(2, 1)",
     ]
-    # the operation overwrites the first copy, so a rule that reads x needs a second one
+    # the operation overwrites its copy, so a rule that reads x needs another one
     assert rewritten(body, RECTANGULAR) == [
         "2 = view(1, -1)",
-        "3 = clone(1)",
-        "4 = stop(3)",
-        "5 = clone(4)",
+        "3 = kept(1)",
+        "4 = stop(1)",
+        "5 = kept(4)",
         "6 = relu_(5)",
         "7 = decoupled(6, 3, rectangular)",
-        "8 = copy_(1, 7)",
+        "8 = written_back(1, 7)",
         "9 = add(2, 1)",
     ]
 
@@ -194,7 +194,7 @@ def test_an_identity_runs_on_a_copy_if_its_result_is_written_into() -> None:
 
     assert lines(lambda m, h: m.identity(h).add_(1)) == [
         "2 = stop(1)",
-        "3 = clone(2)",
+        "3 = kept(2)",
         "4 = identity(3)",
         "5 = decoupled(4, 1, scale)",
         "6 = add_(5, 1)",
@@ -212,7 +212,7 @@ def test_an_identity_runs_on_no_copy_for_code_that_only_may_write() -> None:
             return self.users(self.identity(self.linear(x)))
 
     gm = fg.transform(Opaque(), {nn.Identity: SCALE}, leaf_modules=(Users,))
-    assert not gm.graph.find_nodes(op="call_method", target="clone")
+    assert not gm.graph.find_nodes(op="call_function", target=kept)
 
 
 # --- rules that read only where x is positive ---
@@ -243,7 +243,7 @@ def test_such_a_rule_needs_no_copy_of_what_is_overwritten(body: Any) -> None:
 
 def test_such_a_rule_gets_a_copy_where_another_rule_reads_x() -> None:
     lines = rewritten(lambda m, h: F.relu_(h), fg.compose(D_RELU, RECTANGULAR))
-    assert lines[0] == "2 = clone(1)"
+    assert lines[0] == "2 = kept(1)"
     assert not any("save=" in line for line in lines)
 
 
@@ -524,7 +524,7 @@ def test_a_parameter_that_is_overwritten_is_copied_for_a_rule_that_reads_it() ->
 
     def copies(model: nn.Module, rules: Any) -> int:
         graph = decoupled_parameters(model, rules)
-        return len(graph.find_nodes(op="call_method", target="clone"))
+        return len(graph.find_nodes(op="call_function", target=kept))
 
     assert copies(Writes(), RECTANGULAR) == 1
     assert copies(Writes(), SCALE) == 0
@@ -535,7 +535,7 @@ def test_a_parameter_that_is_overwritten_is_copied_for_a_rule_that_reads_it() ->
 def test_a_table_that_a_lookup_renormalises_is_copied_too(max_norm: Any, copies: int) -> None:
     model = nn.Sequential(nn.Embedding(4, 4, max_norm=max_norm))
     graph = decoupled_parameters(model, RECTANGULAR)
-    assert len(graph.find_nodes(op="call_method", target="clone")) == copies
+    assert len(graph.find_nodes(op="call_function", target=kept)) == copies
 
 
 def test_a_frozen_parameter_is_checked_and_keeps_its_uses() -> None:

@@ -32,13 +32,16 @@ from .graph.provenance import META
 from .ops.calls import call_with
 from .ops.checks import require_frozen
 from .ops.functions import apply_forward, function_key
-from .ops.gradients import decoupled, kept, stop_gradient
+from .ops.gradients import decoupled, kept, stop_gradient, written_back
 from .ops.hooked import call_without_hooks
 from .plan import Decided, Decision
 from .sites.site import Located, LocatedOperation, LocatedParameter, Site
 from .vocabulary.activations import OPS
 
 __all__ = ["rewrite", "without_ambient"]
+
+
+_INSERTED = (stop_gradient, kept, decoupled, written_back)
 
 
 def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
@@ -52,8 +55,8 @@ def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
     """
     found: set[fx.Node | str] = set()
     for node in graph.nodes:
-        if node.target in (stop_gradient, kept, decoupled) and node.kwargs.get("ambient"):
-            value = node.args[0]
+        if node.target in _INSERTED and node.kwargs.get("ambient"):
+            value = node.args[1 if node.target is written_back else 0]
             if node.target is decoupled:
                 parameter = node.kwargs["ambient"] == SCOPES["parameter"]
                 found.add(str(node.args[1].target) if parameter else value)
@@ -173,7 +176,8 @@ def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> 
         elif node.op != "call_module" and not aliasing.written_after(node, node):
             save = "y"
     needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
-    lost = (overwrites and save != OVERWRITTEN) or aliasing.written_after(x, node)
+    overwritten = write_back or (overwrites and save != OVERWRITTEN)
+    lost = overwritten or aliasing.written_after(x, node)
     may_return_x = place.op is None or place.op.name == "identity"
     on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
     return _Memory(needs_x and lost, write_back, on_copy, save)
@@ -262,23 +266,21 @@ class _Surgery:
     def operate(self, place: LocatedOperation, decision: Decision, memory: _Memory) -> None:
         """Rewrite the site of an operation.
 
-        Usually the operation runs on `stop_gradient(x)`, and `decoupled` replaces every later use of its result, and
-        every later use of `x` if the operation works in place. If the memory of `x` is read later through another
-        node, such as a view, the operation runs on a copy instead, and ``x.copy_`` writes the decoupled result back,
-        so that autograd tracks the views.
+        The operation runs on `stop_gradient(x)`, and `decoupled` replaces every later use of its result, and every
+        later use of `x` if the operation works in place. If the memory of `x` is read later through another node, such
+        as a view, the operation runs on a copy instead, and the decoupled result is written back into `x`, so that
+        autograd tracks the views.
         """
         node, x = place.node, place.input
         first, *others = decision.rules or (None,)
         with self.graph.inserting_before(node):
-            source = self.clone(x) if memory.write_back else self.keep(x) if memory.keep_x else x
-            start = source
-            source = self.chain(start, others)
-            if memory.write_back:
-                # the operation can overwrite `start`, unless a rule reads it
-                stop = self.stop(start)
-                stop = self.keep(stop) if memory.keep_x else stop
+            if memory.write_back and decision.forward is not None:
+                start = self.node("call_method", "clone", (x,))  # the new forward can save it
+                source, stop = self.chain(start, others), self.stop(start)
             else:
-                stop = self.clone(self.stop(x)) if memory.on_copy else self.stop(x)
+                start = self.keep(x) if memory.keep_x else x
+                source, stop = self.chain(start, others), self.stop(x)
+                stop = self.keep(stop) if memory.on_copy or memory.write_back else stop
             if decision.forward is not None:
                 operation = self.forward(stop, decision.forward)
         if decision.forward is None:
@@ -295,7 +297,11 @@ class _Surgery:
         result = out
         if memory.write_back:
             with self.graph.inserting_after(out):
-                result = self.node("call_method", "copy_", (x, out))
+                if decision.forward is None:
+                    # writes only where a rule acts: without one, the operation has changed `x` itself
+                    result = self.node("call_function", written_back, (x, out), self.ambient)
+                else:
+                    result = self.node("call_method", "copy_", (x, out))
         operation.replace_all_uses_with(result, delete_user_cb=lambda user: user is not out)
         if place.inplace and not memory.write_back:
             later = [user for user in x.users if user > out]
@@ -341,14 +347,8 @@ class _Surgery:
         return self.node("call_function", stop_gradient, (x,), self.ambient)
 
     def keep(self, x: fx.Node) -> fx.Node:
-        """Insert a copy of x for the rules; at an ambient site it is made only while a rule is in force."""
-        if not self.ambient:
-            return self.clone(x)
+        """Insert a copy of x, which is made only while a rule acts."""
         return self.node("call_function", kept, (x,), self.ambient)
-
-    def clone(self, x: fx.Node) -> fx.Node:
-        """Insert ``x.clone()``."""
-        return self.node("call_method", "clone", (x,))
 
     def forward(self, x: fx.Node, forward: Forward) -> fx.Node:
         """Insert the call of a replacement forward on x."""

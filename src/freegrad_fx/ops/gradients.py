@@ -16,12 +16,13 @@ from torch.overrides import (
     has_torch_function_variadic,
 )
 
+from .._torch.dynamo import is_compiling
 from ..backward.decouple import decouple
 from ..backward.hazards import records_forward_alone, warn_if_recorded
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 
-__all__ = ["decoupled", "kept", "stop_gradient"]
+__all__ = ["decoupled", "kept", "stop_gradient", "written_back"]
 
 
 def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
@@ -40,21 +41,62 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
         return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
     if not (torch.is_grad_enabled() or records_forward_alone()):
         return x
-    acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
     # a traced function such as abs() can be called with a number
-    return x.detach() if acts and isinstance(x, Tensor) else x
+    return x.detach() if _acts(ambient) and isinstance(x, Tensor) else x
 
 
-def kept(x: Tensor, *, ambient: str) -> Tensor:
-    """Return a copy of `x` if an ambient rule acts, else `x` itself. Used where the operation overwrites `x`.
+def kept(x: Tensor, *, ambient: str = "") -> Tensor:
+    """Return a copy of `x` if a rule acts, else `x` itself. Used where the memory of `x` is overwritten.
+
+    A detached tensor is copied for an operation. The copy has the same strides, because kernels round differently on
+    other strides.
 
     Args:
         x: Any tensor.
         ambient: As for `decoupled`.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(kept, (x,), x, ambient=ambient)
-    return x.clone() if torch.is_grad_enabled() and ambient_rules(ambient) else x
+        return handle_torch_function(kept, (x,), x, **_if_given(ambient=ambient))
+    if not (_copies(ambient) and isinstance(x, Tensor)):
+        return x
+    copy = x.clone()
+    if (
+        is_compiling()
+        or x.requires_grad
+        or x.layout != torch.strided
+        or copy.stride() == x.stride()
+    ):
+        return copy
+    # A stride of 0 repeats one entry, which can be written only once
+    once = x[tuple(slice(0, 1) if step == 0 else slice(None) for step in x.stride())]
+    return x.new_empty_strided(once.shape, x.stride()).copy_(once).expand(x.shape)
+
+
+def written_back(x: Tensor, out: Tensor, *, ambient: str = "") -> Tensor:
+    """Write the result of an in-place operation into `x`, so that autograd tracks the write in all views of its memory.
+
+    Formula: forward x ← out; backward ∂out = ∂x.
+
+    If no rule acts, the operation was applied to `x` itself, not to a copy, and its result `out` is returned.
+
+    Args:
+        x: The tensor that the operation overwrites in the model.
+        out: The result of `decoupled` for the operation, which was applied to ``kept(stop_gradient(x))``.
+        ambient: As for `decoupled`.
+    """
+    if has_torch_function_variadic(x, out):
+        given = _if_given(ambient=ambient)
+        return handle_torch_function(written_back, (x, out), x, out, **given)
+    return x.copy_(out) if _copies(ambient) else out
+
+
+def _copies(ambient: str) -> bool:
+    """Whether `kept` makes a copy."""
+    return torch.is_grad_enabled() and _acts(ambient)
+
+
+def _acts(ambient: str) -> bool:
+    return bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
 
 
 def _if_given(**keywords: Any) -> dict[str, Any]:
@@ -121,8 +163,7 @@ def decoupled(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule requires that it returns a tensor"
         )
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
-    acts = bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
-    if not acts or warn_if_recorded() or not torch.is_grad_enabled():
+    if not _acts(ambient) or warn_if_recorded() or not torch.is_grad_enabled():
         return y
     if not ambient:
         found = get(rule)

@@ -13,7 +13,7 @@ from .._torch.operators import Overload
 from ..graph.nodes import argument, called_module, called_path, first_argument, spelled
 from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
-from ..ops.gradients import stop_gradient
+from ..ops.gradients import kept, stop_gradient
 from ..vocabulary.op import Spelling
 from .owners import ALREADY, class_at, decoupling, qualified, short_name
 from .site import LocatedOperation, Site
@@ -103,7 +103,10 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
 
 def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
     source = argument(node, spelling.key)
-    while source.target == "clone":  # an in-place operation can run on a copy of the detached input
+    while source.target in (
+        "clone",
+        kept,
+    ):  # an in-place operation can run on a copy of the detached input
         source = source.args[0]
     rules = [
         found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
