@@ -69,7 +69,9 @@ FILES: dict[str, tuple[Any, bool]] = {
     "torch.nn": (nn.functional.__file__, False),
     "the package": (freegrad_fx.__file__, False),
     "graph/provenance.py": (sys.modules["freegrad_fx.graph.provenance"].__file__, False),
-    "a text": ("<string>", False),
+    "a text": ("<string>", True),
+    "the standard input": ("<stdin>", True),
+    "a line of the interpreter": ("<python-input-0>", True),
     "generated code": ("<eval_with_key>.3", False),
     "the import system": ("<frozen importlib._bootstrap>", False),
     "this file": (HERE, True),
@@ -108,8 +110,8 @@ def test_caller_is_the_line_that_asks() -> None:
 
 @pytest.mark.parametrize(
     "file",
-    [os.path.join(TORCH, "nn", "x.py"), os.path.join(PACKAGE, "x.py"), "<string>"],
-    ids=["torch", "the package", "a text"],
+    [os.path.join(TORCH, "nn", "x.py"), os.path.join(PACKAGE, "x.py"), "<eval_with_key>.3"],
+    ids=["torch", "the package", "generated code"],
 )
 def test_caller_looks_past_pytorch_and_the_package(file: str) -> None:
     through = function_in(file, "def f(g):\n    return g()")
@@ -137,7 +139,7 @@ def traceback_through(*functions: Callable[[Callable[[], Any]], Any]) -> Traceba
 
     def run(rest: tuple[Callable[[Callable[[], Any]], Any], ...]) -> Any:
         if not rest:
-            return function_in("<string>", "def f(): raise ValueError")()
+            return function_in("<eval_with_key>.3", "def f(): raise ValueError")()
         return rest[0](lambda: run(rest[1:]))
 
     try:

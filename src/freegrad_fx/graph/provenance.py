@@ -22,7 +22,9 @@ META = "freegrad_fx"
 _OURS = (
     os.path.dirname(torch.__file__) + os.sep,
     os.path.dirname(os.path.dirname(__file__)) + os.sep,
-    "<",
+    # Not every name in brackets: "<stdin>", "<string>" and "<python-input-0>" are the user's
+    "<eval_with_key>",  # torch.fx
+    "<frozen ",  # Python's own modules
 )
 _MODULES = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 
