@@ -949,11 +949,6 @@ class Autocast(Net):
         return F.relu(self.g(y.float()))
 
 
-class AsksForGradients(Net):
-    def forward(self, x: Tensor) -> Tensor:
-        return F.relu(self.f(x)) * (2 if torch.is_grad_enabled() else 1)
-
-
 REFUSED: dict[Make, str] = {
     DrawsInPython: "DrawsInPython draws random numbers",
     DrawsInNumpy: "DrawsInNumpy draws random numbers",
@@ -961,7 +956,6 @@ REFUSED: dict[Make, str] = {
     CountsInAPart: r"Python state.*calls",
     Stored: r"autograd.Function Ste,",
     Autocast: "torch.autocast",
-    AsksForGradients: "is_grad_enabled",
 }
 
 

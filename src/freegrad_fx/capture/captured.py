@@ -26,6 +26,7 @@ from ..errors import CaptureError
 from ..graph.nodes import takes_parameters
 from ..graph.serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 from ..ops.checks import require_specialised
+from .questions import Question, reader
 
 __all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
 
@@ -49,27 +50,37 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
 
 @dataclass(frozen=True)
 class Variant:
-    """A graph, and the values of the `training` flags for which it is valid.
+    """A graph, and the values of the `training` flags and of the global state for which it is valid.
 
     Attributes:
-        flags: The dotted paths of the modules on whose flag the model branches, with the value taken. Empty for a
-            graph that is valid in every mode.
+        flags: The dotted paths of the modules on whose flag the model branches, with the value taken; and the
+            questions about the global state that the model asks, with the answer. Empty for a graph that is always
+            valid.
         graph: The graph.
     """
 
-    flags: Mapping[str, bool]
+    flags: Mapping[str, Any]
     graph: fx.Graph
 
     @property
+    def modes(self) -> dict[str, bool]:
+        """The `training` flags, by the path of the module."""
+        return {path: on for path, on in self.flags.items() if not isinstance(path, Question)}
+
+    @property
+    def answers(self) -> dict[Question, Any]:
+        """The answers to questions about the global state."""
+        return {asked: value for asked, value in self.flags.items() if isinstance(asked, Question)}
+
+    @property
     def label(self) -> str:
-        """The flags as text: ``train`` or ``eval`` if all are equal, ``""`` if there are no flags."""
-        if not self.flags:
-            return ""
-        if len(set(self.flags.values())) == 1:
-            return "train" if next(iter(self.flags.values())) else "eval"
-        return ", ".join(
-            f"{path or 'root'}={'train' if on else 'eval'}" for path, on in self.flags.items()
-        )
+        """The flags as text, ``train`` or ``eval`` if all are equal; ``""`` if there are none."""
+        modes = self.modes
+        if len(set(modes.values())) == 1:
+            parts = ["train" if next(iter(modes.values())) else "eval"]
+        else:
+            parts = [f"{path or 'root'}={'train' if on else 'eval'}" for path, on in modes.items()]
+        return ", ".join([*parts, *(f"{asked} = {value}" for asked, value in self.answers.items())])
 
 
 class CapturedModule(fx.GraphModule):
@@ -83,6 +94,8 @@ class CapturedModule(fx.GraphModule):
 
     # Every instance has a class of its own, with the generated `forward` of each graph and the class of the model
     _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    # For each graph the `training` flags; the questions as functions, with their arguments and answers
+    _conditions: ClassVar[tuple[tuple[tuple[Any, ...], tuple[Any, ...]], ...]] = ()
     _model_class: ClassVar[type[nn.Module] | None] = None
     _variants: tuple[Variant, ...]
     _graph_lock: threading.RLock
@@ -166,6 +179,8 @@ class CapturedModule(fx.GraphModule):
             codes.append(code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
+        depends = any(variant.flags for variant in self._variants)
+        type(self)._conditions = tuple(map(_conditions, self._variants)) if depends else ()
         guard = any(sets_grad_mode(variant.graph) for variant in self._variants)
         # While one thread calls a module with replaced parameters, no other thread can be allowed to read them
         alone = any(
@@ -174,7 +189,7 @@ class CapturedModule(fx.GraphModule):
         # GraphModule wraps its call in error handling that torch.compile cannot trace
         del type(self).__call__
         specialised = self.__dict__.get(SPECIALISED, {})
-        if len(forwards) == 1 and not guard and not alone and not specialised:
+        if len(forwards) == 1 and not (depends or guard or alone or specialised):
             type(self).forward = forwards[0]
         else:
             type(self)._forwards = tuple(forwards)
@@ -194,19 +209,16 @@ class CapturedModule(fx.GraphModule):
         return surrounded(lambda: self._graph_lock)
 
     def _active(self) -> int:
-        if len(self._variants) == 1:
+        conditions = type(self)._conditions
+        if not conditions:
             return 0
-        for index, variant in enumerate(self._variants):
+        for index, (modes, answers) in enumerate(conditions):
             if all(
                 bool((self.get_submodule(path) if path else self).training) == on
-                for path, on in variant.flags.items()
-            ):
+                for path, on in modes
+            ) and all(ask(*args) == answer for ask, args, answer in answers):
                 return index
-        known = "; ".join(variant.label for variant in self._variants)
-        raise CaptureError(
-            f"{type(self).__name__} was captured for these training flags: {known}. It is called with others. Put "
-            f"these modules in the same mode."
-        )
+        raise CaptureError(_no_graph(type(self).__name__, self._variants))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         # Registered in the memo before the state is copied, because the state can refer to the module
@@ -243,6 +255,33 @@ class CapturedModule(fx.GraphModule):
         # The compiled call runs this module, so it is not passed on to a copy
         own = _MACHINERY | {modules.COMPILED_CALL}
         return {key: value for key, value in self.__dict__.items() if key not in own}
+
+
+def _conditions(variant: Variant) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """When a graph is valid, in a form that is fast to check and that Dynamo can trace."""
+    answers = tuple((*reader(asked), value) for asked, value in variant.answers.items())
+    return tuple(variant.modes.items()), answers
+
+
+def _no_graph(name: str, variants: Sequence[Variant]) -> str:
+    """The message of the error for a call for which no graph is valid."""
+    found: dict[Question, list[Any]] = {}
+    for variant in variants:
+        for asked, value in variant.answers.items():
+            found.setdefault(asked, []).append(value)
+    now = {asked: ask(*args) for asked in found for ask, args in [reader(asked)]}
+    for asked, values in found.items():
+        if now[asked] not in values:
+            return (
+                f"{name} asks for {asked}, which was {' or '.join(map(str, dict.fromkeys(values)))} in the capture and "
+                f"is {now[asked]} in this call. Call it in the state of the capture, transform the model in the state "
+                f"of the call, or use freegrad_fx.compile(model, rules), which follows such changes."
+            )
+    known = "; ".join(variant.label for variant in variants)
+    return (
+        f"{name} was captured for these training flags: {known}. It is called with others. Put these modules in the "
+        f"same mode."
+    )
 
 
 def _check_names(root: nn.Module) -> None:

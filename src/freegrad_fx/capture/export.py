@@ -10,13 +10,14 @@ import contextlib
 import inspect
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch import exporting, tree
+from .._torch import exporting, settings, tree
 from .._torch.modules import has_global_forward_hooks, has_hooks
 from ..errors import CaptureError, FreegradWarning
 from ..graph.provenance import META, Origin
@@ -30,9 +31,11 @@ from .merge import Exported, FlagRead, merge
 from .outside import Outside, keeps_tensors
 from .patches.flags import noted_flags
 from .patches.functions import refused_functions
+from .patches.questions import noted_questions
 from .patches.random import RandomState
-from .patches.refusals import refused_constants, refused_contexts, refused_questions
+from .patches.refusals import refused_constants, refused_contexts
 from .patches.state import noted_assignments
+from .questions import Question
 from .regions import collapse, find, hidden_regions, inline_grad_modes
 from .result import Capture
 
@@ -60,13 +63,29 @@ def capture_by_export(
     with LOCK:
         outside = Outside(root)
         try:
-            with outside.uncached():
+            with outside.uncached(), noted_questions(outside) as answers:
                 captured = _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
         finally:
             found = outside.restore(exporting.is_symbolic)
         if found:
             raise CaptureError(keeps_tensors(type(model), found[0]))
-        return captured
+        return replace(captured, variants=tuple(_with_answers(captured.variants, answers)))
+
+
+def _with_answers(
+    variants: Iterable[Variant], answers: Mapping[Question, Any]
+) -> Iterator[Variant]:
+    """The graphs, each valid only for the answers that the forward got; see `questions`.
+
+    Whether a call is compiled or exported is no condition: the forward got the answers of an eager call, so the graph
+    computes what an eager call of the model computes, also where it is compiled.
+    """
+    needed: dict[str, Any] = {
+        asked: value
+        for asked, value in answers.items()
+        if asked.partition("(")[0] not in settings.CAPTURES
+    }
+    return (Variant({**variant.flags, **needed}, variant.graph) for variant in variants)
 
 
 def _capture(
@@ -257,7 +276,6 @@ def _export(
             with (
                 warnings.catch_warnings(),
                 refused_functions(),
-                refused_questions(),
                 refused_contexts(),
                 refused_constants(),
                 keywords_as_names(),

@@ -15,7 +15,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
@@ -94,6 +94,33 @@ class Outside:
                 found.append(name)
                 _refill(container, before)
         return list(dict.fromkeys(found))
+
+    @contextlib.contextmanager
+    def swapped(self, functions: Mapping[int, Any]) -> Iterator[None]:
+        """Put other functions in the place of some, where the code holds one by a name of its own.
+
+        Args:
+            functions: The new functions, by the `id` of the function that each replaces.
+        """
+        undo: list[Callable[[], None]] = []
+        try:
+            for (_, key), (_, space, value) in self._globals.items():
+                if id(value) in functions:
+                    space[key] = functions[id(value)]
+                    undo.append(functools.partial(space.__setitem__, key, value))
+            for _, cell, value in self._cells.values():
+                if id(value) in functions:
+                    cell.cell_contents = functions[id(value)]
+                    undo.append(functools.partial(setattr, cell, "cell_contents", value))
+            for kind, attributes in self._classes.items():
+                for key, value in attributes.items():
+                    if type(value) is staticmethod and id(value.__func__) in functions:
+                        setattr(kind, key, staticmethod(functions[id(value.__func__)]))
+                        undo.append(functools.partial(setattr, kind, key, value))
+            yield
+        finally:
+            for put_back in undo:
+                put_back()
 
     @contextlib.contextmanager
     def uncached(self) -> Iterator[None]:

@@ -1,4 +1,7 @@
-"""Symbolic capture: the copy of a model is traced once for every combination of `training` flags it branches on."""
+"""Symbolic capture: the copy of a model is traced once for every combination of `training` flags it branches on.
+
+A question about the global state (`torch.is_grad_enabled()`) counts as a flag.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ from .copying import python_state_changed
 from .outside import Outside, is_proxy, keeps_tensors, still_held
 from .patches.random import RandomState
 from .proxies import any_proxy
+from .questions import Question
 from .result import Capture
 from .tracer import Tracer
 
@@ -76,13 +80,19 @@ def _variants(trace: Callable[..., _Traced], compares_identity: bool) -> list[_T
         compares_identity: Whether the forward may compare a flag by `is`.
 
     Returns:
-        The traces, at most ``MAX_VARIANTS + 1``; None if a graph differs from the one that plain flags would give.
+        The traces, at most ``MAX_VARIANTS + 1``, without those for an answer that cannot be traced; None if a graph
+        differs from the one that plain flags would give.
     """
-    pending: list[dict[str, bool]] = [{}]
+    pending: list[dict[str, Any]] = [{}]
     found: list[_Traced] = []
     while pending and len(found) <= MAX_VARIANTS:
         assumed = pending.pop(0)
-        tracer, graph, lost = trace(assumed)
+        try:
+            tracer, graph, lost = trace(assumed)
+        except CaptureError:
+            if assumed and isinstance(next(reversed(assumed)), Question):
+                continue  # a call with this answer has no graph, and says so
+            raise
         if tracer.flags_read:
             kept = frozenset(tracer.siteless)
             open_flags = tracer.flags_read - tracer.flags.keys()
@@ -93,12 +103,32 @@ def _variants(trace: Callable[..., _Traced], compares_identity: bool) -> list[_T
                 if _outline(graph, flags) != _outline(plain, {}):
                     return None
         found.append((tracer, graph, lost))
-        taken: dict[str, bool] = {}
+        taken: dict[str, Any] = {}
         for path, value in tracer.flags.items():
-            if path not in assumed:
+            if path not in assumed and isinstance(value, bool):
                 pending.append({**taken, path: not value})
             taken[path] = value
-    return found
+    return _without_idle_questions(found)
+
+
+def _without_idle_questions(found: list[_Traced]) -> list[_Traced]:
+    """The traces without those that differ from another one only in the answer to a question."""
+    kept: list[_Traced] = []
+    for traced in found:
+        flags = traced[0].flags
+        for tracer, graph, _ in kept:
+            differing = [k for k in flags if flags[k] != tracer.flags.get(k)]
+            idle = len(differing) == 1 and isinstance(differing[0], Question)
+            if (
+                idle
+                and flags.keys() == tracer.flags.keys()
+                and _outline(graph, {}) == _outline(traced[1], {})
+            ):
+                del tracer.flags[differing[0]]
+                break
+        else:
+            kept.append(traced)
+    return kept
 
 
 def _outline(graph: fx.Graph, flags: Mapping[str, bool]) -> list[tuple[Any, ...]]:
@@ -137,7 +167,7 @@ def _trace(
     outside: Outside,
     leaf_types: tuple[type[nn.Module], ...],
     specialised: dict[str, Any],
-    assumed: dict[str, bool],
+    assumed: dict[str, Any],
     concrete_flags: bool = False,
     verifies: frozenset[str] | None = None,
 ) -> _Traced:

@@ -34,6 +34,7 @@ from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
+from .questions import Question
 from .snapshot import Snapshot
 
 __all__ = ["Tracer"]
@@ -44,7 +45,8 @@ class Tracer(graphs.Tracer):
 
     Args:
         leaf_types: Module classes to keep as one opaque call.
-        assumed: The values of `training` flags, by module path. Other flags are assumed to be True.
+        assumed: The values of `training` flags, by module path, and the answers to questions about the global state.
+            Other flags are assumed to be True, and other answers are those of now.
         specialised: The values of the arguments of the forward that are constants.
         concrete_flags: Return the assumed value, not a proxy, where a flag is read. Every read counts as a branch.
         verifies: Return the assumed value where a flag is read, and record no branch. The argument holds the paths of
@@ -59,7 +61,7 @@ class Tracer(graphs.Tracer):
     Attributes:
         siteless: The paths of modules that are kept as one opaque call because they branch on their mode and contain
             no site.
-        flags: The flags that the forward branched on, with the value taken.
+        flags: The flags that the forward branched on, with the value taken, and the questions with their answers.
         flags_read: The flags that the forward read as proxies.
         assigned: The attributes that the forward assigned, by module path and name.
         opaque: The calls that were not traced into.
@@ -71,7 +73,7 @@ class Tracer(graphs.Tracer):
     def __init__(
         self,
         leaf_types: tuple[type[nn.Module], ...],
-        assumed: dict[str, bool],
+        assumed: Mapping[str, Any],
         specialised: Mapping[str, Any],
         concrete_flags: bool = False,
         verifies: frozenset[str] | None = None,
@@ -97,7 +99,7 @@ class Tracer(graphs.Tracer):
         self.stored: list[str] = []
         self.thread = threading.get_ident()
         self.refusals = 0
-        self.flags: dict[str, bool] = {}
+        self.flags: dict[str, Any] = {}
         self.flags_read: set[str] = set()
         self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
@@ -269,6 +271,10 @@ class Tracer(graphs.Tracer):
         name = f"{path}.training" if path else "training"
         return self._attribute(name, lambda node: FlagProxy(node, self))
 
+    def answer(self, question: Question, now: Any) -> Any:
+        """See `patches.Recorder`."""
+        return self.flags.setdefault(question, self.assumed.get(question, now))
+
     def known_tensor(self, tensor: Tensor) -> Proxy | None:
         """See `patches.Recorder`."""
         name = self._tensor_names.get(id(tensor))
@@ -299,7 +305,8 @@ class Tracer(graphs.Tracer):
 
     def _taken(self, path: str) -> bool:
         """The assumed value of a flag, recorded as a branch."""
-        return self.flags.setdefault(path, self.assumed.get(path, True))
+        taken: bool = self.flags.setdefault(path, self.assumed.get(path, True))
+        return taken
 
     def _trace_or_call_opaque(
         self, m: nn.Module, path: str, forward: Callable[..., Any], args: Any, kwargs: Any
@@ -372,7 +379,7 @@ class Tracer(graphs.Tracer):
         new = {path: value for path, value in self.flags.items() if path not in before.flags}
         assumed = self.assumed
         try:
-            for path in new:
+            for path in [path for path, value in new.items() if isinstance(value, bool)]:
                 self.flags = dict(before.flags)
                 self.assumed = {**assumed, path: not new[path]}
                 super().call_module(m, forward, args, kwargs)

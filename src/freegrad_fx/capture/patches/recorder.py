@@ -9,12 +9,16 @@ from torch import nn
 from torch.fx.proxy import Proxy
 
 from ..._torch import tree
+from ..outside import Outside
+from ..questions import Question
 
 __all__ = ["Recorder", "with_proxies"]
 
 
 class Recorder(Protocol):
-    """The methods of a tracer that the patches call."""
+    """The methods of a tracer that the patches call, and what the forward can reach."""
+
+    outside: Outside | None
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any) -> Any:
         """Record a node."""
@@ -27,6 +31,9 @@ class Recorder(Protocol):
 
     def is_held(self, tensor: torch.Tensor) -> bool:
         """Whether a list or dict of the model contains a tensor."""
+
+    def answer(self, question: Question, now: Any) -> Any:
+        """The answer to a question that the forward asks, which is `now` in an eager call at present."""
 
     def assign(self, module: nn.Module, name: str, value: Any) -> bool:
         """Record an assignment of a proxy to an attribute. Return False if the assignment has to be executed too."""

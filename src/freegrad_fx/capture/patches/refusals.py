@@ -1,4 +1,4 @@
-"""Errors for code whose effect a graph would lose, and for questions that a graph would answer only once."""
+"""Errors for code whose effect a graph would lose."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ...errors import CaptureError
 from ...graph.nodes import attribute
 from ...graph.provenance import is_users
 
-__all__ = ["is_grad_enabled", "refused_constants", "refused_contexts", "refused_questions"]
+__all__ = ["refused_constants", "refused_contexts"]
 
 
 def refused_constants() -> contextlib.AbstractContextManager[None]:
@@ -60,28 +60,4 @@ def refused_contexts() -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         for context in (torch.autocast, torch.inference_mode, Block):
             stack.enter_context(replaced(context, "__enter__", refusing))
-        yield
-
-
-is_grad_enabled = torch.is_grad_enabled
-
-
-@contextlib.contextmanager
-def refused_questions() -> Iterator[None]:
-    """Raise where a forward asks for the grad mode: a graph would keep the answer from the capture."""
-
-    def refusing(question: Callable[..., bool]) -> Callable[..., bool]:
-        def ask(*args: Any) -> bool:
-            if is_users(sys._getframe(2).f_code):
-                raise TypeError(
-                    f"the forward calls torch.{question.__name__}(), whose result would be a constant of the graph"
-                )
-            return question(*args)
-
-        return ask
-
-    with (
-        replaced(torch, "is_grad_enabled", refusing),
-        replaced(torch, "is_autocast_enabled", refusing),
-    ):
         yield

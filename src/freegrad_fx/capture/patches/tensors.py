@@ -21,10 +21,12 @@ from ...graph.provenance import caller, is_users
 from ...ops.checks import require_tensor
 from ..proxies import FlagProxy, RecordingProxy
 from .recorder import Recorder, with_proxies
-from .refusals import is_grad_enabled
 
 __all__ = ["RecordMode", "answered_isinstance", "recorded_factories"]
 
+is_grad_enabled = (
+    torch.is_grad_enabled
+)  # a trace replaces the function, and the graph needs the original
 
 _FACTORIES = frozenset(
     {
