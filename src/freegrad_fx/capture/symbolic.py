@@ -24,6 +24,7 @@ from ..sites.remarks import Lost
 from .arguments import flag_path
 from .captured import Variant
 from .copying import python_state_changed
+from .decorated import is_decorated
 from .outside import Outside, is_proxy, keeps_tensors, still_held
 from .patches.random import RandomState
 from .proxies import any_proxy
@@ -157,6 +158,10 @@ def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str,
         for name, parameter in parameters.items()
         if parameter.default is not parameter.empty or parameter.kind is parameter.VAR_KEYWORD
     }
+    if is_decorated(
+        type(root).forward
+    ):  # a decorator gets the single arguments, so their number has to be known
+        chosen |= {name: () for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL}
     chosen.update(concrete_args)
     return {name: value for name, value in chosen.items() if value is not PH}
 
@@ -252,6 +257,8 @@ def _refusal(tracer: Tracer, root: nn.Module, error: Exception) -> Exception:
         return error
     kinds = inspect.signature(type(root).forward).parameters.values()
     collects = [p.name for p in kinds if p.kind is p.VAR_KEYWORD and p.name in tracer.specialised]
+    if is_decorated(type(root).forward):  # the decorator gets single keywords
+        collects = []
     where = innermost(error.__traceback__)
     file, _, line = where.rpartition(":")
     code = linecache.getline(file, int(line)).strip() if line.isdigit() else ""

@@ -6,6 +6,7 @@ needs a graph. A submodule that cannot be traced is kept as one opaque call and 
 
 from __future__ import annotations
 
+import inspect
 import math
 import threading
 import weakref
@@ -29,6 +30,7 @@ from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque, add_once
 from ..vocabulary.recognition import recognise
 from .arguments import Constant, as_argument, decided, flag_path, is_written_in_place
+from .decorated import call_of, is_decorated
 from .inventory import compares_identity, held_tensors, tensor_names
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
@@ -221,9 +223,12 @@ class Tracer(graphs.Tracer):
         self.create_proxy("call_function", require_specialised, (proxy, expected, plain), {})
         return Constant(value)
 
-    def create_args_for_root(self, *args: Any, **kwargs: Any) -> tuple[Any, list[Any]]:
+    def create_args_for_root(self, root_fn: Any, *args: Any, **more: Any) -> tuple[Any, list[Any]]:
         """Make the arguments of the forward, including the constants."""
-        function, values = super().create_args_for_root(*args, **kwargs)
+        undecorated = inspect.unwrap(root_fn)
+        function, values = super().create_args_for_root(undecorated, *args, **more)
+        if is_decorated(root_fn):
+            function = call_of(root_fn, self.specialised)
         return function, [v.value if isinstance(v, Constant) else v for v in values]
 
     def call_module(
@@ -372,8 +377,11 @@ class Tracer(graphs.Tracer):
     def _has_sites(
         self, before: Snapshot, m: nn.Module, forward: Any, args: Any, kwargs: Any
     ) -> bool:
-        """Whether the module that was just traced contains a site, on either side of its branches."""
-        if self._sites_since(before):
+        """Whether the module that was just traced contains a site, on either side of its branches.
+
+        A part of it that could not be traced may contain sites too, and its note has to stay.
+        """
+        if self._sites_since(before) or len(self.opaque) > len(before.notes[0]):
             return True
         after = Snapshot(self)
         new = {path: value for path, value in self.flags.items() if path not in before.flags}
