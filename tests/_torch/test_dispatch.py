@@ -269,6 +269,7 @@ def test_aot_autograd_functionalises_while_it_traces_and_not_when_the_code_runs(
     assert not dispatch.is_functionalised()
 
 
+@pytest.mark.slow
 def test_asking_for_the_mode_of_make_fx_imports_no_sympy() -> None:
     code = (
         "import sys; from freegrad_fx._torch import dispatch; "

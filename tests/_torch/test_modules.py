@@ -310,6 +310,7 @@ def test_a_module_that_is_compiled_in_place_is_no_wrapper_and_holds_its_compiled
     assert len(graphs) == 1
 
 
+@pytest.mark.slow
 def test_asking_whether_a_module_is_compiled_imports_no_compiler() -> None:
     code = (
         "import sys; from torch import nn; from freegrad_fx._torch import modules; "

@@ -85,6 +85,7 @@ except fg.TorchVersionError as error:
     assert done.stdout == "raised when it was used\n", done.stderr
 
 
+@pytest.mark.slow  # tests/project/test_imports.py asks the same of the package itself
 def test_importing_imports_no_compiler() -> None:
     code = """
 import sys, torch

@@ -11,6 +11,7 @@ import threading
 import time
 import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.proxy import Proxy
+from torch.fx.proxy import Attribute, Proxy
 
 import freegrad_fx as fg
 from side_by_side import RULE, THRICE, Net, build, captured_or_refused, check_capture, sample
@@ -251,15 +252,28 @@ STORES = [
 
 
 @pytest.fixture
-def no_proxies() -> Callable[[], bool]:
-    """Whether no proxy is alive that was not alive before the test."""
-    before = proxies()
-    return lambda: all(any(proxy is known for known in before) for proxy in proxies())
+def no_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
+    """Whether no proxy is alive that was made in the test."""
+    made: list[weakref.ref[Any]] = []
 
+    def noted(init: Callable[..., None]) -> Callable[..., None]:
+        def note(proxy: Any, *args: Any, **kwargs: Any) -> None:
+            made.append(weakref.ref(proxy))
+            init(proxy, *args, **kwargs)
 
-def proxies() -> list[Any]:
-    gc.collect()
-    return [value for value in gc.get_objects() if issubclass(type(value), Proxy)]
+        return note
+
+    for kind in (Proxy, Attribute):
+        monkeypatch.setattr(kind, "__init__", noted(kind.__init__))
+
+    def all_gone() -> bool:
+        assert made
+        for generation in range(3):
+            if any(proxy() is not None for proxy in made):
+                gc.collect(generation)
+        return all(proxy() is None for proxy in made)
+
+    return all_gone
 
 
 @pytest.mark.parametrize("kind", STORES)
