@@ -251,9 +251,12 @@ def still_held(made: Iterable[weakref.ref[Any]]) -> list[str]:
 
     Garbage is collected and the holders are searched only if a proxy is alive, which it seldom is.
     """
-    made = [ref for ref in made if ref() is not None]
-    if made:
-        gc.collect()
+    for generation in range(
+        3
+    ):  # garbage of the trace is young; to collect all takes long where much is in memory
+        made = [ref for ref in made if ref() is not None]
+        if made:
+            gc.collect(generation)
     found: list[str] = []
     for ref in made:
         if (proxy := ref()) is not None:
