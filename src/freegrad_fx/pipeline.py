@@ -51,9 +51,9 @@ def transform(
             - None, for no rules.
         ambient: Whether activations and parameters without a rule follow `use` blocks. The default is True if `rules`
             is None, else False.
-        strict: Raise `PlanError` instead of a warning or a line in the report for: an entry that matches nothing, a
-            site that cannot be given its rule, code that was not traced, and behaviour of the model that the graph
-            lacks.
+        strict: Raise `PlanError` instead of a warning or a line in the report for: an entry that matches nothing, or
+            that comes after a wider one, a site that cannot be given its rule, code that was not traced, and behaviour
+            of the model that the graph lacks.
         concrete_args: Values of arguments of the forward for which the graph is specialised. An argument with a
             default is specialised for the default, unless its value here is `torch.fx.PH`. A later call with another
             value raises.
@@ -178,6 +178,7 @@ def _complain(plan: Plan, strict: bool) -> None:
         f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry)}"
         for entry in plan.unmatched
     ]
+    problems += plan.misplaced.values()
     problems += [
         f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
     ]

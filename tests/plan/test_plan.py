@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -170,10 +171,60 @@ def test_parameters_count_for_their_entries() -> None:
     assert plan.meant == (2, 2, 4)
 
 
-def test_without_counts_of_matches_an_entry_without_a_site_is_unmatched() -> None:
-    plan = planned(captured(graph_of(*CHAIN)), fg.on("relu").backward("scale"))
-    assert replace(plan, meant=()).unmatched == ()
-    assert replace(plan, meant=()).shadowed == ()
+def test_an_entry_that_gets_a_part_of_its_sites_says_which_entries_decide_the_others() -> None:
+    plan = planned(
+        captured(graph_of(("layer1", "layer1"), ("layer10", "layer10"))),
+        fg.on(parameter="layer1.bias").backward("scale"),
+        fg.on(parameter="layer1.*").backward("scale"),
+        fg.on("params").backward("reverse"),
+        fg.on(parameter="*.bias").backward(None),
+    )
+    assert plan.hits == (1, 1, 2, 0)
+    assert plan.meant == (1, 2, 4, 2)
+    assert [line.partition(": ")[2] for line in str(plan).splitlines() if "Entry" in line] == [
+        "1 site.",
+        "1 site; 1 more matched, decided by entry 1.",
+        "2 sites; 2 more matched, decided by entries 1, 2.",
+        "no site; 2 matched, all decided by entries 1, 3.",
+    ]
+    taken = [entry["decided_by"] for entry in plan.to_dict()["entries"]]
+    assert taken == [{}, {0: 1}, {0: 1, 1: 1}, {0: 1, 2: 1}]
+
+
+CLIP, ROUND = fg.rules.clip_norm(max_norm=1.0), fg.rules.scale(s=2.0)
+
+
+@pytest.mark.parametrize(
+    ("entries", "late"),
+    [
+        ([fg.on("params").backward(CLIP), fg.on(parameter="*.weight").backward(ROUND)], True),
+        ([fg.on(parameter="*.weight").backward(CLIP), fg.on("params").backward(ROUND)], False),
+        ([fg.on("params").backward(CLIP), fg.on(parameter="*").backward(ROUND)], False),
+        (
+            [
+                fg.on(parameter="layer1.*").backward(CLIP),
+                fg.on(parameter="layer10.*").backward(CLIP),
+                fg.on("params").backward(ROUND),  # what is left for other models
+            ],
+            False,
+        ),
+    ],
+    ids=["narrower", "wider", "the same", "a rest of none"],
+)
+def test_an_entry_after_a_wider_one_is_a_warning(entries: list[Any], late: bool) -> None:
+    layers = {"layer1": nn.Linear(2, 2), "layer10": nn.Linear(2, 2)}
+    model, table = nn.Sequential(OrderedDict(layers)), fg.RuleTable(entries)
+    words = "'parameter=.*weight' has no effect: the entry 'params' comes before it and decides all"
+    if not late:
+        assert fg.explain(model, table, strict=True).misplaced == {}
+        return
+    with pytest.warns(fg.FreegradWarning, match=words):
+        fg.transform(model, table)
+    with pytest.raises(fg.PlanError, match=f"strict: .*{words}"):
+        fg.explain(model, table, strict=True)
+    compiled = fg.compile(model, table, backend="eager")
+    with pytest.warns(fg.FreegradWarning, match=words):
+        compiled(torch.ones(3, 2))
 
 
 # --- modes ---

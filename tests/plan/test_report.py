@@ -131,8 +131,10 @@ def test_entries_without_sites_are_flagged_each_for_what_it_is() -> None:
     assert [e.selector for e in plan.shadowed] == ["relu, module=encoder.1.*"]
     assert [e.selector for e in plan.unmatched] == ["tanh"]
     text = str(plan)
-    assert "Entry 'relu, module=encoder.1.*': all its sites are decided by earlier entries." in text
-    assert "Entry 'tanh': MATCHES NOTHING." in text
+    assert (
+        "Entry 3, 'relu, module=encoder.1.*': no site; 1 matched, all decided by entry 2." in text
+    )
+    assert "Entry 6, 'tanh': MATCHES NOTHING." in text
     flags = [(e["hits"], e["unmatched"], e["shadowed"]) for e in plan.to_dict()["entries"]]
     assert flags == [
         (1, False, False),

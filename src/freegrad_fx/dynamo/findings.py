@@ -160,7 +160,7 @@ class Findings:
         self._problems.setdefault(text, False)
 
     def _check_entries(self) -> None:
-        """Complain about the entries that match no site."""
+        """Complain about the entries that match no site, or come too late to decide one."""
         plans = [program.plan for program in self._programs.values()]
         names = ", ".join(plan.model for plan in plans)
         ops = sorted({d.site.op for plan in plans for d in plan.decisions})
@@ -170,6 +170,9 @@ class Findings:
                     f"the entry {entry.selector!r} matched nothing in the first call of {names}; the ops found "
                     f"there are: {', '.join(ops) or 'none'}"
                 )
+            late = [plan.misplaced[index] for plan in plans if index in plan.misplaced]
+            if late and not any(plan.hits[index] for plan in plans):
+                self._complain(late[0])
 
 
 def _outside(program: Program, sites: list[str]) -> str:

@@ -5,14 +5,14 @@ Dynamo captures a model in pieces, and captures it again for other shapes and mo
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..plan import Decision, Plan
+from ..plan import Decision, Plan, also
 from ..sites.remarks import Lost, Opaque
 from ..sites.site import Located
 from ..table import RuleTable
@@ -38,7 +38,6 @@ class Program:
         self.name = name
         self._table = table
         self._decisions: dict[Decision, None] = {}
-        self._meant: dict[int, set[tuple[str, str, str, int]]] = defaultdict(set)
         self._opaque: dict[Opaque, None] = {}
         self._lost: dict[Lost, None] = {}
         self.refresh()
@@ -77,10 +76,7 @@ class Program:
 
     def add(self, place: Located, decision: Decision) -> None:
         """Add a site that runs, with its decision."""
-        self._decisions[decision] = None
-        for index, entry in enumerate(self._table.entries):
-            if entry.matches(place):
-                self._meant[index].add(place.site.key)
+        self._decisions[also(place, decision, self._table)] = None
 
     def note(self, opaque: Iterable[Opaque]) -> None:
         """Add calls that were not traced into."""
@@ -101,7 +97,6 @@ class Program:
             table=self._table,
             opaque=tuple(self._opaque),
             lost=tuple(self._lost),
-            meant=tuple(len(self._meant[index]) for index in range(len(self._table.entries))),
         )
 
 

@@ -10,10 +10,10 @@
 Nothing in this package rewrites a graph.
 """
 
-from .decide import make_plan
+from .decide import also, make_plan
 from .decision import Decided, Decision
 from .diff import PlanDiff
 from .lookup import PLAN, report
 from .plan import Plan
 
-__all__ = ["PLAN", "Decided", "Decision", "Plan", "PlanDiff", "make_plan", "report"]
+__all__ = ["PLAN", "Decided", "Decision", "Plan", "PlanDiff", "also", "make_plan", "report"]

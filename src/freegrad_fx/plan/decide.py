@@ -21,12 +21,12 @@ from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
 from ..sites.parameters import find_parameters, unused_parameters
 from ..sites.remarks import Lost, Opaque
-from ..sites.site import Located, LocatedOperation, LocatedParameter, Site
+from ..sites.site import Located, LocatedOperation, LocatedParameter
 from ..table import Entry, RuleTable
 from .decision import Decided, Decision
 from .plan import Plan
 
-__all__ = ["make_plan"]
+__all__ = ["also", "make_plan"]
 
 
 def make_plan(
@@ -65,16 +65,16 @@ def make_plan(
     if parameters or ambient or table.wants_parameters or named:
         decided, unused = _with_parameters(capture, table, decided, aliasings)
     decided = [
-        [(p, _ambient(p, d, ambient, ambient_before)) for p, d in pairs] for pairs in decided
+        [(p, also(p, _ambient(p, d, ambient, ambient_before), table)) for p, d in pairs]
+        for pairs in decided
     ]
     opaque, lost = _remarks(capture, decided, types, leaf_modules)
     plan = Plan(
         model=capture.class_name,
-        decisions=(*_merged(capture, decided), *(decision for _, decision in unused)),
+        decisions=(*_merged(capture, decided), *(also(p, d, table) for p, d in unused)),
         table=table,
         opaque=opaque,
         lost=lost,
-        meant=_meant([pair for pairs in (*decided, unused) for pair in pairs], table),
     )
     return plan, decided
 
@@ -133,16 +133,11 @@ def _remarks(
     return tuple(opaque), tuple(lost)
 
 
-def _meant(decided: Decided, table: RuleTable) -> tuple[int, ...]:
-    """For each entry, how many sites it matches: those it decides, and those that an earlier entry decides."""
-    sites: list[set[Site]] = [set() for _ in table.entries]
-    for place, decision in decided:
-        if decision.entry is not None:
-            sites[decision.entry].add(place.site)
-            for index in range(decision.entry + 1, len(table.entries)):
-                if table.entries[index].matches(place):
-                    sites[index].add(place.site)
-    return tuple(map(len, sites))
+def also(place: Located, decision: Decision, table: RuleTable) -> Decision:
+    """The decision for a site, with the entries that match the site too, after the one that decides it."""
+    first = len(table.entries) if decision.entry is None else decision.entry + 1
+    later = range(first, len(table.entries))
+    return replace(decision, also=tuple(i for i in later if table.entries[i].matches(place)))
 
 
 def _ambient(

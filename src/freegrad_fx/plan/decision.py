@@ -27,6 +27,7 @@ class Decision:
         reason: The reason for the action.
         modes: The modes of the model in which the site exists; ``""`` for all modes.
         frozen: Whether the site is a parameter that gets no rule only because it does not require a gradient.
+        also: The indices of the later entries of the table that match the site too.
     """
 
     site: Site
@@ -37,6 +38,7 @@ class Decision:
     reason: str = ""
     modes: str = ""
     frozen: bool = False
+    also: tuple[int, ...] = ()
 
     def reads(self, name: str) -> bool:
         """Whether the rules read the input ``"x"`` or the output ``"y"``; those of a `use` block can read both."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html
 import os
+from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -29,8 +30,6 @@ class Plan:
         table: The rule table.
         opaque: Calls that were not traced into, in which activations can be computed.
         lost: What the model does and the graph does not.
-        meant: For each entry of the table, the number of sites that it matches, including sites that an earlier entry
-            decides.
     """
 
     model: str
@@ -38,7 +37,6 @@ class Plan:
     table: RuleTable
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[Lost, ...] = ()
-    meant: tuple[int, ...] = ()
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -47,16 +45,35 @@ class Plan:
         return tuple(decided.count(index) for index in range(len(self.table.entries)))
 
     @property
+    def meant(self) -> tuple[int, ...]:
+        """For each entry of the table, the number of sites that it matches, whichever entry decides them."""
+        return tuple(hits + sum(taken.values()) for hits, taken in self._counted())
+
+    @property
     def unmatched(self) -> tuple[Entry, ...]:
         """The entries that match no site."""
-        meant = self.meant or self.hits
-        return tuple(e for e, sites in zip(self.table.entries, meant, strict=True) if not sites)
+        return tuple(
+            e for e, sites in zip(self.table.entries, self.meant, strict=True) if not sites
+        )
 
     @property
     def shadowed(self) -> tuple[Entry, ...]:
         """The entries whose sites are all decided by earlier entries."""
-        counted = zip(self.table.entries, self.meant, self.hits, strict=True) if self.meant else ()
-        return tuple(entry for entry, sites, hits in counted if sites and not hits)
+        counted = zip(self.table.entries, self._counted(), strict=True)
+        return tuple(entry for entry, (hits, taken) in counted if taken and not hits)
+
+    @property
+    def misplaced(self) -> dict[int, str]:
+        """The problems of entries that one earlier entry, which decides other sites too, leaves no site; by index."""
+        found, entries, hits = dict[int, str](), self.table.entries, self.hits
+        for index, (own, taken) in enumerate(self._counted()):
+            first = min(taken, default=-1)
+            if not own and len(taken) == 1 and hits[first] > taken[first]:
+                found[index] = (
+                    f"the entry {entries[index].selector!r} has no effect: the entry {entries[first].selector!r} comes "
+                    f"before it and decides all its sites. Put the narrower entry first"
+                )
+        return found
 
     def with_action(self, action: str) -> tuple[Decision, ...]:
         """The decisions with an action: ``"rewrite"``, ``"ambient"``, ``"native"`` or ``"skip"``."""
@@ -97,8 +114,9 @@ class Plan:
                     "hits": hits,
                     "unmatched": entry in unmatched,
                     "shadowed": entry in shadowed and not hits,
+                    "decided_by": {index: taken[index] for index in sorted(taken)},
                 }
-                for entry, hits in zip(self.table.entries, self.hits, strict=True)
+                for entry, (hits, taken) in zip(self.table.entries, self._counted(), strict=True)
             ],
             "opaque": [vars(o) for o in self.opaque],
             "lost": [vars(o) for o in self.lost],
@@ -111,6 +129,15 @@ class Plan:
     def diff(self, other: Plan) -> PlanDiff:
         """Compare with another plan, of this model or of another one. ``print`` the result."""
         return diff((self.model, other.model), self.decisions, other.decisions)
+
+    def _counted(self) -> list[tuple[int, Counter[int]]]:
+        """For each entry, the sites that it decides, and how many of its others each earlier entry decides."""
+        taken = [Counter[int]() for _ in self.table.entries]
+        for decision in self.decisions:
+            if decision.entry is not None:
+                for index in decision.also:
+                    taken[index][decision.entry] += 1
+        return list(zip(self.hits, taken, strict=True))
 
     # -- text
 
@@ -129,13 +156,9 @@ class Plan:
         return (path, call, site.op, site.spelling, backward, source, entry)
 
     def _remarks(self) -> Iterable[str]:
-        for entry, hits in zip(self.table.entries, self.hits, strict=True):
-            none = (
-                "MATCHES NOTHING"
-                if entry in self.unmatched
-                else "all its sites are decided by earlier entries"
-            )
-            yield f"Entry {entry.selector!r}: {_sites(hits) if hits else none}."
+        for number, (hits, taken) in enumerate(self._counted(), start=1):
+            selector = self.table.entries[number - 1].selector
+            yield f"Entry {number}, {selector!r}: {_effect(hits, taken)}."
         for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
             count = sum(d.forward == forward for d in self.decisions)
             yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."
@@ -143,6 +166,17 @@ class Plan:
             yield f"Opaque: {opaque}."
         for lost in self.lost:
             yield f"LOST: {lost}."
+
+
+def _effect(hits: int, taken: Counter[int]) -> str:
+    """What an entry does: how many sites it decides, and which entries, numbered from 1, decide its others."""
+    if not taken:
+        return _sites(hits) if hits else "MATCHES NOTHING"
+    numbers = ", ".join(str(index + 1) for index in sorted(taken))
+    by = f"decided by {'entry' if len(taken) == 1 else 'entries'} {numbers}"
+    if not hits:
+        return f"no site; {taken.total()} matched, all {by}"
+    return f"{_sites(hits)}; {taken.total()} more matched, {by}"
 
 
 _ACTIONS = (
