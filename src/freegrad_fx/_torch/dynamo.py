@@ -17,6 +17,7 @@ from .releases import lookup, private, release, unsupported, uses_private_names
 
 __all__ = [
     "add_guard",
+    "backend_of",
     "compile_wrapper_of",
     "compiled_function",
     "compiler",
@@ -183,6 +184,23 @@ def compile_wrapper_of(frame: FrameType) -> Any:
     """The wrapper that `torch.compile` made of a backend, if a frame is one of its methods; else None."""
     asking = frame.f_locals.get("self")
     return asking if isinstance(asking, lookup("torch._TorchCompileWrapper", _COMPILED)) else None
+
+
+def backend_of(compiled: Any) -> Any:
+    """The backend with which something is compiled; None if it is not compiled, or PyTorch does not tell.
+
+    Args:
+        compiled: A result of `torch.compile`, or a module that `nn.Module.compile` has compiled.
+    """
+    held = getattr(compiled, "__dict__", {})
+    context, call = held.get("dynamo_ctx"), held.get("_compiled_call_impl") or compiled
+    if context is None and isinstance(call, FunctionType) and "self" in call.__code__.co_freevars:
+        place = call.__code__.co_freevars.index("self")
+        context = (call.__closure__ or ())[place].cell_contents
+    backend: Any = getattr(context, "callback", None)
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return getattr(backend, "compiler_fn", backend)
 
 
 def is_compile_error(error: Exception) -> bool:

@@ -1,11 +1,13 @@
-"""`report`: finds the plan of a transformed or compiled model, also inside wrappers."""
+"""`report`: finds the plan of a transformed or compiled model, also inside wrappers and behind `torch.compile`."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
+from .._torch.dynamo import backend_of
 from .._torch.modules import children_of, compiled_model
 from .plan import Plan
 
@@ -19,8 +21,8 @@ def report(model: Any) -> Plan:
     """Return the plan of a model: for every site, what was decided and why.
 
     Args:
-        model: The result of `transform` or `compile`, also wrapped by `torch.compile` or `DataParallel`, or a
-            `backend`.
+        model: The result of `transform` or `compile`, also wrapped by `torch.compile` or `DataParallel`; a `backend`;
+            or what is compiled with one, by `torch.compile` or by its own method `compile`.
 
     Returns:
         The plan. ``print`` it, show it in a notebook, or call ``to_dict()``. The plan of compiled code grows as graphs
@@ -30,17 +32,47 @@ def report(model: Any) -> Plan:
         TypeError: `model` is none of these.
         PlanError: `model` is compiled, and has not been called yet.
     """
-    found, wrapped = None, model
-    while found is None and wrapped is not None:
-        found = getattr(wrapped, "__dict__", {}).get(PLAN)
-        wrapped = _wrapped_by(wrapped)
-    plan = found() if callable(found) else found
-    if not isinstance(plan, Plan):
-        raise TypeError(
-            f"report() takes the result of transform() or compile(), or a backend, got {type(model).__name__}. A "
-            f"second trace of a transformed model keeps its rules, but not its report."
+    layers = [*_layers(model)]
+    for layer in layers:
+        found = getattr(layer, "__dict__", {}).get(PLAN)
+        plan = found() if callable(found) else found
+        if isinstance(plan, Plan):
+            return plan
+    for layer in layers:
+        found = getattr(backend_of(layer), "__dict__", {}).get(PLAN)
+        if callable(found):
+            inner = layers[-1]
+            return found(inner if isinstance(inner, nn.Module) else None)  # type: ignore[no-any-return]
+    raise TypeError(
+        f"report() takes the result of transform() or compile(), or a backend, got {_described(model)}"
+    )
+
+
+def _layers(model: Any) -> Iterator[Any]:
+    """A model, and the models inside of its wrappers."""
+    layer = model
+    while layer is not None:
+        yield layer
+        layer = _wrapped_by(layer)
+
+
+def _described(model: Any) -> str:
+    name = model.__name__ if isinstance(model, type) else type(model).__name__
+    if isinstance(model, type):
+        return f"the class {name}. Give the transformed model."
+    if isinstance(model, fx.GraphModule):
+        return f"{name}. A second trace of a transformed model keeps its rules, but not its report."
+    if not isinstance(model, nn.Module):
+        return f"{name}."
+    if backend_of(model) is not None:
+        return (
+            f"{name}, which is compiled with another backend. Compile with freegrad_fx.compile(model, rules), or give "
+            f"freegrad_fx.backend(rules) to torch.compile."
         )
-    return plan
+    return (
+        f"{name}, which neither of them returned. They do not change the model that they are given: give report() what "
+        f"they return, or preview the rules with freegrad_fx.explain(model, rules)."
+    )
 
 
 def _wrapped_by(model: Any) -> nn.Module | None:
