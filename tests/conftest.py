@@ -31,6 +31,17 @@ with warnings.catch_warnings():
 torch.set_num_threads(1)
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    fuzz = parser.getgroup("fuzz", "random programs (tests/fuzz)")
+    fuzz.addoption("--fuzz", type=int, default=0, metavar="N", help="try N more random programs")
+    fuzz.addoption("--fuzz-seed", type=int, default=1000, metavar="S", help="the first seed")
+    fuzz.addoption(
+        "--fuzz-door",
+        choices=("symbolic", "export", "compile", "backend"),
+        help="only by this way in; without it, N by each",
+    )
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _refuse_addresses(items)
     _skip_without_compiler(items)
