@@ -54,9 +54,9 @@ def summary(kinds: Counter[str]) -> Counter[str]:
 def test_random_programs(door: str, chunk: int) -> None:
     number = FAST[door][1]
     found = summary(try_cases(door, range(chunk * number, (chunk + 1) * number)))
-    # Else the test would be about nothing
-    assert found["ok"] >= number / 2, found
-    assert found["a rule acted"] >= number / 4, found
+    if number >= 30:  # else the test could be about nothing
+        assert found["ok"] >= number / 2, found
+        assert found["a rule acted"] >= number / 4, found
 
 
 def test_more_random_programs(request: pytest.FixtureRequest) -> None:
