@@ -503,7 +503,9 @@ def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("how", ["eager", "aot_eager", "eager backend"])
+@pytest.mark.parametrize(
+    "how", ["eager", "aot_eager", pytest.param("eager backend", marks=pytest.mark.slow)]
+)
 def test_a_checkpoint_runs_again_in_the_blocks_of_its_first_time(how: str, reentrant: bool) -> None:
     gm = fg.transform(NET)
     part = gm if how == "eager" else torch.compile(gm, backend=how.partition(" ")[0])

@@ -27,6 +27,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 RULE, NAIVE = RULES["rectangular"]
 OUTSIDE = "outside of the captured graphs"
+# The graphs of the second are those of the first, behind AOTAutograd
+EAGER = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
 
 
 class Model(nn.Module):
@@ -138,7 +140,7 @@ def autocast(self: Model, x: Tensor) -> Tensor:
     return torch.tanh(x.float())
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", EAGER)
 @pytest.mark.parametrize(
     ("forward", "expected"),
     [
@@ -427,7 +429,10 @@ class Swishes(nn.Module):
     ],
     ids=["rule", "composition", "None", "forward", "module", "call"],
 )
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
+@pytest.mark.parametrize(
+    "dynamic",
+    [pytest.param(False, id="static", marks=pytest.mark.slow), pytest.param(True, id="dynamic")],
+)
 def test_the_calls_of_a_class_are_sites(rules: Any, dynamic: bool) -> None:
     model = Swishes()
     transformed = fg.transform(model, rules)
@@ -794,7 +799,7 @@ def in_one_graph(self: Model, x: Tensor) -> Tensor:
     return x + y
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", EAGER)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -1058,7 +1063,7 @@ def test_report_takes_what_was_compiled_and_the_backend() -> None:
         fg.report(model)
 
 
-@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("inner", EAGER)
 def test_a_dropout_that_is_in_place_by_position_leaves_the_rule_its_input(inner: str) -> None:
     def forward(self: Model, x: Tensor, inplace: bool = True) -> Tensor:
         x = self.a(x)

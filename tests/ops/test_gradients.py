@@ -604,7 +604,11 @@ def compiled_as_a_whole(model: Any, backend: str, **options: Any) -> Any:
     return torch.compile(model, backend=backend, fullgraph=True, **options)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+# Dynamo traces the same graphs for both
+EAGER = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
+
+
+@pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("rule", BUILT_IN)
 def test_a_compiled_rule_gives_the_same_gradients(rule: str, backend: str) -> None:
     net, x = Net(rule), torch.randn(5, 4)
@@ -651,7 +655,7 @@ def transforms(rule: str) -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
     }
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("name", transforms("scale"))
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own, at the graph break
 def test_where_the_compiler_would_drop_the_rule_it_is_refused(name: str, backend: str) -> None:

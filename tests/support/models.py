@@ -130,13 +130,23 @@ class Vision:
 
 QUICK = (("init_weights", False),)  # the initialisation of these two takes a minute
 
+# As vit_b_16, whose 86 million parameters take long, with two of its twelve layers
+VIT = (
+    ("image_size", 32),
+    ("patch_size", 16),
+    ("num_layers", 2),
+    ("num_heads", 3),
+    ("hidden_dim", 48),
+    ("mlp_dim", 96),
+)
+
 VISION = [
     Vision("resnet18"),
     Vision("vgg16_bn"),
     Vision("densenet121"),
     Vision("mobilenet_v3_small"),
     Vision("efficientnet_b0"),
-    Vision("vit_b_16", options=(("image_size", 32),)),
+    Vision("VisionTransformer", options=VIT),
     Vision("swin_t"),
     # its auxiliary classifier, in training, takes nothing smaller than 299
     Vision("inception_v3", size=75, train_size=299, options=QUICK),

@@ -30,22 +30,33 @@ pytestmark = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found in the scenarios of the fast tests."""
+    return found_in(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def found_slowly(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process found in the scenarios of the slow tests."""
+    return found_in(tmp_path_factory, "slow")
+
+
+def found_in(tmp_path_factory: pytest.TempPathFactory, *which: str) -> list[dict[str, Any]]:
     """What each process found; the workers of pytest-xdist wait for the first of them, and share it."""
     folder = tmp_path_factory.getbasetemp()
     if "PYTEST_XDIST_WORKER" in os.environ:
         folder = folder.parent  # which all of them have
-    folder /= "processes"
+    folder /= "-".join(("processes", *which))
     with FileLock(folder.with_suffix(".lock")):
         if not folder.exists():
             folder.mkdir()
-            run_processes(folder)
+            run_processes(folder, *which)
     return [torch.load(folder / f"{rank}.pt") for rank in range(distributed.WORLD)]
 
 
-def run_processes(folder: Path) -> None:
+def run_processes(folder: Path, *which: str) -> None:
     processes = [
         subprocess.Popen(
-            [sys.executable, distributed.__file__, str(rank), str(folder)],
+            [sys.executable, distributed.__file__, str(rank), str(folder), *which],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
@@ -91,19 +102,35 @@ def test_the_rules_make_a_difference_here() -> None:
     assert not any(torch.allclose(native[name], g) for name, g in expected().items())
 
 
-@pytest.mark.parametrize("scenario", ["DDP", "DDP, eager back end", "DDP, compiled"])
+def scenarios(*names: str) -> list[Any]:
+    slow = pytest.mark.slow
+    return [pytest.param(n, marks=slow if n in distributed.SLOW else ()) for n in names]
+
+
+def results_of(scenario: str, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = request.getfixturevalue(
+        "found_slowly" if scenario in distributed.SLOW else "found"
+    )
+    return found
+
+
+@pytest.mark.parametrize("scenario", scenarios("DDP", "DDP, eager back end", "DDP, compiled"))
 def test_data_parallel_training_averages_the_gradients_of_the_rules(
-    found: list[dict[str, Any]], scenario: str
+    request: pytest.FixtureRequest, scenario: str
 ) -> None:
     """Case 31."""
+    found = results_of(scenario, request)
     assert_found(found, scenario)
     for result in found:
         torch.testing.assert_close(result[scenario]["first"], result[scenario]["gradients"])
 
 
-def test_the_compiler_has_split_the_graph_into_the_buckets(found: list[dict[str, Any]]) -> None:
+@pytest.mark.slow
+def test_the_compiler_has_split_the_graph_into_the_buckets(
+    found_slowly: list[dict[str, Any]],
+) -> None:
     """Else the case above would prove nothing about the optimizer of compiled DDP."""
-    assert all(result["DDP, compiled"]["graphs"] >= 2 for result in found)
+    assert all(result["DDP, compiled"]["graphs"] >= 2 for result in found_slowly)
 
 
 def test_the_pass_behind_the_compiler_counts_calls_over_the_buckets(
@@ -119,12 +146,12 @@ def test_the_pass_behind_the_compiler_counts_calls_over_the_buckets(
         assert set(result["sites"]) == names
 
 
-@pytest.mark.parametrize("scenario", ["FSDP", "FSDP, compiled"])
+@pytest.mark.parametrize("scenario", scenarios("FSDP", "FSDP, compiled"))
 def test_a_sharded_model_keeps_the_rules_of_its_parameters(
-    found: list[dict[str, Any]], scenario: str
+    request: pytest.FixtureRequest, scenario: str
 ) -> None:
     """Case 32."""
-    assert_found(found, scenario)
+    assert_found(results_of(scenario, request), scenario)
 
 
 def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[str, Any]]) -> None:
@@ -135,15 +162,16 @@ def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[st
     ("scenario", "remedy"),
     [
         ("FSDP of parts", "RuntimeError: the rule for the parameter 'weight' .* would be ignored"),
-        (
+        pytest.param(
             "FSDP of parts, compiled",
             "would be ignored, because fully_shard makes that module gather",
+            marks=pytest.mark.slow,
         ),
         ("FSDP, then transform", "CaptureError: .* cannot be copied: .*FSDP"),
     ],
 )
 def test_what_sharding_would_let_learn_natively_is_refused(
-    found: list[dict[str, Any]], scenario: str, remedy: str
+    request: pytest.FixtureRequest, scenario: str, remedy: str
 ) -> None:
-    for result in found:
+    for result in results_of(scenario, request):
         assert re.search(remedy, result[scenario]["error"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -75,8 +76,18 @@ def assert_ruled(
             torch.testing.assert_close(ruled, expected)
 
 
+# Their graphs from an export are like those of the layers that they are made of, or of others of their kind
+LARGE = re.compile(
+    "TransformerDecoder|TransformerEncoder$|norm-first|bias_k|separate|dropout|GRU|RNN|3d"
+)
+
 CAPTURES = [
-    pytest.param(case, export, id=f"{case.name}-{'export' if export else 'symbolic'}")
+    pytest.param(
+        case,
+        export,
+        id=f"{case.name}-{'export' if export else 'symbolic'}",
+        marks=pytest.mark.slow if export and LARGE.search(case.name) else (),
+    )
     for case in CASES.values()
     for export in (False, True)
     if case.export or not export
