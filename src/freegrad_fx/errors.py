@@ -6,6 +6,7 @@ Independent of rules, graphs and tensors.
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "RuleError",
     "TableError",
     "TorchVersionError",
+    "close",
     "unknown",
 ]
 
@@ -53,10 +55,30 @@ def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> 
         remedy: A sentence that is appended.
     """
     names = sorted(set(valid))
-    folded = {n.casefold(): n for n in names}
-    matches = difflib.get_close_matches(str(name).casefold(), folded, n=5, cutoff=0.6)
-    close = [folded[match] for match in matches]
-    ordered = close + [n for n in names if n not in close]
-    hint = f" Did you mean {close[0]!r}?" if close else ""
+    near = close(str(name), names)
+    ordered = near + [n for n in names if n not in near]
+    hint = f" Did you mean {near[0]!r}?" if near else ""
     remedy = f" {remedy}" if remedy else ""
     return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(ordered) or 'none'}.{remedy}"
+
+
+_ALIKE = 0.75  # of the letters: 'rectangle' for 'rectangular', but not 'quantize' for 'centralize'
+_WORD = 4  # the letters of a part that tells names apart: 'clip' for 'clip_norm', but not 'act' for 'arctan'
+
+
+def close(name: str, valid: Iterable[str]) -> list[str]:
+    """The valid names that an unknown name can stand for, the most similar first; often none.
+
+    A name is similar to another with almost the same letters, to one that contains a word of it, and to one that is a
+    word of it. Case and punctuation do not count.
+    """
+    words = [word for word in re.split(r"[\W_]+", name.casefold()) if word]
+    letters = "".join(words)
+    found: dict[str, float] = {}
+    for candidate in valid:
+        other = re.sub(r"[\W_]+", "", candidate.casefold())
+        alike = difflib.SequenceMatcher(None, letters, other).ratio() if letters else 0.0
+        shared = any(len(word) >= _WORD and word in other for word in words) or other in words
+        if alike >= _ALIKE or shared:
+            found[candidate] = alike
+    return sorted(found, key=lambda candidate: -found[candidate])

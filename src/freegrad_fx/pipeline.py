@@ -93,7 +93,7 @@ def transform(
         dynamic_shapes,
         ambient=rules is None if ambient is None else ambient,
     )
-    _complain(plan, strict)
+    _complain(plan, strict, model)
     for variant, decided in zip(captured.variants, sites, strict=True):
         rewrite(variant.graph, captured.root, decided)
     result = CapturedModule.build(captured.root, captured.variants, captured.class_name)
@@ -147,7 +147,7 @@ def explain(
         parameters=rules is None,
         ambient=bool(ambient),
     )
-    _complain(plan, strict)
+    _complain(plan, strict, model)
     return plan
 
 
@@ -172,10 +172,10 @@ def _planned(
     return captured, *make_plan(captured, table, leaves, parameters, ambient, before)
 
 
-def _complain(plan: Plan, strict: bool) -> None:
+def _complain(plan: Plan, strict: bool, model: nn.Module) -> None:
     """Warn of requests that the plan does not fulfil; raise `PlanError` if `strict`."""
     problems = [
-        f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry)}"
+        f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry, model)}"
         for entry in plan.unmatched
     ]
     problems += plan.misplaced.values()
@@ -191,9 +191,13 @@ def _complain(plan: Plan, strict: bool) -> None:
         warnings.warn(problem, FreegradWarning, stacklevel=3)
 
 
-def _there_are(plan: Plan, entry: Entry) -> str:
+def _there_are(plan: Plan, entry: Entry, model: nn.Module) -> str:
     """The names in the model that an entry could have meant, the most similar first, as a clause."""
     sites = entry.sites
+    if sites.type and not sites.ops and not sites.wants_parameters:
+        kinds = dict.fromkeys(type(module) for module in model.modules())
+        names = [f"{kind.__module__}.{kind.__qualname__}" for kind in kinds]
+        return f"classes of the model include: {_closest(map(_named, sites.type), names)}"
     meant = [
         d.site
         for d in plan.decisions
@@ -209,8 +213,7 @@ def _there_are(plan: Plan, entry: Entry) -> str:
     if sites.module:
         found.append(f"paths {_closest(sites.module, [site.path or '<root>' for site in meant])}")
     if sites.type:
-        kinds = [str(getattr(kind, "__name__", kind)) for kind in sites.type]
-        found.append(f"classes {_closest(kinds, [site.type for site in meant])}")
+        found.append(f"classes {_closest(map(_named, sites.type), [site.type for site in meant])}")
     if sites.call:
         found.append(f"calls 0 to {max(site.call for site in meant)}")
     if not found:
@@ -219,6 +222,11 @@ def _there_are(plan: Plan, entry: Entry) -> str:
 
 
 def _closest(patterns: Iterable[str], names: Sequence[str]) -> str:
-    close = [difflib.get_close_matches(pattern, names, cutoff=0.3) for pattern in patterns]
-    found = list(dict.fromkeys([*itertools.chain(*close), *names]))
+    near = [difflib.get_close_matches(pattern, names, cutoff=0.3) for pattern in patterns]
+    found = list(dict.fromkeys([*itertools.chain(*near), *names]))
     return ", ".join(found[:3]) or "none"
+
+
+def _named(kind: Any) -> str:
+    """The qualified name of a class, or the name that was given for one."""
+    return kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
