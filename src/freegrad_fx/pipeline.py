@@ -17,6 +17,7 @@ from .context import inside_of_a_block, outside_of_blocks
 from .errors import FreegradWarning, PlanError
 from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
+from .sites.remarks import Opaque
 from .table import Entry, RulesLike, RuleTable
 
 __all__ = ["explain", "transform"]
@@ -187,8 +188,18 @@ def _complain(plan: Plan, strict: bool, model: nn.Module) -> None:
         problems += [f"not traced: {opaque}" for opaque in plan.opaque if not opaque.asked]
         if problems:
             raise PlanError("strict: " + "; ".join(problems))
+    problems += [_not_opened(opaque) for opaque in plan.opaque if opaque.holds]
     for problem in problems:
         warnings.warn(problem, FreegradWarning, stacklevel=3)
+
+
+def _not_opened(opaque: Opaque) -> str:
+    """The warning of a module that could not be traced and contains what the table selects."""
+    return (
+        f"not traced: {opaque}. These keep their backward. freegrad_fx.compile(model, rules) reaches them; so does "
+        f"transform(model, rules, example_inputs=(...)), if torch.export takes the model. To keep the backward on "
+        f"purpose, give leaf_modules=[{opaque.what.partition(',')[0]}]."
+    )
 
 
 def _there_are(plan: Plan, entry: Entry, model: nn.Module) -> str:

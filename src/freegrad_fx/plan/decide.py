@@ -17,6 +17,7 @@ from ..core.text import shown
 from ..errors import PlanError
 from ..graph.aliasing import Aliasing, named_in_place, of_library
 from ..graph.nodes import called_module, called_path
+from ..sites.hidden import hidden_sites
 from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
 from ..sites.parameters import find_parameters, unused_parameters
@@ -69,6 +70,7 @@ def make_plan(
         for pairs in decided
     ]
     opaque, lost = _remarks(capture, decided, types, leaf_modules)
+    opaque = tuple(replace(note, holds=_selected_in(note, capture.root, table)) for note in opaque)
     plan = Plan(
         model=capture.class_name,
         decisions=(*_merged(capture, decided), *(also(p, d, table) for p, d in unused)),
@@ -138,6 +140,24 @@ def also(place: Located, decision: Decision, table: RuleTable) -> Decision:
     first = len(table.entries) if decision.entry is None else decision.entry + 1
     later = range(first, len(table.entries))
     return replace(decision, also=tuple(i for i in later if table.entries[i].matches(place)))
+
+
+def _selected_in(note: Opaque, root: nn.Module, table: RuleTable) -> tuple[str, ...]:
+    """The operations that an entry with a rule or a forward selects in a module that could not be traced."""
+    if note.asked or not table.entries:
+        return ()
+    try:
+        module = root.get_submodule(note.path)
+    except AttributeError:
+        return ()
+    if note.what != f"{type(module).__name__}, kept as one opaque call":
+        return ()  # the note is on a part of the module, which is traced
+    found = []
+    for place in hidden_sites(module, note.path):
+        index = table.decide(place)
+        if index is not None and table.entries[index].rules is not None:
+            found.append(f"{place.site.path}:{place.site.op}")
+    return tuple(found)
 
 
 def _ambient(

@@ -37,9 +37,15 @@ class Opaque(Remark):
 
     Attributes:
         asked: Whether the caller requested this, for example with `leaf_modules`.
+        holds: The operations in it that the table selects, each as ``path:op``.
     """
 
     asked: bool = False
+    holds: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        held = f"; the table selects {', '.join(self.holds)} in it" if self.holds else ""
+        return super().__str__() + held
 
 
 @dataclass(frozen=True)
