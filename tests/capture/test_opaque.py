@@ -38,9 +38,6 @@ from side_by_side import (
 )
 from sweep import NATIVE, Interception
 
-# Most of the models here contain what the rules select
-pytestmark = pytest.mark.filterwarnings("ignore:not traced. :freegrad_fx.FreegradWarning")
-
 # --- parts that cannot be traced ---
 
 

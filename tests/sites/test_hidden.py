@@ -122,6 +122,19 @@ def test_no_warning_where_nothing_is_selected(rules: Any, more: dict[str, Any]) 
     assert not any(note.holds for note in fg.report(gm).opaque)
 
 
+def test_a_site_with_a_parametrization_is_not_hidden() -> None:
+    act = nn.PReLU()
+    nn.utils.parametrize.register_parametrization(act, "weight", Whole())
+    assert not list(hidden_sites(act, "0"))
+
+
+def test_a_scripted_module_is_not_searched() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        scripted = torch.jit.script(nn.Sequential(nn.ReLU()))
+    assert not list(hidden_sites(scripted, "0"))
+
+
 def test_no_warning_where_the_module_holds_nothing() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")

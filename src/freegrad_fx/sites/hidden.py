@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -39,7 +40,9 @@ def hidden_sites(module: nn.Module, path: str) -> Iterator[Located]:
     seen: dict[Any, tuple[str, ...]] = {}
     for name, part in module.named_modules():
         where = f"{path}.{name}" if name else path
-        kind = type_before_parametrizations(part)
+        kind: Any = type_before_parametrizations(part)
+        if isinstance(part, torch.jit.ScriptModule) or (kind in _MODULES and not name):
+            continue  # a module that is an activation itself is a site, also if its parametrization is opaque
         if kind in _MODULES:
             yield _site(_MODULES[kind], where, part, kind)
             continue
