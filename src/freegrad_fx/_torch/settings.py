@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import sys
 from collections.abc import Iterator
 from types import ModuleType
@@ -85,6 +86,7 @@ def _backends() -> Iterator[ModuleType]:
     return (module for module in vars(torch.backends).values() if isinstance(module, kind))
 
 
+@functools.cache
 def flag_readers() -> dict[type[Any], str]:
     """The classes whose method reads a flag of `torch.backends`, with the name of the method."""
     readers: dict[type[Any], str] = {}
