@@ -176,6 +176,9 @@ def _run(
         output = call(args, kwargs)
         run.random, run.state = torch.get_rng_state(), _state(model)
         run.outputs = [v.detach().clone() if isinstance(v, Tensor) else v for v in _tensors(output)]
+        run.outputs += [
+            t.detach().clone() for t in (*args, *kwargs.values())
+        ]  # may be written into
         run.outputs += [v.requires_grad for v in _tensors(output) if isinstance(v, Tensor)]
         loss: Any = 0.0
         generator = torch.Generator().manual_seed(5)

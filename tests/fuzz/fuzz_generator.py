@@ -118,6 +118,29 @@ PYTHON_STATE = (
 FLAGS = ("self.training", "not self.training", "self.flag", "self.norm.training", "self.fc.bias is not None",
          "self.training is False", "isinstance(x, torch.Tensor)")  # fmt: skip
 SHAPE_FLAGS = ("{x}.shape[1] == 4", "{x}.dim() == 2", "len({x}.shape) > 1")
+# What a block may do with its argument, which belongs to the caller.
+ARGUMENT = (
+    "F.relu_(x)", "x.mul_(0.5)", "x += 0.1", "{v} = F.relu(x)", "{v} = x", "part = x[:, 1:]\nF.elu_(part, 0.7)",
+    "{v} = x.view(-1, 4)\n{v}.tanh_()", "{v} = {x} + x.sigmoid_()", "self.given = x", "{v} = {x} * x.T.relu().T",
+)  # fmt: skip
+PYTHON = (
+    "{v} = sum([F.relu(t) for t in ({x}, {y})])", "{v} = torch.stack([torch.tanh(t) for t in {x}.unbind(1)], 1)",
+    "{v} = (lambda t: F.elu(t, 0.5))({x})", "{v} = functools.reduce(torch.add, map(F.silu, [{x}, {y}]))",
+    "def inner(t):\n    return F.relu(t) * {y}\n{v} = inner({x})", "{v} = self.method({x})", "{v} = {x}.data + {y}",
+    "{x}.data.mul_(0.5)", "{v} = {y} + self.scale.data", "({v} := torch.relu({x})).add_(0.1)",
+    "pair = {{'one': {x}, 'two': [{y}]}}\n{v} = F.gelu(pair['one']) + pair['two'][0]",
+    "kept = [{x}]\nkept.append(F.relu_(kept[0] * 1.5))\n{v} = kept[-1]",
+    "{v} = {x} if torch.jit.is_scripting() else {x}.relu()",
+    "try:\n    {v} = torch.sigmoid({x})\nfinally:\n    {v} = {v} + 1",
+    "with torch.no_grad():\n    self.scale.mul_(0.9)",
+    "{v} = {x} * self.ratio", "{v} = getattr(torch, 'tanh')({x})", "{v} = F.rrelu({x}, 0.1, 0.3, self.training)",
+    "{v} = {x} + F.one_hot({y}.argmax(1), 4).to({x}.dtype)", "{v} = F.gumbel_softmax({x}, dim=-1)",
+    "{v} = {x}.type_as({y}).relu()",
+    "old = {x}\n{x} = {x} * 1.5\n{x}.relu_()\n{v} = old + {x}", "{v} = {x}.sort(dim=1).values",
+    "{v} = F.relu({x}).mul_({y}.detach())", "{v} = torch.relu({x}).view(-1).tanh_().view(-1, 4)",
+    "low, high = {x}.aminmax()\n{v} = ({x} - low) / (high - low + 1)", "assert {x}.shape[-1] == 4",
+    "{v} = torch.autograd.grad(F.silu({x}).sum(), {x}, create_graph=True)[0]", "{x}.retain_grad()",
+)  # fmt: skip
 GRAD_BLOCKS = ("with torch.no_grad()", "with torch.enable_grad()", "with torch.set_grad_enabled(False)")  # fmt: skip
 
 RETURNS = ("a", "a + b + c", "a + b + c", "a * 0.5 + b", "(a, b, c)", "(a, b)", "{'out': a, 'more': (b, c)}",
@@ -137,6 +160,7 @@ STANDARD = (
     "self.register_buffer('mean', torch.zeros(4), persistent=False)",
     "self.register_buffer('buffers_seen', torch.zeros(3))",
     "self.last = torch.zeros(1)",
+    "self.ratio = 0.75",
     "self.steps, self.seen, self.kept = 0, [], None",
 )
 
@@ -156,7 +180,7 @@ class Generator:
         self.init: list[str] = []
         self.modules: list[str] = []
         self.parts: list[str] = []
-        self.inplace_safe = True
+        self.root = True
 
     def program(self) -> Program:
         r = self.random
@@ -195,7 +219,7 @@ class Generator:
         return self.random.random() < p
 
     def _make_class(self, name: str, blocks: list[Class], length: int, root: bool = False) -> Class:
-        self.init, self.modules, self.parts = list(STANDARD), [], []
+        self.init, self.modules, self.parts, self.root = list(STANDARD), [], [], root
         r = self.random
         if blocks and self._chance(0.9 if root else 0.4):
             for number in range(r.choice((1, 1, 2))):
@@ -223,7 +247,6 @@ class Generator:
                 f"self.{r.choice(('fc.weight', 'slope', 'scale'))}.requires_grad_(False)"
             )
             self.features.add("frozen")
-        # in place right at the start is safe: a, b and c are fresh
         body = tuple(self._statement(2) for _ in range(length))
         if root and not any("self.fc" in s for s in body if isinstance(s, str)):
             body = ("a = self.fc(a)", *body)
@@ -233,7 +256,12 @@ class Generator:
         init = tuple(
             line for line in self.init if line not in STANDARD or _needed(line, used, self.init)
         )
-        return Class(name, init, body, r.choice(("a", "a + b + c", "a - b", "c")))
+        return Class(
+            name,
+            init,
+            body,
+            r.choice(("a", "a + b + c", "a - b", "c", *([] if root else ["x", "a.view_as(a)"]))),
+        )
 
     def _hook(self, root: bool) -> None:
         where = self.random.choice([*self.modules, "self.fc", *(["self"] if root else [])])
@@ -249,9 +277,9 @@ class Generator:
         kind = self.random.choices(
             ("activation", "inplace", "part in place", "arithmetic", "inplace arithmetic", "view", "layer", "part",
              "random", "state", "function", "branch", "grad", "loop", "container", "checkpoint", "tensor hook",
-             "python state", "data branch", "unused"),
+             "python state", "data branch", "unused", "python", "argument"),
             (24, 12, 5, 9, 5, 7, 10, 9, 4, 5, 4, 6 * (depth > 0), 4 * (depth > 0), 3 * (depth > 0), 5, 2,
-             2 * self.risky, 6 * self.risky, 4 * self.risky, 2),
+             2 * self.risky, 6 * self.risky, 4 * self.risky, 2, 8, 0 if self.root else 10),
         )[0]  # fmt: skip
         self.features.add(kind)
         made: Statement = getattr(self, "_" + kind.replace(" ", "_"))(depth)
@@ -410,6 +438,12 @@ class Generator:
         return "{x} = {x} * 1.1\n{x}.requires_grad and {x}.register_hook(double)".format(
             **self._some()
         )
+
+    def _python(self, depth: int) -> str:
+        return self._from(PYTHON)
+
+    def _argument(self, depth: int) -> str:
+        return self._from(ARGUMENT)
 
     def _unused(self, depth: int) -> Statement:
         return "unused = " + self._activation(depth).partition(" = ")[2]

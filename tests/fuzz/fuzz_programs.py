@@ -147,6 +147,9 @@ def _class(c: Class) -> Iterator[str]:
     yield "        c = x * 0.5"
     yield from _indented(c.body, "        ")
     yield f"        return {c.returns}"
+    yield ""
+    yield "    def method(self, t):"
+    yield "        return F.leaky_relu(t, 0.2) * 1.5"
 
 
 def _indented(body: tuple[Statement, ...], by: str) -> Iterator[str]:
