@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import shutil
+import warnings
 from html.parser import HTMLParser
 from typing import Any
 
@@ -15,6 +17,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torchvision import models as vision
 
 import freegrad_fx as fg
 from freegrad_fx.plan.layout import aligned
@@ -74,6 +77,56 @@ def test_a_plan_fits_the_width_and_keeps_every_decision(width: int) -> None:
             "native:noentrymatches" * 2,
         ]
     )
+
+
+@pytest.mark.parametrize("width", [80, 100, 120])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: vision.resnet18(num_classes=10),
+        lambda: vision.VisionTransformer(32, 16, 2, 2, 12, 24, num_classes=10),
+    ],
+    ids=["resnet18", "vit"],
+)
+def test_a_report_of_a_real_model_keeps_every_column_and_every_cell(make: Any, width: int) -> None:
+    table = fg.RuleTable(
+        [
+            fg.on("relu", module="layer*.conv*").backward(None),
+            fg.on(parameter="re:.*\\.(weight|bias)", type="torch.nn.Conv2d").backward(
+                fg.compose(fg.rules.clip_norm(max_norm=1.0), fg.rules.noise(sigma=0.01))
+            ),
+            fg.on("all").backward("rectangular", a=-1.0, b=1.0),
+        ]
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", fg.FreegradWarning)
+        plan = fg.explain(make(), table)
+    whole, narrow = (plan.to_text(w).split("\n\n")[1].splitlines() for w in (0, width))
+    assert max(map(len, narrow)) <= width
+    names = whole[0].split()
+    assert narrow[0].split() == names
+    assert "…" not in "".join(narrow)
+    for lines in (whole, narrow):
+        starts = [lines[0].index(name) for name in names]
+        ends = [*starts[1:], None]
+        cells = [
+            "".join(line[a:b] for line in lines[2:]) for a, b in zip(starts, ends, strict=True)
+        ]
+        seen = ["".join(cell.split()) for cell in cells]
+        if lines is whole:
+            expected = seen
+    assert seen == expected
+
+
+def test_a_long_cell_is_broken_between_its_parts() -> None:
+    rows = [("path", "rule"), ("encoder.layers.0.attention", "clip_norm(max_norm=1.0, eps=1e-12)")]
+    assert aligned(rows, 34).splitlines() == [
+        "path              rule",
+        "----------------  ----------------",
+        "encoder.layers.   clip_norm(max_",
+        " 0.attention       norm=1.0,",
+        "                   eps=1e-12)",
+    ]
 
 
 def column(table: str, name: str, following: str) -> str:
@@ -165,14 +218,16 @@ cells = st.text(st.characters(categories=["L", "N", "P"]), max_size=30) | st.sam
 @settings(max_examples=200)
 def test_a_table_is_aligned_within_its_width(rows: list[Any], width: int) -> None:
     head = ("first", "second", "third")
-    text = aligned([head, *rows], width, wrapped=("second",))
+    text = aligned([head, *rows], width)
     lines = text.splitlines()
     assert max(map(len, lines)) <= width
     assert not any(line.endswith(" ") for line in lines)
-    for start in (lines[0].index("second"), lines[0].index("third")):
+    starts = [0, lines[0].index("second"), lines[0].index("third"), width]
+    for start in starts[1:3]:
         assert all(line[start - 2 : start].strip() == "" for line in lines)
-    wrapped = column(text, "second", "third").split()
-    assert "".join(wrapped) == "".join("".join(row[1] for row in rows).split())
+    for i, (start, end) in enumerate(itertools.pairwise(starts)):
+        cells = "".join("".join(line[start:end] for line in lines[2:]).split())
+        assert cells == "".join("".join(row[i] for row in rows).split())
 
 
 # --- for notebooks and programs ---

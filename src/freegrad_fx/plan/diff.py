@@ -51,9 +51,7 @@ class PlanDiff:
         """
         width = terminal_width() if width is None else width
         rows = [_COLUMNS, *self._rows()]
-        return (
-            f"{self._totals()}\n\n{aligned(rows, width, _COLUMNS[1:])}" if self else self._totals()
-        )
+        return f"{self._totals()}\n\n{aligned(rows, width)}" if self else self._totals()
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(self._totals())}</p>{html_table([_COLUMNS, *self._rows()])}"

@@ -6,6 +6,7 @@ import html
 import itertools
 import json
 import math
+import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
@@ -21,39 +22,28 @@ def terminal_width() -> int:
     return shutil.get_terminal_size((0, 0)).columns
 
 
-def aligned(
-    rows: Sequence[Sequence[str]], width: int, wrapped: Sequence[str], optional: Sequence[str] = ()
-) -> str:
+def aligned(rows: Sequence[Sequence[str]], width: int) -> str:
     """Lay out rows as a text table. The first row is the head.
 
     Args:
         rows: The cells.
-        width: The maximal length of a line; 0 for no limit. A width of a few characters can be exceeded.
-        wrapped: The columns whose long cells are broken into lines. In other columns the middle of a long cell is
-            replaced by an ellipsis.
-        optional: The columns that are omitted, in this order, if the table is too wide otherwise.
+        width: The maximal length of a line; 0 for no limit. Long cells are broken into lines, the widest column first,
+            and no column is left out. A column is never narrower than its head, so a width of a few characters can be
+            exceeded.
     """
     columns = list(zip(*rows, strict=True))
-    least = {c: min(max(map(len, c)), 24 if c[0] in wrapped else 16) for c in columns}
-    for name in optional if width else ():
-        if _total(least[c] for c in columns) > width:
-            columns = [c for c in columns if c[0] != name]
-    widths = {c: max(map(len, c)) for c in columns}
-    for _ in range(_total(widths.values()) - width if width else 0):
-        widest = max(columns, key=lambda c: (widths[c] > least[c], widths[c]))
-        widths[widest] -= 1
+    widths = [max(map(len, column)) for column in columns]
+    least = [len(column[0]) for column in columns]
+    for _ in range(_total(widths) - width if width else 0):
+        widest = max(range(len(columns)), key=lambda i: (widths[i] > least[i], widths[i]))
+        widths[widest] = max(widths[widest] - 1, least[widest])
     lines = []
     for row in zip(*columns, strict=True):
-        cells = [
-            textwrap.wrap(text, widths[c], break_on_hyphens=False)
-            if c[0] in wrapped
-            else [_without_middle(text, widths[c])]
-            for text, c in zip(row, columns, strict=True)
-        ]
+        cells = [_broken(text, size) for text, size in zip(row, widths, strict=True)]
         for line in itertools.zip_longest(*cells, fillvalue=""):
-            padded = (t.ljust(widths[c]) for t, c in zip(line, columns, strict=True))
+            padded = (text.ljust(size) for text, size in zip(line, widths, strict=True))
             lines.append("  ".join(padded).rstrip())
-    lines.insert(1, "  ".join("-" * widths[c] for c in columns))
+    lines.insert(1, "  ".join("-" * size for size in widths))
     return "\n".join(lines)
 
 
@@ -62,12 +52,25 @@ def _total(widths: Iterable[int]) -> int:
     return sum(width + 2 for width in widths) - 2
 
 
-def _without_middle(text: str, width: int) -> str:
-    """A text of at most `width` characters, with an ellipsis for the middle of a longer one."""
-    if len(text) <= width:
-        return text
-    end = (width - 1) // 2
-    return f"{text[: width - 1 - end]}…{text[len(text) - end :]}"
+# A part of a cell ends with a space or with a character that separates names: a path is broken after a dot
+_PARTS = re.compile(r"[^\s._/(,:]*[\s._/(,:]|[^\s._/(,:]+")
+
+
+def _broken(text: str, width: int) -> list[str]:
+    """A text as lines of at most `width` characters. The lines after the first are indented, where there is room."""
+    indent = " " if width > 4 else ""
+    lines, line = list[str](), ""
+    for part in _PARTS.findall(text):
+        while len((line + part).rstrip()) > width:
+            if line.strip():
+                lines.append(line.rstrip())
+                line = indent
+            else:  # a single part that is too long
+                room = width - len(line)
+                lines.append(line + part[:room])
+                line, part = indent, part[room:]
+        line += part
+    return [*lines, line.rstrip()] if line.strip() else lines
 
 
 def filled(text: str, width: int) -> str:

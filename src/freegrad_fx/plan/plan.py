@@ -90,7 +90,7 @@ class Plan:
         """
         width = terminal_width() if width is None else width
         rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
-        table = aligned(rows, width, wrapped=("backward",), optional=("spelling", "entry"))
+        table = aligned(rows, width)
         remarks = [filled(remark, width) for remark in self._remarks()]
         parts = [self._totals(), table if self.decisions else "", "\n".join(remarks)]
         return "\n\n".join(part for part in parts if part)
