@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
 from contextvars import ContextVar
@@ -17,8 +18,8 @@ from typing import Any, Self, TypeVar
 from ._torch.dynamo import is_compiling, leave_to_python
 from ._torch.functions import follow_checkpoints
 from .core.declaration import Declaration
-from .core.rule import Rule, RuleLike, compose, get
-from .errors import RuleError, unknown
+from .core.rule import Rule, RuleLike, compose, get, unlearned
+from .errors import FreegradWarning, RuleError, unknown
 
 __all__ = [
     "SCOPES",
@@ -249,7 +250,10 @@ class use(Block):
         scope: str | tuple[str, ...] = "activations",
     ) -> None:
         scopes = _scopes(scope)
-        super().__init__(**dict.fromkeys(scopes, parts_for(scopes, rule, params)))
+        parts = parts_for(scopes, rule, params)
+        for text in unlearned(parts):
+            warnings.warn(text, FreegradWarning, stacklevel=2)
+        super().__init__(**dict.fromkeys(scopes, parts))
 
 
 class native(Block):

@@ -14,6 +14,7 @@ from ._torch.releases import warn_if_untested
 from .capture import Capture, capture, check_model
 from .capture.captured import CapturedModule
 from .context import inside_of_a_block, outside_of_blocks
+from .core.rule import unlearned
 from .errors import FreegradWarning, PlanError
 from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
@@ -184,6 +185,7 @@ def _complain(plan: Plan, strict: bool, model: nn.Module) -> None:
         f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
     ]
     problems += [f"lost: {lost}" for lost in plan.lost]
+    problems += dict.fromkeys(text for d in plan.decisions for text in unlearned(d.rules))
     if strict:
         problems += [f"not traced: {opaque}" for opaque in plan.opaque if not opaque.asked]
         if problems:

@@ -19,9 +19,10 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch import tree
 from ._torch.graphs import grad_mode_setter, is_erased
-from ._torch.modules import buffers_of, has_forward_hooks, has_global_forward_hooks
+from ._torch.modules import has_forward_hooks, has_global_forward_hooks
 from .backward.functions import OVERWRITTEN
 from .capture.captured import sets_grad_mode
+from .capture.rule_parameters import hold
 from .context import SCOPES
 from .core.contract import SAVES
 from .core.rule import Forward, Rule
@@ -387,13 +388,7 @@ class _Surgery:
 
     def tensor(self, value: Tensor) -> fx.Node:
         """Insert a read of a tensor that is a parameter of a rule; register it as a non-persistent buffer if needed."""
-        named = (*self.root.named_parameters(), *self.root.named_buffers())
-        name = next((name for name, tensor in named if tensor is value), "")
-        if not name:
-            number = sum(n.startswith(_RULE_PARAMETER) for n in buffers_of(self.root))
-            name = f"{_RULE_PARAMETER}{number}"
-            self.root.register_buffer(name, value, persistent=False)
-        return self.node("get_attr", name)
+        return self.node("get_attr", hold(self.root, value))
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:
         """Insert a node with the origin of the site."""
@@ -406,6 +401,3 @@ def _can_be_written(value: Any) -> bool:
     """Whether the generated code of a graph can contain a value."""
     plain = (int, float, complex, bool, str, type(None), torch.dtype, torch.device)
     return isinstance(value, Tensor) or type(value) in plain
-
-
-_RULE_PARAMETER = "rule_parameter_"

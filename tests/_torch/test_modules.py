@@ -376,3 +376,25 @@ def test_every_such_base_has_modules() -> None:
     assert found == set(FRESH_BASES)
     assert all(isinstance(module, FRESH_BASES) for module, _ in FRESH)
     assert not isinstance(nn.Flatten(), modules.FRESH_BASES)
+
+
+def test_some_buffers_are_converted_in_place() -> None:
+    class Model(modules.ConvertsInPlace):
+        converted_in_place = "kept"
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("kept_0", torch.tensor(2.0))
+            self.register_buffer("other", torch.tensor(2.0))
+
+    model = Model()
+    kept, other = model.kept_0, model.other
+    nn.Sequential(model).double()
+    assert model.kept_0 is kept
+    assert model.other is not other
+    assert (kept.dtype, other.dtype) == (torch.double, torch.float)
+    model.to_empty(device="cpu")
+    assert model.kept_0 is kept
+    assert kept.item() == 2.0
+    model.to("meta")
+    assert model.kept_0.is_meta

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from types import CodeType
-from typing import Any
+from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
@@ -20,6 +20,7 @@ __all__ = [
     "COMPILED_CALL",
     "FRESH_BASES",
     "PARAMETERS",
+    "ConvertsInPlace",
     "after_hooks",
     "after_pre_hooks",
     "buffers_of",
@@ -225,3 +226,27 @@ def compiled_model(wrapper: nn.Module) -> nn.Module | None:
 def make_replica(module: nn.Module) -> None:
     """Make a copy of a module a replica, as `nn.DataParallel` does: its parameters are replaced by plain tensors."""
     module.__dict__.update({PARAMETERS: {}, "_is_replica": True})
+
+
+class ConvertsInPlace(nn.Module):
+    """A module that converts some of its buffers in place, as PyTorch does with parameters; it replaces other buffers.
+
+    Attributes:
+        converted_in_place: How the names of these buffers begin.
+    """
+
+    converted_in_place: ClassVar[str]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        before = buffers_of(self)
+        before = {n: b for n, b in before.items() if n.startswith(self.converted_in_place)}
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for name, tensor in before.items():
+            converted = buffers_of(self)[name]
+            if converted is tensor or tensor is None or converted is None:
+                continue
+            if not (converted.is_meta or tensor.is_meta or tensor.is_inference()):
+                # not the converted value: to_empty() returns memory that is not initialised
+                tensor.data = tensor.detach().to(converted.device, converted.dtype)
+                buffers_of(self)[name] = tensor
+        return self

@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.dispatch import runs_alone
+from .._torch.dispatch import is_transformed, runs_alone
 from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from .._torch.tensors import version
 from ..core.contract import MASK
+from ..core.copies import changed_since_copied
 from ..core.rule import Rule
 from ..errors import RuleError
 from .kernels import run_compiled
@@ -107,12 +108,35 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
         ctx.tensors = tensors
+        ctx.versions = _parameter_versions(call, tensors)
         saved = (*saved, *map(parameters.__getitem__, tensors))
     if saved:
         ctx.save_for_backward(*saved)
 
 
 _X = ("x",)
+
+
+def _parameter_versions(call: Call, names: list[str]) -> dict[str, int]:
+    """The versions of the parameters that are tensors; empty while code is compiled.
+
+    Raises:
+        RuleError: The model was copied, and a tensor of the original, which its caller has changed since, is no longer
+            the model's.
+    """
+    if is_compiling():
+        return {}
+    versions = {}
+    for name in names:
+        value = call.parameters[name]
+        if changed_since_copied(value):
+            raise RuleError(
+                f"the tensor that was given as {name!r} of rule {call.rule.name!r} at site {call.site!r} has changed "
+                f"since this model was copied. The copy has a tensor of its own, which has not changed. Set it with "
+                f"model.set_rule_parameter({call.site!r}, {name}=...) on the copy, or transform again."
+            )
+        versions[name] = 0 if value.is_inference() or is_transformed(value) else version(value)
+    return versions
 
 
 def _mask(x: Tensor, call: Call) -> Tensor:
@@ -144,13 +168,28 @@ def _mask(x: Tensor, call: Call) -> Tensor:
 def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any]]:
     """The formula of a backward, the saved tensors that it reads, and its parameters."""
     rule, _, parameters, save, _ = ctx.call
-    inputs: tuple[Tensor, ...] = ctx.saved_tensors
+    try:
+        inputs: tuple[Tensor, ...] = ctx.saved_tensors
+    except RuntimeError as error:
+        _blame_parameters(ctx, error)
+        raise
     declaration = rule.declaration
     count = len(declaration.inputs)
     if len(inputs) > count:
         values = dict(zip(ctx.tensors, inputs[count:], strict=True))
         parameters, inputs = {**parameters, **values}, inputs[:count]
     return declaration.gate if save == MASK else declaration.function, inputs, parameters
+
+
+def _blame_parameters(ctx: Any, error: RuntimeError) -> None:
+    """Raise `RuleError` if a parameter of the rule has been written into since the forward."""
+    call: Call = ctx.call
+    for name, before in getattr(ctx, "versions", {}).items():
+        if version(call.parameters[name]) != before:
+            raise RuleError(
+                f"the tensor {name!r} of rule {call.rule.name!r} at site {call.site!r} was changed in place between "
+                f"the forward and the backward. Change it after the backward and before the next forward."
+            ) from error
 
 
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:

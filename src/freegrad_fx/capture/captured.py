@@ -2,7 +2,7 @@
 
 A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict, loses
 submodules that no node refers to when it is copied, and lacks the methods of the model. A `CapturedModule` holds the
-complete module tree, and its class inherits from the class of the model. This file does not know rules.
+complete module tree, and its class inherits from the class of the model. Of rules only `rule_parameters` knows.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from ..graph.nodes import takes_parameters
 from ..graph.serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
 from ..ops.checks import require_specialised
 from .questions import Question, reader
+from .rule_parameters import RuleParameters
 
 __all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
 
@@ -83,7 +84,7 @@ class Variant:
         return ", ".join([*parts, *(f"{asked} = {value}" for asked, value in self.answers.items())])
 
 
-class CapturedModule(fx.GraphModule):
+class CapturedModule(RuleParameters, fx.GraphModule):
     """A GraphModule with the module tree, the state, the hooks and the methods of the captured model.
 
     If the model branches on `training` flags, there are several graphs, and each call runs the graph that fits the
@@ -224,7 +225,9 @@ class CapturedModule(fx.GraphModule):
         # Registered in the memo before the state is copied, because the state can refer to the module
         new = _blank(self._model_class, type(self).__name__)
         memo[id(self)] = new
-        return _fill(new, copy.deepcopy(self._state(), memo), self._copied_variants())
+        _fill(new, copy.deepcopy(self._state(), memo), self._copied_variants())
+        new._remember_sources(self)
+        return new
 
     def __copy__(self) -> CapturedModule:
         state = {k: (dict(v) if type(v) is dict else v) for k, v in self._state().items()}

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -29,6 +29,7 @@ __all__ = [
     "compose",
     "get",
     "of_token",
+    "unlearned",
     "with_names_of_now",
 ]
 
@@ -312,6 +313,17 @@ class Composition:
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.parts))})"
+
+
+def unlearned(rules: Iterable[Rule]) -> list[str]:
+    """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one."""
+    return [
+        f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule: rules compute "
+        f"only the gradient of their input. To silence this, give a tensor with requires_grad=False"
+        for rule in rules
+        for name, value in rule.values
+        if isinstance(value, Tensor) and value.requires_grad
+    ]
 
 
 RuleLike: TypeAlias = str | Rule | Composition

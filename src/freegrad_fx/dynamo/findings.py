@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
+from ..core.rule import unlearned
 from ..errors import FreegradWarning, PlanError
 from ..graph.provenance import is_users
 from ..plan import Plan
@@ -102,7 +103,8 @@ class Findings:
             program.add(place, decision)
             if decision.action == "skip":
                 self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
-        for text in piece.unreached:
+        learned = [t for _, _, decision in occurrence.sites for t in unlearned(decision.rules)]
+        for text in (*learned, *piece.unreached):
             self._complain(text)
         piece.program.note(opaque=piece.opaque)
         if self._strict:

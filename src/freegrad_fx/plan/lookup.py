@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 from torch import fx, nn
 
 from .._torch.dynamo import backend_of
 from .._torch.modules import children_of, compiled_model
+from ..capture.captured import CapturedModule
+from ..capture.rule_parameters import PLAN, calls_by_site, in_force
 from .plan import Plan
 
 __all__ = ["PLAN", "report"]
-
-PLAN = "_freegrad_fx_plan"
-"""The attribute that holds the plan, or a function that returns it."""
 
 
 def report(model: Any) -> Plan:
@@ -37,7 +37,7 @@ def report(model: Any) -> Plan:
         found = getattr(layer, "__dict__", {}).get(PLAN)
         plan = found() if callable(found) else found
         if isinstance(plan, Plan):
-            return plan
+            return _in_force(plan, layer) if isinstance(layer, CapturedModule) else plan
     for layer in layers:
         found = getattr(backend_of(layer), "__dict__", {}).get(PLAN)
         if callable(found):
@@ -73,6 +73,20 @@ def _described(model: Any) -> str:
         f"{name}, which neither of them returned. They do not change the model that they are given: give report() what "
         f"they return, or preview the rules with freegrad_fx.explain(model, rules)."
     )
+
+
+def _in_force(plan: Plan, model: CapturedModule) -> Plan:
+    """A plan with the values of the parameters of rules that the model has now."""
+    values = calls_by_site(model)
+    decisions = tuple(
+        replace(d, rules=rules)
+        if d.action == "rewrite"
+        and (rules := in_force(model, values, d.site.name, d.rules)) is not d.rules
+        else d
+        for d in plan.decisions
+    )
+    same = all(a is b for a, b in zip(decisions, plan.decisions, strict=True))
+    return plan if same else replace(plan, decisions=decisions)
 
 
 def _wrapped_by(model: Any) -> nn.Module | None:
