@@ -7,11 +7,13 @@ import functools
 from types import FunctionType
 
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch import tree
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
+from ..vocabulary.inside import computes_activations
 
-__all__ = ["compares_identity", "held_tensors", "tensor_names"]
+__all__ = ["compares_identity", "held_tensors", "kept_whole", "tensor_names"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -62,3 +64,16 @@ def held_tensors(root: nn.Module) -> set[int]:
     ]
     leaves = tree.leaves(attributes)
     return {id(leaf) for leaf in leaves if isinstance(leaf, Tensor)}
+
+
+def kept_whole(module: nn.Module) -> bool:
+    """Whether the call of a module of PyTorch is one node. Other modules are traced into.
+
+    The layers of torch.ao, for quantisation, are traced into if they compute activations, such as ``LinearReLU``.
+    """
+    # A parametrized module has a class of torch.nn.utils
+    kind = type_before_parametrizations(module)
+    if kind is nn.Sequential or not kind.__module__.startswith(("torch.nn", "torch.ao.nn")):
+        return False
+    traced = kind.__module__.startswith("torch.ao.nn.") and ".quantized." not in kind.__module__
+    return not (traced and computes_activations(module))

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch import graphs
 from .._torch.graphs import is_erased
@@ -31,7 +30,7 @@ from ..sites.remarks import Lost, Opaque, add_once
 from ..vocabulary.recognition import recognise
 from .arguments import Constant, as_argument, decided, flag_path, is_written_in_place
 from .decorated import call_of, is_decorated
-from .inventory import compares_identity, held_tensors, tensor_names
+from .inventory import compares_identity, held_tensors, kept_whole, tensor_names
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
@@ -152,9 +151,7 @@ class Tracer(graphs.Tracer):
         """Whether the call of a module is one node: for modules of torch.nn, scripted modules and `leaf_types`."""
         if isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)):
             return True
-        # A parametrized module has a class of torch.nn.utils
-        kind = type_before_parametrizations(m)
-        return kind.__module__.startswith(("torch.nn", "torch.ao.nn")) and kind is not nn.Sequential
+        return kept_whole(m)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node, and write its origin on it."""

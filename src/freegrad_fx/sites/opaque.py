@@ -8,13 +8,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized
+from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .._torch.operators import NATIVE_ATTENTIONS
 from ..graph.aliasing import of_library
 from ..graph.nodes import called_module, called_path
 from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
+from ..vocabulary.inside import computes_activations
 from .operations import spelling_of
 from .remarks import Opaque
 
@@ -33,6 +34,7 @@ _COMPOSITES: tuple[type[nn.Module], ...] = (
     nn.RNNCellBase,
     nn.AdaptiveLogSoftmaxWithLoss,
     nn.CrossEntropyLoss,
+    nn.MultiLabelSoftMarginLoss,
 )
 
 
@@ -47,6 +49,8 @@ _ATTENTIONS = frozenset(
     {
         F.scaled_dot_product_attention,
         F.multi_head_attention_forward,
+        F.gumbel_softmax,
+        F.multilabel_soft_margin_loss,
         *NATIVE_ATTENTIONS,
         torch.ops.aten.scaled_dot_product_attention.default,
         torch.ops.aten.lstm.input,
@@ -59,7 +63,8 @@ _ATTENTIONS = frozenset(
 
 def _whole(module: nn.Module) -> str:
     """The reason why a module call may compute activations that were not traced; ``""`` if there is none."""
-    if isinstance(module, _COMPOSITES):
+    of_ao = type_before_parametrizations(module).__module__.startswith("torch.ao.nn.")
+    if isinstance(module, _COMPOSITES) or (of_ao and computes_activations(module)):
         return "PyTorch computes its activations inside one call"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript code cannot be traced"
