@@ -216,7 +216,15 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     ):
         result = declaration.fast(grad, *inputs, **parameters)
     if result is NotImplemented:
-        result = function(grad, *inputs, **parameters)
+        try:
+            result = function(grad, *inputs, **parameters)
+        except RuntimeError as error:
+            if not (blamed := _shaped(call)):
+                raise
+            raise RuleError(
+                f"rule {call.rule.name!r} at site {call.site!r} failed for a gradient of shape {tuple(grad.shape)}: "
+                f"{error}. {blamed}"
+            ) from error
     if not declaration.own and before != _versions(grad, inputs):
         raise RuleError(
             f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, but other gradients are "
@@ -237,6 +245,16 @@ def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | Non
     saved = [tensor.detach() for tensor in inputs]
     parameters = {n: v.detach() if isinstance(v, Tensor) else v for n, v in parameters.items()}
     return call.rule, call.site, lambda grad: function(grad, *saved, **parameters)
+
+
+def _shaped(call: Call) -> str:
+    """The parameters of a rule that are tensors with dimensions, as a sentence for errors; ``""`` if there are none."""
+    shapes = [
+        f"{name!r}, a tensor of shape {tuple(value.shape)}"
+        for name, value in call.parameters.items()
+        if isinstance(value, Tensor) and value.dim()
+    ]
+    return f"Its parameter has to fit the gradient: {', '.join(shapes)}." if shapes else ""
 
 
 def _after(tensor: Tensor, grad: Tensor) -> Tensor:
@@ -286,9 +304,15 @@ def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
             f"A rule has to return the gradient for x; for a zero gradient, torch.zeros_like(grad)."
         )
     if result.shape != shape:
+        remedy = _shaped(ctx.call)
+        if grad.shape == result.shape:
+            remedy = (
+                "The operation changes the shape, which the rule does not support: give it None, or a rule registered "
+                "with keeps_shape=False. To give the rule to the parameters of a module, use on(parameter=...)."
+            )
         raise RuleError(
             f"rule {rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
-            f"for an input of shape {tuple(shape)}; grad has shape {tuple(grad.shape)}."
+            f"for an input of shape {tuple(shape)}; grad has shape {tuple(grad.shape)}. {remedy}".rstrip()
         )
     if result.dtype == dtype:
         return result

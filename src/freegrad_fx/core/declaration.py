@@ -41,6 +41,7 @@ class Declaration:
         token: A text that identifies the formula in every process; ``""`` if the formula reads variables, so that no
             text can identify it.
         own: Whether this package defines the formula. Such formulas are tested not to change their arguments.
+        meant_for: The canonical names of the operations that the formula is meant for; empty for all.
         takes_more: Whether the rule accepts parameters that it does not declare, as rules of FreeGrad can.
     """
 
@@ -61,6 +62,7 @@ class Declaration:
     token: str = ""
     own: bool = False
     takes_more: bool = False
+    meant_for: tuple[str, ...] = ()
 
     @property
     def formula(self) -> str:

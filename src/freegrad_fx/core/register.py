@@ -31,6 +31,7 @@ def register(
     mask: Callable[..., Tensor] | None = None,
     fast: Callable[..., Tensor] | None = None,
     examples: Iterable[Mapping[str, Any]] = (),
+    meant_for: str | tuple[str, ...] = (),
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
@@ -63,6 +64,8 @@ def register(
             torch.func is active. It can return ``NotImplemented``, and the formula is used instead.
         examples: Values of the parameters that the rule is tested with, besides the defaults, as dicts:
             ``({"a": -1.0, "b": 1.0}, {"a": 0.0})``. They are bound, and so checked, at registration.
+        meant_for: The canonical names of the operations that the formula is meant for, such as ``"relu"``. At other
+            operations the rule acts too, and the report says what it replaces there. Default: all.
         overwrite: True to replace a rule of the same name.
 
     Returns:
@@ -111,6 +114,7 @@ def register(
             token=_token(name, source, mask),
             own=_is_own(source, mask),
             takes_more=takes_more,
+            meant_for=(meant_for,) if isinstance(meant_for, str) else tuple(meant_for),
         )
         rule = Rule.of(declaration)
         _check_examples(rule)

@@ -160,7 +160,9 @@ def decoupled(
         if not isinstance(x, Tensor):
             return y
         raise TypeError(
-            f"the operation at site {site!r} returned {type(y).__name__}; a rule requires that it returns a tensor"
+            f"the operation at site {site!r} returned {type(y).__name__}, but a rule needs one tensor. If an entry of "
+            f"the table selects the module there by its class, give the class None, or give the rule to a module "
+            f"inside of it or around it that returns a tensor."
         )
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
     if not _acts(ambient) or warn_if_recorded() or not torch.is_grad_enabled():

@@ -20,11 +20,13 @@ from ..graph.nodes import called_module, called_path
 from ..sites.hidden import hidden_sites
 from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
+from ..sites.outputs import changes_shape, returns_several
 from ..sites.parameters import find_parameters, unused_parameters
 from ..sites.remarks import Lost, Opaque
 from ..sites.site import Located, LocatedOperation, LocatedParameter
 from ..table import Entry, RuleTable
 from .decision import Decided, Decision
+from .notes import remark_on
 from .plan import Plan
 
 __all__ = ["also", "make_plan"]
@@ -246,7 +248,15 @@ def _decide(place: Located, table: RuleTable) -> Decision:
         _check_replaceable(place, entry.forward)
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
         return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
-    return Decision(site, "rewrite", entry.rules, entry.forward, index, f"matches {entry.selector}")
+    return Decision(
+        site,
+        "rewrite",
+        entry.rules,
+        entry.forward,
+        index,
+        f"matches {entry.selector}",
+        remark=remark_on(place, entry.rules, entry.forward),
+    )
 
 
 _FROZEN = "it is frozen (requires_grad=False), so it gets no gradient; transform again after unfreezing it"
@@ -256,6 +266,8 @@ def _check_rules(place: Located, entry: Entry) -> None:
     """Raise `PlanError` if a rule of an entry cannot act at a site."""
     assert entry.rules is not None
     where = f"site {place.site.name} ({place.site.spelling})"
+    if isinstance(place, LocatedOperation) and place.op is None:
+        _check_module(place, entry, where)
     for rule in entry.rules:
         if place.site.kind not in rule.kinds:
             raise PlanError(
@@ -285,6 +297,29 @@ def _check_rules(place: Located, entry: Entry) -> None:
             raise PlanError(
                 f"rule {rule.name!r} needs the output y of an operation: {problem}; at {where}."
             )
+
+
+def _check_module(place: LocatedOperation, entry: Entry, where: str) -> None:
+    """Raise `PlanError` if the rules of an entry cannot act on a module that the entry selects by its class."""
+    if place.module is None or entry.rules is None:
+        return
+    kind = type(place.module).__name__
+    remedy = (
+        f"To give the rule to the parameters of these modules, write on(parameter='*', type={kind}).backward(...); to "
+        f"keep the native backward of the call, give the class None."
+    )
+    gives = f"entry {entry.selector!r} gives the rule"
+    if returns_several(place.module):
+        raise PlanError(
+            f"{gives} {entry.rules[0].name!r} to the call of {kind}, which returns a tuple. A rule needs one tensor; "
+            f"at {where}. {remedy}"
+        )
+    keeping = next((rule.name for rule in entry.rules if rule.keeps_shape), None)
+    if keeping is not None and changes_shape(place.module):
+        raise PlanError(
+            f"{gives} {keeping!r} to the call of {kind}. The rule returns a gradient of the shape of the output, but "
+            f"{kind} changes the shape; at {where}. {remedy}"
+        )
 
 
 def _works_in_place(forward: Callable[..., Tensor]) -> bool:

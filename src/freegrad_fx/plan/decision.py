@@ -28,6 +28,7 @@ class Decision:
         modes: The modes of the model in which the site exists; ``""`` for all modes.
         frozen: Whether the site is a parameter that gets no rule only because it does not require a gradient.
         also: The indices of the later entries of the table that match the site too.
+        remark: What the rules do there that may not be meant; ``""`` if there is nothing to say.
     """
 
     site: Site
@@ -39,6 +40,7 @@ class Decision:
     modes: str = ""
     frozen: bool = False
     also: tuple[int, ...] = ()
+    remark: str = ""
 
     def reads(self, name: str) -> bool:
         """Whether the rules read the input ``"x"`` or the output ``"y"``; those of a `use` block can read both."""

@@ -162,6 +162,9 @@ class Plan:
         for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
             count = sum(d.forward == forward for d in self.decisions)
             yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."
+        for remark in dict.fromkeys(d.remark for d in self.decisions if d.remark):
+            count = sum(d.remark == remark for d in self.decisions)
+            yield f"Note, {_sites(count)}: {remark}."
         for opaque in self.opaque:
             yield f"Opaque: {opaque}."
         for lost in self.lost:

@@ -26,7 +26,12 @@ def _fast_guided(grad: Tensor, x: Tensor) -> Any:
     reference="Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop",
     mask=masks.positive,
     fast=_fast_guided,
+    meant_for="relu",
 )
 def guided(grad: Tensor, mask: Tensor) -> Tensor:
-    """max(grad, 0)·1[x > 0]"""
+    """max(grad, 0)·1[x > 0]
+
+    Meant for ReLU. The rule replaces the derivative of the operation: at a GELU or another activation, the gradient is
+    that of guided backpropagation through a ReLU of the same input, as if the activation were a ReLU.
+    """
     return masks.only_where(mask, grad.clamp(min=0))

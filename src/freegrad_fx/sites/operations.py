@@ -67,6 +67,7 @@ def find_sites(
                 node=node,
                 key=spelling.key,
                 inplace=spelling.inplace,
+                module=module,
             )
         )
     return found

@@ -86,11 +86,13 @@ class LocatedOperation(Located):
         node: The node of the operation.
         key: The position of the activated tensor: an index of `node.args` or a key of `node.kwargs`.
         inplace: Whether the operation writes its result into the activated tensor.
+        module: The module that is called; None for other calls.
     """
 
     node: fx.Node
     key: int | str
     inplace: bool
+    module: nn.Module | None = None
 
     @property
     def input(self) -> fx.Node:

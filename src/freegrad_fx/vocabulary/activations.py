@@ -56,10 +56,10 @@ TABLE = (
     make_op("sign", group=_Q, also="sgn"),
     make_op("binarize", group=_Q, functions=(binarize,)),
     make_op("ternarize", group=_Q, functions=(ternarize,), elementwise=False),
-    make_op("round", group=_Q),
+    make_op("round", group=_Q, zero_below=0.5),
     make_op("floor", group=_Q),
     make_op("ceil", group=_Q),
-    make_op("trunc", group=_Q, also="fix"),
+    make_op("trunc", group=_Q, also="fix", zero_below=1.0),
     # No group, because models also use these for other purposes than activation.
     make_op("glu", nn.GLU, elementwise=False, keeps_shape=False),
     make_op("clamp", also="clip", needs_more=True),

@@ -32,7 +32,7 @@ def computes_activations(module: nn.Module) -> bool:
 def _calls_activations(kind: type[nn.Module]) -> bool:
     """Whether the class is derived from an activation, or its source, or that of a base, calls one by its name."""
     bases = [base for base in kind.__mro__ if issubclass(base, nn.Module) and base is not nn.Module]
-    return any(base in _MODULES or _names(base) & _NAMES for base in bases)
+    return any(base in _MODULES or _names(base) & _NAMES for base in bases)  # type: ignore[arg-type]
 
 
 @functools.cache

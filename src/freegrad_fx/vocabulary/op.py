@@ -38,6 +38,8 @@ class Op:
     function: Callable[..., Tensor] | None
     # The output is positive exactly where the input is, and PyTorch saves the output for the backward
     keeps_positive: bool = False
+    # Entries of a smaller magnitude become 0
+    zero_below: float = 0.0
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # By name: copies are identical to the original, and ATen overloads cannot be pickled.
@@ -85,6 +87,7 @@ def make_op(
     keeps_shape: bool = True,
     keeps_positive: bool = False,
     needs_more: bool = False,
+    zero_below: float = 0.0,
 ) -> Op:
     """Make a line of the vocabulary.
 
@@ -98,6 +101,7 @@ def make_op(
         keeps_shape: See `Op`.
         keeps_positive: See `Op`.
         needs_more: Whether the op needs arguments besides the tensor.
+        zero_below: See `Op`.
     """
     names = [name, *also.split()]
     twins = [f"{n}_" for n in names]
@@ -109,6 +113,7 @@ def make_op(
         elementwise=elementwise,
         keeps_shape=keeps_shape,
         keeps_positive=keeps_positive,
+        zero_below=zero_below,
         modules=modules,
         functions=tuple(dict.fromkeys(functions)),
         inplace_functions=tuple(_found(twins, _FUNCTIONS)),

@@ -1,0 +1,48 @@
+"""Remarks on what rules and forwards do at a site, from what the rules and the vocabulary declare."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..core.rule import Forward, Rule
+from ..sites.site import Located, LocatedParameter
+from ..vocabulary.activations import OPS
+
+__all__ = ["remark_on"]
+
+
+def remark_on(place: Located, rules: Sequence[Rule], forward: Forward | None) -> str:
+    """What the rules and the forward of a site do there that may not be meant, as a clause; ``""`` if there is nothing.
+
+    Args:
+        place: The site.
+        rules: The rules that it gets.
+        forward: The forward that it gets, or None.
+    """
+    found = [] if place.op is None or forward is not None else _elsewhere(place.op.name, rules)
+    if isinstance(place, LocatedParameter) and isinstance(forward, str):
+        found += _zero(place.tensor, forward)
+    return "; ".join(found)
+
+
+def _elsewhere(op: str, rules: Sequence[Rule]) -> list[str]:
+    return [
+        f"rule {rule.name!r} is meant for {' and '.join(rule.declaration.meant_for)}; its formula, {rule.formula}, "
+        f"replaces the derivative of {op}"
+        for rule in rules
+        if rule.declaration.meant_for and op not in rule.declaration.meant_for
+    ]
+
+
+def _zero(tensor: Tensor, forward: str) -> list[str]:
+    bound = OPS[forward].zero_below
+    known = type(tensor) in (Tensor, nn.Parameter) and not tensor.is_meta and tensor.numel()
+    if not bound or not known or not tensor.is_floating_point():
+        return []
+    with torch.no_grad():
+        zero = bool((tensor.abs() < bound).all())
+    reason = f"all entries have a magnitude below {bound}, so that forward={forward!r} makes each of them 0"
+    return [f"{reason}; scale them first, with a function as the forward"] if zero else []
