@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .._torch.dispatch import is_transformed, runs_alone
+from .._torch.dispatch import runs_alone
 from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from .._torch.tensors import version
@@ -135,7 +135,7 @@ def _parameter_versions(call: Call, names: list[str]) -> dict[str, int]:
                 f"since this model was copied. The copy has a tensor of its own, which has not changed. Set it with "
                 f"model.set_rule_parameter({call.site!r}, {name}=...) on the copy, or transform again."
             )
-        versions[name] = 0 if value.is_inference() or is_transformed(value) else version(value)
+        versions[name] = 0 if value.is_inference() else version(value)
     return versions
 
 

@@ -30,7 +30,7 @@ def forget(tensor: Tensor) -> None:
 
 def changed_since_copied(tensor: Tensor) -> bool:
     """Whether the tensor of which this one is a copy has been written into since."""
-    if not len(_sources) or tensor not in _sources:
+    if not _sources.data or tensor not in _sources:  # the first is a fast path
         return False
     source, before = _sources[tensor]
     original = source()
