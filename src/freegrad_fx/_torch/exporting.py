@@ -15,13 +15,22 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 __all__ = [
+    "alias",
+    "alias_operation",
+    "assert_metadata",
+    "asserted_metadata",
     "constants_lifted_by",
     "dynamic_where_possible",
     "export",
+    "fake_tensor",
     "guard_names",
     "guards_written_by",
+    "is_conversion",
     "is_fake",
     "is_symbolic",
+    "metadata_assertion",
+    "missing_attributes_read_by",
+    "moved_to",
     "traced_in_full",
 ]
 
@@ -77,7 +86,7 @@ def guard_names() -> dict[str, Any]:
 
 def is_fake(value: Any) -> bool:
     """Whether a value is a fake tensor, with which export runs a model."""
-    return isinstance(value, lookup("torch._subclasses.fake_tensor.FakeTensor", _EXPORT))
+    return isinstance(value, fake_tensor())
 
 
 def is_symbolic(value: Any) -> bool:
@@ -86,6 +95,63 @@ def is_symbolic(value: Any) -> bool:
     return is_fake(value) or isinstance(
         value, (functional, torch.SymInt, torch.SymFloat, torch.SymBool)
     )
+
+
+def fake_tensor() -> Any:
+    """The class of the tensors with which export calls a forward."""
+    return lookup("torch._subclasses.fake_tensor.FakeTensor", _EXPORT)
+
+
+def metadata_assertion() -> Any:
+    """The operation with which export asserts the dtype, device and layout of a tensor."""
+    return torch.ops.aten._assert_tensor_metadata.default
+
+
+def assert_metadata(tensor: Any, **expected: Any) -> None:
+    """Record an assertion of the dtype or device of a tensor while a model is exported."""
+    metadata_assertion()(tensor, **expected)
+
+
+def asserted_metadata(node: Any) -> tuple[Any, dict[str, Any]]:
+    """The tensor in an assertion of `metadata_assertion`, and what is asserted of it."""
+    names = [argument.name for argument in metadata_assertion()._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    return given.pop(names[0]), {name: v for name, v in given.items() if v is not None}
+
+
+def alias_operation() -> Any:
+    """The operation that returns another tensor with the same memory."""
+    return torch.ops.aten.alias.default
+
+
+def alias(tensor: Any) -> Any:
+    """Another tensor with the same memory."""
+    return alias_operation()(tensor)
+
+
+def is_conversion(node: Any) -> bool:
+    """Whether a node converts a tensor to a dtype or a device, or returns it as it is."""
+    packet = getattr(node.target, "overloadpacket", None)
+    return packet in (torch.ops.aten.to, torch.ops.aten.type_as)
+
+
+def moved_to(tensor: Any, device: torch.device) -> Any:
+    """`tensor.to(device)`, recorded without the dtype of the tensor."""
+    return torch.ops.aten.to.dtype_layout(tensor, device=device)
+
+
+def missing_attributes_read_by(
+    make: Callable[[Callable[..., Any]], Callable[..., Any]],
+) -> AbstractContextManager[None]:
+    """Replace `nn.Module.__getattr__` while a model is exported.
+
+    Args:
+        make: Returns the replacement, given the method. Both take a module and the name of an attribute that is not in
+            the module's ``__dict__``: a parameter, buffer or submodule, or one that does not exist.
+    """
+    # The tracer of export replaces the method too, and calls what it stored when it was imported
+    module = lookup("torch.fx._symbolic_trace", _EXPORT)
+    return replaced(module, "_orig_module_getattr", make)
 
 
 @uses_private_names("compiling an exported model")

@@ -179,19 +179,27 @@ class _Static:
         return self._slot.now()(*args, **kwargs)
 
 
+def _is_data_descriptor(value: Any) -> bool:
+    return inspect.isdatadescriptor(value)
+
+
 def _accessors(slot: _Slot) -> tuple[Callable[[Any], Any], Callable[[Any, Any], None]]:
     """Functions that read and write an attribute in the ``__dict__`` of instances."""
 
     def read(instance: Any) -> Any:
-        found = slot.now()
-        if isinstance(found, property):
-            return found.fget(instance)  # type: ignore[misc]
+        found: Any = slot.now()
+        if _is_data_descriptor(found):  # a property, or an attribute that is written in C
+            return found.__get__(instance, type(instance))
         try:
             return instance.__dict__[slot.name]
         except KeyError:
             raise AttributeError(slot.name) from None
 
     def write(instance: Any, value: Any) -> None:
-        instance.__dict__[slot.name] = value
+        original: Any = slot.original
+        if _is_data_descriptor(original):
+            original.__set__(instance, value)
+        else:
+            instance.__dict__[slot.name] = value
 
     return read, write

@@ -6,13 +6,25 @@ from typing import TYPE_CHECKING, Any
 
 from .releases import private
 
-__all__ = ["TreeSpec", "dump_spec", "key_text", "leaves", "load_spec", "map_leaves", "map_only"]
+__all__ = [
+    "TreeSpec",
+    "dump_spec",
+    "key_text",
+    "leaves",
+    "load_spec",
+    "map_leaves",
+    "map_only",
+    "structure",
+    "unflatten",
+]
 
 _NESTED = "taking nested inputs apart"
 
 leaves = private("torch.utils._pytree.tree_leaves", _NESTED)
 map_leaves = private("torch.utils._pytree.tree_map", _NESTED)
 map_only = private("torch.utils._pytree.tree_map_only", _NESTED)
+structure = private("torch.utils._pytree.tree_structure", _NESTED)
+unflatten = private("torch.utils._pytree.tree_unflatten", _NESTED)
 key_text = private("torch.utils._pytree.keystr", _NESTED)
 _text_of = private("torch.utils._pytree.treespec_dumps", _NESTED)
 _from_text = private("torch.utils._pytree.treespec_loads", _NESTED)

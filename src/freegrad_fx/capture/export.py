@@ -22,20 +22,22 @@ from .._torch.modules import has_global_forward_hooks, has_hooks
 from ..errors import CaptureError, FreegradWarning
 from ..graph.provenance import META, Origin
 from ..graph.serialise import LOCK, keywords_as_names
-from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from ..sites.remarks import Lost
 from .captured import KEYWORD_ONLY, SPECIALISED, Variant
-from .copying import python_state_changed
+from .doors import with_remedy
 from .guards import Guards, ranks, recorded_guards
+from .kept import Assigned
 from .merge import Exported, FlagRead, merge
 from .outside import Outside, keeps_tensors
 from .patches.flags import noted_flags
 from .patches.functions import refused_functions
+from .patches.hooks import refused_autograd
+from .patches.metadata import keep_checks, noted_metadata
 from .patches.questions import noted_questions
 from .patches.random import RandomState
 from .patches.refusals import refused_constants, refused_contexts
-from .patches.state import noted_assignments
 from .questions import Question
+from .refusal import NotExportedError
 from .regions import collapse, find, hidden_regions, inline_grad_modes
 from .result import Capture
 
@@ -53,23 +55,22 @@ def capture_by_export(
     Raises:
         CaptureError: The export fails, or the graph would not compute what the model computes.
     """
-    if has_global_forward_hooks():
-        raise CaptureError(
-            f"{type(model).__name__} cannot be captured from example_inputs while there are forward hooks for all "
-            f"modules (register_module_forward_hook, register_module_forward_pre_hook): torch.export would run them "
-            f"once and put what they compute into the graph. Capture the model by symbolic tracing, without "
-            f"example_inputs, or remove these hooks and register hooks on the modules that need them."
-        )
+    args, kwargs = _inputs(example_inputs)
+    refusal: NotExportedError | None = None
     with LOCK:
         outside = Outside(root)
         try:
             with outside.uncached(), noted_questions(outside) as answers:
-                captured = _capture(model, root, *_inputs(example_inputs), dynamic_shapes)
+                captured = _capture(model, root, args, kwargs, dynamic_shapes)
+        except NotExportedError as error:
+            refusal = error
         finally:
             found = outside.restore(exporting.is_symbolic)
-        if found:
-            raise CaptureError(keeps_tensors(type(model), found[0]))
-        return replace(captured, variants=tuple(_with_answers(captured.variants, answers)))
+    if refusal is not None:
+        raise with_remedy(refusal, model, args, kwargs) from refusal.__cause__
+    if found:
+        raise CaptureError(keeps_tensors(type(model), found[0]))
+    return replace(captured, variants=tuple(_with_answers(captured.variants, answers)))
 
 
 def _with_answers(
@@ -95,6 +96,14 @@ def _capture(
     kwargs: dict[str, Any],
     dynamic_shapes: Any,
 ) -> Capture:
+    if has_global_forward_hooks():
+        raise NotExportedError(
+            f"{type(model).__name__} cannot be captured from example_inputs while there are forward hooks for all "
+            f"modules (register_module_forward_hook, register_module_forward_pre_hook): torch.export would run them "
+            f"once and put what they compute into the graph.",
+            symbolic=True,
+            instead="remove these hooks and register hooks on the modules that need them",
+        )
     train, evaluation, reads = _export_both_modes(model, root, args, kwargs, dynamic_shapes)
     differing = merge(train, evaluation, reads)
     if not differing:
@@ -117,7 +126,7 @@ def _capture(
         type(model).__name__,
         tuple(variants),
         tuple(dict.fromkeys(regions)),
-        (*_hooks_lost(root), *_forget_fakes(model, root)),
+        (*_hooks_lost(root), *dict.fromkeys((*train.lost, *evaluation.lost))),
     )
 
 
@@ -145,7 +154,7 @@ def _export_both_modes(
                 for module in flags:  # not root.train(), which a model can override
                     module.__dict__["training"] = mode
                 exported.append(_exported(root, args, kwargs, dynamic_shapes))
-        _refuse_python_effects(model, root, random)
+        _refuse_random_numbers(model, random)
     finally:
         random.restore()
         for module, training in flags.items():
@@ -154,32 +163,12 @@ def _export_both_modes(
     return train, evaluation, reads
 
 
-_KEEPS_STATE = (
-    "{} cannot be captured: its forward changes Python state ({}). A graph would not repeat the change at each call. "
-    "Make the state a buffer."
-)
-
-
 def _hooks_lost(root: nn.Module) -> Iterator[Lost]:
     """The hooks of submodules, which are not in the graph."""
     for path, module in root.named_modules():
         if path and has_hooks(module):
             what = f"the hooks of {type(module).__name__}"
             yield Lost(path, what, "torch.export runs them once and drops them")
-
-
-def _forget_fakes(model: nn.Module, root: nn.Module) -> Iterator[Lost]:
-    """Restore the attributes to which the exported forward assigned fake tensors; the graph does not assign them."""
-    for (path, run), original in zip(root.named_modules(), model.modules(), strict=False):
-        for name, value in list(run.__dict__.items()):
-            leaves = tree.leaves(value) if name not in ATTRIBUTES_OF_EVERY_MODULE else []
-            if any(map(exporting.is_fake, leaves)):
-                if name in original.__dict__:
-                    run.__dict__[name] = original.__dict__[name]
-                else:
-                    del run.__dict__[name]
-                reason = "the forward assigns tensors to it; the graph does not"
-                yield Lost(path, f"attribute {name!r}", reason)
 
 
 @contextlib.contextmanager
@@ -195,17 +184,13 @@ def _without_hooks(root: nn.Module) -> Iterator[None]:
         root.__dict__.update(kept)
 
 
-def _refuse_python_effects(model: nn.Module, root: nn.Module, random: RandomState) -> None:
-    """Raise `CaptureError` if the forward drew random numbers or changed Python state, which no graph repeats."""
+def _refuse_random_numbers(model: nn.Module, random: RandomState) -> None:
+    """Raise `CaptureError` if the forward drew random numbers that no graph draws."""
     if random.drawn_from():
-        raise CaptureError(
+        raise NotExportedError(
             f"{type(model).__name__} draws random numbers from outside of PyTorch's tensor functions (random, "
-            f"numpy.random, or a generator). A graph would reuse the same numbers at each call. Use torch.rand(())."
-        )
-    if changed := python_state_changed(model, root):
-        path, what = next(iter(changed.items()))
-        raise CaptureError(
-            _KEEPS_STATE.format(type(model).__name__, f"{path or 'the root'}: {what}")
+            f"numpy.random, or a generator). A graph would reuse the same numbers at each call.",
+            instead="use torch.rand(())",
         )
 
 
@@ -237,12 +222,15 @@ def _exported(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> Exported:
     """Export `root` in its current mode as one flat graph, with the origin of each node."""
-    program = _export(root, args, kwargs, dynamic_shapes)
+    program, assigned = _export(root, args, kwargs, dynamic_shapes)
     with warnings.catch_warnings(), keywords_as_names(), recorded_guards() as guards:
         warnings.simplefilter("ignore")
         module = program.module()
     graph = module.graph
     inline_grad_modes(module, graph)
+    for region in module.modules():
+        if isinstance(region, fx.GraphModule):
+            keep_checks(region.graph)
     parts: dict[str, Any] = {}
     # The sites of a module with several names have the first name, as in symbolic tracing
     first = {module: path for path, module in root.named_modules()}
@@ -259,12 +247,13 @@ def _exported(
             node.meta[META] = _origin(node, names)
     collapse(graph)
     graph.owning_module = None
-    return Exported(graph, parts)
+    assigned.add_to(graph)
+    return Exported(graph, parts, tuple(assigned.lost))
 
 
 def _export(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
-) -> Any:
+) -> tuple[Any, Assigned]:
     """The exported program. Without `dynamic_shapes` the first dimensions are dynamic if that can be exported."""
     attempts = (
         [dynamic_shapes]
@@ -272,35 +261,37 @@ def _export(
         else [_batch_is_dynamic(root, args, kwargs), None]
     )
     for attempt in attempts:
+        assigned = Assigned(root)
         try:
             with (
                 warnings.catch_warnings(),
                 refused_functions(),
+                refused_autograd(),
+                noted_metadata(converts=attempt is attempts[0]),
                 refused_contexts(),
                 refused_constants(),
                 keywords_as_names(),
-                noted_assignments(root) as assigned,
+                assigned.watching(),
             ):
                 warnings.simplefilter("ignore")
                 warnings.simplefilter("error", FreegradWarning)
                 program = exporting.export(root, args, kwargs, attempt)
-            if assigned:
-                raise CaptureError(_KEEPS_STATE.format(type(root).__name__, assigned[0]))
-            return program
+            return program, assigned
         except CaptureError:
             raise
         except FreegradWarning as warning:
-            raise CaptureError(
-                f"a part of {type(root).__name__} has backward rules already, which torch.export drops. Transform the "
-                f"model without example_inputs, because symbolic tracing keeps these rules; or transform the original "
-                f"model as a whole. If the rules come from use() blocks only, transform with ambient=True."
+            raise NotExportedError(
+                f"a part of {type(root).__name__} has backward rules already, which torch.export drops.",
+                symbolic=True,
+                instead="transform the original model as a whole. If the rules come from use() blocks only, transform "
+                "with ambient=True",
             ) from warning
         except Exception as error:
             failure = error
     first = str(failure).strip().partition("\n")[0]
-    raise CaptureError(
+    raise NotExportedError(
         f"{type(root).__name__} cannot be captured from the example inputs: torch.export raised "
-        f"{type(failure).__name__}: {first[:300]}. Use freegrad_fx.compile(model, rules), which accepts any program."
+        f"{type(failure).__name__}: {first[:300].rstrip('.')}."
     ) from failure
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from .._torch.graphs import structures_of
 from ..graph.provenance import META, origin
+from ..sites.remarks import Lost
 
 __all__ = ["Exported", "FlagRead", "merge"]
 
@@ -23,10 +24,12 @@ class Exported:
     Attributes:
         graph: The graph.
         parts: The modules and constants that the export created, by their names in the graph.
+        lost: What the forward does and the graph does not.
     """
 
     graph: fx.Graph
     parts: dict[str, Any] = field(default_factory=dict)
+    lost: tuple[Lost, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from torch.fx.proxy import Proxy
 
 from ..graph.provenance import is_users
 
-__all__ = ["Outside", "is_proxy", "keeps_tensors", "still_held"]
+__all__ = ["Outside", "is_library", "is_proxy", "keeps_tensors", "refill", "still_held"]
 
 IsTraced = Callable[[Any], bool]
 
@@ -92,7 +92,7 @@ class Outside:
         for name, container, before in self._containers.values():
             if _contains(container, is_traced, 2) and not _contains(before, is_traced, 2):
                 found.append(name)
-                _refill(container, before)
+                refill(container, before)
         return list(dict.fromkeys(found))
 
     @contextlib.contextmanager
@@ -151,7 +151,7 @@ class Outside:
 
     def _add_class(self, kind: type[Any]) -> None:
         for base in kind.__mro__:
-            if base in self._classes or _is_library(base.__module__):
+            if base in self._classes or is_library(base.__module__):
                 continue
             self._classes[base] = dict(vars(base))
             for name, value in self._classes[base].items():
@@ -184,9 +184,9 @@ class Outside:
             for item in value:
                 self._add(item, name, depth - 1)
         elif isinstance(value, type):
-            if not _is_library(value.__module__) and not issubclass(value, nn.Module):
+            if not is_library(value.__module__) and not issubclass(value, nn.Module):
                 self._add_class(value)
-        elif not isinstance(value, ModuleType | Tensor) and not _is_library(kind.__module__):
+        elif not isinstance(value, ModuleType | Tensor) and not is_library(kind.__module__):
             attributes = getattr(value, "__dict__", None)
             if type(attributes) is dict:
                 self._seen.add(id(value))
@@ -202,7 +202,7 @@ class Outside:
 
     def _add_function(self, function: FunctionType) -> None:
         self.compares_identity |= _compares_identity(function.__code__)
-        if not _is_library(module := function.__module__ or ""):
+        if not is_library(module := function.__module__ or ""):
             self._add_globals(function.__globals__, module, _names(function.__code__), _DEPTH)
         where = f"of the function {function.__qualname__}"
         for name, cell in zip(
@@ -225,7 +225,7 @@ class Outside:
             if (id(space), name) in self._globals:
                 continue
             if isinstance(value, ModuleType):
-                if depth and not _is_library(value.__name__):
+                if depth and not is_library(value.__name__):
                     self._add_globals(vars(value), value.__name__, names, depth - 1)
                 continue
             self._globals[id(space), name] = (f"{module}.{name}", space, value)
@@ -277,7 +277,7 @@ def _removed(proxy: Any) -> list[str]:
             for item in holder:
                 if item is not proxy:
                     kept.append(item)
-            _refill(holder, kept)
+            refill(holder, kept)
             found.append(f"a {type(holder).__name__} that the forward can reach")
         elif isinstance(holder, CellType):
             del holder.cell_contents
@@ -306,7 +306,7 @@ _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, object, M
 _MOST_SEARCHED = 256
 
 
-def _is_library(module: str) -> bool:
+def is_library(module: str) -> bool:
     """Whether a module belongs to Python, PyTorch or this package."""
     package = module.partition(".")[0]
     return package in _LIBRARIES or package in sys.stdlib_module_names
@@ -350,7 +350,7 @@ def _copied(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else list(value)
 
 
-def _refill(container: Any, before: Any) -> None:
+def refill(container: Any, before: Any) -> None:
     """Give a container the contents of a copy."""
     container.clear()
     if isinstance(container, dict | set):

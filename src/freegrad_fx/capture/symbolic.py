@@ -32,7 +32,7 @@ from .questions import Question
 from .result import Capture
 from .tracer import Tracer
 
-__all__ = ["capture_symbolically"]
+__all__ = ["capture_symbolically", "open_arguments"]
 
 PH: Any = fx.PH  # type: ignore[attr-defined]
 
@@ -164,6 +164,18 @@ def _specialised(root: nn.Module, concrete_args: Mapping[str, Any]) -> dict[str,
         chosen |= {name: () for name, p in parameters.items() if p.kind is p.VAR_POSITIONAL}
     chosen.update(concrete_args)
     return {name: value for name, value in chosen.items() if value is not PH}
+
+
+def open_arguments(
+    model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[str, ...]:
+    """The given arguments of a forward that are constants of the graph unless `concrete_args` opens them."""
+    parameters = inspect.signature(type(model).forward).parameters.values()
+    positional = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD][1:]
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
+    return tuple(
+        p.name for p in parameters if p.default is not p.empty and given.get(p.name) is not None
+    )
 
 
 def _trace(

@@ -14,7 +14,16 @@ from types import CodeType, FrameType, TracebackType
 import torch
 from torch import fx
 
-__all__ = ["META", "Origin", "caller", "innermost", "is_users", "is_users_file", "origin"]
+__all__ = [
+    "META",
+    "Origin",
+    "caller",
+    "innermost",
+    "is_library_code",
+    "is_users",
+    "is_users_file",
+    "origin",
+]
 
 META = "freegrad_fx"
 """The key of this package's entry in ``node.meta``."""
@@ -65,6 +74,11 @@ def is_users(code: CodeType) -> bool:
 def is_users_file(name: str) -> bool:
     """Whether a file is neither PyTorch's nor this package's."""
     return not name.startswith(_OURS)
+
+
+def is_library_code(code: CodeType) -> bool:
+    """Whether code is this package's, or PyTorch's outside of the layers and functions in torch.nn."""
+    return not is_users_file(code.co_filename) and not code.co_filename.startswith(_MODULES)
 
 
 def caller() -> str:

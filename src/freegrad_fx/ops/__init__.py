@@ -12,7 +12,13 @@ symbolic tracer therefore records each as one node, so that a rewritten graph ca
 """
 
 from .calls import call_with
-from .checks import require_frozen, require_open, require_specialised, require_tensor
+from .checks import (
+    require_frozen,
+    require_metadata,
+    require_open,
+    require_specialised,
+    require_tensor,
+)
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient, written_back
 from .hooked import call_without_hooks, run_hooks, run_pre_hooks
@@ -27,6 +33,7 @@ __all__ = [
     "function_of",
     "kept",
     "require_frozen",
+    "require_metadata",
     "require_open",
     "require_specialised",
     "require_tensor",

@@ -10,7 +10,13 @@ from torch.overrides import handle_torch_function, has_torch_function, has_torch
 
 from ..errors import CaptureError
 
-__all__ = ["require_frozen", "require_open", "require_specialised", "require_tensor"]
+__all__ = [
+    "require_frozen",
+    "require_metadata",
+    "require_open",
+    "require_specialised",
+    "require_tensor",
+]
 
 
 def require_specialised(value: Any, captured: Any, name: str, remedy: str = "") -> None:
@@ -65,6 +71,26 @@ def require_tensor(value: Any, where: str) -> None:
         raise CaptureError(
             f"the forward tests the type of a value at {where}. The graph was captured for a tensor, but the value is "
             f"of type {type(value).__name__} in this call. Transform the model with example_inputs=(...) of that type."
+        )
+
+
+def require_metadata(x: Tensor, name: str, captured: Any) -> None:
+    """Raise `CaptureError` if the forward reads the dtype or device of a tensor and it differs from the captured one.
+
+    Args:
+        x: The tensor.
+        name: ``"dtype"`` or ``"device"``.
+        captured: The value during the capture.
+    """
+    if has_torch_function_unary(x):
+        handle_torch_function(require_metadata, (x,), x, name, captured)
+        return
+    now = x.dtype if name == "dtype" else x.device
+    if now != captured and (name == "dtype" or now.type != captured.type):  # type: ignore[union-attr]
+        raise CaptureError(
+            f"the forward reads the {name} of a tensor, which was {captured} when the model was captured and is {now} "
+            f"in this call. Transform the original model again, with example_inputs and inside of the torch.autocast "
+            f"block of the call, if there is one; or use freegrad_fx.compile(model, rules), which supports both."
         )
 
 

@@ -13,26 +13,27 @@ from torch import fx
 from ..._torch import exporting
 from ..._torch.replacing import replaced
 from ...context import Block
-from ...errors import CaptureError
 from ...graph.nodes import attribute
 from ...graph.provenance import is_users
+from ..refusal import NotExportedError
 
 __all__ = ["refused_constants", "refused_contexts"]
 
 
 def refused_constants() -> contextlib.AbstractContextManager[None]:
-    """Raise `CaptureError` for an unregistered tensor that requires a gradient: export would make it a constant."""
+    """Raise `NotExportedError` for an unregistered tensor that requires a gradient: export would make it a constant."""
 
     def refusing(lift: Callable[..., Any]) -> Callable[..., Any]:
         def look(graph_module: fx.GraphModule, *rest: Any) -> Any:
             for node in graph_module.graph.nodes:
                 value = attribute(node, graph_module)
                 if isinstance(value, torch.Tensor) and value.requires_grad:
-                    raise CaptureError(
+                    raise NotExportedError(
                         f"the forward uses a tensor of shape {tuple(value.shape)} that requires a gradient and is not "
                         f"registered under the name by which it is used, for example one in a list, a closure or a "
-                        f"global. torch.export would make it a constant, which is never trained. Use "
-                        f"nn.ParameterList or nn.Parameter, or transform the model without example_inputs."
+                        f"global. torch.export would make it a constant, which is never trained.",
+                        symbolic=True,
+                        instead="use nn.ParameterList or nn.Parameter",
                     )
             return lift(graph_module, *rest)
 

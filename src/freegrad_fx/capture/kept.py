@@ -1,0 +1,234 @@
+"""State that an exported forward changes: tensors that it assigns to attributes are kept, other changes are refused.
+
+torch.export repeats only what operations do to tensors. While a model is exported, the tensors that its forward assigns
+are therefore additional outputs, and the graph assigns them afterwards.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from .._torch import exporting, tree
+from .._torch.graphs import structures_of, with_structures
+from .._torch.modules import buffers_of, children_of, parameters_of
+from .._torch.replacing import replaced
+from ..graph.provenance import META, Origin
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
+from ..sites.remarks import Lost
+from .held import MISSING, Change, Held
+from .refusal import NotExportedError
+
+__all__ = ["Assigned", "Kept"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An attribute that the forward assigns and that the graph assigns too.
+
+    Attributes:
+        path: The path of the module.
+        name: The name of the attribute.
+        structure: The nesting of the tensors in the value.
+        count: The number of tensors in the value.
+    """
+
+    path: str
+    name: str
+    structure: Any
+    count: int
+
+
+class Assigned:
+    """The attributes that a forward assigns while it is exported.
+
+    Args:
+        root: The model.
+
+    Attributes:
+        kept: The attributes that the graph assigns; see `add_to`.
+        lost: Other attributes that the forward only writes.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self.kept: list[Kept] = []
+        self.lost: list[Lost] = []
+        self._root = root
+        # By their dicts: export replaces modules that have several names by other objects with the same dict
+        self._modules = {id(module.__dict__): module for module in root.modules()}
+        self._held: Held | None = None
+        self._read: set[tuple[int, str]] = set()
+        self._written: set[tuple[int, str]] = set()
+        self._hidden: dict[tuple[int, str], Any] = {}
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Watch the forward while the block exports the model, and restore afterwards what the model holds.
+
+        Raises:
+            NotExportedError: The forward makes a change that the graph would not repeat.
+        """
+        around = Held(self._root, tensors=True)
+        # torch.export interprets the graph of a GraphModule instead of calling the module
+        called = not isinstance(self._root, fx.GraphModule)
+        handles = (
+            self._root.register_forward_pre_hook(self._enter),
+            self._root.register_forward_hook(self._leave),
+        )
+        try:
+            with self._reads(), self._writes():
+                if called:
+                    self._make_buffers()
+                yield
+            for handle in handles:
+                handle.remove()
+            # Tensors that are not the model's own attributes are constants of the graph
+            changes = around.changes()
+            for change in changes if not called else (c for c in changes if c.module is None):
+                raise _refused(self._root, change)
+        finally:
+            for handle in handles:
+                handle.remove()
+            self._held = None
+            self._hidden.clear()
+            around.restore()
+
+    def add_to(self, graph: fx.Graph) -> None:
+        """Assign the last outputs of an exported graph to the attributes instead of returning them."""
+        if not self.kept:
+            return
+        output = next(iter(reversed(graph.nodes)))
+        flat = list(output.args[0])
+        count = sum(kept.count for kept in self.kept)
+        values = iter(flat[len(flat) - count :])
+        with graph.inserting_before(output):
+            for kept in self.kept:
+                value = tree.unflatten([next(values) for _ in range(kept.count)], kept.structure)
+                owner = graph.create_node("get_attr", kept.path or "itself")
+                assign = graph.call_function(setattr, (owner, kept.name, value))
+                for node in (owner, assign):
+                    node.meta[META] = Origin(kept.path, "")
+        output.args = (flat[: len(flat) - count],)
+        structures = structures_of(graph)
+        assert structures is not None
+        names, inputs, outputs = structures
+        graph.set_codegen(with_structures(names, inputs, outputs.children()[0]))
+
+    # -- the hooks around the forward
+
+    def _enter(self, *_: Any) -> None:
+        self._held = Held(self._root)
+        self._read.clear()
+        self._written.clear()
+        self.kept.clear()
+        self.lost.clear()
+
+    def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
+        assert self._held is not None
+        values: list[Tensor] = []
+        for change in self._held.changes():
+            tensors = self._tensors_to_keep(change)
+            if tensors is not None:
+                structure = tree.structure(change.after)
+                self.kept.append(Kept(change.path, change.name, structure, len(tensors)))
+                values += tensors
+            elif self._is_only_written(change):
+                reason = "the forward assigns a value to it; the graph does not"
+                self.lost.append(Lost(change.path, f"attribute {change.name!r}", reason))
+            else:
+                raise _refused(self._root, change)
+        self._held.restore()
+        return (output, tuple(values)) if self.kept else None
+
+    def _tensors_to_keep(self, change: Change) -> list[Tensor] | None:
+        """The tensors that the graph can assign to an attribute instead of the forward; None if it cannot."""
+        module, before, after = change.module, change.before, change.after
+        if module is None or change.name in {*parameters_of(module), *children_of(module)}:
+            return None
+        if isinstance(before, Tensor) and isinstance(after, Tensor):
+            alike = (before.dtype, before.device) == (after.dtype, after.device)
+            same = alike and before.dim() == after.dim() and before.shape == after.shape
+            return [after] if same or self._is_only_written(change) else None
+        leaves = tree.leaves(after) if after is not MISSING else []
+        if not leaves or not all(isinstance(leaf, Tensor) for leaf in leaves):
+            return None
+        return leaves if _is_plain(after) and self._is_only_written(change) else None
+
+    def _is_only_written(self, change: Change) -> bool:
+        """Whether the forward reads an attribute only after it has assigned it."""
+        if change.module is None:
+            return False
+        key = (id(change.module.__dict__), change.name)
+        watched = change.before is MISSING or isinstance(change.before, Tensor)
+        watched = watched and not hasattr(type(change.module), change.name)
+        return watched and key in self._written and key not in self._read
+
+    # -- what the forward reads and writes
+
+    def _make_buffers(self) -> None:
+        """Make tensor attributes buffers, so that export does not make them constants, and take None away.
+
+        `nn.Module.__getattr__`, by which reads are noted, is called for buffers and for attributes that do not exist.
+        """
+        for module in self._modules.values():
+            for name, value in list(module.__dict__.items()):
+                if (
+                    not (value is None or type(value) is Tensor)
+                    or name in ATTRIBUTES_OF_EVERY_MODULE
+                    or hasattr(type(module), name)
+                    or exporting.is_fake(value)
+                ):
+                    continue
+                del module.__dict__[name]
+                if value is not None and value.is_leaf:
+                    buffers_of(module)[name] = value
+                else:
+                    self._hidden[id(module.__dict__), name] = value
+
+    def _reads(self) -> contextlib.AbstractContextManager[None]:
+        def noting(read: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
+            def note(module: nn.Module, name: str) -> Any:
+                key = (id(module.__dict__), name)
+                if key not in self._written:
+                    self._read.add(key)
+                return self._hidden[key] if key in self._hidden else read(module, name)
+
+            return note
+
+        return exporting.missing_attributes_read_by(noting)
+
+    def _writes(self) -> contextlib.AbstractContextManager[None]:
+        def noting(assign: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
+            def note(module: nn.Module, name: str, value: Any) -> None:
+                if id(module.__dict__) in self._modules:
+                    self._written.add((id(module.__dict__), name))
+                if self._held and isinstance(value, Tensor) and name in buffers_of(module):
+                    # Otherwise export would copy the value into the buffer, and only into those of the root
+                    buffers_of(module)[name] = value
+                else:
+                    assign(module, name, value)
+
+            return note
+
+        return replaced(nn.Module, "__setattr__", noting)
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor, or consists of built-in containers of tensors."""
+    if type(value) in (list, tuple):
+        return all(map(_is_plain, value))
+    if type(value) is dict:
+        return all(type(key) is str for key in value) and all(map(_is_plain, value.values()))
+    return isinstance(value, Tensor)
+
+
+def _refused(root: nn.Module, change: Change) -> NotExportedError:
+    return NotExportedError(
+        f"{type(root).__name__} cannot be captured from example_inputs: its forward changes Python state ({change}). "
+        f"The graph would not repeat the change at each call.",
+        instead="make the state a buffer of constant shape",
+    )
