@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import logging
+import os
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +35,7 @@ __all__ = [
     "metadata_assertion",
     "missing_attributes_read_by",
     "moved_to",
+    "quiet",
     "traced_in_full",
 ]
 
@@ -42,6 +47,35 @@ def export(root: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedPr
     import torch.export
 
     return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Drop what export prints and logs in this thread, such as whole graphs, unless logs of PyTorch were requested."""
+    if "TORCH_LOGS" in os.environ:
+        yield
+        return
+    mine = threading.get_ident()
+    trace = lookup("torch.export._trace", _EXPORT)
+    vars(trace).setdefault("print", print)
+    handlers = {
+        handler
+        for name, logger in logging.root.manager.loggerDict.items()
+        if isinstance(logger, logging.Logger) and name.partition(".")[0] == "torch"
+        for handler in logger.handlers
+    }
+
+    def drop(_: logging.LogRecord) -> bool:
+        return threading.get_ident() != mine
+
+    for handler in handlers:
+        handler.addFilter(drop)
+    try:
+        with replaced(trace, "print", lambda _: lambda *args, **kwargs: None):
+            yield
+    finally:
+        for handler in handlers:
+            handler.removeFilter(drop)
 
 
 def dynamic_where_possible() -> Any:

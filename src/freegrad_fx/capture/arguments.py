@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 import enum
 import inspect
 import itertools
@@ -14,7 +16,14 @@ from torch import fx
 from ..graph.aliasing import named_in_place
 from .proxies import IN_PLACE, FlagProxy
 
-__all__ = ["Constant", "as_argument", "decided", "flag_path", "is_written_in_place"]
+__all__ = [
+    "Constant",
+    "as_argument",
+    "decided",
+    "flag_path",
+    "is_written_in_place",
+    "refuse_unbuildable",
+]
 
 
 @dataclass(frozen=True)
@@ -33,6 +42,21 @@ def as_argument(value: Any) -> Any:
         return value if plain else ...
     plain = value is None or type(value) in _PLAIN or isinstance(value, enum.Enum)
     return value if plain else ...
+
+
+def refuse_unbuildable(value: Any) -> None:
+    """Raise `NotImplementedError` for an object that a graph cannot build again from its parts."""
+    kind = type(value)  # a trace replaces isinstance
+    if issubclass(kind, collections.defaultdict):
+        raise NotImplementedError(
+            f"a graph cannot hold a {kind.__name__}; dict(...) of it can be returned"
+        )
+    if dataclasses.is_dataclass(kind):
+        made = [field.name for field in dataclasses.fields(kind) if not field.init]
+        if made:
+            raise NotImplementedError(
+                f"a graph cannot build the dataclass {kind.__name__}, whose field {made[0]!r} has init=False"
+            )
 
 
 _PLAIN = (bool, int, float, complex, str, torch.dtype, torch.device, torch.memory_format)

@@ -23,7 +23,8 @@ def check_model(model: Any) -> None:
 
     Raises:
         TypeError: `model` is not an `nn.Module`, is already compiled, or is a TorchScript module.
-        CaptureError: A parameter or buffer is not initialised.
+        CaptureError: A parameter or buffer is not initialised, or the model wraps another one to run it in parallel
+            or to average its parameters.
     """
     if not isinstance(model, nn.Module):
         what = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
@@ -38,12 +39,27 @@ def check_model(model: Any) -> None:
         raise TypeError(
             "the model is a TorchScript module, whose code cannot be traced. Transform the original nn.Module."
         )
+    if (wrapper := _wraps_its_module(model)) is not None:
+        raise CaptureError(
+            f"the model is a {wrapper}, which calls its module in another way than a graph does. Transform the module, "
+            f"then wrap the result: {wrapper}(freegrad_fx.transform(model.module, rules)); explain() takes "
+            f"model.module too."
+        )
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
             raise CaptureError(
                 f"{name!r} is not initialised yet (a lazy module). Run the model once on an example input, "
                 f"then transform it."
             )
+
+
+def _wraps_its_module(model: nn.Module) -> str | None:
+    """The name of a class of PyTorch that only wraps another module, if a model is an instance of one."""
+    known = ("DataParallel", "DistributedDataParallel", "FullyShardedDataParallel", "AveragedModel")
+    for kind in type(model).__mro__:
+        if kind.__name__ in known and kind.__module__.partition(".")[0] == "torch":
+            return kind.__name__
+    return None
 
 
 def structural_copy(model: nn.Module) -> nn.Module:

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.utils.rnn import PackedSequence
 
 from .._torch import exporting, settings, tree
 from .._torch.modules import has_global_forward_hooks, has_hooks
@@ -255,6 +256,12 @@ def _export(
     root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], dynamic_shapes: Any
 ) -> tuple[Any, Assigned]:
     """The exported program. Without `dynamic_shapes` the first dimensions are dynamic if that can be exported."""
+    if any(isinstance(v, PackedSequence) for v in tree.leaves((args, kwargs), _is_packed)):
+        raise NotExportedError(
+            f"{type(root).__name__} cannot be captured from the example inputs: torch.export does not support a "
+            f"PackedSequence among them.",
+            symbolic=True,
+        )
     attempts = (
         [dynamic_shapes]
         if dynamic_shapes is not None
@@ -265,6 +272,7 @@ def _export(
         try:
             with (
                 warnings.catch_warnings(),
+                exporting.quiet(),
                 refused_functions(),
                 refused_autograd(),
                 noted_metadata(converts=attempt is attempts[0]),
@@ -288,11 +296,35 @@ def _export(
             ) from warning
         except Exception as error:
             failure = error
-    first = str(failure).strip().partition("\n")[0]
     raise NotExportedError(
-        f"{type(root).__name__} cannot be captured from the example inputs: torch.export raised "
-        f"{type(failure).__name__}: {first[:300].rstrip('.')}."
+        f"{type(root).__name__} cannot be captured from the example inputs: {_in_words(failure)}.",
+        symbolic=_OUTPUT in str(failure),
     ) from failure
+
+
+_OUTPUT = "in output, which is not a known type"
+
+
+def _in_words(failure: Exception) -> str:
+    """Why torch.export failed."""
+    text = str(failure).strip()
+    if "fake tensor in the exported program constant's list" in text:
+        return "the forward uses a tensor whose origin torch.export does not know, such as the .data of a tensor"
+    if _OUTPUT in text:
+        kind = text.partition("<class '")[2].partition("'>")[0]
+        if kind.endswith("Cache"):
+            return (
+                f"it returns a {kind.rpartition('.')[2]}, which torch.export does not support. Add use_cache=False to "
+                f"the example inputs (example_inputs={{..., 'use_cache': False}}), or set model.config.use_cache=False"
+            )
+        return f"it returns an object of the class {kind}, which torch.export does not support"
+    return f"torch.export raised {type(failure).__name__}: " + text.partition("\n")[0][:300].rstrip(
+        "."
+    )
+
+
+def _is_packed(value: Any) -> bool:
+    return isinstance(value, PackedSequence)
 
 
 def _batch_is_dynamic(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:

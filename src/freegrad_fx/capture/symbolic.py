@@ -203,8 +203,8 @@ def _trace(
         if "" in whole:
             raise CaptureError(
                 f"{type(root).__name__} cannot be captured: {whole['']}. A graph would not repeat the change at each "
-                f"call. Make the attribute a buffer, or move that part into a submodule, which is then kept as one "
-                f"opaque call."
+                f"call. Compile the model with freegrad_fx.compile(model, rules), which accepts any program; or make "
+                f"the attribute a buffer, or move that part into a submodule, which is then kept as one opaque call."
             )
         if drawn or watched or whole or stored:
             random.restore()
@@ -221,8 +221,8 @@ def _trace(
                 raise CaptureError(
                     f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
                     f"functions (random, numpy.random, or a generator). A graph would reuse the same numbers at each "
-                    f"call. Use torch.rand(()), or move that part into a submodule, which is then kept as one opaque "
-                    f"call."
+                    f"call. Compile the model with freegrad_fx.compile(model, rules), which accepts any program; or "
+                    f"use torch.rand(()), or move that part into a submodule, which is then kept as one opaque call."
                 )
     return tracer, graph, forgotten
 

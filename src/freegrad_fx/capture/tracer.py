@@ -28,7 +28,14 @@ from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque, add_once
 from ..vocabulary.recognition import recognise
-from .arguments import Constant, as_argument, decided, flag_path, is_written_in_place
+from .arguments import (
+    Constant,
+    as_argument,
+    decided,
+    flag_path,
+    is_written_in_place,
+    refuse_unbuildable,
+)
 from .decorated import call_of, is_decorated
 from .inventory import compares_identity, held_tensors, kept_whole, tensor_names
 from .outside import Outside, is_proxy
@@ -181,6 +188,7 @@ class Tracer(graphs.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """Make an argument of a node from a value. Subclasses of dict and list are preserved."""
+        refuse_unbuildable(a)
         # FX would convert it to a plain dict or list
         if isinstance(a, dict | list) and type(a) not in (
             dict,
