@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
 from side_by_side import Net, build, sample
@@ -219,3 +220,27 @@ def test_a_cache_in_the_output_names_the_argument_that_leaves_it_out() -> None:
     given = {"x": sample(), "use_cache": False}
     gm = fg.transform(build(GivesCache), NATIVE, example_inputs=given)
     assert torch.equal(gm(**given)[0], build(GivesCache)(**given)[0])
+
+
+class Checkpoints(Net):
+    """As Hugging Face's layers do."""
+
+    def make(self) -> None:
+        self.gradient_checkpointing, self.options = False, {}
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.f(x)
+        if self.gradient_checkpointing and self.training:
+            return checkpoint(self.act, h, **self.options)
+        return self.act(h)
+
+
+def test_gradient_checkpointing_is_lost_with_a_warning_or_refused() -> None:
+    model = build(Checkpoints)
+    model.gradient_checkpointing, model.options = True, {"use_reentrant": False}
+    with pytest.warns(fg.FreegradWarning, match=r"gradient_checkpointing.*saves no memory"):
+        gm = fg.transform(model, NATIVE, example_inputs=(sample(),))
+    assert torch.equal(gm(sample()), model(sample()))
+    model.options = {"use_reentrant": True}
+    with pytest.raises(fg.CaptureError, match=r"use_reentrant=True.*use_reentrant=False"):
+        fg.transform(model, NATIVE, example_inputs=(sample(),))

@@ -127,7 +127,11 @@ def _capture(
         type(model).__name__,
         tuple(variants),
         tuple(dict.fromkeys(regions)),
-        (*_hooks_lost(root), *dict.fromkeys((*train.lost, *evaluation.lost))),
+        (
+            *_hooks_lost(root),
+            *_checkpointing_lost(root),
+            *dict.fromkeys((*train.lost, *evaluation.lost)),
+        ),
     )
 
 
@@ -170,6 +174,18 @@ def _hooks_lost(root: nn.Module) -> Iterator[Lost]:
         if path and has_hooks(module):
             what = f"the hooks of {type(module).__name__}"
             yield Lost(path, what, "torch.export runs them once and drops them")
+
+
+def _checkpointing_lost(root: nn.Module) -> Iterator[Lost]:
+    """The gradient checkpointing that was enabled in a model of Hugging Face, named once."""
+    for path, module in root.named_modules():
+        if module.__dict__.get("gradient_checkpointing") is True:
+            reason = (
+                "the graph contains the operations without the checkpoints, so it saves no memory; "
+                "freegrad_fx.compile(model, rules) keeps them"
+            )
+            yield Lost(path, "gradient_checkpointing", reason)
+            return
 
 
 @contextlib.contextmanager
