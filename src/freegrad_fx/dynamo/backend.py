@@ -266,7 +266,8 @@ def _refuse_functions(table: RuleTable) -> None:
             if issubclass(kind, torch.autograd.Function):
                 raise PlanError(
                     f"the entry {entry.selector!r} selects calls of the autograd.Function {kind.__name__}, which "
-                    f"Dynamo traces into. Remove the entry (the Function keeps its backward), or use transform()."
+                    f"Dynamo traces into. Remove the entry (the Function keeps its backward); transform() takes "
+                    f"it, in models that it can capture."
                 )
 
 

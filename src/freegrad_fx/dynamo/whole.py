@@ -86,7 +86,8 @@ def refusal(module: nn.Module, path: str, reason: str) -> PlanError:
     return PlanError(
         f"the table selects the calls of {kind}, but the call of {path or 'the root'} cannot be one site: {reason}. "
         f"Dynamo traces into every module, so a call can be a site only if it is in one graph and has one tensor as "
-        f"input and one as output. Select the ops inside of {kind} instead, or use transform()."
+        f"input and one as output. Select the ops inside of {kind} instead; transform() takes classes, in "
+        f"models that it can capture."
     )
 
 
