@@ -203,14 +203,14 @@ def test_a_site_that_no_rule_can_be_given_to_follows_no_block() -> None:
         assert torch.equal(gm(x.clone()), model(x.clone()))
 
 
-def test_backward_hooks_of_a_module_that_follows_blocks_are_lost_and_said_to_be() -> None:
+def test_backward_hooks_of_a_module_that_follows_blocks_run() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
-    model[1].register_full_backward_hook(lambda module, into, out: None)
-    with pytest.warns(fg.FreegradWarning, match="the backward hooks of ReLU"):
-        gm = fg.transform(model)
-    (lost,) = fg.report(gm).lost
-    assert lost.path == "1"
-    assert "they are not called" in lost.reason
+    model[1].register_full_backward_hook(lambda module, into, out: (out[0] * 2,))
+    gm = fg.transform(model, strict=True)
+    with fg.use("straight_through"):
+        gm(torch.ones(3, 4)).sum().backward()
+    assert model[0].bias.grad is not None
+    assert model[0].bias.grad.tolist() == [6] * 4
 
 
 def test_the_rules_of_a_table_win() -> None:

@@ -6,6 +6,7 @@ import difflib
 import itertools
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -96,9 +97,11 @@ def transform(
         ambient=rules is None if ambient is None else ambient,
     )
     _complain(plan, strict, model)
-    for variant, decided in zip(captured.variants, sites, strict=True):
-        rewrite(variant.graph, captured.root, decided)
-    result = CapturedModule.build(captured.root, captured.variants, captured.class_name)
+    variants = [
+        replace(v, marks=rewrite(v.graph, captured.root, decided, v.marks))
+        for v, decided in zip(captured.variants, sites, strict=True)
+    ]
+    result = CapturedModule.build(captured.root, variants, captured.class_name)
     result.__dict__[PLAN] = plan
     return result
 

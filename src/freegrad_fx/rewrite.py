@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch import tree
 from ._torch.graphs import grad_mode_setter, is_erased
-from ._torch.modules import has_forward_hooks, has_global_forward_hooks
+from ._torch.modules import has_global_hooks, has_hooks
 from .backward.functions import OVERWRITTEN
 from .capture.captured import sets_grad_mode
 from .capture.rule_parameters import hold
@@ -28,6 +28,15 @@ from .core.contract import SAVES
 from .core.rule import Forward, Rule
 from .graph.aliasing import Aliasing, of_library
 from .graph.hooked import open_call
+from .graph.marks import (
+    Marks,
+    fix_arguments,
+    insert_marks,
+    is_mark,
+    mark_call,
+    same_value,
+    take_marks,
+)
 from .graph.nodes import called_module, called_path, takes_parameters
 from .graph.provenance import META
 from .ops.calls import call_with
@@ -66,7 +75,9 @@ def without_ambient(graph: fx.Graph) -> set[fx.Node | str]:
     return found
 
 
-def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
+def rewrite(
+    graph: fx.Graph, root: nn.Module, decided: Decided, marks: Marks | None = None
+) -> Marks:
     """Insert the rules of a plan around the sites of one graph.
 
     Args:
@@ -74,8 +85,16 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
         root: The module whose submodules the graph calls. A tensor that is a parameter of a rule is registered on it as
             a non-persistent buffer, unless it already is a parameter or buffer of `root`.
         decided: The sites of this graph, each with its decision.
+        marks: The marks of the graph; None if its modules are not known.
+
+    Returns:
+        The marks of the rewritten graph, also for the modules that are called at its sites.
     """
-    decided = _with_open_calls(root, decided)
+    unmarked = frozenset[str]() if marks is None else marks.unmarked
+    if to_open := _calls_to_open(root, decided):
+        insert_marks(graph, marks or Marks())
+        decided = _with_open_calls(to_open, decided)
+        marks = None if marks is None else take_marks(graph)
     wanted = [pair for pair in decided if pair[1].action in ("rewrite", "ambient")]
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first
@@ -90,6 +109,14 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
         if isinstance(place, LocatedParameter)
     ]
     frozen = [p for p, d in decided if isinstance(p, LocatedParameter) and d.frozen]
+    if marks is not None:
+        insert_marks(graph, marks)
+        for place, _, _ in judged:
+            if (
+                place.node.target is not call_without_hooks
+                and called_module(place.node, root) is not None
+            ):
+                mark_call(place.node)
     for place, decision, memory in judged:
         ambient = decision.action == "ambient"
         surgery = _Surgery(graph, root, place.site, place.node.meta, ambient)
@@ -106,16 +133,13 @@ def rewrite(graph: fx.Graph, root: nn.Module, decided: Decided) -> None:
             name = unlearned.site.name
             surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
+    return Marks() if marks is None else take_marks(graph, unmarked)
 
 
-def _with_open_calls(root: nn.Module, decided: Decided) -> Decided:
-    """Open the calls of modules with forward hooks that get a rule: the hooks keep their own derivative.
-
-    Returns:
-        The sites with the nodes that they have now.
-    """
-    opened: dict[fx.Node, tuple[fx.Node, ...]] = {}
-    of_all = has_global_forward_hooks()
+def _calls_to_open(root: nn.Module, decided: Decided) -> dict[fx.Node, int | str]:
+    """The calls of modules with hooks that get a rule, with the place of the activated tensor in each."""
+    of_all = has_global_hooks()
+    found: dict[fx.Node, int | str] = {}
     for place, decision in decided:
         if decision.action not in ("rewrite", "ambient") or not isinstance(place, LocatedOperation):
             continue
@@ -123,10 +147,20 @@ def _with_open_calls(root: nn.Module, decided: Decided) -> Decided:
         if (
             module is not None
             and place.node.target is not call_without_hooks
-            and (of_all or has_forward_hooks(module))
+            and (of_all or has_hooks(module))
         ):
-            opened[place.node] = open_call(place.node, place.key)
-    return [(_at(place, opened), decision) for place, decision in decided] if opened else decided
+            found[place.node] = place.key
+    return found
+
+
+def _with_open_calls(to_open: Mapping[fx.Node, int | str], decided: Decided) -> Decided:
+    """Open the calls of modules with hooks: a rule is around the forward alone.
+
+    Returns:
+        The sites with the nodes that they have now.
+    """
+    opened = {node: open_call(node, key) for node, key in to_open.items()}
+    return [(_at(place, opened), decision) for place, decision in decided]
 
 
 def _at(place: Located, opened: Mapping[fx.Node, tuple[fx.Node, ...]]) -> Located:
@@ -305,8 +339,11 @@ class _Surgery:
                     result = self.node("call_method", "copy_", (x, out))
         operation.replace_all_uses_with(result, delete_user_cb=lambda user: user is not out)
         if place.inplace and not memory.write_back:
-            later = [user for user in x.users if user > out]
-            x.replace_all_uses_with(result, delete_user_cb=lambda user: user in later)
+            for same in same_value(x):
+                later = {user for user in same.users if user > out}
+                if same is not x and not all(map(is_mark, later)):
+                    fix_arguments(x)
+                same.replace_all_uses_with(result, delete_user_cb=later.__contains__)
 
     def decouple(
         self, place: LocatedParameter, decision: Decision, written: bool

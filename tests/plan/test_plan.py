@@ -603,22 +603,11 @@ def test_opaque_calls_of_the_capture_come_first_and_are_not_listed_twice() -> No
     assert [(o.path, o.asked) for o in plan.opaque] == [("attention", False), ("other", True)]
 
 
-@pytest.mark.parametrize(
-    ("rule", "ambient", "lost"), [("scale", False, 1), (None, False, 0), ("", True, 1)]
-)
-def test_backward_hooks_are_lost_where_the_backward_is_replaced(
-    rule: Any, ambient: bool, lost: int
-) -> None:
-    root = Root()
-    root.act.register_full_backward_hook(lambda *_: None)
+def test_what_the_capture_has_lost_is_in_the_plan() -> None:
     noted = Lost("part", "a hook", "noted by the capture")
     graphs = graph_of(("act", "act")), graph_of(("act", "act"))
-    entries = () if rule == "" else (fg.on("relu").backward(rule),)
-    plan = planned(captured(*graphs, root=root, lost=(noted,)), *entries, ambient=ambient)
-    assert plan.lost[0] == noted
-    assert [(n.path, n.what) for n in plan.lost[1:]] == [
-        ("act", "the backward hooks of ReLU")
-    ] * lost
+    plan = planned(captured(*graphs, root=Root(), lost=(noted,)), fg.on("relu").backward("scale"))
+    assert plan.lost == (noted,)
 
 
 # --- text and data ---

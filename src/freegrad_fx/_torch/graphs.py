@@ -22,6 +22,7 @@ __all__ = [
     "generated_code",
     "grad_mode_setter",
     "is_erased",
+    "is_fx_tracing",
     "make_fx",
     "qualified_name",
     "set_generated_graph",
@@ -90,6 +91,12 @@ def with_structures(arguments: Any, inputs: Any, outputs: Any) -> Any:
 def is_erased(node: fx.Node) -> bool:
     """Whether a node has been erased from its graph."""
     return node._erased
+
+
+is_fx_tracing: Callable[[], bool] = private(
+    "torch.fx._symbolic_trace.is_fx_symbolic_tracing", "telling whether a call is traced"
+)
+"""Whether `torch.fx` traces the calling code, also for `make_fx`."""
 
 
 def attributes_written_by(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Self
 
 from torch import Tensor, nn
 
+from . import tree
 from .dynamo import is_compiling
 from .releases import lookup, private
 
@@ -19,10 +20,12 @@ __all__ = [
     "CHILDREN",
     "COMPILED_CALL",
     "FRESH_BASES",
+    "HOOKS_OF_ALL",
     "PARAMETERS",
     "ConvertsInPlace",
     "after_hooks",
     "after_pre_hooks",
+    "backward_hook",
     "buffers_of",
     "call_code",
     "children_of",
@@ -33,10 +36,12 @@ __all__ = [
     "has_global_hooks",
     "has_hooks",
     "has_hooks_on_errors",
+    "hooks_of",
     "is_compiled_wrapper",
     "make_replica",
     "parameters_of",
     "run_hooks_on_errors",
+    "watch_backward",
     "with_parameters",
 ]
 
@@ -66,6 +71,21 @@ _pre_hooks_of_all = private("torch.nn.modules.module._global_forward_pre_hooks",
 _hooks_of_all = private("torch.nn.modules.module._global_forward_hooks", _WHICH_RUN)
 _with_keywords = private("torch.nn.modules.module._global_forward_hooks_with_kwargs", _WHICH_RUN)
 _on_errors = private("torch.nn.modules.module._global_forward_hooks_always_called", _WHICH_RUN)
+_backward_pre_hooks_of_all = private(
+    "torch.nn.modules.module._global_backward_pre_hooks", _WHICH_RUN
+)
+_backward_hooks_of_all = private("torch.nn.modules.module._global_backward_hooks", _WHICH_RUN)
+_BackwardHook = private("torch.utils.hooks.BackwardHook", _WHICH_RUN)
+_LegacyHook = private("torch.nn.modules.module._WrappedHook", _WHICH_RUN)
+
+HOOKS_OF_ALL: tuple[Mapping[int, Any], ...] = (
+    _pre_hooks_of_all,
+    _hooks_of_all,
+    _backward_pre_hooks_of_all,
+    _backward_hooks_of_all,
+)
+"""The tables of the hooks for all modules."""
+
 _reparametrize = private(
     "torch.nn.utils.stateless._reparametrize_module", "calling a module with other parameters"
 )
@@ -99,6 +119,16 @@ def has_backward_hooks(module: nn.Module) -> bool:
 def has_hooks(module: nn.Module) -> bool:
     """Whether a module has forward or backward hooks."""
     return has_forward_hooks(module) or has_backward_hooks(module)
+
+
+def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
+    """The tables of the hooks of a module. They are the module's own, not copies."""
+    return (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
 
 
 def has_global_hooks() -> bool:
@@ -154,6 +184,45 @@ def after_hooks(
     except Exception:
         _run_on_error(module, args, kwargs, result, left)
         raise
+    return result
+
+
+def backward_hook(module: nn.Module) -> Any:
+    """The object that runs the full backward hooks of one call of a module; None if there are none."""
+    if not (
+        has_backward_hooks(module) or len(_backward_hooks_of_all) or len(_backward_pre_hooks_of_all)
+    ):
+        return None
+    before: Any = module._get_backward_pre_hooks()  # type: ignore[no-untyped-call]
+    after, _ = module._get_backward_hooks()  # type: ignore[no-untyped-call]
+    return _BackwardHook(module, after, before) if before or after else None
+
+
+def watch_backward(module: nn.Module, hook: Any, result: Any) -> Any:
+    """Let the backward hooks of a module get the gradients of the result of a call.
+
+    Args:
+        module: The module.
+        hook: The result of `backward_hook` at the beginning of the call.
+        result: The result of the call, after the forward hooks.
+
+    Returns:
+        The result.
+    """
+    if hook is not None:
+        if not isinstance(result, Tensor | tuple):
+            warnings.warn(
+                f"the backward hooks of {type(module).__name__} do not run, because its output is neither a tensor "
+                f"nor a tuple of tensors but {type(result).__name__}",
+                stacklevel=2,
+            )
+        result = hook.setup_output_hook(result)
+    if has_backward_hooks(module) or len(_backward_hooks_of_all):
+        _, legacy = module._get_backward_hooks()  # type: ignore[no-untyped-call]
+        tensor = next((v for v in tree.leaves(result) if isinstance(v, Tensor)), None)
+        if legacy and tensor is not None and tensor.grad_fn is not None:
+            for function in legacy:
+                tensor.grad_fn.register_hook(_LegacyHook(function, module))
     return result
 
 

@@ -14,6 +14,7 @@ __all__ = [
     "load_spec",
     "map_leaves",
     "map_only",
+    "same_structure",
     "structure",
     "unflatten",
 ]
@@ -34,6 +35,13 @@ if TYPE_CHECKING:
     from torch.utils._pytree import TreeSpec
 else:
     TreeSpec = private("torch.utils._pytree.TreeSpec", _NESTED)
+
+
+def same_structure(one: Any, other: Any) -> bool:
+    """Whether two values are nested in the same way."""
+    if not isinstance(one, tuple | list | dict) and type(one) is type(other):
+        return True  # a fast path for tensors
+    return bool(structure(one) == structure(other))
 
 
 def dump_spec(spec: TreeSpec) -> Any:

@@ -13,7 +13,7 @@ import copy
 import threading
 import types
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -23,9 +23,12 @@ from .._torch import graphs, modules, tree
 from .._torch.dynamo import is_compiling
 from ..context import in_the_blocks_of_now, surrounded
 from ..errors import CaptureError
+from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
-from ..graph.serialise import GraphDump, copy_graph, dump_graph, keywords_as_names, load_graph
+from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_graph
 from ..ops.checks import require_specialised
+from ..ops.hooked import with_hooks_on_errors
+from .hooking import TRACED, Versions
 from .questions import Question, reader
 from .rule_parameters import RuleParameters
 
@@ -45,7 +48,7 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
     "_specs",
     graphs.INPUT_STRUCTURE,
     graphs.OUTPUT_STRUCTURE,
-    "_graph_lock",
+    "graph_lock",
 }
 
 
@@ -58,10 +61,12 @@ class Variant:
             questions about the global state that the model asks, with the answer. Empty for a graph that is always
             valid.
         graph: The graph.
+        marks: Where the calls of modules begin and end in the graph.
     """
 
     flags: Mapping[str, Any]
     graph: fx.Graph
+    marks: Marks = field(default_factory=Marks)
 
     @property
     def modes(self) -> dict[str, bool]:
@@ -94,12 +99,12 @@ class CapturedModule(RuleParameters, fx.GraphModule):
     """
 
     # Every instance has a class of its own, with the generated `forward` of each graph and the class of the model
-    _forwards: ClassVar[tuple[Callable[..., Any], ...]] = ()
+    _forwards: ClassVar[Mapping[int, tuple[Callable[..., Any], ...]]] = {}
     # For each graph the `training` flags; the questions as functions, with their arguments and answers
     _conditions: ClassVar[tuple[tuple[tuple[Any, ...], tuple[Any, ...]], ...]] = ()
     _model_class: ClassVar[type[nn.Module] | None] = None
     _variants: tuple[Variant, ...]
-    _graph_lock: threading.RLock
+    graph_lock: threading.RLock
 
     @classmethod
     def build(cls, root: nn.Module, variants: Sequence[Variant], class_name: str) -> CapturedModule:
@@ -137,7 +142,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
     def graph(self, graph: fx.Graph) -> None:
         active = self._active()
         self._variants = tuple(
-            Variant(variant.flags, graph) if index == active else variant
+            replace(variant, graph=graph) if index == active else variant
             for index, variant in enumerate(self._variants)
         )
         self.recompile()
@@ -158,7 +163,8 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         if "forward" in vars(type(self)):
             # Compiled code assumes that the class of a module does not change: a new graph needs a new class
             self.__class__ = _renewed(type(self))
-        forwards, codes, specs = [], [], []
+        forwards: list[Callable[..., Any]] = []
+        codes, specs = [], []
         result: Any = None
         for index, variant in enumerate(self._variants):
             graphs.set_generated_graph(self, variant.graph)
@@ -167,16 +173,8 @@ class CapturedModule(RuleParameters, fx.GraphModule):
                 result = super().recompile()
             structures = (graphs.INPUT_STRUCTURE, graphs.OUTPUT_STRUCTURE)
             specs.append(tuple(getattr(self, name, None) for name in structures))
-            # Each graph has its own input and output structures
-            code = src = graphs.generated_code(self)
-            for place, name in enumerate(structures):
-                src = src.replace(f"self.{name}", f"self._specs[{index}][{place}]")
-            src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
-            if src == code:
-                forwards.append(type(self).forward)  # FX has just generated it
-            else:
-                names = {**result.globals, "_flattened": _flattened}
-                forwards.append(graphs.forward_from_source(src, names, {}))
+            code = graphs.generated_code(self)
+            forwards.append(self._function(code, result.globals, index) or type(self).forward)
             codes.append(code)
         self._specs = tuple(specs)
         self._codes = tuple(codes)
@@ -189,25 +187,52 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         )
         # GraphModule wraps its call in error handling that torch.compile cannot trace
         del type(self).__call__
-        specialised = self.__dict__.get(SPECIALISED, {})
-        if len(forwards) == 1 and not (depends or guard or alone or specialised):
-            type(self).forward = forwards[0]
-        else:
-            type(self)._forwards = tuple(forwards)
-            type(self).forward = _dispatcher(
-                result.src,
-                result.globals,
-                guard,
-                alone,
-                specialised,
-                self.__dict__.get(KEYWORD_ONLY, ()),
-            )
+        versions = Versions(self)
+        type(self)._forwards = {
+            0: tuple(forwards),
+            TRACED: (versions.run_traced,) * len(forwards),
+        }
+        type(self).forward = _dispatcher(
+            result.src,
+            {**result.globals, "_version": versions.current},
+            len(forwards) > 1 or bool(depends),
+            guard,
+            alone,
+            self.__dict__.get(SPECIALISED, {}),
+            self.__dict__.get(KEYWORD_ONLY, ()),
+        )
         return result
+
+    def _function(self, src: str, names: dict[str, Any], index: int) -> Callable[..., Any] | None:
+        """Make the function of the code of a graph, if the structures of its inputs and outputs have to be put in."""
+        # Each graph has its own input and output structures
+        code = src
+        for place, name in enumerate((graphs.INPUT_STRUCTURE, graphs.OUTPUT_STRUCTURE)):
+            src = src.replace(f"self.{name}", f"self._specs[{index}][{place}]")
+        src = src.replace("fx_pytree.tree_flatten_spec(", "_flattened(")
+        if src == code:
+            return None
+        return graphs.forward_from_source(src, {**names, "_flattened": _flattened}, {})  # type: ignore[no-any-return]
+
+    def add_version(self, number: int, changed: Sequence[fx.Graph]) -> None:
+        """Add a version of the forward, with other graphs in place of those of the variants."""
+        forwards = []
+        for index, graph in enumerate(changed):
+            with keywords_as_names():
+                code = graph.python_code("self")
+            made = self._function(code.src, code.globals, index)
+            made = made or graphs.forward_from_source(code.src, code.globals, {})
+            forwards.append(with_hooks_on_errors(made))
+        type(self)._forwards = {**type(self)._forwards, number: tuple(forwards)}
+
+    def run_version(self, number: int, *args: Any, **kwargs: Any) -> Any:
+        """Run a version of the forward: see `hooking`."""
+        return type(self)._forwards[number][self._active()](self, *args, **kwargs)
 
     def _one_thread(self) -> contextlib.AbstractContextManager[Any]:
         if is_compiling():
             return contextlib.nullcontext()
-        return surrounded(lambda: self._graph_lock)
+        return surrounded(lambda: self.graph_lock)
 
     def _active(self) -> int:
         conditions = type(self)._conditions
@@ -235,7 +260,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         return _assemble(self._model_class, name, state, self._copied_variants())
 
     def _copied_variants(self) -> tuple[Variant, ...]:
-        return tuple(Variant(dict(v.flags), copy_graph(v.graph)) for v in self._variants)
+        return tuple(Variant(dict(v.flags), copy_graph(v.graph), v.marks) for v in self._variants)
 
     def __prepare_scriptable__(self) -> Any:
         raise RuntimeError(
@@ -251,7 +276,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         return new
 
     def __reduce__(self) -> tuple[Any, ...]:
-        variants = [(dict(v.flags), dump_graph(v.graph)) for v in self._variants]
+        variants = [(dict(v.flags), dump_graph(v.graph), v.marks) for v in self._variants]
         return _load_module, (self._model_class, type(self).__name__, self._state(), variants)
 
     def _state(self) -> dict[str, Any]:
@@ -329,7 +354,7 @@ def _fill(
     new: CapturedModule, state: dict[str, Any], variants: tuple[Variant, ...]
 ) -> CapturedModule:
     machinery = {k: copy.copy(v) for k, v in _BLANK.items() if k in _MACHINERY}
-    own = {"_variants": variants, "_graph_lock": threading.RLock()}
+    own = {"_variants": variants, "graph_lock": threading.RLock()}
     new.__dict__.update({**machinery, "meta": {}, **state, **own})
     new.recompile()
     return new
@@ -348,9 +373,10 @@ def _load_module(
     model_class: type[nn.Module] | None,
     class_name: str,
     state: dict[str, Any],
-    variants: list[tuple[dict[str, bool], GraphDump]],
+    variants: list[tuple[Any, ...]],
 ) -> CapturedModule:
-    loaded = tuple(Variant(flags, load_graph(dump)) for flags, dump in variants)
+    # models saved by earlier releases have no marks
+    loaded = tuple(Variant(flags, load_graph(dump), *marks) for flags, dump, *marks in variants)
     return _assemble(model_class, class_name, state, loaded)
 
 
@@ -377,16 +403,18 @@ def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:
 def _dispatcher(
     src: str,
     names: dict[str, Any],
+    several: bool,
     guard: bool,
     alone: bool,
     specialised: Mapping[str, Any],
     keyword_only: Collection[str],
 ) -> Any:
-    """A `forward` that runs the generated `forward` for the current training flags, and has its signature.
+    """A `forward` that runs the generated `forward` for the current training flags and hooks, and has its signature.
 
     Args:
         src: The source of one generated `forward`.
-        names: The names that the source refers to.
+        names: The names that the source refers to, and `_version`, the function that chooses the version.
+        several: Whether there are several graphs, so that the training flags decide.
         guard: Restore the grad mode even if the graph raises between two changes of it.
         alone: Let only one thread at a time run it.
         specialised: Further arguments, each with the only value that it can have.
@@ -397,7 +425,8 @@ def _dispatcher(
     arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
     arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
     arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
-    call = f"return type(self)._forwards[self._active()]({', '.join(arguments)})"
+    active = "self._active()" if several else "0"
+    call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
     if contexts:
@@ -418,5 +447,6 @@ def _dispatcher(
         separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
         parameters += f"{separator}{name}=_default_{number}"
         checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
-    body = f"def forward({parameters}):\n{checks}    {call}\n"
+    # Choosing a version can add one to the table
+    body = f"def forward({parameters}):\n{checks}    _number = _version()\n    {call}\n"
     return graphs.forward_from_source(body, {**names, **own}, {})

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .._torch import exporting, settings, tree
-from .._torch.modules import has_global_forward_hooks, has_hooks
+from .._torch.modules import has_global_forward_hooks, has_hooks, hooks_of
 from ..errors import CaptureError, FreegradWarning
 from ..graph.provenance import META, Origin
 from ..graph.serialise import LOCK, keywords_as_names
@@ -169,9 +169,11 @@ def _export_both_modes(
 
 
 def _hooks_lost(root: nn.Module) -> Iterator[Lost]:
-    """The hooks of submodules, which are not in the graph."""
+    """Drop the hooks of submodules: the graph contains what they computed during the export."""
     for path, module in root.named_modules():
         if path and has_hooks(module):
+            for table in hooks_of(module):
+                table.clear()
             what = f"the hooks of {type(module).__name__}"
             yield Lost(path, what, "torch.export runs them once and drops them")
 

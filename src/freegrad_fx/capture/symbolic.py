@@ -59,7 +59,7 @@ def capture_symbolically(
     return Capture(
         root,
         type(model).__name__,
-        tuple(Variant(tracer.flags, graph) for tracer, graph, _ in found),
+        tuple(Variant(tracer.flags, graph, tracer.marks) for tracer, graph, _ in found),
         tuple(dict.fromkeys(note for tracer, _, _ in found for note in tracer.opaque)),
         tuple(dict.fromkeys(n for tracer, _, lost in found for n in (*tracer.lost, *lost))),
     )

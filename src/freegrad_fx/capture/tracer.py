@@ -24,6 +24,7 @@ from .._torch import graphs
 from .._torch.graphs import is_erased
 from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
 from ..errors import CaptureError
+from ..graph.marks import Marks, settle, take_marks
 from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque, add_once
@@ -38,6 +39,7 @@ from .arguments import (
 )
 from .decorated import call_of, is_decorated
 from .inventory import compares_identity, held_tensors, kept_whole, tensor_names
+from .marking import begin_call, end_call
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
@@ -75,6 +77,7 @@ class Tracer(graphs.Tracer):
         opaque: The calls that were not traced into.
         lost: What the graph does not do.
         made: The proxies of the trace.
+        marks: The calls of modules that the trace opened; `unmarked` are those that it could not mark.
         stored: With `watch_outside`, the places outside of the model where the root stored a tensor.
     """
 
@@ -113,6 +116,8 @@ class Tracer(graphs.Tracer):
         self.opaque: list[Opaque] = []
         self.lost: list[Lost] = []
         self.made: list[weakref.ref[Proxy]] = []
+        self.marks = Marks()
+        self.unmarked: set[str] = set()
         self._attributes: dict[str, Proxy] = {}
         self.compares_identity = False
         self._tensor_names: dict[int, str] = {}
@@ -141,6 +146,8 @@ class Tracer(graphs.Tracer):
             node = proxy.node
             if node.op == "get_attr" and not is_erased(node) and not node.users:
                 graph.erase_node(node)
+        settle(graph)
+        self.marks = take_marks(graph, frozenset(self.unmarked))
         return graph
 
     def proxy(self, node: fx.Node) -> Proxy:
@@ -257,11 +264,7 @@ class Tracer(graphs.Tracer):
         if path in self.whole:
             self._note_opaque(m, path, self.whole[path])
             return self._call_opaque(m, path, args, kwargs)
-        if has_hooks(m):
-            reason = "they would run on the trace instead of on each call; register them on a leaf or on the root"
-            add_once(
-                self.lost, Lost(path, f"the hooks of the container {type(m).__name__}", reason)
-            )
+        if has_hooks(m):  # they run on each call, not on the trace
             forward = m.forward
         return self._trace_or_call_opaque(m, path, forward, args, kwargs)
 
@@ -324,7 +327,8 @@ class Tracer(graphs.Tracer):
         """Trace into a module; if that fails, or is not needed, keep it as one opaque call."""
         before = Snapshot(self)
         try:
-            result = self._trace_into(m, forward, args, kwargs)
+            begin = begin_call(self, m, path, args, kwargs)
+            result = end_call(self, m, path, begin, self._trace_into(m, forward, args, kwargs))
         except CaptureError:
             raise
         except Exception as error:
@@ -333,9 +337,9 @@ class Tracer(graphs.Tracer):
             self._note_opaque(m, path, self.explain(error), innermost(error.__traceback__))
             return self._call_opaque(m, path, args, kwargs)
         branches = self.flags.keys() - before.flags.keys()
-        if branches and not self._has_sites(before, m, forward, args, kwargs):
+        if (branches or has_hooks(m)) and not self._has_sites(before, m, forward, args, kwargs):
             # A module that branches on its mode and contains no site (stochastic depth, noise) does not need a graph
-            # for each branch if it is kept as one call
+            # for each branch if it is kept as one call, and its hooks run in it
             before.restore()
             self.siteless.add(path)
             return self._call_opaque(m, path, args, kwargs)

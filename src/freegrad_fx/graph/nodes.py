@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from .._torch.modules import children_of
 from ..ops.calls import call_with
-from ..ops.hooked import call_without_hooks, run_hooks, run_pre_hooks
+from ..ops.hooked import call_without_hooks, forward_of, run_hooks, run_pre_hooks
 from ..vocabulary.op import Spelling
 from ..vocabulary.recognition import recognise
 
@@ -50,7 +50,7 @@ def submodule(root: nn.Module, path: str) -> nn.Module:
 
 
 # Functions whose first two arguments are a module and tensors in place of its parameters
-_CALLS = (call_with, call_without_hooks)
+_CALLS = (call_with, call_without_hooks, forward_of)
 _HOOKS = (run_pre_hooks, run_hooks)
 
 

@@ -12,7 +12,7 @@ import importlib
 import keyword
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any
@@ -30,7 +30,16 @@ from .provenance import META
 # Only one thread at a time may patch PyTorch.
 LOCK = threading.RLock()
 
-__all__ = ["LOCK", "GraphDump", "copy_graph", "dump_graph", "keywords_as_names", "load_graph"]
+__all__ = [
+    "LOCK",
+    "GraphDump",
+    "copy_graph",
+    "dump_graph",
+    "dump_value",
+    "keywords_as_names",
+    "load_graph",
+    "load_value",
+]
 
 
 def copy_graph(graph: fx.Graph) -> fx.Graph:
@@ -53,13 +62,20 @@ class _Ref:
     name: str
 
 
-def _dump_value(value: Any) -> Any:
-    """What stands for a value among the arguments of a node."""
+def dump_value(value: Any) -> Any:
+    """What stands for a value among the arguments of a node in plain data."""
     if isinstance(value, fx.Node):
         return _Ref(value.name)
     if isinstance(value, torch.memory_format):  # the old protocols cannot pickle it
         return _Named(str(value))
     return _name(value) if isinstance(value, _FUNCTIONS) else value
+
+
+def load_value(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    """The value for the result of `dump_value`, with the nodes of these names."""
+    if isinstance(value, _Ref):
+        return nodes[value.name]
+    return _resolve(value.name) if isinstance(value, _Named) else value
 
 
 _FUNCTIONS = (types.FunctionType, types.BuiltinFunctionType, Overload)
@@ -84,7 +100,7 @@ def dump_graph(graph: fx.Graph) -> GraphDump:
     """Convert a graph to plain data that can be pickled. Of the `meta` of nodes only the `Origin` is kept."""
     nodes = []
     for node in graph.nodes:
-        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), _dump_value)
+        args, kwargs = fx.node.map_aggregate((node.args, node.kwargs), dump_value)
         target = _name(node.target) if node.op == "call_function" else node.target
         nodes.append((node.op, target, args, kwargs, node.name, node.type, node.meta.get(META)))
     return GraphDump(nodes, _dump_codegen(graph))
@@ -96,13 +112,8 @@ def load_graph(dump: GraphDump) -> fx.Graph:
     graph.set_codegen(_load_codegen(dump.codegen))
     nodes: dict[str, fx.Node] = {}
 
-    def load_value(value: Any) -> Any:
-        if isinstance(value, _Ref):
-            return nodes[value.name]
-        return _resolve(value.name) if isinstance(value, _Named) else value
-
     for op, target, args, kwargs, name, type_expr, meta in dump.nodes:
-        args, kwargs = fx.node.map_aggregate((args, kwargs), load_value)
+        args, kwargs = fx.node.map_aggregate((args, kwargs), lambda v: load_value(v, nodes))
         target = _resolve(target.name) if isinstance(target, _Named) else target
         if target is decoupled:
             kwargs = with_names_of_now(kwargs)

@@ -7,7 +7,8 @@
 A parameter is decoupled in the same way, without an operation in between; `call_with` then calls a module with the
 decoupled parameter. `apply_function` calls a user's `torch.autograd.Function`. `apply_forward` calls a function that
 replaces a forward. `run_pre_hooks`, `call_without_hooks` and `run_hooks` are the parts of the call of a module with
-forward hooks: a rule is around the second. All are plain functions that dispatch through ``__torch_function__``. A
+hooks: a rule is around the second. `enter_call`, `forward_of` and `leave_call` do the same where the forward of the
+module is in the graph. All are plain functions that dispatch through ``__torch_function__``. A
 symbolic tracer therefore records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
 """
 
@@ -21,7 +22,14 @@ from .checks import (
 )
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient, written_back
-from .hooked import call_without_hooks, run_hooks, run_pre_hooks
+from .hooked import (
+    call_without_hooks,
+    enter_call,
+    forward_of,
+    leave_call,
+    run_hooks,
+    run_pre_hooks,
+)
 
 __all__ = [
     "apply_forward",
@@ -29,9 +37,12 @@ __all__ = [
     "call_with",
     "call_without_hooks",
     "decoupled",
+    "enter_call",
+    "forward_of",
     "function_key",
     "function_of",
     "kept",
+    "leave_call",
     "require_frozen",
     "require_metadata",
     "require_open",

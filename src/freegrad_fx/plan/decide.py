@@ -10,13 +10,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from .._torch.modules import has_backward_hooks
 from ..capture import Capture
 from ..core.rule import Forward
 from ..core.text import shown
 from ..errors import PlanError
 from ..graph.aliasing import Aliasing, named_in_place, of_library
-from ..graph.nodes import called_module, called_path
 from ..sites.hidden import hidden_sites
 from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
@@ -71,7 +69,7 @@ def make_plan(
         [(p, also(p, _ambient(p, d, ambient, ambient_before), table)) for p, d in pairs]
         for pairs in decided
     ]
-    opaque, lost = _remarks(capture, decided, types, leaf_modules)
+    opaque, lost = _remarks(capture, types, leaf_modules)
     opaque = tuple(replace(note, holds=_selected_in(note, capture.root, table)) for note in opaque)
     plan = Plan(
         model=capture.class_name,
@@ -123,18 +121,16 @@ def _merged(capture: Capture, decided: Sequence[Decided]) -> Iterator[Decision]:
 
 def _remarks(
     capture: Capture,
-    decided: Sequence[Decided],
     types: Sequence[type[Any]],
     leaf_modules: Sequence[type[nn.Module]],
 ) -> tuple[tuple[Opaque, ...], tuple[Lost, ...]]:
     """The opaque calls of all graphs, and what the rewritten graphs will not do."""
-    opaque, lost = [*capture.opaque], [*capture.lost]
+    opaque = [*capture.opaque]
     listed = {note.path for note in opaque}
-    for variant, pairs in zip(capture.variants, decided, strict=True):
+    for variant in capture.variants:
         calls = find_opaque(variant.graph, capture.root, types, leaf_modules)
         opaque += [c for c in calls if c not in opaque and c.path not in listed]
-        lost += [n for n in _silent_hooks(pairs, capture.root) if n not in lost]
-    return tuple(opaque), tuple(lost)
+    return tuple(opaque), capture.lost
 
 
 def also(place: Located, decision: Decision, table: RuleTable) -> Decision:
@@ -214,17 +210,6 @@ def _decide_parameter(
         reason = "the model writes into it in its forward, so its own forward cannot be replaced"
         return Decision(place.site, "skip", entry=decision.entry, reason=reason)
     return decision
-
-
-def _silent_hooks(decided: Decided, root: nn.Module) -> Iterator[Lost]:
-    """Backward hooks of modules whose backward is replaced: no gradient flows through these modules."""
-    for place, decision in decided:
-        if decision.action in ("rewrite", "ambient") and isinstance(place, LocatedOperation):
-            module = called_module(place.node, root)
-            if module is not None and has_backward_hooks(module):
-                what = f"the backward hooks of {type(module).__name__}"
-                reason = "they are not called: the rule replaces the backward of the module"
-                yield Lost(called_path(place.node), what, reason, place.site.source)
 
 
 def _decide(place: Located, table: RuleTable) -> Decision:
