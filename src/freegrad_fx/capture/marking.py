@@ -11,6 +11,7 @@ from torch import fx, nn
 from .._torch import tree
 from .._torch.modules import has_hooks
 from ..graph.marks import begins, ends, part
+from ..ops.hooked import values_in
 from ..sites.remarks import Lost, add_once
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
 
@@ -56,12 +57,12 @@ def end_call(tracer: Any, m: nn.Module, path: str, begin: fx.Node | None, result
     end = tracer.graph.call_function(ends, (begin, _as_nodes(result), *given))
     new = {
         index: tracer.proxy(tracer.graph.call_function(part, (end, index)))
-        for index, value in enumerate(tree.leaves(result))
+        for index, value in enumerate(values_in(result))
         if type(value) is RecordingProxy and value.node < begin
     }
     if not new:
         return result
-    index = iter(range(len(tree.leaves(result))))
+    index = iter(range(len(values_in(result))))
     return tree.map_leaves(lambda value: new.get(next(index), value), result)
 
 
@@ -74,7 +75,14 @@ def _note_unmarked(tracer: Any, m: nn.Module, path: str) -> None:
 
 def _as_nodes(value: Any) -> Any:
     # The tracer would make nodes of namedtuples
-    return tree.map_leaves(lambda v: v.node if isinstance(v, fx.Proxy) else v, value)
+    if isinstance(value, tuple):
+        inside = map(_as_nodes, value)
+        return type(value)(*inside) if hasattr(value, "_fields") else tuple(inside)
+    if isinstance(value, list):
+        return [_as_nodes(inner) for inner in value]
+    if isinstance(value, dict):
+        return {key: _as_nodes(inner) for key, inner in value.items()}
+    return value.node if isinstance(value, fx.Proxy) else value
 
 
 _HELD = (

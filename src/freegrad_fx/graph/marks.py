@@ -21,7 +21,7 @@ from typing import Any
 
 from torch import fx
 
-from .._torch import tree
+from ..ops.hooked import values_in
 from .nodes import called_path, first_argument
 from .serialise import dump_value, load_value
 
@@ -116,8 +116,8 @@ def is_part(node: Any) -> bool:
 def _values(mark: fx.Node) -> list[Any]:
     """The values of a call at its beginning or end: the leaves of its arguments or of its result."""
     if mark.target is begins:
-        return list(tree.leaves((mark.args[1], mark.args[2])))
-    return list(tree.leaves(mark.args[1]))
+        return values_in((mark.args[1], mark.args[2]))
+    return values_in(mark.args[1])
 
 
 def parts_of(mark: fx.Node) -> dict[int, fx.Node]:

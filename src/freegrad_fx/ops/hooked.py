@@ -39,6 +39,7 @@ __all__ = [
     "leave_call",
     "run_hooks",
     "run_pre_hooks",
+    "values_in",
     "with_hooks_on_errors",
 ]
 
@@ -164,7 +165,7 @@ def enter_call(
     Raises:
         RuntimeError: The hooks change what is a constant of the graph.
     """
-    if traced := recording({}, *tree.leaves((args, kwargs))):
+    if traced := recording({}, *values_in((args, kwargs))):
         return handle_torch_function(enter_call, traced, module, args, kwargs, fixed)
 
     def run() -> tuple[Any, Any]:
@@ -207,7 +208,7 @@ def leave_call(
     Raises:
         RuntimeError: The hooks change what is a constant of the graph.
     """
-    if traced := recording({}, *tree.leaves((result, args, kwargs))):
+    if traced := recording({}, *values_in((result, args, kwargs))):
         return handle_torch_function(
             leave_call, traced, module, entered, result, args, kwargs, fixed
         )
@@ -217,6 +218,15 @@ def leave_call(
     after = modules.after_hooks(module, tuple(args), dict(kwargs), result)
     after = modules.watch_backward(module, backward, after)
     return _values(module, "result", result, after, fixed)
+
+
+def values_in(value: Any) -> list[Any]:
+    """The values in nested tuples, lists and dicts."""
+    if isinstance(value, tuple | list):
+        return [inner for part in value for inner in values_in(part)]
+    if isinstance(value, dict):
+        return [inner for part in value.values() for inner in values_in(part)]
+    return [value]
 
 
 def forward_of(
@@ -273,7 +283,7 @@ def _values(
     Raises:
         RuntimeError: The hooks change the structure, or a value that is a constant of the graph.
     """
-    old, new = tree.leaves(before), tree.leaves(after)
+    old, new = values_in(before), values_in(after)
     changed = [index for index, (a, b) in enumerate(zip(old, new, strict=False)) if a is not b]
     if len(old) != len(new) or not tree.same_structure(before, after):
         problem = f"change the structure of its {what}"
