@@ -351,7 +351,7 @@ def test_copies_keep_hooks_and_can_get_them(way: str, before: bool) -> None:
         assert found == ""
 
 
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", ["part.act", pytest.param("part", marks=pytest.mark.slow)])
 def test_compiled_models_follow_hooks(path: str) -> None:
     original, gm = build(MODELS["plain"]), fg.transform(build(MODELS["plain"]), RULE)
     compiled = torch.compile(gm, backend="aot_eager", fullgraph=True)
