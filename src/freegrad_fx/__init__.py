@@ -19,6 +19,7 @@ from .errors import (
     RuleError,
     TableError,
     TorchVersionError,
+    VerificationError,
 )
 from .modules import Activation
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from .plan import Decision, Plan, report
     from .sites.site import Site
     from .table import RuleTable, on
+    from .verification import Verification, verify
 
 __version__ = "0.1.0"
 
@@ -43,12 +45,14 @@ _LATER = {
     "Plan": "plan",
     "RuleTable": "table",
     "Site": "sites.site",
+    "Verification": "verification",
     "backend": "dynamo",
     "compile": "dynamo",
     "explain": "pipeline",
     "on": "table",
     "report": "plan",
     "transform": "pipeline",
+    "verify": "verification",
 }
 
 __all__ = [
@@ -67,6 +71,8 @@ __all__ = [
     "Site",
     "TableError",
     "TorchVersionError",
+    "Verification",
+    "VerificationError",
     "backend",
     "compile",
     "compose",
@@ -82,6 +88,7 @@ __all__ = [
     "rules",
     "transform",
     "use",
+    "verify",
     "vocabulary",
 ]
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable
+from typing import Any
 
 __all__ = [
     "CaptureError",
@@ -16,6 +17,7 @@ __all__ = [
     "RuleError",
     "TableError",
     "TorchVersionError",
+    "VerificationError",
     "close",
     "unknown",
 ]
@@ -35,6 +37,18 @@ class TableError(PlanError):
 
 class CaptureError(RuntimeError):
     """A model cannot be captured as a graph that is equivalent to the model."""
+
+
+class VerificationError(CaptureError):
+    """A transformed model does not do what its original does.
+
+    Attributes:
+        report: What differs, a `Verification`.
+    """
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class TorchVersionError(RuntimeError):

@@ -4,23 +4,28 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import time
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from ._torch.releases import warn_if_untested
 from .capture import Capture, capture, check_model
 from .capture.captured import CapturedModule
+from .capture.export import inputs_of
 from .context import inside_of_a_block, outside_of_blocks
 from .core.rule import unlearned
-from .errors import FreegradWarning, PlanError
+from .errors import FreegradWarning, PlanError, VerificationError
+from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
 from .sites.remarks import Opaque
 from .table import Entry, RulesLike, RuleTable
+from .verification import Inputs, do_the_same, lacks_values, verify_examples
 
 __all__ = ["explain", "transform"]
 
@@ -35,6 +40,7 @@ def transform(
     leaf_modules: Sequence[type[nn.Module]] = (),
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | None = None,
     dynamic_shapes: Any = None,
+    verify: bool = True,
 ) -> CapturedModule:
     """Replace the backward of the activations and parameters of a model; the forward is unchanged.
 
@@ -66,6 +72,9 @@ def transform(
             every module. A later call that violates an assumption made from the examples raises.
         dynamic_shapes: For `torch.export`. By default the first dimension of every tensor is dynamic, if the model
             allows it.
+        verify: Whether a model that is captured from example inputs is compared with the original, bit by bit and with
+            every rule off: for the examples, and for other values of the same shapes. It takes no longer than the
+            export. The report says what was compared. See `freegrad_fx.verify`.
 
     Returns:
         A `torch.fx.GraphModule` with the same parameters, buffers, submodules and state_dict keys as `model`. The
@@ -78,6 +87,8 @@ def transform(
         PlanError: A rule cannot be used at a site, or a problem was found under `strict`.
         TableError: A key is not an op, group or class, or the file is not a valid table. A subclass of `PlanError`.
         CaptureError: The model cannot be captured; the message gives the place and the reason.
+        VerificationError: What was captured from the example inputs does not do what the model does. A subclass of
+            `CaptureError`.
 
     Example:
         >>> import torch, freegrad_fx as fg
@@ -87,6 +98,7 @@ def transform(
         1:relu[0]
     """
     table = RuleTable() if rules is None else RuleTable.of(rules)
+    began = time.perf_counter()
     captured, plan, sites = _planned(
         model,
         table,
@@ -96,14 +108,75 @@ def transform(
         dynamic_shapes,
         ambient=rules is None if ambient is None else ambient,
     )
-    _complain(plan, strict, model)
+    seconds = time.perf_counter() - began
+    compared = None
+    if example_inputs is not None:
+        inputs = Inputs(*inputs_of(example_inputs))
+        left_out = _not_verified(model, inputs, verify)
+        if left_out:
+            plan = replace(plan, verified=f"NOT VERIFIED: {left_out}")
+        elif any(decision.forward is not None for decision in plan.decisions):
+            # A replaced forward is to differ, so that the graphs are compared as they are now
+            copies = tuple(replace(v, graph=copy_graph(v.graph)) for v in captured.variants)
+            compared = CapturedModule.build(captured.root, copies, captured.class_name)
+    _complain(plan, strict, model, verify)
     variants = [
         replace(v, marks=rewrite(v.graph, captured.root, decided, v.marks))
         for v, decided in zip(captured.variants, sites, strict=True)
     ]
     result = CapturedModule.build(captured.root, variants, captured.class_name)
+    if example_inputs is not None and not left_out:
+        plan = _verified(model, compared or result, inputs, plan, seconds)
     result.__dict__[PLAN] = plan
     return result
+
+
+def _not_verified(model: nn.Module, inputs: Inputs, verify: bool) -> str:
+    """Why a capture from example inputs is not compared with the original; ``""`` if it is."""
+    if not verify:
+        return "verify=False"
+    if lacks_values(model, inputs):
+        return "the model or an example input is on the meta device or fake, so that nothing can be computed"
+    return ""
+
+
+def _verified(
+    model: nn.Module, result: CapturedModule, inputs: Inputs, plan: Plan, seconds: float
+) -> Plan:
+    """Compare what was captured with the original, and note in the plan what was compared.
+
+    Raises:
+        VerificationError: They differ. The message names a way in that takes the model.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            found = verify_examples(model, result, inputs, plan.lost, seconds)
+        except torch.OutOfMemoryError:
+            why = "there is not enough memory to run the model"
+            return replace(plan, verified=f"NOT VERIFIED: {why}")
+        if found:
+            text = str(found).partition(": ")[2].replace(".\nNote: ", "; ").rstrip(".")
+            return replace(plan, verified=f"Verified: {text}")
+        raise VerificationError(
+            f"{plan.model} cannot be captured from the example inputs: what was captured does not do what the model "
+            f"does. {found.first}. {found.cause} {_other_door(model, inputs)} verify=False leaves out the comparison.",
+            found,
+        )
+
+
+def _other_door(model: nn.Module, inputs: Inputs) -> str:
+    """The way in that takes a model which torch.export does not take, as a sentence."""
+    try:
+        result = transform(model, {"activations": None})
+        if do_the_same(model, result, inputs):
+            return (
+                "Transform the model without example_inputs: symbolic tracing takes it, and does the same for these "
+                "inputs."
+            )
+    except Exception:
+        pass  # the sentence below names the other way
+    return "Compile the model with freegrad_fx.compile(model, rules), which accepts any program."
 
 
 def explain(
@@ -177,8 +250,15 @@ def _planned(
     return captured, *make_plan(captured, table, leaves, parameters, ambient, before)
 
 
-def _complain(plan: Plan, strict: bool, model: nn.Module) -> None:
-    """Warn of requests that the plan does not fulfil; raise `PlanError` if `strict`."""
+def _complain(plan: Plan, strict: bool, model: nn.Module, verify: bool = False) -> None:
+    """Warn of requests that the plan does not fulfil; raise `PlanError` if `strict`.
+
+    Args:
+        plan: The plan.
+        strict: See `transform`.
+        model: The model.
+        verify: Whether a comparison with the original is requested.
+    """
     problems = [
         f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry, model)}"
         for entry in plan.unmatched
@@ -191,6 +271,9 @@ def _complain(plan: Plan, strict: bool, model: nn.Module) -> None:
     problems += dict.fromkeys(text for d in plan.decisions for text in unlearned(d.rules))
     if strict:
         problems += [f"not traced: {opaque}" for opaque in plan.opaque if not opaque.asked]
+        problems += [f"{plan.verified}; verify=False accepts this"] * (
+            verify and bool(plan.verified)
+        )
         if problems:
             raise PlanError("strict: " + "; ".join(problems))
     problems += [_not_opened(opaque) for opaque in plan.opaque if opaque.holds]

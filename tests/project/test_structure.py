@@ -32,6 +32,7 @@ capture table
 plan
 rewrite
 dynamo
+verification
 pipeline
 compat
 """

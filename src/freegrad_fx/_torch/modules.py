@@ -41,6 +41,7 @@ __all__ = [
     "make_replica",
     "parameters_of",
     "run_hooks_on_errors",
+    "uncompiled_call",
     "watch_backward",
     "with_parameters",
 ]
@@ -290,6 +291,11 @@ def is_compiled_wrapper(module: nn.Module) -> bool:
 def compiled_model(wrapper: nn.Module) -> nn.Module | None:
     """The model inside of a result of `torch.compile`; None for other modules."""
     return children_of(wrapper).get("_orig_mod")
+
+
+def uncompiled_call(module: nn.Module) -> Any:
+    """The call of a module, without what `nn.Module.compile` made of it."""
+    return module if module._compiled_call_impl is None else module._call_impl
 
 
 def make_replica(module: nn.Module) -> None:

@@ -26,6 +26,7 @@ from ..graph.serialise import LOCK, keywords_as_names
 from ..sites.remarks import Lost
 from .captured import KEYWORD_ONLY, SPECIALISED, Variant
 from .doors import with_remedy
+from .examples import distinct
 from .guards import Guards, ranks, recorded_guards
 from .kept import Assigned
 from .merge import Exported, FlagRead, merge
@@ -42,7 +43,7 @@ from .refusal import NotExportedError
 from .regions import collapse, find, hidden_regions, inline_grad_modes
 from .result import Capture
 
-__all__ = ["capture_by_export"]
+__all__ = ["capture_by_export", "inputs_of"]
 
 
 def capture_by_export(
@@ -56,7 +57,7 @@ def capture_by_export(
     Raises:
         CaptureError: The export fails, or the graph would not compute what the model computes.
     """
-    args, kwargs = _inputs(example_inputs)
+    args, kwargs = distinct(inputs_of(example_inputs))
     refusal: NotExportedError | None = None
     with LOCK:
         outside = Outside(root)
@@ -223,7 +224,7 @@ def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     }
 
 
-def _inputs(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the keyword arguments in `example_inputs`."""
     if isinstance(example, Mapping):
         return (), dict(example)

@@ -95,6 +95,24 @@ class Outside:
                 refill(container, before)
         return list(dict.fromkeys(found))
 
+    def put_back(self) -> None:
+        """Restore everything that can be reached, except caches, to what it was when the object was created."""
+        for (_, key), (_, space, before) in self._globals.items():
+            if space.get(key, _MISSING) is not before:
+                _set_or_delete(space, key, before)
+        for _, cell, before in self._cells.values():
+            if before is not _MISSING and _contents(cell) is not before:
+                cell.cell_contents = before
+        for kind, attributes in self._classes.items():
+            for key, now in list(vars(kind).items()):
+                old = attributes.get(key, _MISSING)
+                if now is not old and not key.startswith("__"):
+                    delattr(kind, key) if old is _MISSING else setattr(kind, key, old)
+        for _, container, before in self._containers.values():
+            # A class of its own can do more than to store
+            if type(container) in _CONTAINERS and not _same_items(container, before):
+                _refill(container, before)
+
     @contextlib.contextmanager
     def swapped(self, functions: Mapping[int, Any]) -> Iterator[None]:
         """Put other functions in the place of some, where the code holds one by a name of its own.
@@ -357,6 +375,14 @@ def refill(container: Any, before: Any) -> None:
         container.update(before)
     else:
         container.extend(before)
+
+
+def _same_items(container: Any, before: Any) -> bool:
+    if len(container) != len(before):
+        return False
+    if isinstance(container, dict):
+        return all(container.get(key, _MISSING) is value for key, value in before.items())
+    return all(a is b for a, b in zip(container, before, strict=True))
 
 
 def _set_or_delete(space: dict[str, Any], key: str, value: Any) -> None:

@@ -30,6 +30,7 @@ class Plan:
         table: The rule table.
         opaque: Calls that were not traced into, in which activations can be computed.
         lost: What the model does and the graph does not.
+        verified: For a capture from example inputs: whether it was compared with the original, and how, as text.
     """
 
     model: str
@@ -37,6 +38,7 @@ class Plan:
     table: RuleTable
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[Lost, ...] = ()
+    verified: str = ""
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -120,6 +122,7 @@ class Plan:
             ],
             "opaque": [vars(o) for o in self.opaque],
             "lost": [vars(o) for o in self.lost],
+            "verified": self.verified,
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -169,6 +172,8 @@ class Plan:
             yield f"Opaque: {opaque}."
         for lost in self.lost:
             yield f"LOST: {lost}."
+        if self.verified:
+            yield f"{self.verified}."
 
 
 def _effect(hits: int, taken: Counter[int]) -> str:
