@@ -12,12 +12,14 @@
 Nothing in this package knows rules.
 """
 
+from .comparison import Difference
 from .examples import do_the_same, lacks_values, verify_examples
 from .observe import Inputs
 from .report import Verification
 from .verify import Pair, verify
 
 __all__ = [
+    "Difference",
     "Inputs",
     "Pair",
     "Verification",
