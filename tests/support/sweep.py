@@ -7,6 +7,8 @@ nothing of the product. A comparison is with the original or with that reference
 from __future__ import annotations
 
 import inspect
+import logging
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -106,6 +108,27 @@ def wake(model: nn.Module) -> nn.Module:
         if (parameter.ndim > 1 or name.endswith("weight")) and not parameter.any():
             nn.init.normal_(parameter, std=0.1)
     return model
+
+
+# --- verify ---
+
+
+def verified(model: nn.Module, x: Tensor) -> fg.Verification:
+    """What `verify` says of the symbolic way in; of the way from example inputs, where the model needs it."""
+    logger = logging.getLogger("torch.export")  # which logs what it specialises
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", fg.FreegradWarning)
+            try:
+                gm = fg.transform(model, NATIVE)
+            except fg.CaptureError:
+                gm = fg.transform(model, NATIVE, example_inputs=(x,))
+                assert "Verified" in fg.report(gm).verified
+    finally:
+        logger.setLevel(level)
+    return fg.verify(model, gm, x)
 
 
 # --- what a model holds ---

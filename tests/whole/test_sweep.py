@@ -22,7 +22,7 @@ from torchvision.models.video import mvit
 
 import freegrad_fx as fg
 from runs import Inputs
-from sweep import check_invariants, fingerprint, wake
+from sweep import check_invariants, fingerprint, verified, wake
 
 CLASSIFICATION = vision.list_models(module=vision)
 SEGMENTATION = vision.list_models(module=vision.segmentation)
@@ -200,6 +200,15 @@ def capture_error(model: nn.Module, **options: Any) -> str:
     assert torch.equal(torch.get_rng_state(), random_state)
     assert "training" not in vars(nn.Module), "the capture left a patch behind"
     return str(raised.value)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name not in HUGE])
+def test_a_classifier_is_verified(name: str) -> None:
+    shape = TRAINING_SHAPES.get(name, SHAPES.get(name, (2, 3, 32, 32)))
+    found = verified(make(name), sample(shape))
+    assert found.ok, str(found)
+    assert found.checks == 8
 
 
 @contextlib.contextmanager
