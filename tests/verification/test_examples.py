@@ -33,6 +33,21 @@ def test_the_report_says_what_was_compared() -> None:
     assert fg.report(fg.transform(build(Plain), RULE)).verified == ""
 
 
+class Normalised(Net):
+    def make(self) -> None:
+        self.norm = nn.BatchNorm1d(6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.norm(self.f(x)))
+
+
+def test_statistics_are_compared_and_put_back() -> None:
+    model = build(Normalised)
+    before = contents(model)
+    assert "7 calls" in fg.report(fg.transform(model, RULE, example_inputs=(sample(),))).verified
+    assert contents(model) == before
+
+
 def test_it_can_be_left_out() -> None:
     gm = fg.transform(build(Plain), RULE, example_inputs=(sample(),), verify=False, strict=True)
     assert fg.report(gm).verified == "NOT VERIFIED: verify=False"
