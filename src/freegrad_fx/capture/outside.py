@@ -111,7 +111,7 @@ class Outside:
         for _, container, before in self._containers.values():
             # A class of its own can do more than to store
             if type(container) in _CONTAINERS and not _same_items(container, before):
-                _refill(container, before)
+                refill(container, before)
 
     @contextlib.contextmanager
     def swapped(self, functions: Mapping[int, Any]) -> Iterator[None]:

@@ -83,6 +83,8 @@ def _expected(difference: Any, lost: Collection[Lost]) -> bool:
     """Whether a difference is one that is accepted: it is loud, or the report states it."""
     if difference.inputs == "further" and difference.kind == "error":
         return True  # a guard of the graph, or a check of the original, for values that it does not take
+    if difference.kind == "error" and difference.what.startswith("raises CaptureError"):
+        return True  # the graph says at the call for which flags and settings it was captured
     return difference.kind == "state" and any(
         difference.name.startswith(f"{remark.path}.".lstrip("."))
         and _about(remark, difference.name)

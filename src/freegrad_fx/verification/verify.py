@@ -227,7 +227,7 @@ class Pair:
             found += [
                 (number, f) for f in compare(one, other, self._states(), self.tolerance, exact)
             ]
-            if one.error is None:
+            if one.error is None and other.error is None:
                 self.checks += 1
             if one.opaque:
                 self._note("of some objects in the output only the class is compared")
