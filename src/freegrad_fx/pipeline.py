@@ -23,6 +23,7 @@ from .errors import FreegradWarning, PlanError, VerificationError
 from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
+from .sites.parameters import find_parameters
 from .sites.remarks import Opaque
 from .table import Entry, RulesLike, RuleTable
 from .verification import Inputs, do_the_same, lacks_values, verify_examples
@@ -119,7 +120,7 @@ def transform(
             # A replaced forward is to differ, so that the graphs are compared as they are now
             copies = tuple(replace(v, graph=copy_graph(v.graph)) for v in captured.variants)
             compared = CapturedModule.build(captured.root, copies, captured.class_name)
-    _complain(plan, strict, model, verify)
+    _complain(plan, captured, strict, model, verify)
     variants = [
         replace(v, marks=rewrite(v.graph, captured.root, decided, v.marks))
         for v, decided in zip(captured.variants, sites, strict=True)
@@ -215,7 +216,7 @@ def explain(
         [('0:relu[0]', 'rewrite')]
     """
     table = RuleTable() if rules is None else RuleTable.of(rules)
-    _, plan, _ = _planned(
+    captured, plan, _ = _planned(
         model,
         table,
         leaf_modules,
@@ -225,7 +226,7 @@ def explain(
         parameters=rules is None,
         ambient=bool(ambient),
     )
-    _complain(plan, strict, model)
+    _complain(plan, captured, strict, model)
     return plan
 
 
@@ -250,11 +251,14 @@ def _planned(
     return captured, *make_plan(captured, table, leaves, parameters, ambient, before)
 
 
-def _complain(plan: Plan, strict: bool, model: nn.Module, verify: bool = False) -> None:
+def _complain(
+    plan: Plan, captured: Capture, strict: bool, model: nn.Module, verify: bool = False
+) -> None:
     """Warn of requests that the plan does not fulfil; raise `PlanError` if `strict`.
 
     Args:
         plan: The plan.
+        captured: The captured model, before it is rewritten.
         strict: See `transform`.
         model: The model.
         verify: Whether a comparison with the original is requested.
@@ -268,7 +272,13 @@ def _complain(plan: Plan, strict: bool, model: nn.Module, verify: bool = False) 
         f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
     ]
     problems += [f"lost: {lost}" for lost in plan.lost]
-    problems += dict.fromkeys(text for d in plan.decisions for text in unlearned(d.rules))
+    if any(unlearned(d.rules) for d in plan.decisions):
+        found = [p for v in captured.variants for p in find_parameters(v.graph, captured.root)]
+        # an exported graph also reads the parameters that it does not use
+        learnt = {id(p.tensor) for p in found if p.calls or any(node.users for node in p.reads)}
+        problems += dict.fromkeys(
+            text for d in plan.decisions for text in unlearned(d.rules, learnt)
+        )
     if strict:
         problems += [f"not traced: {opaque}" for opaque in plan.opaque if not opaque.asked]
         problems += [f"{plan.verified}; verify=False accepts this"] * (

@@ -167,6 +167,29 @@ def test_a_parameter_is_warned_of() -> None:
         fg.transform(model, {"relu": fg.rules.scale(s=torch.tensor(2.0))})
 
 
+def test_a_parameter_that_the_model_learns_is_not_warned_of() -> None:
+    class Sloped(nn.Module):
+        def __init__(self, uses: bool) -> None:
+            super().__init__()
+            self.slope, self.uses = nn.Parameter(torch.tensor(2.0)), uses
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.relu(x) * (self.slope if self.uses else 2.0)
+
+    def build(model: Sloped) -> None:
+        table = {"relu": fg.rules.scale(s=model.slope)}
+        fg.transform(model, table)
+        fg.transform(model, table, example_inputs=(torch.ones(2),))
+        fg.compile(model, table, backend="eager")(torch.ones(2, requires_grad=True))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        build(Sloped(uses=True))
+    with pytest.warns(fg.FreegradWarning, match="requires a gradient") as found:
+        build(Sloped(uses=False))
+    assert len(found) == 3
+
+
 # --- set_rule_parameter ---
 
 KINDS: dict[str, Callable[[], Any]] = {

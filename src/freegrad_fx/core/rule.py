@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -315,14 +315,19 @@ class Composition:
         return f"compose({', '.join(map(repr, self.parts))})"
 
 
-def unlearned(rules: Iterable[Rule]) -> list[str]:
-    """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one."""
+def unlearned(rules: Iterable[Rule], learnt: Container[int] = ()) -> list[str]:
+    """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one.
+
+    Args:
+        rules: The rules.
+        learnt: The ids of tensors that get a gradient elsewhere, because the forward of the model uses them.
+    """
     return [
         f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule: rules compute "
         f"only the gradient of their input. To silence this, give a tensor with requires_grad=False"
         for rule in rules
         for name, value in rule.values
-        if isinstance(value, Tensor) and value.requires_grad
+        if isinstance(value, Tensor) and value.requires_grad and id(value) not in learnt
     ]
 
 

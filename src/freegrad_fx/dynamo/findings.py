@@ -103,8 +103,12 @@ class Findings:
             program.add(place, decision)
             if decision.action == "skip":
                 self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
-        learned = [t for _, _, decision in occurrence.sites for t in unlearned(decision.rules)]
-        for text in (*learned, *piece.unreached):
+        texts = [
+            text
+            for _, _, decision in occurrence.sites
+            for text in unlearned(decision.rules, piece.learnt)
+        ]
+        for text in (*texts, *piece.unreached):
             self._complain(text)
         piece.program.note(opaque=piece.opaque)
         if self._strict:

@@ -87,6 +87,7 @@ class Piece:
         opaque: The calls in the graph that no rule can reach.
         unreached: For each site in such a call to which the table gives a rule, a text that names it.
         entries: For each site, the index of the table entry that decides it.
+        learnt: The ids of the parameters that the graph uses.
 
     Raises:
         PlanError: The table gives a site a rule that cannot act there.
@@ -116,6 +117,7 @@ class Piece:
         graph_modules = _with_origins(homes, table, before)
         self.opaque = list(closed_operators(homes))
         self.unreached = list(_unreached(homes, setting, modules, table))
+        self.learnt = {id(home.parameter_or_owner) for home in homes.values()}
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
         for module in graph_modules:
             pairs = self._decided(module)
