@@ -37,7 +37,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     fuzz.addoption("--fuzz-seed", type=int, default=1000, metavar="S", help="the first seed")
     fuzz.addoption(
         "--fuzz-door",
-        choices=("symbolic", "export", "compile", "backend"),
+        choices=("symbolic", "export", "compile", "backend", "use"),
         help="only by this way in; without it, N by each",
     )
 

@@ -19,6 +19,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -30,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 import freegrad_fx as fg
 import inplace_cases as inplace
 import runs
+from freegrad_fx.context import outside_of_blocks
 from models import naive
 from places import IMPORTABLE
 from sweep import Interception
@@ -76,7 +78,9 @@ class Gradients(list[Tensor]):
 
 
 def gradients(model: Callable[[Tensor], Tensor], x: Tensor, of: nn.Module = NET) -> Gradients:
-    return backward(model(x), of)
+    """The gradients of a model; those of the original are the reference, on which no block acts."""
+    with outside_of_blocks() if model is NET else nullcontext():
+        return backward(model(x), of)
 
 
 def backward(y: Tensor, of: nn.Module = NET) -> Gradients:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import core, ops, rules, vocabulary
 from ._moved import find_moved
-from .context import native, use
+from .context import native
 from .core.register import register
 from .core.rule import Composition, Rule, compose, get
 from .errors import (
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from . import functional
     from .capture.captured import CapturedModule
     from .dynamo import Backend, backend, compile
+    from .eager import use
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
     from .sites.site import Site
@@ -52,6 +53,7 @@ _LATER = {
     "on": "table",
     "report": "plan",
     "transform": "pipeline",
+    "use": "eager",
     "verify": "verification",
 }
 

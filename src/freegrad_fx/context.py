@@ -10,7 +10,13 @@ import inspect
 import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ContextDecorator, ExitStack, contextmanager
+from contextlib import (
+    AbstractContextManager,
+    ContextDecorator,
+    ExitStack,
+    contextmanager,
+    nullcontext,
+)
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
@@ -28,6 +34,9 @@ __all__ = [
     "explicit_rules_act",
     "in_the_blocks_of_now",
     "inside_of_a_block",
+    "intercepted",
+    "intercepting_blocks",
+    "left_alone",
     "native",
     "outside_of_blocks",
     "parts_for",
@@ -47,9 +56,11 @@ class _State(threading.local):
     def __init__(self) -> None:
         # Dynamo guards attributes of the object, not of its class
         self.explicit = True
+        self.table = False
         self.activations: tuple[Rule, ...] = ()
         self.params: tuple[Rule, ...] = ()
         self.blocks: tuple[Block, ...] = ()
+        self.intercepting: tuple[Block, ...] = ()
         self.surroundings: tuple[_Surrounding, ...] = ()
 
 
@@ -68,6 +79,11 @@ def ambient_rules(scope: str) -> tuple[Rule, ...]:
         RuntimeError: The thread is in the blocks of another asynchronous task.
     """
     _require_own_blocks()
+    if _state.table:
+        raise RuleError(
+            "this model was transformed for the rules of use() blocks, which are single rules, and runs in a block "
+            "with a table. Give use() one rule, or transform the model with the table: transform(model, rules)."
+        )
     return _state.activations if scope == "activations" else _state.params
 
 
@@ -81,6 +97,17 @@ def explicit_rules_act() -> bool:
     return _state.explicit
 
 
+def intercepting_blocks() -> tuple[Any, ...]:
+    """The blocks in force that intercept plain eager code, the innermost first; none inside of `native`.
+
+    Raises:
+        RuntimeError: The thread is in the blocks of another asynchronous task.
+    """
+    if _state.intercepting:
+        _require_own_blocks()
+    return _state.intercepting
+
+
 def _require_own_blocks() -> None:
     if not is_compiling() and _entered.get() != _state.blocks:
         raise RuntimeError(
@@ -92,12 +119,20 @@ def _require_own_blocks() -> None:
 
 def _put(blocks: tuple[Block, ...]) -> None:
     """Set the blocks of the thread, the innermost last."""
-    values: dict[str, Any] = {"explicit": True, **dict.fromkeys(SCOPES.values(), ())}
+    values: dict[str, Any] = {
+        "explicit": True,
+        "table": False,
+        **dict.fromkeys(SCOPES.values(), ()),
+    }
+    intercepting: tuple[Block, ...] = ()
     for block in blocks:
         values.update(block.changes)
+        intercepting = (block, *intercepting) if block.intercepts else intercepting
+        intercepting = intercepting if block.changes.get("explicit", True) else ()
     for name, value in values.items():
         setattr(_state, name, value)
     _state.blocks = blocks
+    _state.intercepting = intercepting
     _entered.set(blocks)
 
 
@@ -112,15 +147,31 @@ def _in(blocks: tuple[Block, ...]) -> Iterator[None]:
         _entered.set(seen)
 
 
+def intercepted() -> bool:
+    """Whether a block intercepts the eager code that runs now. Compiled code asks when it is traced."""
+    return not is_compiling() and bool(_state.intercepting)
+
+
+@contextmanager
+def left_alone() -> Iterator[None]:
+    """A context in which no block intercepts plain eager code, because another table decides its sites."""
+    before = _state.intercepting
+    _state.intercepting = ()
+    try:
+        yield
+    finally:
+        _state.intercepting = before
+
+
 def outside_of_blocks() -> Any:
     """A context manager in which no block is in force."""
     return _in(())
 
 
 def inside_of_a_block() -> AbstractContextManager[Any]:
-    """A context manager in which some rule is in force at every ambient site."""
+    """A context manager in which some rule is in force at every ambient site, and no other block is."""
     identity = Rule(Declaration("identity", lambda grad: grad, (), {}))
-    return Block(**dict.fromkeys(SCOPES.values(), (identity,)))
+    return _in((Block(**dict.fromkeys(SCOPES.values(), (identity,))),))
 
 
 def in_the_blocks_of_now(function: Called) -> Called:
@@ -129,11 +180,14 @@ def in_the_blocks_of_now(function: Called) -> Called:
     Contexts of `surrounded` that are active now are entered again if they have been left when it runs.
     """
     blocks, surroundings = _state.blocks, _state.surroundings
+    resumes = [block.resume() for block in _state.intercepting]
 
     @functools.wraps(function)
     def inside(*args: Any, **kwargs: Any) -> Any:
         with ExitStack() as stack:
             stack.enter_context(_in(blocks))
+            for resume in resumes:
+                stack.enter_context(resume())
             for surrounding in surroundings:
                 if surrounding.left:
                     stack.enter_context(surrounded(surrounding.make))
@@ -169,6 +223,9 @@ def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None
 class Block(ContextDecorator):
     """The base of `use` and `native`: changes the state of the thread. Blocks are reentrant and reusable."""
 
+    intercepts = False
+    """Whether the block also acts on plain eager code."""
+
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
 
@@ -195,6 +252,10 @@ class Block(ContextDecorator):
             )
         del blocks[len(blocks) - 1 - blocks[::-1].index(self)]
         _put(tuple(blocks))
+
+    def resume(self) -> Callable[[], AbstractContextManager[Any]]:
+        """A function that returns a context in which code runs again as it runs now."""
+        return nullcontext
 
     def __call__(self, func: Called) -> Called:
         """Decorate `func`, so that each call of it runs in the block.
@@ -252,8 +313,8 @@ class use(Block):
         scopes = _scopes(scope)
         parts = parts_for(scopes, rule, params)
         for text in unlearned(parts):
-            warnings.warn(text, FreegradWarning, stacklevel=2)
-        super().__init__(**dict.fromkeys(scopes, parts))
+            warnings.warn(text, FreegradWarning, stacklevel=3)
+        super().__init__(table=False, **dict.fromkeys(scopes, parts))
 
 
 class native(Block):
@@ -273,7 +334,7 @@ class native(Block):
     """
 
     def __init__(self) -> None:
-        super().__init__(explicit=False, activations=(), params=())
+        super().__init__(explicit=False, table=False, activations=(), params=())
 
 
 def parts_for(

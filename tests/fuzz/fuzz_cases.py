@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+import freegrad_fx as fg
+
 from fuzz_doors import (
     NAMES_A_DOOR,
     REFUSALS,
@@ -99,7 +101,7 @@ def random_case(seed: int, door: str) -> Case:
         if not table.entries:
             return random_case(seed + 2**40, door)
     calls = tuple((r.random() < 0.6, r.randrange(5), r.random() < 0.9) for _ in range(3))
-    eager = door in ("symbolic", "export")
+    eager = door in ("symbolic", "export", "use")
     paths = [
         line.split(" = ")[0][5:]
         for line in program.classes[-1].init
@@ -112,7 +114,7 @@ def random_case(seed: int, door: str) -> Case:
         calls if eager else calls[:2],
         r.random() < 0.5,
         r.choice(["norm", *paths]) if door == "symbolic" and r.random() < 0.15 else None,
-        r.choice(("deepcopy", "pickle")) if eager and r.random() < 0.15 else "",
+        r.choice(("deepcopy", "pickle")) if eager and door != "use" and r.random() < 0.15 else "",
         eager and not _reads_y(table) and program.dtype == "float64" and r.random() < 0.15,
     )
 
@@ -353,17 +355,19 @@ def _check(case: Case, module: types.ModuleType, caught: list[Any]) -> Outcome:
         inputs = [sample(program, seed, grad) for _ in range(3)]
         # A graph has the code of a checkpoint in it, which then runs once: batch norms are not updated again in the
         # backward. torch.compile keeps checkpoints.
-        eager = case.door not in ("compile", "backend")
+        eager = case.door in ("symbolic", "export")
         with oracle.no_checkpoints() if eager else contextlib.nullcontext():
             expected = _run(lambda a, k: plain(*a, **k), plain, *inputs[0], case.second)
         reference = _run(
             lambda a, k: oracle(a, k, case.second), watched, *inputs[1], case.second, oracle
         )
-        with block(case.table):
+        with block(case.table, case.door, result, namespace) as used:
             try:
                 actual = _run(lambda a, k: result(*a, **k), result, *inputs[2], case.second)
             except REFUSALS as error:
                 return _refused(error)
+        if used is not None:
+            without = {d.site.name: str(d.reason) for d in fg.report(used).with_action("skip")}
         # Of a graph the report says what is lost, as data; behind torch.compile, warnings do
         said = [str(w.message) for w in caught if isinstance(w.message, WARNING) and not eager]
         if said := [text for text in said if "the entry" not in text]:
@@ -381,7 +385,9 @@ def _check(case: Case, module: types.ModuleType, caught: list[Any]) -> Outcome:
         acted += oracle.acted + sum(
             e is not None and e.rules is not None for e in oracle.of_parameter.values()
         )
-        if "modified by an inplace operation" in actual.error and _reads_y(case.table):
+        if "modified by an inplace operation" in actual.error and (
+            used is not None or _reads_y(case.table)
+        ):
             return Outcome(
                 "said", "PyTorch: an output that a rule reads is written into later", acted
             )

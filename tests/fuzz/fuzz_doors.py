@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 from fuzz_tables import Bound, Entry, Table
 
-DOORS = ("symbolic", "export", "compile", "backend")
+DOORS = ("symbolic", "export", "compile", "backend", "use")
 NAMES_A_DOOR = ("example_inputs", "fg.compile", "freegrad_fx.compile", "fg.backend", "transform(", "leaf_modules",
                 "submodule", "symbolic tracing", "concrete_args")  # fmt: skip
 
@@ -60,12 +60,18 @@ def as_table(table: Table, classes: Mapping[str, type]) -> Any:
     return fg.RuleTable([entry(e) for e in table.entries])
 
 
-def block(table: Table) -> contextlib.AbstractContextManager[Any]:
-    """The block around each call."""
-    if table.block is None:
-        return contextlib.nullcontext()
-    rules, scope = table.block
-    return fg.use(as_rule(rules), scope=scope)
+@contextlib.contextmanager
+def block(
+    table: Table, door: str, model: nn.Module, classes: Mapping[str, type]
+) -> Iterator[fg.use | None]:
+    """The blocks around each call; gives the one with the table of a plain model."""
+    with contextlib.ExitStack() as stack:
+        if table.block is not None:
+            rules, scope = table.block
+            options = {"model": model} if door == "use" else {}
+            stack.enter_context(fg.use(as_rule(rules), scope=scope, **options))
+        used = fg.use(as_table(table, classes), model=model) if door == "use" else None
+        yield None if used is None else stack.enter_context(used)
 
 
 def open_door(
@@ -78,6 +84,8 @@ def open_door(
 ) -> Any:
     """The model under a table, by one way in."""
     rules: Any = as_table(table, classes)
+    if door == "use":
+        return model
     if door in ("compile", "backend"):
         if door == "compile":
             return fg.compile(model, rules, backend="eager")
@@ -99,7 +107,7 @@ def open_door(
 
 def kept_whole(result: Any, door: str) -> list[str]:
     """The paths of the modules that the product says it has kept whole."""
-    if door in ("compile", "backend"):
+    if door in ("compile", "backend", "use"):
         return []
     found = [o for o in fg.report(result).opaque if o.what.endswith("kept as one opaque call")]
     return [o.path for o in found if not o.what.startswith("function ")]
@@ -107,12 +115,12 @@ def kept_whole(result: Any, door: str) -> list[str]:
 
 def lost(result: Any, door: str) -> list[str]:
     """What the product says it has not carried over."""
-    return [] if door in ("compile", "backend") else [str(item) for item in fg.report(result).lost]
+    return [] if door in ("compile", "backend", "use") else [str(item) for item in fg.report(result).lost]
 
 
 def skipped(result: Any, door: str) -> dict[str, str]:
     """The sites that the product says it has not given their rule, with the reason."""
-    if door in ("compile", "backend"):
+    if door in ("compile", "backend", "use"):
         return {}
     return {d.site.name: str(d.reason) for d in fg.report(result).with_action("skip")}
 

@@ -12,7 +12,7 @@ from fuzz_doors import DOORS
 from fuzz_shrink import shrink
 
 # For each way in, the number of chunks and of cases in each: 200 cases. Exporting and compiling take long.
-FAST = {"symbolic": (6, 32), "export": (1, 4), "compile": (1, 2), "backend": (1, 2)}
+FAST = {"symbolic": (6, 32), "export": (1, 4), "compile": (1, 2), "backend": (1, 2), "use": (1, 32)}
 
 
 def try_cases(door: str, seeds: range) -> Counter[str]:

@@ -31,7 +31,7 @@ sites
 capture table
 plan
 rewrite
-dynamo
+dynamo eager
 verification
 pipeline
 compat

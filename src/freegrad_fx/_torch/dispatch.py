@@ -15,6 +15,7 @@ __all__ = [
     "DispatchMode",
     "current_dispatch_mode",
     "dispatch_modes",
+    "function_mode_active",
     "function_transforms_active",
     "in_function_transform",
     "in_pre_dispatch",
@@ -102,3 +103,13 @@ def runs_alone(tensor: Tensor) -> bool:
         or is_batched(tensor)
         or dispatch_modes()
     )
+
+
+_function_modes = private(
+    "torch.overrides._get_current_function_mode_stack", "telling which function modes are active"
+)
+
+
+def function_mode_active(mode: Any) -> bool:
+    """Whether a function mode is active in this thread."""
+    return any(active is mode for active in _function_modes())

@@ -31,6 +31,7 @@ __all__ = [
     "name_sources",
     "skip",
     "takes_for_constant",
+    "traces_code_with",
     "tracing_context",
     "wrap_compiled_function",
 ]
@@ -77,6 +78,20 @@ def leave_to_python(function: Called) -> Called:
 
         return refuse  # type: ignore[return-value]
     return function
+
+
+@uses_private_names(_COMPILED)
+def traces_code_with(name: str) -> bool:
+    """Whether Dynamo is tracing a function, or a function called by it, whose globals contain a name."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+
+    try:
+        traced: Any = InstructionTranslator.current_tx()
+    except AttributeError:  # other compilers trace, and Dynamo does not
+        return False
+    while traced is not None and name not in traced.f_globals:
+        traced = traced.parent
+    return traced is not None
 
 
 @uses_private_names(_COMPILED)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import torch
@@ -22,6 +22,8 @@ __all__ = [
     "follow_checkpoints",
     "functions_answered_by",
     "overrides_apply",
+    "with_backward",
+    "with_results",
 ]
 
 Function: TypeAlias = type[torch.autograd.Function]
@@ -83,6 +85,70 @@ def functions_answered_by(intercept: Intercept) -> Iterator[None]:
 
         made.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
         yield
+
+
+Applied: TypeAlias = Callable[[Function, Any, tuple[Any, ...], Any], Any]
+"""Takes a Function, the context of a call of `apply`, its inputs and its result. Returns the result."""
+
+
+def with_results(
+    functions: Iterable[Function],
+    applied: Applied,
+    around: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> contextlib.AbstractContextManager[None]:
+    """Pass on the results of every `apply` of some Functions, and of those derived from them, in this thread.
+
+    Args:
+        functions: The Functions.
+        applied: Called after the forward.
+        around: Makes the context in which the forward runs.
+    """
+    known = dict.fromkeys(k for f in functions for k in (*_subclasses(f), f))
+    return all_replaced(part for f in known for part in _passed_on(f, applied, around))
+
+
+def _passed_on(
+    function: Function,
+    applied: Applied,
+    around: Callable[[], contextlib.AbstractContextManager[Any]],
+) -> Iterator[tuple[Any, str, Make]]:
+    has_context = function.setup_context is torch.autograd.Function.setup_context
+
+    def forward_with(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            inputs = None if kwargs else applied_to_inputs(args, has_context)
+            with around():
+                result = forward(*args, **kwargs)
+            if inputs is None or not has_context:
+                return result
+            return applied(function, args[0], inputs, result)
+
+        return run
+
+    def setup_with(setup: Callable[..., Any]) -> Callable[..., Any]:
+        def prepare(ctx: Any, inputs: Any, output: Any) -> Any:
+            setup(ctx, inputs, output)
+            applied(function, ctx, inputs, output)
+
+        return prepare
+
+    if has_context:
+        yield function, "forward", forward_with
+    else:
+        yield function, "setup_context", setup_with
+
+
+@uses_private_names("giving the calls of an autograd.Function rules")
+def with_backward(ctx: Any, backward: Callable[..., Any]) -> None:
+    """Give the call of `apply` that a context belongs to another backward."""
+
+    class _Other:
+        vjp = torch.autograd.Function.vjp
+
+    _Other.backward = staticmethod(backward)  # type: ignore[attr-defined]
+    if not hasattr(type(ctx), "_forward_cls"):
+        raise AttributeError("_forward_cls")
+    ctx._forward_cls = _Other
 
 
 def _subclasses(function: Function) -> dict[Function, None]:

@@ -21,7 +21,7 @@ from torch import fx, nn
 
 from .._torch import graphs, modules, tree
 from .._torch.dynamo import is_compiling
-from ..context import in_the_blocks_of_now, surrounded
+from ..context import in_the_blocks_of_now, intercepted, left_alone, surrounded
 from ..errors import CaptureError
 from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
@@ -32,13 +32,16 @@ from .hooking import TRACED, Versions
 from .questions import Question, reader
 from .rule_parameters import RuleParameters
 
-__all__ = ["KEYWORD_ONLY", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
+__all__ = ["KEYWORD_ONLY", "OWN_TABLE", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
 
 SPECIALISED = "_specialised_arguments"
 """The attribute that holds the arguments that are constants of the graphs, with their values."""
 
 KEYWORD_ONLY = "_keyword_only_arguments"
 """The attribute that holds the names of arguments that follow a constant one and have to be given by keyword."""
+
+OWN_TABLE = "_intercepted_by_blocks"
+"""A name in the globals of every `forward` whose sites are decided by the table of the captured model."""
 
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
 # Attributes of the GraphModule itself, which are not state of the model
@@ -429,10 +432,12 @@ def _dispatcher(
     call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
+    alone_in_blocks = f"with {', '.join(['_left_alone()', *contexts])}:\n            {call}"
     if contexts:
         call = f"with {', '.join(contexts)}:\n        {call}"
     remedy = "Include the argument in the example_inputs when transforming the model."
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
+    own |= {OWN_TABLE: intercepted, "_left_alone": left_alone}
     own["_require_specialised"] = require_specialised
     checks = ""
     # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
@@ -448,5 +453,7 @@ def _dispatcher(
         parameters += f"{separator}{name}=_default_{number}"
         checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
     # Choosing a version can add one to the table
-    body = f"def forward({parameters}):\n{checks}    _number = _version()\n    {call}\n"
+    body = f"def forward({parameters}):\n{checks}    _number = _version()\n"
+    # A block around the call does not act on what the model's own table decides
+    body += f"    if {OWN_TABLE}():\n        {alone_in_blocks}\n    {call}\n"
     return graphs.forward_from_source(body, {**names, **own}, {})

@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 
 from .._torch import tree
 from .._torch.dynamo import is_tracing
+from ..context import left_alone
 from ..graph.provenance import Origin, caller
 from ..sites.site import Located
 from ..table import Entry
@@ -78,6 +79,8 @@ class Session:
         self.ran = 0
         self.error: Exception | None = None
         backend.sessions.append(self)
+        self._alone = left_alone()
+        self._alone.__enter__()
         self._watch.__enter__()
 
     def end(self, failed: bool) -> None:
@@ -91,6 +94,7 @@ class Session:
             RuleError: A rule was registered again after the backend was created.
         """
         self._watch.__exit__(None, None, None)
+        self._alone.__exit__(None, None, None)
         self._backend.sessions.pop()
         self._frame = self._activation = None
         if self.error is not None:

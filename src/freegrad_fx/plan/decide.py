@@ -27,7 +27,7 @@ from .decision import Decided, Decision
 from .notes import remark_on
 from .plan import Plan
 
-__all__ = ["also", "make_plan"]
+__all__ = ["also", "decide", "make_plan"]
 
 
 def make_plan(
@@ -104,7 +104,7 @@ def _with_parameters(
         both.append([*pairs, *((p, _decide_parameter(p, table, aliasing, replaced)) for p in here)])
         found += here
     unused = unused_parameters(capture.root, found)
-    return both, [(place, _decide(place, table)) for place in unused]
+    return both, [(place, decide(place, table)) for place in unused]
 
 
 def _merged(capture: Capture, decided: Sequence[Decided]) -> Iterator[Decision]:
@@ -178,7 +178,7 @@ def _decide_operations(
     """The decisions for the operations of one graph."""
     decided: Decided = []
     for place in places:
-        decision = _decide(place, table)
+        decision = decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
             # It can return the input tensor itself. Autograd would not notice that a write into the result changes it
             memory = aliasing()
@@ -201,8 +201,8 @@ def _decide_parameter(
     users = {*(u for node in place.reads for u in node.users), *(node for node, _ in place.calls)}
     if users and users.issubset(replaced):
         unused = replace(place, obstacle="every operation that uses it has its forward replaced")
-        return _decide(unused, table)
-    decision = _decide(place, table)
+        return decide(unused, table)
+    decision = decide(place, table)
     if decision.forward is not None and (
         place.renormalised or any(map(aliasing().written, place.reads))
     ):
@@ -212,7 +212,7 @@ def _decide_parameter(
     return decision
 
 
-def _decide(place: Located, table: RuleTable) -> Decision:
+def decide(place: Located, table: RuleTable) -> Decision:
     """The decision of the table for a site.
 
     Raises:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types as kinds
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +19,7 @@ from ..vocabulary.op import Spelling
 from .owners import ALREADY, class_at, decoupling, qualified, short_name
 from .site import LocatedOperation, Site
 
-__all__ = ["find_sites", "spelling_of"]
+__all__ = ["find_sites", "spelled_function", "spelling_of"]
 
 
 def find_sites(
@@ -129,12 +130,19 @@ def spelling_of(node: fx.Node, called: type[Any] | None, inplace: bool) -> str:
         return f"{called.__name__}.apply"
     if node.op == "call_method":
         return f"Tensor.{node.target}"
-    if isinstance(node.target, Overload):
-        return str(node.target).rpartition(".")[0]
-    owner = getattr(node.target, "__module__", None) or "torch"
+    return spelled_function(node.target, inplace)
+
+
+def spelled_function(function: Any, inplace: bool) -> str:
+    """The call of a function of PyTorch as users write it."""
+    if isinstance(function, Overload):
+        return str(function).rpartition(".")[0]
+    if isinstance(function, kinds.MethodDescriptorType):
+        return f"Tensor.{function.__name__}"
+    owner = getattr(function, "__module__", None) or "torch"
     owner = {"torch.nn.functional": "F", "torch._C._nn": "F", "_operator": "operator"}.get(
         owner, owner
     )
     owner = "F" if owner.startswith("torch.nn") else owner
-    name = getattr(node.target, "__name__", str(node.target))
+    name = getattr(function, "__name__", str(function))
     return f"{owner}.{name}{'(inplace=True)' if inplace and not name.endswith('_') else ''}"

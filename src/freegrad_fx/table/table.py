@@ -22,7 +22,7 @@ from .fields import ALL, OP_NAMES, PARAMETERS
 from .selector import Selector
 from .toml import dumps, entry_place, loads
 
-__all__ = ["RuleTable", "RulesLike"]
+__all__ = ["RuleTable", "RulesLike", "is_path"]
 
 RulesLike: TypeAlias = (
     "RuleLike | Mapping[str | type[Any], RuleLike | None] | RuleTable | os.PathLike[str]"
@@ -99,7 +99,7 @@ class RuleTable:
         lone = rules if isinstance(rules, list | tuple) else [rules]
         if any(isinstance(entry, Entry | Selection) for entry in lone):
             raise TableError("entries have to be in a table: RuleTable([on(...).backward(...)])")
-        if isinstance(rules, os.PathLike) or (isinstance(rules, str) and _is_path(rules)):
+        if isinstance(rules, os.PathLike) or (isinstance(rules, str) and is_path(rules)):
             return cls.from_toml(rules)
         if isinstance(rules, str) and rules not in available() and {"/", ".", "\\"} & {*rules}:
             raise RuleError(
@@ -139,7 +139,7 @@ class RuleTable:
         """
         where = ""
         try:
-            if isinstance(source, os.PathLike) or _is_path(source):
+            if isinstance(source, os.PathLike) or is_path(source):
                 where = f"{os.fspath(source)}: "
                 text = Path(source).read_bytes().decode("utf-8-sig")
             else:
@@ -225,7 +225,8 @@ class RuleTable:
         return f"RuleTable([\n{lines}])" if lines else "RuleTable()"
 
 
-def _is_path(source: str) -> bool:
+def is_path(source: str) -> bool:
+    """Whether text is the path of a TOML file."""
     return isinstance(source, str) and source.endswith(".toml") and not {"\n", "\0"} & {*source}
 
 

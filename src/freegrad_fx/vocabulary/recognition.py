@@ -6,7 +6,7 @@ Nodes are never changed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -17,7 +17,7 @@ from .._torch.operators import schema
 from .activations import CASES, OPS, TABLE
 from .op import Op, Spelling
 
-__all__ = ["recognise"]
+__all__ = ["may_be_recognised", "recognise", "recognise_call"]
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,12 @@ def _index(table: tuple[Op, ...]) -> dict[_Target, _Entry]:
 
 _SPELLINGS = _index(TABLE)
 
+_FUNCTIONS: dict[Any, _Entry] = {
+    getattr(Tensor, target) if kind == "call_method" else target: entry
+    for (kind, target), entry in _SPELLINGS.items()
+    if kind != "call_module"
+}
+
 
 # The last three are NumPy's names, which torch.* also accepts.
 _TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
@@ -79,28 +85,63 @@ def recognise(node: fx.Node, module: nn.Module | None, first: int = 0) -> Spelli
     """
     called = ("call_module", type_before_parametrizations(module)) if module is not None else None
     entry = _SPELLINGS.get(called or (node.op, node.target))
-    key: int | str | None = first
-    if len(node.args) <= first:
-        key = next((k for k in _TENSOR_KEYWORDS if k in node.kwargs), None)
-    if entry is None or key is None or not isinstance(_argument(node, key, key), fx.Node):
-        return None
+    inplace = bool(getattr(module, "inplace", False))
     # A flag that the graph computes is a node, and therefore counts as true
-    flag = _argument(node, entry.inplace_position, "inplace") or getattr(module, "inplace", False)
+    if entry is None:
+        return None
+    return _spelling(entry, node.args, node.kwargs, fx.Node, first, inplace)
+
+
+def may_be_recognised(function: Callable[..., Any]) -> bool:
+    """Whether `recognise_call` can find that a call of a function calls an activation."""
+    return function in _FUNCTIONS
+
+
+def recognise_call(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Spelling | None:
+    """Return how a call that is about to run calls an activation, or None if it does not call one.
+
+    Args:
+        function: A function of PyTorch, as ``__torch_function__`` receives it.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+    """
+    entry = _FUNCTIONS.get(function)
+    return None if entry is None else _spelling(entry, args, kwargs, Tensor)
+
+
+def _spelling(
+    entry: _Entry,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    kind: type,
+    first: int = 0,
+    inplace: bool = False,
+) -> Spelling | None:
+    key: int | str | None = first
+    if len(args) <= first:
+        key = next((k for k in _TENSOR_KEYWORDS if k in kwargs), None)
+    if key is None or not isinstance(_argument(args, kwargs, key, key), kind):
+        return None
+    flag = _argument(args, kwargs, entry.inplace_position, "inplace")
     return Spelling(
-        op=_narrowed(entry.op, node),
+        op=_narrowed(entry.op, args, kwargs),
         key=key,
-        inplace=entry.inplace or bool(flag),
-        writes_out=node.kwargs.get("out") is not None,
+        inplace=entry.inplace or inplace or bool(flag),
+        writes_out=kwargs.get("out") is not None,
     )
 
 
-def _narrowed(op: Op, node: fx.Node) -> Op:
+def _narrowed(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op:
     case, given = CASES.get(op.name, (op.name, {}))
-    arguments = [_argument(node, i, name) for i, name in enumerate(given, start=1)]
+    arguments = [_argument(args, kwargs, i, name) for i, name in enumerate(given, start=1)]
     return OPS[case] if arguments == list(given.values()) else op
 
 
-def _argument(node: fx.Node, position: int | str | None, name: int | str) -> Any:
-    if isinstance(position, int) and position < len(node.args):
-        return node.args[position]
-    return node.kwargs.get(str(name))
+def _argument(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int | str | None, name: int | str
+) -> Any:
+    if isinstance(position, int) and position < len(args):
+        return args[position]
+    return kwargs.get(str(name))

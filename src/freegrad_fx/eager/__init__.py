@@ -1,0 +1,5 @@
+"""The interception of plain eager code."""
+
+from .block import use
+
+__all__ = ["use"]

@@ -1,0 +1,133 @@
+"""Intercepts the calls of PyTorch's functions in `use` blocks, and puts the rules around them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any
+
+from torch.overrides import TorchFunctionMode
+
+from .._torch.dispatch import function_mode_active
+from .._torch.dynamo import is_compiling, leave_to_python, takes_for_constant, traces_code_with
+from ..capture.captured import OWN_TABLE
+from ..context import intercepting_blocks
+from ..vocabulary.recognition import may_be_recognised, recognise_call
+from .arguments import with_parameters
+from .observed import Observed
+from .rules import run
+from .running import in_one_site
+
+__all__ = ["enter", "leave"]
+
+
+class _Interception(TorchFunctionMode):
+    """Passes each call of a function of PyTorch to the blocks that are in force in this thread."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        blocks = intercepting_blocks()
+        if not blocks:
+            return func(*args, **kwargs)
+        if not is_compiling():
+            return _intercepted(func, args, kwargs)
+        acts = may_be_recognised(func) or any(block.parameter is not None for block in blocks)
+        if acts and not _in_captured_model():
+            return _outside_of_the_graph(func, args, kwargs)
+        return func(*args, **kwargs)
+
+
+def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    blocks = intercepting_blocks()
+    deciding = [block.parameter for block in blocks if block.parameter is not None]
+    if deciding:
+        args, kwargs = with_parameters(deciding, func, args, kwargs)
+    if in_one_site():
+        return func(*args, **kwargs)
+    spelling = recognise_call(func, args, kwargs)
+    if spelling is None:
+        for block in blocks:
+            block.opaque(func)
+        return func(*args, **kwargs)
+    for block in blocks:
+        decision = block.operation(spelling, func)
+        if decision is not None and decision.entry is not None:
+            if decision.action == "rewrite":
+                return run(func, args, kwargs, spelling, decision)
+            break
+    return func(*args, **kwargs)
+
+
+@takes_for_constant
+def _in_captured_model() -> bool:
+    return traces_code_with(OWN_TABLE)
+
+
+@leave_to_python
+def _outside_of_the_graph(
+    func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Any:
+    """Run a call in Python: Dynamo cannot trace the search for the module that runs."""
+    return _intercepted(func, args, kwargs)
+
+
+_INTERCEPTION = _Interception()
+
+
+@dataclass
+class _Entered:
+    block: Any
+    classes: AbstractContextManager[Any]
+    pushed: bool
+
+
+class _Pushed:
+    """Ends the interception of a thread that ends inside of a block; PyTorch would abort the process."""
+
+    def __init__(self) -> None:
+        self.entered: list[_Entered] = []
+
+    def __del__(self) -> None:
+        if any(entered.pushed for entered in self.entered):
+            _INTERCEPTION.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.own = _Pushed()
+
+
+_thread = _Thread()
+
+
+def enter(block: Any, observed: Observed) -> None:
+    """Begin to intercept the calls of this thread for a block."""
+    pushed = not function_mode_active(_INTERCEPTION)
+    if pushed:
+        _INTERCEPTION.__enter__()  # type: ignore[no-untyped-call]
+    classes = observed.classes(block)
+    classes.__enter__()
+    _thread.own.entered.append(_Entered(block, classes, pushed))
+
+
+def leave(block: Any) -> None:
+    """End what `enter` began. Blocks that were entered later may still be in force."""
+    entered = _thread.own.entered
+    index = max(i for i, e in enumerate(entered) if e.block is block)
+    ended = entered.pop(index)
+    ended.classes.__exit__(None, None, None)
+    if not ended.pushed:
+        return
+    later = next((e for e in entered[index:] if not e.pushed), None)
+    if later is not None:
+        later.pushed = True
+    else:
+        _INTERCEPTION.__exit__(None, None, None)  # type: ignore[no-untyped-call]

@@ -1,0 +1,388 @@
+"""The sites that a block sees, and what its table decides for them."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .._torch.tensors import version
+from ..graph.provenance import caller
+from ..modules import Activation
+from ..plan import Decision, Plan
+from ..plan.decide import also, decide
+from ..sites.operations import spelled_function
+from ..sites.owners import qualified, short_name
+from ..sites.remarks import Opaque
+from ..sites.site import Located, LocatedParameter, Site
+from ..table import RuleTable
+from ..vocabulary.activations import OPS
+from ..vocabulary.op import Op, Spelling
+from .classes import calls_of_modules
+from .functions import calls_of_functions
+from .opaque import opaque_call
+from .rules import decoupled_by, replaced_forward, rules_act
+from .running import is_compiled_graph, running_modules
+
+__all__ = ["Here", "Observed"]
+
+_UNSEEN = (
+    "no function of PyTorch that was called in the block took it; an autograd.Function that takes it directly is not seen"
+)
+_OUT = "it writes its result into an out= tensor, which autograd does not support"
+
+
+@dataclass
+class Here:
+    """Where a thread is in a model.
+
+    Attributes:
+        modules: The modules whose calls are running, the innermost first.
+        calls: How many sites have run in this call of the model, by path and op.
+    """
+
+    modules: tuple[nn.Module, ...] = ()
+    calls: Counter[tuple[str, str]] = field(default_factory=Counter)
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.around: tuple[nn.Module, ...] = ()
+        self.calls: Counter[tuple[str, str]] = Counter()
+        self.call_of_model: FrameType | None = None
+        self.parameters: dict[int, _Decoupled] = {}
+
+
+@dataclass
+class _Decoupled:
+    """The tensor that takes the place of a parameter, while the parameter is in a certain state."""
+
+    state: tuple[Any, ...]
+    tensor: Tensor
+    used: bool = False  # a backward has gone through it
+
+
+class Observed:
+    """The sites that were seen in a block, with their decisions.
+
+    Args:
+        table: The rule table.
+        model: The model to which the table refers, or None.
+    """
+
+    def __init__(self, table: RuleTable, model: nn.Module | None) -> None:
+        self.table = table
+        self.model = model
+        self._decisions: dict[tuple[Any, ...], Decision] = {}
+        self._opaque: dict[Opaque, None] = {}
+        self._thread = _Thread()
+        self._paths: dict[int, str] = {}
+        self._names: dict[int, tuple[str, ...]] = {}
+        if model is not None:
+            for path, module in model.named_modules():
+                self._paths[id(module)] = path
+            for name, parameter in model.named_parameters(remove_duplicate=False):
+                self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
+
+    # --- operations ---
+
+    def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
+        """The decision for the operation that is called now; None if it is no site."""
+        modules = self._modules()
+        if modules is None or (modules and isinstance(modules[0], Activation)):
+            return None  # rules act around the call of an Activation
+        owner, path = self._owner(modules)
+        if self.model is not None and owner is None:
+            return None
+        called = None
+        if owner is not None and owner is modules[0]:
+            kind = type_before_parametrizations(owner)
+            called = kind if kind in spelling.op.modules else None
+        return self._decision(spelling.op, path, owner, called, function, spelling)
+
+    def _decision(
+        self,
+        op: Op,
+        path: str,
+        owner: nn.Module | None,
+        called: type[nn.Module] | None,
+        function: Callable[..., Any],
+        spelling: Spelling,
+    ) -> Decision:
+        call = self._count(path, op.name)
+        source = caller() if self.model is None else ""
+        key = (op.name, path, call, function, type(owner), spelling.inplace, source)
+        found = self._decisions.get(key)
+        if found is not None:
+            return found
+        owners = () if owner is None else (type_before_parametrizations(owner),)
+        spelled = spelled_function(function, spelling.inplace)
+        if called is not None:
+            spelled = f"{short_name(called)}({'inplace=True' if spelling.inplace else ''})"
+        site = Site(
+            kind="operation",
+            op=op.name,
+            path=path,
+            call=call,
+            spelling=spelled,
+            source=source or caller(),
+            type=qualified(owners[0]) if owners else "",
+        )
+        obstacle = _OUT if spelling.writes_out else ""
+        return self._note(key, Located(site, owners, obstacle, op, called))
+
+    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
+        """The decision for the call of a module whose class the table selects; None if it is no site."""
+        kind = type_before_parametrizations(module)
+        modules = self._modules()
+        if modules is None:
+            return None
+        owner, path = self._owner(modules)
+        if owner is None or modules[0] is not module:
+            return None
+        spelling = f"{short_name(kind)}({'inplace=True' if inplace else ''})"
+        return self._class_call(kind, spelling, owner, path)
+
+    def function_call(self, function: type[Any]) -> Decision | None:
+        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
+        modules = self._modules()
+        owner, path = self._owner(modules or ())
+        if modules is None or (self.model is not None and owner is None):
+            return None
+        return self._class_call(function, f"{function.__name__}.apply", owner, path)
+
+    def _class_call(
+        self, kind: type[Any], spelling: str, owner: nn.Module | None, path: str
+    ) -> Decision:
+        call = self._count(path, kind.__name__)
+        source = caller() if self.model is None else ""
+        key = (kind.__name__, path, call, kind, type(owner), spelling, source)
+        if key in self._decisions:
+            return self._decisions[key]
+        owners = () if owner is None else (type_before_parametrizations(owner),)
+        site = Site(
+            kind="operation",
+            op=kind.__name__,
+            path=path,
+            call=call,
+            spelling=spelling,
+            source=source or caller(),
+            type=qualified(owners[0]) if owners else "",
+        )
+        return self._note(key, Located(site, owners, called=kind))
+
+    def _count(self, path: str, op: str) -> int:
+        """The number of sites that have run before at this place, in this call of the model."""
+        if self.model is None:
+            return 0
+        self._thread.calls[path, op] += 1
+        return self._thread.calls[path, op] - 1
+
+    @contextmanager
+    def classes(self, decides: Any) -> Iterator[None]:
+        """A context in which the calls of the classes that the table selects are sites."""
+        if not any(entry.sites.by_class for entry in self.table.entries):
+            yield
+            return
+        selected = self.table.types_in(self.model or nn.Module())
+        modules = [kind for kind in selected if issubclass(kind, nn.Module)]
+        functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
+        spelled = {kind for op in OPS.values() for kind in op.modules}
+        with calls_of_modules(modules, spelled, decides), calls_of_functions(functions, decides):
+            yield
+
+    def _note(self, key: tuple[Any, ...], place: Located) -> Decision:
+        found = self._decisions[key] = also(place, decide(place, self.table), self.table)
+        return found
+
+    # --- parameters ---
+
+    def parameter(self, parameter: nn.Parameter) -> Tensor | None:
+        """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
+        modules = self._modules()
+        if modules is None or self._owner(modules)[0] is None:
+            return None  # an optimizer, for example
+        names = self._names.get(id(parameter))
+        if names is None:
+            if self.model is not None:
+                return None
+            names = _names_among(parameter, modules)
+        key = ("parameter", id(parameter), parameter.requires_grad)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._note(key, self._parameter_site(parameter, names, modules))
+        if decision.entry is None:
+            return None
+        if decision.action != "rewrite" or not (decision.forward or parameter.requires_grad):
+            return parameter
+        acts = rules_act()
+        if decision.forward is None and not acts:
+            return parameter
+        state = (version(parameter), parameter.data_ptr(), acts, parameter.requires_grad)
+        known = self._thread.parameters.get(id(parameter))
+        if known is None or known.state != state or known.used:
+            known = _Decoupled(state, parameter)
+            # A checkpoint that runs now would count what the rules save
+            with saved_tensors_hooks(_unchanged, _unchanged):
+                known.tensor = _decoupled(parameter, decision, acts)
+            if known.tensor.requires_grad:
+                known.tensor.register_hook(_marking(known))  # type: ignore[no-untyped-call]
+            self._thread.parameters[id(parameter)] = known
+        return known.tensor
+
+    def _parameter_site(
+        self, parameter: nn.Parameter, names: tuple[str, ...], modules: tuple[nn.Module, ...]
+    ) -> Located:
+        path, _, name = names[0].rpartition(".")
+        if self.model is not None:
+            holders = [self.model.get_submodule(n.rpartition(".")[0]) for n in names]
+        else:
+            holders = [m for m in modules if any(p is parameter for p in m.parameters())][:1]
+        owners = tuple(map(type_before_parametrizations, holders))
+        site = Site(
+            kind="parameter",
+            op="parameter",
+            path=path,
+            call=0,
+            spelling=f"{short_name(owners[0])}.{name}" if owners else name,
+            type=qualified(owners[0]) if owners else "",
+            names=names,
+        )
+        return LocatedParameter(site, owners, tensor=parameter, reads=())
+
+    # --- the place ---
+
+    def _modules(self) -> tuple[nn.Module, ...] | None:
+        """The modules whose calls are running, the innermost first; None in a graph that Dynamo captured.
+
+        Dynamo has asked about the calls of such a graph when it captured it.
+        """
+        running = tuple(running_modules(2))
+        if any(is_compiled_graph(r.module) for r in running):
+            return None
+        outermost = [r.frame for r in running if r.module is self.model]
+        if outermost and outermost[-1] is not self._thread.call_of_model:
+            self._thread.call_of_model = outermost[-1]
+            self._thread.calls.clear()
+        return (*(r.module for r in running), *self._thread.around)
+
+    def _owner(self, modules: tuple[nn.Module, ...]) -> tuple[nn.Module | None, str]:
+        """The innermost running module, of the model if there is one, with its path."""
+        if self.model is None:
+            return (modules[0] if modules else None), ""
+        owner = next((m for m in modules if id(m) in self._paths), None)
+        return owner, "" if owner is None else self._paths[id(owner)]
+
+    def here(self) -> Here:
+        """Where the thread is now."""
+        return Here(self._modules() or (), Counter(self._thread.calls))
+
+    @contextmanager
+    def resumed(self, here: Here) -> Iterator[None]:
+        """A context in which the thread continues in a place where a thread was before."""
+        thread = self._thread
+        before = thread.around, thread.calls
+        thread.around, thread.calls = here.modules, Counter(here.calls)
+        try:
+            yield
+        finally:
+            thread.around, thread.calls = before
+
+    def end_call(self) -> bool:
+        """Forget the call of the model and its tensors, which have ended with the block.
+
+        Returns:
+            Whether there was a call.
+        """
+        thread = self._thread
+        called = bool(self._decisions) if self.model is None else thread.call_of_model is not None
+        thread.call_of_model = None
+        thread.parameters.clear()
+        return called
+
+    def unmatched(self) -> Iterator[str]:
+        """The entries of the table that matched no site, and the sites where no rule can act, as texts."""
+        plan = self.plan()
+        for decision in plan.with_action("skip"):
+            yield f"site {decision.site.name} keeps its backward: {decision.reason}"
+        seen = ", ".join(sorted({d.site.op for d in plan.decisions})) or "none"
+        for entry in plan.unmatched:
+            yield (
+                f"the entry {entry.selector!r} matched nothing that ran in the use() block; the ops that ran: {seen}. "
+                f"report(block) lists what was seen"
+            )
+
+    # --- the report ---
+
+    def opaque(self, function: Callable[..., Any]) -> None:
+        """Note a call inside of which PyTorch computes activations."""
+        reason = opaque_call(function)
+        if not reason:
+            return
+        modules = self._modules()
+        owner, path = self._owner(modules or ())
+        if modules is None or (self.model is not None and owner is None):
+            return
+        self._opaque[Opaque(path, spelled_function(function, False), reason, caller())] = None
+
+    def plan(self) -> Plan:
+        """The sites that were seen, with their decisions."""
+        name = "The code in the block" if self.model is None else type(self.model).__name__
+        decisions = sorted(self._decisions.values(), key=lambda d: d.site.kind == "parameter")
+        return Plan(
+            model=name,
+            decisions=tuple(dict.fromkeys((*decisions, *self._unseen()))),
+            table=self.table,
+            opaque=tuple(self._opaque),
+        )
+
+    def _unseen(self) -> Iterator[Decision]:
+        """The parameters with a rule that no call in the block took."""
+        if self.model is None or not self.table.wants_parameters or not self._decisions:
+            return
+        seen = {d.site.names for d in self._decisions.values()}
+        parameters = dict(self.model.named_parameters())
+        for names in dict.fromkeys(self._names.values()):
+            if names not in seen:
+                place = self._parameter_site(parameters[names[0]], names, ())
+                found = also(place, decide(replace(place, obstacle=_UNSEEN), self.table), self.table)
+                if found.action == "skip":
+                    yield found
+
+
+def _names_among(parameter: nn.Parameter, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
+    """The names of a parameter in the outermost running module that holds it."""
+    for module in reversed(modules):
+        named = module.named_parameters(remove_duplicate=False)
+        if found := tuple(name for name, other in named if other is parameter):
+            return found
+    return ("a parameter",)
+
+
+def _decoupled(parameter: nn.Parameter, decision: Decision, acts: bool) -> Tensor:
+    value: Tensor = parameter.detach()
+    if decision.forward is not None:
+        value = replaced_forward(decision.forward, value)
+    if not acts:
+        return value
+    return decoupled_by(decision.rules, value, parameter, decision.site.name)
+
+
+def _marking(known: _Decoupled) -> Callable[[Tensor], None]:
+    def mark(_: Tensor) -> None:
+        known.used = True
+
+    return mark
+
+
+def _unchanged(tensor: Tensor) -> Tensor:
+    return tensor

@@ -1,0 +1,101 @@
+"""Runs an operation with rules around it, as a rewritten graph does."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backward.decouple import decouple
+from ..backward.hazards import warn_if_recorded
+from ..core.rule import Forward, Rule
+from ..ops.functions import apply_forward, function_key
+from ..plan import Decision
+from ..vocabulary.activations import OPS
+from ..vocabulary.op import Spelling
+
+__all__ = ["decoupled_by", "replaced_forward", "rules_act", "run"]
+
+
+def rules_act() -> bool:
+    """Whether gradients are recorded, so that a rule can act."""
+    return torch.is_grad_enabled() and not warn_if_recorded()
+
+
+def run(
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    spelling: Spelling,
+    decision: Decision,
+) -> Any:
+    """Run the operation of a site with the rules and the forward of a decision.
+
+    An operation that works in place runs on a copy, and ``x.copy_`` writes the result back, so that autograd tracks
+    all views of `x`.
+    """
+    key, forward, acts = spelling.key, decision.forward, rules_act()
+    x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+    differentiable = x.is_floating_point() or x.is_complex()
+    if forward is None and not (acts and differentiable):
+        return func(*args, **kwargs)
+
+    def operation(given: Tensor) -> Any:
+        if forward is not None:
+            return replaced_forward(forward, given)
+        if isinstance(key, int):
+            return func(*args[:key], given, *args[key + 1 :], **kwargs)
+        return func(*args, **{**kwargs, key: given})
+
+    start = x.clone() if spelling.inplace else x
+    if acts and differentiable:
+        stop = start.detach()
+        keep = spelling.inplace and forward is None and decision.reads("x")
+        y = operation(stop.clone() if keep else stop)
+        y = y.clone() if y is stop and not spelling.inplace else y
+        out = decoupled_by(decision.rules, y, start, decision.site.name)
+    else:
+        out = operation(start)
+    return x.copy_(out) if spelling.inplace else out
+
+
+def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:
+    """Return the values of `y`; in the backward, the rules compute the gradient of `x`.
+
+    Raises:
+        TypeError: The operation did not return a tensor.
+    """
+    if not isinstance(y, Tensor):
+        raise TypeError(
+            f"the operation at site {site!r} returned {type(y).__name__}; a rule requires that it returns a tensor"
+        )
+    first, *others = rules
+    source = x
+    # All rules except the first act around identities; the last rule is nearest to x
+    for other in reversed(others):
+        source = _by(other, source.detach(), source, x, site)
+    return _by(first, y, source, x, site)
+
+
+def _by(rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str) -> Tensor:
+    read = None if source is x else x
+    return decouple(y, source, rule, site, dict(rule.values), rule.save, rule.compile, read)
+
+
+def replaced_forward(forward: Forward, x: Tensor) -> Tensor:
+    """The value of a replacement forward.
+
+    Raises:
+        TypeError: It did not return a tensor of the shape of `x`.
+        RuleError: It changed `x` in place.
+    """
+    function: Any = OPS[forward].function if isinstance(forward, str) else forward
+    return apply_forward(x, _key(function))
+
+
+@functools.cache
+def _key(function: Callable[..., Any]) -> str:
+    return function_key(function)

@@ -1,0 +1,79 @@
+"""Tells which modules are running, from the frames of the calling thread. Changes nothing in the modules."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any
+
+from torch import fx, nn
+
+from .._torch.modules import call_code
+
+__all__ = ["Running", "in_one_site", "is_compiled_graph", "one_site", "running_modules"]
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.sites = 0
+
+
+_thread = _Thread()
+
+
+@contextmanager
+def one_site() -> Iterator[None]:
+    """A context in which everything that runs is one site, such as the call of a module whose class has a rule."""
+    _thread.sites += 1
+    try:
+        yield
+    finally:
+        _thread.sites -= 1
+
+
+def in_one_site() -> bool:
+    """Whether everything that runs now is one site, so that no operation in it is another one."""
+    return _thread.sites > 0
+
+
+@dataclass(frozen=True)
+class Running:
+    """A module whose call is running, with the frame of the call."""
+
+    module: nn.Module
+    frame: FrameType
+
+
+def running_modules(depth: int = 1) -> Iterator[Running]:
+    """The modules whose calls are running in this thread, the innermost first.
+
+    Args:
+        depth: The number of frames to skip.
+    """
+    code = call_code()
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        if frame.f_code is code:
+            yield Running(frame.f_locals["self"], frame)
+        elif frame.f_code.co_filename.startswith(_GENERATED):
+            # Dynamo's graphs are run by their `forward`, not by a call
+            graph = frame.f_locals.get("self")
+            if isinstance(graph, nn.Module) and is_compiled_graph(graph):
+                yield Running(graph, frame)
+        frame = frame.f_back
+
+
+def is_compiled_graph(module: Any) -> bool:
+    """Whether a module is a graph that Dynamo captured."""
+    return isinstance(module, fx.GraphModule) and hasattr(module, _OF_DYNAMO)
+
+
+_GENERATED = "<eval_with_key>"
+"""The beginning of the file name of code that FX generates."""
+
+_OF_DYNAMO = "compile_subgraph_reason"
+"""An attribute of the graphs that Dynamo captures."""

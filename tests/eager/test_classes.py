@@ -1,0 +1,205 @@
+"""Classes of modules and of autograd.Functions that a table selects, in `use` blocks around plain models."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+
+THREE = fg.rules.scale(s=3.0)
+
+
+class Spike(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, slope: Any) -> Tensor:
+        ctx.save_for_backward(x)
+        return (x > 0).to(x.dtype) * slope
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        return grad * 0.5, (grad * (x > 0)).sum() if ctx.needs_input_grad[1] else None
+
+
+class SpikeWithSetup(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(x).sign()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.25
+
+
+class Derived(Spike):
+    pass
+
+
+stored = Spike.apply
+
+
+class Neuron(nn.Module):
+    """A neuron with a surrogate of its own, called over time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.f, self.slope = nn.Linear(4, 4).double(), nn.Parameter(torch.tensor(1.5).double())
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem = torch.zeros_like(x)
+        for step in range(x.shape[0]):
+            mem = 0.9 * mem + self.f(x[step])
+            mem = mem - stored(mem, self.slope) * 0.5 + SpikeWithSetup.apply(mem)
+        return mem
+
+
+def gradients(model: nn.Module, x: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(model(x).square().sum(), [x, *model.parameters()]))
+
+
+def sample() -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    return torch.randn(3, 4, dtype=torch.float64, generator=generator).requires_grad_()
+
+
+class ByHand(nn.Module):
+    """`Neuron` with other backwards written into it."""
+
+    def __init__(self, of: Neuron, spike: Any, with_setup: Any) -> None:
+        super().__init__()
+        self.f, self.slope = of.f, of.slope
+        self.spike, self.with_setup = spike, with_setup
+
+    def forward(self, x: Tensor) -> Tensor:
+        mem = torch.zeros_like(x)
+        for step in range(x.shape[0]):
+            mem = 0.9 * mem + self.f(x[step])
+            mem = mem - self.spike(mem, self.slope) * 0.5 + self.with_setup(mem)
+        return mem
+
+
+def with_surrogate(x: Tensor, y: Tensor, derivative: Tensor) -> Tensor:
+    """The values of `y`, with the gradient of `x` given by a derivative."""
+    return y + (x - x.detach()) * derivative.detach()
+
+
+def triangular(x: Tensor) -> Tensor:
+    return (1 - x.abs()).clamp(min=0)
+
+
+def test_a_surrogate_is_exchanged_in_a_time_loop_also_if_its_apply_is_stored() -> None:
+    model, x = Neuron(), sample()
+
+    def spike(x: Tensor, slope: Tensor) -> Tensor:
+        return with_surrogate(x, (x > 0).to(x.dtype).detach() * slope, triangular(x))
+
+    expected = gradients(ByHand(model, spike, SpikeWithSetup.apply), x)
+    with fg.use({Spike: "triangular"}) as block:
+        found = gradients(model, x)
+    assert all(map(torch.allclose, found, expected))
+    assert [d.site.spelling for d in fg.report(block).with_action("rewrite")] == ["Spike.apply"]
+    native = gradients(model, x)
+    assert not torch.allclose(native[0], found[0])
+
+
+def test_a_function_with_a_context_set_up_apart() -> None:
+    model, x = Neuron(), sample()
+
+    def with_setup(x: Tensor) -> Tensor:
+        return with_surrogate(x, (x > 0).to(x.dtype), 3.0 * triangular(x))
+
+    expected = gradients(ByHand(model, Spike.apply, with_setup), x)
+    table = {SpikeWithSetup: fg.compose("triangular", THREE)}
+    with fg.use(table, model=model):
+        found = gradients(model, x)
+    assert all(map(torch.allclose, found, expected))
+
+
+def test_sites_and_gradients_are_those_of_the_transform() -> None:
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return Derived.apply(self.f(Spike.apply(x, 1.0)), 2.0)
+
+    model, x = Twice(), sample()
+    for table in (
+        fg.RuleTable([fg.on(type=Spike).backward("triangular")]),
+        fg.RuleTable([fg.on(type=Derived).backward("triangular")]),
+        fg.RuleTable([fg.on(type=nn.Linear).backward("straight_through")]),
+    ):
+        gm = fg.transform(model, table)
+        with fg.use(table, model=model) as block:
+            found = gradients(model, x)
+        expected = torch.autograd.grad(
+            gm(x).square().sum(), [x, *gm.parameters()], allow_unused=True
+        )
+        assert all(map(torch.equal, found, expected))
+        seen, captured = (
+            {d.site for d in plan.with_action("rewrite")}
+            for plan in (fg.report(block), fg.report(gm))
+        )
+        assert seen == captured
+
+
+class Squared(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Spike.apply(x, 1.0).square().sum() + x.square().sum()
+
+
+def test_second_derivatives_of_a_function() -> None:
+    x, model, table = sample(), Squared(), {Spike: "arctan"}
+
+    def twice(f: Any) -> Tensor:
+        (first,) = torch.autograd.grad(f(x), x, create_graph=True)
+        return torch.autograd.grad(first.sum(), x)[0]
+
+    with fg.use(table):
+        found = twice(model)
+    assert torch.allclose(found, twice(fg.transform(model, table)))
+    assert not torch.allclose(found, torch.full_like(x, 2.0))
+
+
+def test_an_input_changed_before_the_backward_is_refused() -> None:
+    x = sample()
+    with fg.use({Spike: "triangular"}):
+        z = x * 1
+        y = Spike.apply(z, 1.0)
+        z.add_(1)
+    with pytest.raises(RuntimeError, match="changed in place"):
+        y.sum().backward()
+
+
+def test_hooks_of_a_class_run_around_the_rule() -> None:
+    class Power(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x**3
+
+    class Further(Power):
+        pass
+
+    x = sample()
+    for kind in (Power, Further):
+        layer = kind()
+        layer.register_forward_pre_hook(lambda m, args: (args[0] * 5,))
+        layer.register_forward_hook(lambda m, args, out: out * 2)
+        before = kind.__dict__.get("forward")
+        with fg.use({Power: "straight_through"}) as block:
+            y = layer(x)
+        assert kind.__dict__.get("forward") is before
+        assert torch.equal(y, (x * 5) ** 3 * 2)
+        (grad,) = torch.autograd.grad(y.sum(), x)
+        assert torch.equal(grad, torch.full_like(x, 10.0))
+        assert [d.site.op for d in fg.report(block).decisions] == [kind.__name__]
