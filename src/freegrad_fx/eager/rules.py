@@ -13,6 +13,7 @@ from ..backward.decouple import decouple
 from ..backward.hazards import warn_if_recorded
 from ..core.rule import Forward, Rule
 from ..ops.functions import apply_forward, function_key
+from ..ops.gradients import copied
 from ..plan import Decision
 from ..vocabulary.activations import OPS
 from ..vocabulary.op import Spelling
@@ -50,15 +51,14 @@ def run(
             return func(*args[:key], given, *args[key + 1 :], **kwargs)
         return func(*args, **{**kwargs, key: given})
 
-    start = x.clone() if spelling.inplace else x
     if acts and differentiable:
-        stop = start.detach()
-        keep = spelling.inplace and forward is None and decision.reads("x")
-        y = operation(stop.clone() if keep else stop)
+        stop = copied(x.detach()) if spelling.inplace else x.detach()
+        start = x.clone() if spelling.inplace and decision.reads("x") else x
+        y = operation(stop)
         y = y.clone() if y is stop and not spelling.inplace else y
         out = decoupled_by(decision.rules, y, start, decision.site.name)
     else:
-        out = operation(start)
+        out = operation(x)
     return x.copy_(out) if spelling.inplace else out
 
 

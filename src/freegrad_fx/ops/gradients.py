@@ -22,7 +22,7 @@ from ..backward.hazards import records_forward_alone, warn_if_recorded
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 
-__all__ = ["decoupled", "kept", "stop_gradient", "written_back"]
+__all__ = ["copied", "decoupled", "kept", "stop_gradient", "written_back"]
 
 
 def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
@@ -48,8 +48,7 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
 def kept(x: Tensor, *, ambient: str = "") -> Tensor:
     """Return a copy of `x` if a rule acts, else `x` itself. Used where the memory of `x` is overwritten.
 
-    A detached tensor is copied for an operation. The copy has the same strides, because kernels round differently on
-    other strides.
+    For the copy see `copied`.
 
     Args:
         x: Any tensor.
@@ -57,8 +56,11 @@ def kept(x: Tensor, *, ambient: str = "") -> Tensor:
     """
     if has_torch_function_unary(x):
         return handle_torch_function(kept, (x,), x, **_if_given(ambient=ambient))
-    if not (_copies(ambient) and isinstance(x, Tensor)):
-        return x
+    return copied(x) if _copies(ambient) and isinstance(x, Tensor) else x
+
+
+def copied(x: Tensor) -> Tensor:
+    """A copy of `x`. That of a detached tensor has the same strides, because kernels round differently on others."""
     copy = x.clone()
     if (
         is_compiling()
