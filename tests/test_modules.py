@@ -111,8 +111,8 @@ def test_a_forward_takes_the_parameters_that_torch_gives_it() -> None:
 
 
 def test_what_is_no_forward_is_refused_at_once() -> None:
-    with pytest.raises(ValueError, match="Did you mean 'relu'"):
-        fg.Activation("relew")
+    with pytest.raises(ValueError, match="Did you mean 'ReLU'"):
+        fg.Activation("rellu")
     for name in ("glu", "softmax", "prelu"):  # another shape; more than a tensor
         with pytest.raises(ValueError, match="unknown forward"):
             fg.Activation(name)

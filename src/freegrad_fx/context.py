@@ -28,6 +28,7 @@ from .core.rule import Rule, RuleLike, compose, get, unlearned
 from .errors import FreegradWarning, RuleError, unknown
 
 __all__ = [
+    "OWN_RULES",
     "SCOPES",
     "Block",
     "ambient_rules",
@@ -48,6 +49,10 @@ SCOPES = {"operation": "activations", "parameter": "params"}
 """The scope of an ambient rule, by the kind of the sites in it."""
 
 Called = TypeVar("Called", bound=Callable[..., Any])
+
+
+OWN_RULES = "_has_own_rules"
+"""A name in the globals of code whose sites have rules of their own, or those of the block, already."""
 
 
 class _State(threading.local):

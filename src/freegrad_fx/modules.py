@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import in_the_blocks_of_now, parts_for
+from .context import OWN_RULES, in_the_blocks_of_now, parts_for
 from .core.rule import Rule, RuleLike
 from .errors import RuleError, unknown
 from .ops.gradients import decoupled, stop_gradient
@@ -31,6 +31,9 @@ FREEGRAD = {
     "Heaviside": "heaviside",
 }
 _FORWARDS = {**{name: name for name in FORWARDS}, **FREEGRAD}
+
+
+globals()[OWN_RULES] = True  # Activation puts the rules around its call
 
 
 class Activation(nn.Module):

@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-
 from fuzz_doors import (
     NAMES_A_DOOR,
     REFUSALS,

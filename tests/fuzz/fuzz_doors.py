@@ -115,7 +115,11 @@ def kept_whole(result: Any, door: str) -> list[str]:
 
 def lost(result: Any, door: str) -> list[str]:
     """What the product says it has not carried over."""
-    return [] if door in ("compile", "backend", "use") else [str(item) for item in fg.report(result).lost]
+    return (
+        []
+        if door in ("compile", "backend", "use")
+        else [str(item) for item in fg.report(result).lost]
+    )
 
 
 def skipped(result: Any, door: str) -> dict[str, str]:

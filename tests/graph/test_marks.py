@@ -63,7 +63,9 @@ def test_a_graph_with_other_nodes_has_no_marks() -> None:
     with marked.inserting_before(next(n for n in marked.nodes if n.op == "output")):
         marked.call_function(torch.neg, (next(iter(marked.nodes)),))
     assert not insert_marks(marked, marks)
-    assert [row[1] for row in structure(marked) if row[1] is not torch.neg] == [r[1] for r in before]
+    assert [row[1] for row in structure(marked) if row[1] is not torch.neg] == [
+        r[1] for r in before
+    ]
     assert insert_marks(marked, Marks())
 
 

@@ -7,12 +7,11 @@ complete module tree, and its class inherits from the class of the model. Of rul
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import copy
 import threading
 import types
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -21,27 +20,30 @@ from torch import fx, nn
 
 from .._torch import graphs, modules, tree
 from .._torch.dynamo import is_compiling
-from ..context import in_the_blocks_of_now, intercepted, left_alone, surrounded
+from ..context import in_the_blocks_of_now, surrounded
 from ..errors import CaptureError
 from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
 from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_graph
-from ..ops.checks import require_specialised
 from ..ops.hooked import with_hooks_on_errors
+from .dispatcher import dispatcher
 from .hooking import TRACED, Versions
 from .questions import Question, reader
 from .rule_parameters import RuleParameters
 
-__all__ = ["KEYWORD_ONLY", "OWN_TABLE", "SPECIALISED", "CapturedModule", "Variant", "sets_grad_mode"]
+__all__ = [
+    "KEYWORD_ONLY",
+    "SPECIALISED",
+    "CapturedModule",
+    "Variant",
+    "sets_grad_mode",
+]
 
 SPECIALISED = "_specialised_arguments"
 """The attribute that holds the arguments that are constants of the graphs, with their values."""
 
 KEYWORD_ONLY = "_keyword_only_arguments"
 """The attribute that holds the names of arguments that follow a constant one and have to be given by keyword."""
-
-OWN_TABLE = "_intercepted_by_blocks"
-"""A name in the globals of every `forward` whose sites are decided by the table of the captured model."""
 
 _BLANK = fx.GraphModule(nn.Module(), fx.Graph()).__dict__
 # Attributes of the GraphModule itself, which are not state of the model
@@ -195,7 +197,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
             0: tuple(forwards),
             TRACED: (versions.run_traced,) * len(forwards),
         }
-        type(self).forward = _dispatcher(
+        type(self).forward = dispatcher(
             result.src,
             {**result.globals, "_version": versions.current},
             len(forwards) > 1 or bool(depends),
@@ -401,59 +403,3 @@ def _flattened(inputs: Any, spec: tree.TreeSpec) -> list[Any]:
             f"the inputs have another structure than the example inputs ({error}). Transform the model with example "
             f"inputs of the structure that it is called with."
         ) from error
-
-
-def _dispatcher(
-    src: str,
-    names: dict[str, Any],
-    several: bool,
-    guard: bool,
-    alone: bool,
-    specialised: Mapping[str, Any],
-    keyword_only: Collection[str],
-) -> Any:
-    """A `forward` that runs the generated `forward` for the current training flags and hooks, and has its signature.
-
-    Args:
-        src: The source of one generated `forward`.
-        names: The names that the source refers to, and `_version`, the function that chooses the version.
-        several: Whether there are several graphs, so that the training flags decide.
-        guard: Restore the grad mode even if the graph raises between two changes of it.
-        alone: Let only one thread at a time run it.
-        specialised: Further arguments, each with the only value that it can have.
-        keyword_only: Arguments that have to be given by keyword.
-    """
-    signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
-    arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
-    arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
-    arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
-    arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
-    active = "self._active()" if several else "0"
-    call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
-    contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
-    contexts += ["self._one_thread()"] * alone
-    alone_in_blocks = f"with {', '.join(['_left_alone()', *contexts])}:\n            {call}"
-    if contexts:
-        call = f"with {', '.join(contexts)}:\n        {call}"
-    remedy = "Include the argument in the example_inputs when transforming the model."
-    own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
-    own |= {OWN_TABLE: intercepted, "_left_alone": left_alone}
-    own["_require_specialised"] = require_specialised
-    checks = ""
-    # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
-    first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
-    if first is not None:
-        signature.kwonlyargs = signature.args[first:]
-        signature.kw_defaults = [None] * len(signature.kwonlyargs)
-        signature.args = signature.args[:first]
-    parameters = ast.unparse(signature)
-    for number, (name, value) in enumerate(specialised.items()):
-        own[f"_default_{number}"] = value
-        separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
-        parameters += f"{separator}{name}=_default_{number}"
-        checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
-    # Choosing a version can add one to the table
-    body = f"def forward({parameters}):\n{checks}    _number = _version()\n"
-    # A block around the call does not act on what the model's own table decides
-    body += f"    if {OWN_TABLE}():\n        {alone_in_blocks}\n    {call}\n"
-    return graphs.forward_from_source(body, {**names, **own}, {})

@@ -12,8 +12,7 @@ from torch.overrides import TorchFunctionMode
 
 from .._torch.dispatch import function_mode_active
 from .._torch.dynamo import is_compiling, leave_to_python, takes_for_constant, traces_code_with
-from ..capture.captured import OWN_TABLE
-from ..context import intercepting_blocks
+from ..context import OWN_RULES, intercepting_blocks
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .observed import Observed
@@ -40,7 +39,7 @@ class _Interception(TorchFunctionMode):
         if not is_compiling():
             return _intercepted(func, args, kwargs)
         acts = may_be_recognised(func) or any(block.parameter is not None for block in blocks)
-        if acts and not _in_captured_model():
+        if acts and not _has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -67,8 +66,8 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
 
 
 @takes_for_constant
-def _in_captured_model() -> bool:
-    return traces_code_with(OWN_TABLE)
+def _has_rules_already() -> bool:
+    return traces_code_with(OWN_RULES)
 
 
 @leave_to_python

@@ -35,9 +35,7 @@ from .running import is_compiled_graph, running_modules
 
 __all__ = ["Here", "Observed"]
 
-_UNSEEN = (
-    "no function of PyTorch that was called in the block took it; an autograd.Function that takes it directly is not seen"
-)
+_UNSEEN = "no function of PyTorch that was called in the block took it; an autograd.Function that takes it is not seen"
 _OUT = "it writes its result into an out= tensor, which autograd does not support"
 
 
@@ -354,7 +352,9 @@ class Observed:
         for names in dict.fromkeys(self._names.values()):
             if names not in seen:
                 place = self._parameter_site(parameters[names[0]], names, ())
-                found = also(place, decide(replace(place, obstacle=_UNSEEN), self.table), self.table)
+                found = also(
+                    place, decide(replace(place, obstacle=_UNSEEN), self.table), self.table
+                )
                 if found.action == "skip":
                     yield found
 

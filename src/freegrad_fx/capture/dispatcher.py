@@ -1,0 +1,71 @@
+"""The `forward` of a captured module: it chooses among the generated functions, and checks the arguments."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+
+from .._torch import graphs
+from ..context import OWN_RULES, intercepted, left_alone
+from ..ops.checks import require_specialised
+
+__all__ = ["dispatcher"]
+
+
+def dispatcher(
+    src: str,
+    names: dict[str, Any],
+    several: bool,
+    guard: bool,
+    alone: bool,
+    specialised: Mapping[str, Any],
+    keyword_only: Collection[str],
+) -> Any:
+    """A `forward` that runs the generated `forward` for the current training flags and hooks, and has its signature.
+
+    Args:
+        src: The source of one generated `forward`.
+        names: The names that the source refers to, and `_version`, the function that chooses the version.
+        several: Whether there are several graphs, so that the training flags decide.
+        guard: Restore the grad mode even if the graph raises between two changes of it.
+        alone: Let only one thread at a time run it.
+        specialised: Further arguments, each with the only value that it can have.
+        keyword_only: Arguments that have to be given by keyword.
+    """
+    signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
+    arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
+    arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
+    arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
+    arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
+    active = "self._active()" if several else "0"
+    call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
+    contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
+    contexts += ["self._one_thread()"] * alone
+    alone_in_blocks = f"with {', '.join(['_left_alone()', *contexts])}:\n            {call}"
+    if contexts:
+        call = f"with {', '.join(contexts)}:\n        {call}"
+    remedy = "Include the argument in the example_inputs when transforming the model."
+    own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
+    own |= {OWN_RULES: True, "_intercepted": intercepted, "_left_alone": left_alone}
+    own["_require_specialised"] = require_specialised
+    checks = ""
+    # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
+    first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
+    if first is not None:
+        signature.kwonlyargs = signature.args[first:]
+        signature.kw_defaults = [None] * len(signature.kwonlyargs)
+        signature.args = signature.args[:first]
+    parameters = ast.unparse(signature)
+    for number, (name, value) in enumerate(specialised.items()):
+        own[f"_default_{number}"] = value
+        separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
+        parameters += f"{separator}{name}=_default_{number}"
+        checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
+    # Choosing a version can add one to the table
+    body = f"def forward({parameters}):\n{checks}    _number = _version()\n"
+    # A block around the call does not act on what the model's own table decides
+    body += f"    if _intercepted():\n        {alone_in_blocks}\n    {call}\n"
+    return graphs.forward_from_source(body, {**names, **own}, {})
