@@ -340,6 +340,15 @@ def test_the_table_of_a_compiled_model_decides_in_it(backend: str) -> None:
                 assert equal(gradients(compiled), TRIPLED)
 
 
+def test_transformed_parts_of_a_compiled_model_stay_in_its_graph() -> None:
+    torch._dynamo.reset()
+    tabled, ambient = fg.transform(NET, {"relu": None}), fg.transform(NET)
+    whole = torch.compile(lambda x: tabled(x) + ambient(x), backend="aot_eager", fullgraph=True)
+    with fg.use(THREE):
+        found = gradients(whole)
+    assert equal(found, [a + b for a, b in zip(NATIVE, TRIPLED, strict=True)])
+
+
 def test_one_graph_refuses_a_block() -> None:
     torch._dynamo.reset()
     compiled = torch.compile(NET, backend="eager", fullgraph=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 from collections.abc import Callable, Iterator
 from types import CodeType, FrameType, FunctionType
 from typing import Any, TypeVar
@@ -83,15 +84,16 @@ def leave_to_python(function: Called) -> Called:
 @uses_private_names(_COMPILED)
 def traces_code_with(name: str) -> bool:
     """Whether Dynamo is tracing a function, or a function called by it, whose globals contain a name."""
-    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._dynamo.symbolic_convert import InstructionTranslatorBase
 
-    try:
-        traced: Any = InstructionTranslator.current_tx()
-    except AttributeError:  # other compilers trace, and Dynamo does not
-        return False
-    while traced is not None and name not in traced.f_globals:
-        traced = traced.parent
-    return traced is not None
+    # Each function that is traced into has a translator, whose `run` is on the stack
+    run = InstructionTranslatorBase.run.__code__
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code is run and name in frame.f_locals["self"].f_globals:
+            return True
+        frame = frame.f_back
+    return False
 
 
 @uses_private_names(_COMPILED)
