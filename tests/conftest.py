@@ -6,10 +6,12 @@ import shutil
 import sys
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor
 
 # On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
 import _torchvision  # noqa: F401
@@ -86,3 +88,33 @@ def _same_start_for_every_test() -> Iterator[None]:
     # Dynamo counts recompilations per code object: without this, the order of tests would matter.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture
+def non_maximum_suppression(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """torchvision's own kernel does not load beside a CPU build of torch."""
+    import torchvision
+
+    def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+        left, kept = scores.argsort(descending=True), []
+        while left.numel():
+            kept.append(left[0])
+            overlap = torchvision.ops.box_iou(boxes[left[:1]], boxes[left[1:]])[0]
+            left = left[1:][overlap <= threshold]
+        return torch.stack(kept) if kept else left
+
+    if torchvision.extension._has_ops():
+        yield
+        return
+    library = torch.library.Library("torchvision", "IMPL")
+    library.impl("nms", nms, "CPU")
+    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
+    yield
+    library._destroy()
+
+
+@pytest.fixture
+def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
+    # where it is installed beside another build of torch it does not load, and nobody needs it here
+    monkeypatch.setitem(sys.modules, "torchaudio", None)
+    return pytest.importorskip("transformers")

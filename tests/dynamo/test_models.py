@@ -94,29 +94,6 @@ def sites_of(variant: Any) -> Iterator[tuple[str, str, int]]:
             yield ("" if path == "<root>" else path) or node.kwargs["site"], name, int(call)
 
 
-@pytest.fixture
-def non_maximum_suppression(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """torchvision's own kernel does not load beside a CPU build of torch."""
-    import torchvision
-
-    def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-        left, kept = scores.argsort(descending=True), []
-        while left.numel():
-            kept.append(left[0])
-            overlap = torchvision.ops.box_iou(boxes[left[:1]], boxes[left[1:]])[0]
-            left = left[1:][overlap <= threshold]
-        return torch.stack(kept) if kept else left
-
-    if torchvision.extension._has_ops():
-        yield
-        return
-    library = torch.library.Library("torchvision", "IMPL")
-    library.impl("nms", nms, "CPU")
-    monkeypatch.setattr(torchvision.extension, "_has_ops", lambda: True)
-    yield
-    library._destroy()
-
-
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # torchvision's own
 @pytest.mark.usefixtures("non_maximum_suppression")
@@ -186,15 +163,6 @@ LANGUAGE = {
     gpt2: {(f"transformer.h.{i}.mlp.act", "tanh", 0) for i in (0, 1)},  # its gelu is written out
     llama: {(f"model.layers.{i}.mlp.act_fn", "silu", 0) for i in (0, 1)},
 }
-
-
-@pytest.fixture
-def transformers(monkeypatch: pytest.MonkeyPatch) -> Any:
-    import sys
-
-    # where it is installed beside another build of torch it does not load, and nobody needs it here
-    monkeypatch.setitem(sys.modules, "torchaudio", None)
-    return pytest.importorskip("transformers")
 
 
 @pytest.mark.parametrize("training", MODES)
