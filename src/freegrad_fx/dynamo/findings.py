@@ -110,7 +110,7 @@ class Findings:
         ]
         for text in (*texts, *piece.unreached):
             self._complain(text)
-        piece.program.note(opaque=piece.opaque)
+        piece.program.note(opaque=piece.opaque, steps=piece.steps)
         if self._strict:
             for note in piece.opaque:
                 self._complain(f"not traced: {note}")

@@ -25,6 +25,7 @@ from ..graph.provenance import META, origin
 from ..plan import Decided, Decision, make_plan
 from ..rewrite import rewrite
 from ..sites.parameters import find_parameters
+from ..sites.remarks import Remark
 from ..sites.site import Located, LocatedOperation, LocatedParameter
 from ..table import RuleTable
 from .closed import closed_operators, is_given_a_rule, sites_in_closed
@@ -85,6 +86,7 @@ class Piece:
     Attributes:
         program: The program in which the graph is captured.
         opaque: The calls in the graph that no rule can reach.
+        steps: The steps in the graph that are comparisons.
         unreached: For each site in such a call to which the table gives a rule, a text that names it.
         entries: For each site, the index of the table entry that decides it.
         learnt: The ids of the parameters that the graph uses.
@@ -116,6 +118,7 @@ class Piece:
         homes = find_homes(gm, setting, program_of, modules)
         graph_modules = _with_origins(homes, table, before)
         self.opaque = list(closed_operators(homes))
+        self.steps: list[Remark] = []
         self.unreached = list(_unreached(homes, setting, modules, table))
         self.learnt = {id(home.parameter_or_owner) for home in homes.values()}
         decided: dict[fx.Node, tuple[Located, Decision]] = {}
@@ -134,6 +137,7 @@ class Piece:
         capture = Capture(module, self.program.name, (Variant({}, module.graph),))
         plan, (pairs,) = make_plan(capture, self._table)
         self.opaque += [note for note in plan.opaque if note not in self.opaque]
+        self.steps += plan.steps
         transformed = set(_transformed(module.graph))
         return [(p, _kept(p, d) if _node(p) in transformed else d) for p, d in pairs]
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..plan import Decision, Plan, also
-from ..sites.remarks import Lost, Opaque
+from ..sites.remarks import Lost, Opaque, Remark
 from ..sites.site import Located
 from ..table import RuleTable
 
@@ -40,6 +40,7 @@ class Program:
         self._decisions: dict[Decision, None] = {}
         self._opaque: dict[Opaque, None] = {}
         self._lost: dict[Lost, None] = {}
+        self._steps: dict[Remark, None] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -78,9 +79,10 @@ class Program:
         """Add a site that runs, with its decision."""
         self._decisions[also(place, decision, self._table)] = None
 
-    def note(self, opaque: Iterable[Opaque]) -> None:
-        """Add calls that were not traced into."""
+    def note(self, opaque: Iterable[Opaque], steps: Iterable[Remark] = ()) -> None:
+        """Add calls that were not traced into, and steps that are comparisons."""
         self._opaque.update(dict.fromkeys(opaque))
+        self._steps.update(dict.fromkeys(steps))
 
     def miss(self, place: Located) -> None:
         """Add a site that ran outside of the captured graphs."""
@@ -97,6 +99,7 @@ class Program:
             table=self._table,
             opaque=tuple(self._opaque),
             lost=tuple(self._lost),
+            steps=tuple(self._steps),
         )
 
 

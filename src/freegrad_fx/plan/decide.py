@@ -22,6 +22,7 @@ from ..sites.outputs import changes_shape, returns_several
 from ..sites.parameters import find_parameters, unused_parameters
 from ..sites.remarks import Lost, Opaque
 from ..sites.site import Located, LocatedOperation, LocatedParameter
+from ..sites.steps import find_steps
 from ..table import Entry, RuleTable
 from .decision import Decided, Decision
 from .notes import remark_on
@@ -77,6 +78,9 @@ def make_plan(
         table=table,
         opaque=opaque,
         lost=lost,
+        steps=tuple(
+            dict.fromkeys(s for v in capture.variants for s in find_steps(v.graph, capture.root))
+        ),
     )
     return plan, decided
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites.remarks import Lost, Opaque
+from ..sites.remarks import Lost, Opaque, Remark
 from ..table import Entry, RuleTable
 from .decision import Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
@@ -31,6 +31,7 @@ class Plan:
         opaque: Calls that were not traced into, in which activations can be computed.
         lost: What the model does and the graph does not.
         verified: For a capture from example inputs: whether it was compared with the original, and how, as text.
+        steps: Steps that the model computes as comparisons, which have no gradient.
     """
 
     model: str
@@ -39,6 +40,7 @@ class Plan:
     opaque: tuple[Opaque, ...] = ()
     lost: tuple[Lost, ...] = ()
     verified: str = ""
+    steps: tuple[Remark, ...] = ()
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -122,6 +124,7 @@ class Plan:
             ],
             "opaque": [vars(o) for o in self.opaque],
             "lost": [vars(o) for o in self.lost],
+            "steps": [vars(s) for s in self.steps],
             "verified": self.verified,
         }
 
@@ -168,6 +171,8 @@ class Plan:
         for remark in dict.fromkeys(d.remark for d in self.decisions if d.remark):
             count = sum(d.remark == remark for d in self.decisions)
             yield f"Note, {_sites(count)}: {remark}."
+        for step in self.steps:
+            yield f"Note: {step}."
         for opaque in self.opaque:
             yield f"Opaque: {opaque}."
         for lost in self.lost:
