@@ -671,7 +671,7 @@ def test_the_report_in_words() -> None:
     plan = fg.report(fg.transform(Net(), rules))
     lines = str(plan).splitlines()
     assert lines[0] == "Net, 7 sites: 3 rewritten, 4 left native."
-    (head,) = (line for line in lines if line.startswith("path"))
+    (head,) = (line for line in lines if line.startswith("site "))
     table = lines[lines.index(head) + 2 :][:7]
     for row, (path, call, op, spelling, backward, code) in zip(
         table,
@@ -694,9 +694,9 @@ def test_the_report_in_words() -> None:
         strict=True,
     ):
         cells = re.split(r"  +", row.strip())
-        assert cells[:5] == [path, call, op, spelling, backward]
+        assert cells[:3] == [f"{path}:{op}[{call}]", spelling, backward]
         line = source_of(Swish if path == "swish" else Net.forward, code).rpartition(":")[2]
-        assert cells[5].endswith(f"{Path(__file__).name}:{line}")
+        assert cells[3].endswith(f"{Path(__file__).name}:{line}")
     remarks = lines[lines.index(table[-1]) + 1 :]
     assert [line for line in remarks if line] == [
         "Entry 1, 'relu': 2 sites.",
@@ -737,7 +737,7 @@ def test_the_report_in_a_notebook_is_well_formed_and_says_the_same() -> None:
     cells.close()
     assert cells.open == []
     assert len(cells.rows) == 1 + 7
-    assert cells.rows[2][:4] == ["0", "0", "relu", "F.relu"]
+    assert cells.rows[2][:2] == ["0:relu[0]", "F.relu"]
     text = re.sub(r"\s+", " ", str(plan))
     for row in cells.rows:
         assert " ".join(cell for cell in row if cell) in text

@@ -17,7 +17,7 @@ from .layout import aligned, as_json, filled, html_table, plain, terminal_width
 
 __all__ = ["Plan"]
 
-_COLUMNS = ("path", "call", "op", "spelling", "backward", "line", "entry")
+_COLUMNS = ("site", "spelling", "backward", "line", "entry")
 
 
 @dataclass(frozen=True)
@@ -155,11 +155,10 @@ class Plan:
 
     def _row(self, decision: Decision) -> tuple[str, ...]:
         site = decision.site
-        path = " = ".join(site.names) or site.path or "<root>"
-        call = "" if site.names else str(site.call)
+        name = " = ".join(site.names) or site.name
         entry = "" if decision.entry is None else self.table.entries[decision.entry].selector
         backward, source = backward_of(decision), _short(site.source)
-        return (path, call, site.op, site.spelling, backward, source, entry)
+        return (name, site.spelling, backward, source, entry)
 
     def _remarks(self) -> Iterable[str]:
         for number, (hits, taken) in enumerate(self._counted(), start=1):
