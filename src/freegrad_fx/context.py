@@ -326,7 +326,8 @@ class native(Block):
     """Context manager that disables all rules: gradients equal those of the untransformed model, bit for bit.
 
     Both rules from tables and ambient rules are disabled; a `use` block inside enables ambient rules again. A
-    replaced forward stays replaced, with its own derivative. Threads and nesting are handled as by `use`.
+    replaced forward stays replaced, with its own derivative, which a warning says; then call the original model for
+    its gradients. Threads and nesting are handled as by `use`.
 
     Example:
         >>> import torch, freegrad_fx as fg

@@ -39,8 +39,9 @@ from .graph.marks import (
 )
 from .graph.nodes import called_module, called_path, takes_parameters
 from .graph.provenance import META
+from .graph.serialise import can_be_written
 from .ops.calls import call_with
-from .ops.checks import require_frozen
+from .ops.checks import require_frozen, warn_if_native
 from .ops.functions import apply_forward, function_key
 from .ops.gradients import decoupled, kept, stop_gradient, written_back
 from .ops.hooked import call_without_hooks
@@ -117,6 +118,9 @@ def rewrite(
                 and called_module(place.node, root) is not None
             ):
                 mark_call(place.node)
+    replaced = [place for place, decision in wanted if decision.forward is not None]
+    if replaced:
+        _warn_at(replaced[0], len(replaced), graph, root)
     for place, decision, memory in judged:
         ambient = decision.action == "ambient"
         surgery = _Surgery(graph, root, place.site, place.node.meta, ambient)
@@ -134,6 +138,18 @@ def rewrite(
             surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
     return Marks() if marks is None else take_marks(graph, unmarked)
+
+
+def _warn_at(first: Located, count: int, graph: fx.Graph, root: nn.Module) -> None:
+    """Insert the warning of `native` blocks at the first of the sites whose forward is replaced."""
+    name, surgery = first.site.name, _Surgery(graph, root, first.site, {})
+    text = name if count == 1 else f"{count} sites, of which {name} is the first"
+    if isinstance(first, LocatedOperation):
+        with graph.inserting_before(first.node):
+            surgery.node("call_function", warn_if_native, (first.input, text))
+    elif isinstance(first, LocatedParameter):
+        with _at_the_beginning(graph, False):
+            surgery.node("call_function", warn_if_native, (surgery.read(first), text))
 
 
 def _calls_to_open(root: nn.Module, decided: Decided) -> dict[fx.Node, int | str]:
@@ -397,7 +413,7 @@ class _Surgery:
             before = (*function.args, *before)
             keywords = {**function.keywords, **keywords}
             function = function.func
-        if not all(map(_can_be_written, tree.leaves((before, keywords)))):
+        if not all(map(can_be_written, tree.leaves((before, keywords)))):
             function, before, keywords = forward, (), {}
         before, keywords = tree.map_only(Tensor, self.tensor, (before, keywords))
         if isinstance(function, types.MethodDescriptorType):  # Tensor.sign
@@ -432,9 +448,3 @@ class _Surgery:
         node = self.graph.create_node(op, target, args, kwargs or {})
         node.meta.update(self.meta)
         return node
-
-
-def _can_be_written(value: Any) -> bool:
-    """Whether the generated code of a graph can contain a value."""
-    plain = (int, float, complex, bool, str, type(None), torch.dtype, torch.device)
-    return isinstance(value, Tensor) or type(value) in plain

@@ -9,6 +9,7 @@ from ..backward.operator import operands
 from ..capture.captured import sets_grad_mode
 from ..context import explicit_rules_act
 from ..core.rule import get
+from ..ops.checks import warn_if_native
 from ..ops.gradients import decoupled, stop_gradient
 
 __all__ = ["lower"]
@@ -23,6 +24,8 @@ def lower(graph: fx.Graph) -> None:
     if not torch.is_grad_enabled() or sets_grad_mode(graph) or not explicit_rules_act():
         return
     for node in graph.nodes:
+        if node.target is warn_if_native:
+            graph.erase_node(node)
         if node.target not in (stop_gradient, decoupled) or node.kwargs.get("ambient"):
             continue
         source = node.args[0]

@@ -18,7 +18,7 @@ from functools import reduce
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.graph import CodeGen
 
 from .._torch import graphs, tree
@@ -33,6 +33,7 @@ LOCK = threading.RLock()
 __all__ = [
     "LOCK",
     "GraphDump",
+    "can_be_written",
     "copy_graph",
     "dump_graph",
     "dump_value",
@@ -185,3 +186,9 @@ def keywords_as_names() -> Iterator[None]:
 
     with LOCK, graphs.attributes_written_by(write):
         yield
+
+
+def can_be_written(value: Any) -> bool:
+    """Whether the generated code of a graph can contain a value."""
+    plain = (int, float, complex, bool, str, type(None), torch.dtype, torch.device)
+    return isinstance(value, Tensor) or type(value) in plain

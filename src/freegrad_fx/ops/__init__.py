@@ -19,6 +19,7 @@ from .checks import (
     require_open,
     require_specialised,
     require_tensor,
+    warn_if_native,
 )
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient, written_back
@@ -51,6 +52,7 @@ __all__ = [
     "run_hooks",
     "run_pre_hooks",
     "stop_gradient",
+    "warn_if_native",
     "written_back",
 ]
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from ..errors import CaptureError
+from .._torch.dynamo import takes_for_constant
+from ..context import explicit_rules_act
+from ..errors import CaptureError, FreegradWarning
 
 __all__ = [
     "require_frozen",
@@ -16,6 +19,7 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
+    "warn_if_native",
 ]
 
 
@@ -109,3 +113,28 @@ def require_frozen(parameter: Tensor, name: str) -> None:
             f"trainable now: its rule would not act. Transform the original model again with the parameter unfrozen; "
             f"the result shares its tensors."
         )
+
+
+def warn_if_native(x: Tensor, sites: str) -> None:
+    """Warn if a model whose forward is replaced runs in a `native` block, whose gradients then are no baseline.
+
+    Args:
+        x: The input of the first site whose forward is replaced.
+        sites: The sites whose forward is replaced, as text.
+    """
+    if has_torch_function_unary(x):
+        handle_torch_function(warn_if_native, (x,), x, sites)
+    elif not explicit_rules_act() and torch.is_grad_enabled():
+        _warn_of_baseline(sites)
+
+
+# Dynamo calls it while it traces, and leaves it out of the graph
+@takes_for_constant
+def _warn_of_baseline(sites: str) -> None:
+    warnings.warn(
+        f"native() switches off the rules, but the forward stays replaced at {sites}, with its own derivative, which "
+        f"is 0 for a step. For the gradients of the original model, call the original model: it shares its parameters "
+        f"with the transformed one.",
+        FreegradWarning,
+        stacklevel=3,
+    )

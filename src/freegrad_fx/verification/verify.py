@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,7 +16,7 @@ from .._torch.dynamo import backend_of
 from .._torch.modules import compiled_model, is_compiled_wrapper, uncompiled_call
 from ..capture.outside import Outside
 from ..context import native
-from ..errors import VerificationError
+from ..errors import FreegradWarning, VerificationError
 from ..plan import PLAN, Plan
 from .comparison import Difference, compare, describe
 from .locate import first_other_module, order_of_modules
@@ -164,7 +165,9 @@ class Pair:
         try:
             if self._equalise():
                 self.before = Snapshot(both)
-            with native(), without_fast_path():
+            with native(), without_fast_path(), warnings.catch_warnings():
+                # the report has a note of its own
+                warnings.filterwarnings("ignore", r"native\(\) switches off", FreegradWarning)
                 self.states = tuple(state_of(model, self.before) for model in both)
                 yield
         finally:
