@@ -2,7 +2,8 @@
 
 A plain `fx.GraphModule` drops unused parameters, makes every buffer persistent, reorders the state_dict, loses
 submodules that no node refers to when it is copied, and lacks the methods of the model. A `CapturedModule` holds the
-complete module tree, and its class inherits from the class of the model. Of rules only `rule_parameters` knows.
+complete module tree, and its class inherits from the class of the model. Of rules only `rule_parameters` and `methods`
+know.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_gr
 from ..ops.hooked import with_hooks_on_errors
 from .dispatcher import dispatcher
 from .hooking import TRACED, Versions
+from .methods import warn_in_methods
 from .questions import Question, reader
 from .rule_parameters import RuleParameters
 
@@ -362,6 +364,7 @@ def _fill(
     own = {"_variants": variants, "graph_lock": threading.RLock()}
     new.__dict__.update({**machinery, "meta": {}, **state, **own})
     new.recompile()
+    warn_in_methods(new, new._model_class)
     return new
 
 
