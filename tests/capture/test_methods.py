@@ -58,7 +58,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     with warnings.catch_warnings(record=True) as found:
         warnings.simplefilter("always")
         call()
-    return [str(w.message) for w in found]
+    return [str(w.message) for w in found if issubclass(w.category, fg.FreegradWarning)]
 
 
 def given(name: str) -> Tensor:

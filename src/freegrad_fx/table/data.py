@@ -178,6 +178,11 @@ def _load_reference(name: str, allow_imports: bool) -> Any:
             f"allow_imports=True: RuleTable.from_toml(..., allow_imports=True)"
         )
     module, _, qualname = name.partition(":")
+    if module == "__main__":
+        raise TableError(
+            f"{name!r} is in the script that is run, and another script can read the table. Move the definition into a "
+            f"module, and write 'module:name'"
+        )
     try:
         return reduce(getattr, qualname.split("."), importlib.import_module(module))
     except Exception as error:  # importing a module can raise any exception
@@ -275,9 +280,7 @@ def _rule_name(rule: Rule) -> str:
     for name, value in vars(sys.modules.get(module, object)).items():
         if module != "__main__" and isinstance(value, Rule) and value.function is rule.function:
             return f"{module}:{name}"
-    raise _NotPlainError(
-        f"rule {rule.name!r} cannot be imported; define it at the top level of a module"
-    )
+    raise _NotPlainError(f"rule {rule.name!r} {_not_importable(module)}")
 
 
 def _reference(function: Any, what: str) -> str:
@@ -291,7 +294,17 @@ def _reference(function: Any, what: str) -> str:
             return f"{module}:{name}"
     except (KeyError, AttributeError):
         pass
-    raise _NotPlainError(f"{what} cannot be imported; define it at the top level of a module")
+    raise _NotPlainError(f"{what} {_not_importable(getattr(function, '__module__', None))}")
+
+
+def _not_importable(module: str | None) -> str:
+    """Why an object of a module cannot be named in a table, as a predicate."""
+    if module == "__main__":
+        return (
+            "is defined in the script that is run, which other scripts cannot import; define it in a module that the "
+            "script imports"
+        )
+    return "cannot be imported; define it at the top level of a module"
 
 
 def _as_list(value: Any) -> list[Any]:
