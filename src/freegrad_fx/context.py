@@ -133,7 +133,7 @@ def _put(blocks: tuple[Block, ...]) -> None:
     for block in blocks:
         values.update(block.changes)
         intercepting = (block, *intercepting) if block.intercepts else intercepting
-        intercepting = intercepting if block.changes.get("explicit", True) else ()
+        intercepting = () if block.ends_interception else intercepting
     for name, value in values.items():
         setattr(_state, name, value)
     _state.blocks = blocks
@@ -157,15 +157,9 @@ def intercepted() -> bool:
     return not is_compiling() and bool(_state.intercepting)
 
 
-@contextmanager
-def left_alone() -> Iterator[None]:
-    """A context in which no block intercepts plain eager code, because another table decides its sites."""
-    before = _state.intercepting
-    _state.intercepting = ()
-    try:
-        yield
-    finally:
-        _state.intercepting = before
+def left_alone() -> AbstractContextManager[Any]:
+    """A context in which no block around it intercepts plain eager code, because another table decides its sites."""
+    return _ALONE
 
 
 def outside_of_blocks() -> Any:
@@ -231,6 +225,9 @@ class Block(ContextDecorator):
     intercepts = False
     """Whether the block also acts on plain eager code."""
 
+    ends_interception = False
+    """Whether the blocks around it do not act on plain eager code in it."""
+
     def __init__(self, **changes: Any) -> None:
         self.changes = changes
 
@@ -281,6 +278,13 @@ class Block(ContextDecorator):
                 f"Enter the block inside of the function, around the call of the model."
             )
         return super().__call__(func)
+
+
+class _Alone(Block):
+    ends_interception = True
+
+
+_ALONE = _Alone()
 
 
 class use(Block):
@@ -338,6 +342,8 @@ class native(Block):
         >>> torch.autograd.grad(y, x)
         (tensor([1.]),)
     """
+
+    ends_interception = True
 
     def __init__(self) -> None:
         super().__init__(explicit=False, table=False, activations=(), params=())

@@ -295,6 +295,23 @@ def test_the_table_of_a_transformed_model_decides_in_it() -> None:
         assert equal(gradients(), by_hand(-1.0))
 
 
+class WithItsOwnBlock(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        with fg.use(THREE):
+            y = checkpoint(torch.tanh, x, use_reentrant=True)
+        return y + F.relu(x)
+
+
+def test_a_block_in_an_opaque_part_acts_there_and_one_around_the_model_does_not() -> None:
+    gm = fg.transform(nn.Sequential(nn.Identity(), WithItsOwnBlock()), {"identity": None})
+    assert [call.path for call in fg.report(gm).opaque] == ["1"]
+    x = torch.randn(7, requires_grad=True)
+    with fg.use("reverse"):
+        y = gm(x)
+    y.sum().backward()
+    assert torch.equal(x.grad, 3.0 + (x > 0).float())
+
+
 def test_ambient_sites_follow_the_block_once() -> None:
     gm = fg.transform(NET)
     with fg.use(THREE):
