@@ -43,10 +43,24 @@ _EXPORT = "capture by torch.export"
 
 
 def export(root: Any, args: Any, kwargs: Any, dynamic_shapes: Any) -> ExportedProgram:
-    """`torch.export.export` without Dynamo."""
+    """`torch.export.export` without Dynamo.
+
+    The forward gets the modules themselves. For a model with a module under several names, PyTorch would give it an
+    object for each name, so that `children()` lists one module several times, and `is` and dicts take it for several.
+    """
     import torch.export
 
-    return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+    tracer = lookup("torch.fx.experimental.proxy_tensor._ModuleStackTracer", _EXPORT)
+    with replaced(tracer, "__init__", _with_the_modules_themselves):
+        return torch.export.export(root, args, kwargs, dynamic_shapes=dynamic_shapes, strict=False)
+
+
+def _with_the_modules_themselves(init: Callable[..., None]) -> Callable[..., None]:
+    def start(tracer: Any, *args: Any, **kwargs: Any) -> None:
+        init(tracer, *args, **kwargs)
+        tracer.enable_attr_proxy = False
+
+    return start
 
 
 @contextlib.contextmanager

@@ -27,6 +27,13 @@ from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
 from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_graph
 from ..ops.hooked import with_hooks_on_errors
+from .constants import (
+    CONSTANTS,
+    Checks,
+    checks_of,
+    require_constants,
+    require_constants_compiled,
+)
 from .dispatcher import dispatcher
 from .hooking import TRACED, Versions
 from .methods import warn_in_methods
@@ -56,6 +63,7 @@ _MACHINERY = frozenset(_BLANK.keys() - nn.Module().__dict__.keys() - {"meta"}) |
     graphs.INPUT_STRUCTURE,
     graphs.OUTPUT_STRUCTURE,
     "graph_lock",
+    "_constant_checks",
 }
 
 
@@ -112,6 +120,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
     _model_class: ClassVar[type[nn.Module] | None] = None
     _variants: tuple[Variant, ...]
     graph_lock: threading.RLock
+    _constant_checks: Checks | None
 
     @classmethod
     def build(cls, root: nn.Module, variants: Sequence[Variant], class_name: str) -> CapturedModule:
@@ -205,6 +214,7 @@ class CapturedModule(RuleParameters, fx.GraphModule):
             len(forwards) > 1 or bool(depends),
             guard,
             alone,
+            bool(self.__dict__.get(CONSTANTS)),
             self.__dict__.get(SPECIALISED, {}),
             self.__dict__.get(KEYWORD_ONLY, ()),
         )
@@ -235,6 +245,17 @@ class CapturedModule(RuleParameters, fx.GraphModule):
     def run_version(self, number: int, *args: Any, **kwargs: Any) -> Any:
         """Run a version of the forward: see `hooking`."""
         return type(self)._forwards[number][self._active()](self, *args, **kwargs)
+
+    def _require_constants(self) -> None:
+        constants = self.__dict__[CONSTANTS]
+        if is_compiling():
+            for path, values in constants.items():
+                module = self.get_submodule(path) if path else self
+                require_constants_compiled(module, path, values)
+            return
+        if self._constant_checks is None:
+            self._constant_checks = checks_of(self, constants)
+        require_constants(self, constants, self._constant_checks)
 
     def _one_thread(self) -> contextlib.AbstractContextManager[Any]:
         if is_compiling():
@@ -361,7 +382,7 @@ def _fill(
     new: CapturedModule, state: dict[str, Any], variants: tuple[Variant, ...]
 ) -> CapturedModule:
     machinery = {k: copy.copy(v) for k, v in _BLANK.items() if k in _MACHINERY}
-    own = {"_variants": variants, "graph_lock": threading.RLock()}
+    own = {"_variants": variants, "graph_lock": threading.RLock(), "_constant_checks": None}
     new.__dict__.update({**machinery, "meta": {}, **state, **own})
     new.recompile()
     warn_in_methods(new, new._model_class)

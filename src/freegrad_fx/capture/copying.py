@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Container
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from .._torch.modules import BUFFERS, CHILDREN, COMPILED_CALL, PARAMETERS, is_co
 from ..errors import CaptureError
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, collect_tensors, is_python_state
 
-__all__ = ["check_model", "python_state_changed", "structural_copy"]
+__all__ = ["check_model", "structural_copy"]
 
 
 def check_model(model: Any) -> None:
@@ -160,28 +159,3 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
             f"method copies it. Let the method use the memo that it receives."
         )
     return copied
-
-
-def python_state_changed(
-    model: nn.Module, copied: nn.Module, assigned: Container[tuple[str, str]] = ()
-) -> dict[str, str]:
-    """Restore the Python state (numbers, text and plain containers) that running a copy of a model changed.
-
-    Args:
-        model: The model.
-        copied: The copy that was run.
-        assigned: Attributes to ignore, by module path and name.
-
-    Returns:
-        For each module that changed an attribute, its path and the change as text.
-    """
-    changed: dict[str, str] = {}
-    for (path, run), original in zip(copied.named_modules(), model.modules(), strict=False):
-        for name, before in original.__dict__.items():
-            if name in ATTRIBUTES_OF_EVERY_MODULE or (path, name) in assigned:
-                continue
-            after = run.__dict__.get(name)
-            if is_python_state(before) and is_python_state(after) and before != after:
-                run.__dict__[name] = copy.deepcopy(before)
-                changed[path] = f"its forward changes the attribute {name!r}"
-    return changed

@@ -21,6 +21,7 @@ def dispatcher(
     several: bool,
     guard: bool,
     alone: bool,
+    checked: bool,
     specialised: Mapping[str, Any],
     keyword_only: Collection[str],
 ) -> Any:
@@ -32,6 +33,7 @@ def dispatcher(
         several: Whether there are several graphs, so that the training flags decide.
         guard: Restore the grad mode even if the graph raises between two changes of it.
         alone: Let only one thread at a time run it.
+        checked: Check that the constant attributes have not changed.
         specialised: Further arguments, each with the only value that it can have.
         keyword_only: Arguments that have to be given by keyword.
     """
@@ -51,7 +53,7 @@ def dispatcher(
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
     own |= {OWN_RULES: True, "_intercepted": intercepted, "_left_alone": left_alone}
     own["_require_specialised"] = require_specialised
-    checks = ""
+    checks = "    self._require_constants()\n" if checked else ""
     # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
     first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
     if first is not None:

@@ -25,19 +25,22 @@ from ..graph.provenance import META, Origin
 from ..graph.serialise import LOCK, keywords_as_names
 from ..sites.remarks import Lost
 from .captured import KEYWORD_ONLY, SPECIALISED, Variant
+from .constants import CONSTANTS, constants_read
 from .doors import with_remedy
 from .examples import distinct
 from .guards import Guards, ranks, recorded_guards
 from .kept import Assigned
 from .merge import Exported, FlagRead, merge
-from .outside import Outside, keeps_tensors
+from .outside import Outside, keeps_state, refuse_own_modules
 from .patches.flags import noted_flags
 from .patches.functions import refused_functions
 from .patches.hooks import refused_autograd
 from .patches.metadata import keep_checks, noted_metadata
 from .patches.questions import noted_questions
 from .patches.random import RandomState
+from .patches.reads import collected_reads
 from .patches.refusals import refused_constants, refused_contexts
+from .python_state import PythonState
 from .questions import Question
 from .refusal import NotExportedError
 from .regions import collapse, find, hidden_regions, inline_grad_modes
@@ -60,18 +63,23 @@ def capture_by_export(
     args, kwargs = distinct(inputs_of(example_inputs))
     refusal: NotExportedError | None = None
     with LOCK:
-        outside = Outside(root)
+        outside = Outside(model, root)
+        refuse_own_modules(type(model), outside)
         try:
-            with outside.uncached(), noted_questions(outside) as answers:
+            with (
+                outside.uncached(),
+                outside.identities(),
+                noted_questions(outside) as answers,
+            ):
                 captured = _capture(model, root, args, kwargs, dynamic_shapes)
         except NotExportedError as error:
             refusal = error
         finally:
-            found = outside.restore(exporting.is_symbolic)
+            found = outside.left(exporting.is_symbolic)
     if refusal is not None:
         raise with_remedy(refusal, model, args, kwargs) from refusal.__cause__
     if found:
-        raise CaptureError(keeps_tensors(type(model), found[0]))
+        raise CaptureError(keeps_state(type(model), found[0]))
     return replace(captured, variants=tuple(_with_answers(captured.variants, answers)))
 
 
@@ -152,15 +160,21 @@ def _export_both_modes(
         CaptureError: The export fails, or the forward has an effect that a graph would not repeat.
     """
     flags = {module: module.training for module in root.modules()}
-    random = RandomState()
+    random, state = RandomState(), PythonState(root)
     try:
-        with _without_hooks(root), noted_flags(root) as reads:
+        with (
+            _without_hooks(root),
+            noted_flags(root) as reads,
+            collected_reads(root) as constants,
+        ):
             exported = []
             for mode in (True, False):
                 for module in flags:  # not root.train(), which a model can override
                     module.__dict__["training"] = mode
                 exported.append(_exported(root, args, kwargs, dynamic_shapes))
-        _refuse_random_numbers(model, random)
+        _refuse_python_effects(model, state, random)
+        assigned = [place for one in exported for place in one.assigned]
+        root.__dict__[CONSTANTS] = constants_read(root, constants, assigned)
     finally:
         random.restore()
         for module, training in flags.items():
@@ -204,13 +218,20 @@ def _without_hooks(root: nn.Module) -> Iterator[None]:
         root.__dict__.update(kept)
 
 
-def _refuse_random_numbers(model: nn.Module, random: RandomState) -> None:
-    """Raise `CaptureError` if the forward drew random numbers that no graph draws."""
+def _refuse_python_effects(model: nn.Module, state: PythonState, random: RandomState) -> None:
+    """Raise `CaptureError` if the forward drew random numbers or changed Python state, which no graph repeats."""
     if random.drawn_from():
         raise NotExportedError(
             f"{type(model).__name__} draws random numbers from outside of PyTorch's tensor functions (random, "
             f"numpy.random, or a generator). A graph would reuse the same numbers at each call.",
             instead="use torch.rand(())",
+        )
+    if changed := state.changed(exporting.is_symbolic):
+        (path, _), what = next(iter(changed.items()))
+        raise NotExportedError(
+            f"{type(model).__name__} cannot be captured from example_inputs: {what} of {path or 'the root'}. A graph "
+            f"would not repeat the change at each call.",
+            instead="make the state a buffer of constant shape",
         )
 
 
@@ -268,7 +289,7 @@ def _exported(
     collapse(graph)
     graph.owning_module = None
     assigned.add_to(graph)
-    return Exported(graph, parts, tuple(assigned.lost))
+    return Exported(graph, parts, tuple(assigned.lost), assigned.places)
 
 
 def _export(

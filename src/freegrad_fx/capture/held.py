@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .._torch import exporting
 from .._torch.modules import BUFFERS, CHILDREN, PARAMETERS
 from .._torch.tensors import version
-from .outside import is_library, refill
+from .outside import is_library
+from .python_state import refill
 
 __all__ = ["MISSING", "Change", "Held"]
 

@@ -21,6 +21,7 @@ from ..graph.provenance import META, Origin
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from ..sites.remarks import Lost
 from .held import MISSING, Change, Held
+from .python_state import Attribute
 from .refusal import NotExportedError
 
 __all__ = ["Assigned", "Kept"]
@@ -52,13 +53,14 @@ class Assigned:
     Attributes:
         kept: The attributes that the graph assigns; see `add_to`.
         lost: Other attributes that the forward only writes.
+        places: The names of both, with the paths of their modules.
     """
 
     def __init__(self, root: nn.Module) -> None:
         self.kept: list[Kept] = []
         self.lost: list[Lost] = []
+        self.places: tuple[Attribute, ...] = ()
         self._root = root
-        # By their dicts: export replaces modules that have several names by other objects with the same dict
         self._modules = {id(module.__dict__): module for module in root.modules()}
         self._held: Held | None = None
         self._read: set[tuple[int, str]] = set()
@@ -126,6 +128,7 @@ class Assigned:
         self._written.clear()
         self.kept.clear()
         self.lost.clear()
+        self.places = ()
 
     def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
         assert self._held is not None
@@ -141,6 +144,7 @@ class Assigned:
                 self.lost.append(Lost(change.path, f"attribute {change.name!r}", reason))
             else:
                 raise _refused(self._root, change)
+            self.places = (*self.places, (change.path, change.name))
         self._held.restore()
         return (output, tuple(values)) if self.kept else None
 

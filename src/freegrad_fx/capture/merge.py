@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from .._torch.graphs import structures_of
 from ..graph.provenance import META, origin
 from ..sites.remarks import Lost
+from .python_state import Attribute
 
 __all__ = ["Exported", "FlagRead", "merge"]
 
@@ -25,11 +26,13 @@ class Exported:
         graph: The graph.
         parts: The modules and constants that the export created, by their names in the graph.
         lost: What the forward does and the graph does not.
+        assigned: The attributes that the forward assigns and the graph assigns or loses, by module path and name.
     """
 
     graph: fx.Graph
     parts: dict[str, Any] = field(default_factory=dict)
     lost: tuple[Lost, ...] = ()
+    assigned: tuple[Attribute, ...] = ()
 
 
 @dataclass(frozen=True)

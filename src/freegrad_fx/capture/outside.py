@@ -6,29 +6,34 @@ proxy or a fake tensor, which the original model would then use at its next call
 
 from __future__ import annotations
 
+import builtins
 import collections
 import contextlib
 import dis
 import functools
 import gc
-import inspect
 import itertools
 import sys
-import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.fx.proxy import Proxy
 
+from .._torch.replacing import replaced
+from ..errors import CaptureError
 from ..graph.provenance import is_users
+from ..graph.state import is_python_state
+from .python_state import is_changed, refill
 
-__all__ = ["Outside", "is_library", "is_proxy", "keeps_tensors", "refill", "still_held"]
+__all__ = ["CACHE", "Outside", "is_library", "is_proxy", "keeps_state", "refuse_own_modules"]
 
 IsTraced = Callable[[Any], bool]
 
-_CACHE: Any = type(functools.lru_cache(maxsize=1)(lambda: None))
+CACHE: Any = type(functools.lru_cache(maxsize=1)(lambda: None))
+"""The type of a function with a `functools` cache."""
+
 _BOUND = (staticmethod, classmethod)
 _MISSING: Any = object()
 _CONTAINERS = (dict, list, set, collections.deque)
@@ -39,16 +44,23 @@ class Outside:
     """What the code of a model's classes can reach, with the contents when the object is created.
 
     Args:
-        root: The model. Only functions that are defined outside of PyTorch are followed, through the globals that their
-            code names, their closures, default arguments and attributes.
+        model: The model.
+        root: Its copy, which is captured. Only functions that are defined outside of PyTorch are followed, through the
+            globals that their code names, their closures, default arguments and attributes.
 
     Attributes:
+        own_modules: Where the code finds modules of `model`, for which the capture has copies.
+        asks_identity: Whether one of these functions may call `id`.
         compares_identity: Whether one of these functions contains `is`, with something other than None. Python does not
             ask a proxy for the result.
     """
 
-    def __init__(self, root: nn.Module) -> None:
-        self.compares_identity = False
+    def __init__(self, model: nn.Module, root: nn.Module) -> None:
+        self.compares_identity = self.asks_identity = False
+        self.own_modules: list[str] = []
+        pairs = zip(root.modules(), model.modules(), strict=False)
+        self._originals = {id(copied): original for copied, original in pairs}
+        self._own = {id(module) for module in model.modules()} - self._originals.keys()
         self._caches: dict[int, tuple[str, Any]] = {}
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._globals: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
@@ -91,6 +103,40 @@ class Outside:
                         setattr(kind, key, old)
         for name, container, before in self._containers.values():
             if _contains(container, is_traced, 2) and not _contains(before, is_traced, 2):
+                found.append(name)
+                refill(container, before)
+        return list(dict.fromkeys(found))
+
+    def left(self, is_traced: IsTraced) -> list[str]:
+        """Restore what a forward stored or changed outside of the model, and say what it did, as clauses."""
+        return [
+            *(f"stores a tensor in {where}" for where in self.restore(is_traced)),
+            *(f"changes {where}" for where in self.changed()),
+        ]
+
+    def changed(self) -> list[str]:
+        """Restore the numbers, texts and containers of them that were changed, and name them."""
+        found: list[str] = []
+        for (_, key), (name, space, before) in self._globals.items():
+            if _differs(before, space.get(key, _MISSING)):
+                found.append(f"the global {name}")
+                _set_or_delete(space, key, before)
+        for name, cell, before in self._cells.values():
+            if _differs(before, _contents(cell)):
+                found.append(name)
+                cell.cell_contents = before
+        for kind, attributes in self._classes.items():
+            now = dict(vars(kind))
+            for key in {**attributes, **now}:
+                old = attributes.get(key, _MISSING)
+                if not key.startswith("__") and _differs(old, now.get(key, _MISSING)):
+                    found.append(f"the class attribute {kind.__name__}.{key}")
+                    if old is _MISSING:
+                        delattr(kind, key)
+                    else:
+                        setattr(kind, key, old)
+        for name, container, before in self._containers.values():
+            if _entries_differ(before, _copied(container)):
                 found.append(name)
                 refill(container, before)
         return list(dict.fromkeys(found))
@@ -150,13 +196,13 @@ class Outside:
         undo: list[Callable[[], None]] = []
         try:
             for (_, key), (_, space, value) in self._globals.items():
-                if type(value) is _CACHE:
+                if type(value) is CACHE:
                     space[key] = _uncached(value)
                     undo.append(functools.partial(space.__setitem__, key, value))
             for kind, attributes in self._classes.items():
                 for key, value in attributes.items():
                     bare = value.__func__ if type(value) in _BOUND else value
-                    if type(bare) is _CACHE:
+                    if type(bare) is CACHE:
                         new = _uncached(bare)
                         setattr(kind, key, type(value)(new) if value is not bare else new)
                         undo.append(functools.partial(setattr, kind, key, value))
@@ -164,6 +210,24 @@ class Outside:
         finally:
             for put_back in undo:
                 put_back()
+
+    @contextlib.contextmanager
+    def identities(self) -> Iterator[None]:
+        """Give a module of the copy the `id` that the model's own module has, while the block runs."""
+
+        def answering(ask: Callable[[Any], int]) -> Callable[[Any], int]:
+            def answer(value: Any) -> int:
+                identity = ask(value)
+                if identity in self._originals and is_users(sys._getframe(2).f_code):
+                    return ask(self._originals[identity])
+                return identity
+
+            return answer
+
+        with (
+            replaced(builtins, "id", answering) if self.asks_identity else contextlib.nullcontext()
+        ):
+            yield
 
     # -- what can be reached
 
@@ -180,6 +244,9 @@ class Outside:
         kind = type(value)
         if kind in _PLAIN or depth < 0 or id(value) in self._seen:
             return
+        if id(value) in self._own:
+            self.own_modules.append(name)
+            return
         if kind in (*_BOUND, MethodType):
             self._add(value.__func__, name, depth)
         elif kind is property:
@@ -188,7 +255,7 @@ class Outside:
             self._seen.add(id(value))
             if is_users(value.__code__):
                 self._add_function(value)
-        elif kind is _CACHE:
+        elif kind is CACHE:
             self._seen.add(id(value))
             self._caches[id(value)] = (name, value)
             self._add(value.__wrapped__, name, depth)
@@ -214,6 +281,8 @@ class Outside:
     def _add_container(self, value: Any, name: str, depth: int) -> None:
         self._seen.add(id(value))
         self._containers[id(value)] = (name, value, _copied(value))
+        if isinstance(value, dict) and not self._own.isdisjoint(map(id, value)):
+            self.own_modules.append(name)
         if len(value) <= _MOST_SEARCHED:
             for item in list(value.values() if isinstance(value, dict) else value):
                 self._add(item, name, depth - 1)
@@ -240,6 +309,7 @@ class Outside:
     ) -> None:
         for name in names:
             value = space.get(name, _MISSING)
+            self.asks_identity |= name == "id" and value is _MISSING
             if (id(space), name) in self._globals:
                 continue
             if isinstance(value, ModuleType):
@@ -255,69 +325,23 @@ def is_proxy(value: Any) -> bool:
     return issubclass(type(value), Proxy)
 
 
-def keeps_tensors(kind: type[nn.Module], where: str) -> str:
-    """The message of the error for a model whose forward stores a tensor outside of the model."""
+def refuse_own_modules(kind: type[nn.Module], outside: Outside) -> None:
+    """Raise `CaptureError` if the code of a model finds the model's own modules outside of the model."""
+    if outside.own_modules:
+        raise CaptureError(
+            f"{kind.__name__} cannot be captured: its code finds a module of the model in {outside.own_modules[0]}. A "
+            f"capture runs a copy of the model, which has other modules. Compile the model with "
+            f"freegrad_fx.compile(model, rules), which runs the model itself; or find the module in the model."
+        )
+
+
+def keeps_state(kind: type[nn.Module], what: str) -> str:
+    """The message of the error for a model whose forward keeps state where a graph cannot, as a clause says."""
     return (
-        f"{kind.__name__} cannot be captured: its forward stores a tensor in {where}, which a graph would not repeat "
-        f"at each call. Compile the model with freegrad_fx.compile(model, rules), which accepts any program; or store "
-        f"the tensor in a buffer of the model."
+        f"{kind.__name__} cannot be captured: its forward {what}, which a graph would not repeat at each call. Compile "
+        f"the model with freegrad_fx.compile(model, rules), which accepts any program; or keep the state in a buffer "
+        f"of the model."
     )
-
-
-def still_held(made: Iterable[weakref.ref[Any]]) -> list[str]:
-    """Remove the proxies of a finished trace from the objects that still hold them, and name the objects.
-
-    Garbage is collected and the holders are searched only if a proxy is alive, which it seldom is.
-    """
-    for generation in range(
-        3
-    ):  # garbage of the trace is young; to collect all takes long where much is in memory
-        made = [ref for ref in made if ref() is not None]
-        if made:
-            gc.collect(generation)
-    found: list[str] = []
-    for ref in made:
-        if (proxy := ref()) is not None:
-            found.extend(_removed(proxy))
-    return list(dict.fromkeys(found))
-
-
-# No comprehension in these functions refers to the proxy: its cell would be a holder of the proxy
-def _removed(proxy: Any) -> list[str]:
-    found: list[str] = []
-    for holder in gc.get_referrers(proxy):
-        if isinstance(holder, _CACHE):
-            holder.cache_clear()
-        elif isinstance(holder, dict):
-            found += _removed_from_dict(holder, proxy)
-        elif isinstance(holder, list | set | collections.deque):
-            kept: list[Any] = []
-            for item in holder:
-                if item is not proxy:
-                    kept.append(item)
-            refill(holder, kept)
-            found.append(f"a {type(holder).__name__} that the forward can reach")
-        elif isinstance(holder, CellType):
-            del holder.cell_contents
-            found.append("a variable of an enclosing function")
-        elif not inspect.isframe(holder) and not isinstance(holder, fx.Tracer):
-            if type(attributes := getattr(holder, "__dict__", None)) is dict:
-                _removed_from_dict(attributes, proxy)
-            found.append(f"an object of the type {type(holder).__name__}")
-    return found
-
-
-def _removed_from_dict(holder: dict[Any, Any], proxy: Any) -> list[str]:
-    owners = gc.get_referrers(holder)
-    caches = [c for c in owners if isinstance(c, _CACHE)]
-    for cache in caches:
-        cache.cache_clear()
-    found: list[str] = []
-    for key, value in list(holder.items()) if not caches else ():
-        if key is proxy or value is proxy:
-            del holder[key]
-            found.append(f"the entry {key!r} of a dict" if isinstance(key, str) else "a dict")
-    return found
 
 
 _PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes, object, ModuleType})
@@ -368,13 +392,18 @@ def _copied(value: Any) -> Any:
     return dict(value) if isinstance(value, dict) else list(value)
 
 
-def refill(container: Any, before: Any) -> None:
-    """Give a container the contents of a copy."""
-    container.clear()
-    if isinstance(container, dict | set):
-        container.update(before)
-    else:
-        container.extend(before)
+def _differs(old: Any, new: Any) -> bool:
+    """Whether one of two values is a number or the like, and the other one is missing or another one."""
+    plain = [value is _MISSING or is_python_state(value) for value in (old, new)]
+    return all(plain) and is_changed(old, new)
+
+
+def _entries_differ(before: Any, now: Any) -> bool:
+    if isinstance(before, dict):
+        return any(
+            _differs(before.get(k, _MISSING), now.get(k, _MISSING)) for k in {**before, **now}
+        )
+    return _differs(*([item for item in items if is_python_state(item)] for items in (before, now)))
 
 
 def _same_items(container: Any, before: Any) -> bool:

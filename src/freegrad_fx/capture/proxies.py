@@ -100,13 +100,24 @@ def _asserts(frame: FrameType) -> bool:
 
 def _on_tensor(name: str) -> Callable[..., Any]:
     def call(self: TensorProxy, *args: Any) -> Any:
+        tracer: Any = self.tracer
+        tracer.describe(self)
         return getattr(self.tensor, name)(*args)
 
     return call
 
 
+def _read_of_tensor(name: str) -> Callable[[TensorProxy], Any]:
+    def read(self: TensorProxy) -> Any:
+        tracer: Any = self.tracer
+        tracer.describe(self)
+        return getattr(self.tensor, name)
+
+    return read
+
+
 class TensorProxy(RecordingProxy):
-    """A proxy for a parameter or buffer. Its shape is known, so it is not a proxy."""
+    """A proxy for a parameter or buffer. Its shape is known, so it is not a proxy; the tracer notes who asks for it."""
 
     def __init__(self, node: fx.Node, tracer: fx.Tracer, tensor: Tensor) -> None:
         super().__init__(node, tracer)
@@ -114,7 +125,7 @@ class TensorProxy(RecordingProxy):
 
 
 for _name in ("shape", "ndim"):
-    setattr(TensorProxy, _name, property(operator.attrgetter(f"tensor.{_name}")))
+    setattr(TensorProxy, _name, property(_read_of_tensor(_name)))
 for _name in ("size", "dim", "numel", "__len__"):
     setattr(TensorProxy, _name, _on_tensor(_name))
 

@@ -31,6 +31,7 @@ class Snapshot:
         self.assigned = dict(tracer.assigned)
         self.notes = (list(tracer.opaque), list(tracer.lost))
         self.refusals = tracer.refusals
+        self.reads = len(tracer.read_first)
 
     def new_nodes(self) -> Iterator[fx.Node]:
         """The nodes that were recorded after the snapshot, the last first."""
@@ -50,6 +51,8 @@ class Snapshot:
         opaque, lost = self.notes
         self.tracer.opaque, self.tracer.lost = list(opaque), list(lost)
         self.tracer.refusals = self.refusals
+        for read in list(self.tracer.read_first)[self.reads :]:
+            del self.tracer.read_first[read]
         if self.tracer.outside is not None:
             self.tracer.outside.restore(_is_erased_proxy)
         self.tracer.restore_tables(_is_erased_proxy)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, TypeAlias
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..errors import CaptureError, unknown
 from ..graph.provenance import innermost
@@ -22,12 +22,15 @@ from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from ..ops import apply_function
 from ..sites.remarks import Lost
 from .arguments import flag_path
+from .attributes import KeepsState
 from .captured import Variant
-from .copying import python_state_changed
+from .constants import CONSTANTS, constants_read
 from .decorated import is_decorated
-from .outside import Outside, is_proxy, keeps_tensors, still_held
+from .holders import still_held
+from .outside import Outside, is_proxy, keeps_state, refuse_own_modules
 from .patches.random import RandomState
 from .proxies import any_proxy
+from .python_state import Attribute, PythonState
 from .questions import Question
 from .result import Capture
 from .tracer import Tracer
@@ -48,14 +51,22 @@ def capture_symbolically(
     """Trace `root`, the copy of `model`, once for every combination of the flags that the model branches on."""
     specialised = _specialised(root, concrete_args)
     with LOCK:  # another capture may have replaced functions
-        outside = Outside(root)
-    trace = partial(_trace, model, root, outside, leaf_types, specialised)
+        outside = Outside(model, root)
+        refuse_own_modules(type(model), outside)
+        state = PythonState(root)
+    trace = partial(_trace, model, root, outside, state, leaf_types, specialised)
     found = _variants(trace, outside.compares_identity)
     if found is None:
         # A flag was used in a way that a proxy cannot intercept (`training is True`): every read counts as a branch
         found = _variants(partial(trace, concrete_flags=True), False) or []
     if not found or len(found) > MAX_VARIANTS:
         found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
+    tracers = [tracer for tracer, _, _ in found]
+    root.__dict__[CONSTANTS] = constants_read(
+        root,
+        [read for tracer in tracers for read in tracer.read_first],
+        [place for tracer in tracers for place in (*tracer.assigned, *tracer.watched)],
+    )
     return Capture(
         root,
         type(model).__name__,
@@ -182,13 +193,14 @@ def _trace(
     model: nn.Module,
     root: nn.Module,
     outside: Outside,
+    state: PythonState,
     leaf_types: tuple[type[nn.Module], ...],
     specialised: dict[str, Any],
     assumed: dict[str, Any],
     concrete_flags: bool = False,
     verifies: frozenset[str] | None = None,
 ) -> _Traced:
-    """Trace one variant, and again with more checks if the first trace drew random numbers or changed Python state."""
+    """Trace one variant, and again with more checks if the forward has effects that the first graph does not repeat."""
     random = RandomState()
     with LOCK, random.watching():
         make = partial(
@@ -196,27 +208,26 @@ def _trace(
         )
         tracer = make()
         graph = _traced(tracer, root, outside)
-        whole = python_state_changed(model, root, tracer.assigned)
+        changed = state.changed(is_proxy, tracer.set_by_the_trace())
         forgotten = list(_forget_proxies(model, root, tracer))
         stored = _left_behind(tracer, outside)
-        drawn, watched = random.drawn_from(), _state_kept(root, tracer)
-        if "" in whole:
-            raise CaptureError(
-                f"{type(root).__name__} cannot be captured: {whole['']}. A graph would not repeat the change at each "
-                f"call. Compile the model with freegrad_fx.compile(model, rules), which accepts any program; or make "
-                f"the attribute a buffer, or move that part into a submodule, which is then kept as one opaque call."
-            )
-        if drawn or watched or whole or stored:
+        drawn, kept = random.drawn_from(), tracer.state_kept(root)
+        reshaped = tracer.shapes_that_change()
+        _refuse_changes(root, {a: what for a, what in changed.items() if not a[0]})
+        if drawn or kept or changed or stored or reshaped:
             random.restore()
-            for path, name in watched:
-                del root.get_submodule(path).__dict__[name]
             tracer = make(
-                watch_random=drawn, watched=watched, whole=whole, watch_outside=bool(stored)
+                watch_random=drawn,
+                watched=kept | changed.keys(),
+                reshaped=reshaped,
+                whole={path: what for (path, _), what in changed.items()},
+                watch_outside=bool(stored),
             )
             graph = _traced(tracer, root, outside)
+            _refuse_changes(root, state.changed(is_proxy, tracer.set_by_the_trace()))
             forgotten = list(_forget_proxies(model, root, tracer))
             if stored := _left_behind(tracer, outside):
-                raise CaptureError(keeps_tensors(type(root), stored[0]))
+                raise CaptureError(keeps_state(type(root), stored[0]))
             if random.drawn_from():
                 raise CaptureError(
                     f"{type(root).__name__} draws random numbers in its own forward from outside of PyTorch's tensor "
@@ -227,31 +238,31 @@ def _trace(
     return tracer, graph, forgotten
 
 
-def _state_kept(root: nn.Module, tracer: Tracer) -> frozenset[tuple[str, str]]:
-    """The attributes that the forward assigns, if the previous value would become a constant of a graph."""
-    return frozenset(
-        (path, name)
-        for path, name in tracer.assigned
-        if name in (attributes := root.get_submodule(path).__dict__)
-        and not isinstance(attributes[name], Tensor)
-    )
+def _refuse_changes(root: nn.Module, changed: Mapping[Attribute, str]) -> None:
+    """Raise `CaptureError` for changes of Python state that no opaque call can contain."""
+    for what in changed.values():
+        raise CaptureError(
+            f"{type(root).__name__} cannot be captured: {what}. A graph would not repeat the change at each call. Make "
+            f"the attribute a buffer, or move that part into a submodule, which is then kept as one opaque call; or "
+            f"compile the model with freegrad_fx.compile(model, rules), which accepts any program."
+        )
 
 
 def _left_behind(tracer: Tracer, outside: Outside) -> list[str]:
     """Remove the proxies of a finished trace from whatever holds them, and name the holders other than caches."""
-    found = [*tracer.stored, *outside.restore(is_proxy)]
+    found = [*tracer.stored, *outside.left(is_proxy)]
     tracer.forget_proxies()
-    found += still_held(tracer.made)
+    found += [f"stores a tensor in {where}" for where in still_held(tracer.made)]
     tracer.made.clear()
     return found
 
 
 def _traced(tracer: Tracer, root: nn.Module, outside: Outside) -> fx.Graph:
     try:
-        with outside.uncached():
+        with outside.uncached(), outside.identities():
             return tracer.trace(root)
     except BaseException as error:
-        outside.restore(is_proxy)
+        outside.left(is_proxy)
         tracer.forget_proxies()
         refusal = _refusal(tracer, root, error) if isinstance(error, Exception) else error
         # The variables of the frames hold proxies, so the search would find them as long as the error lives
@@ -267,6 +278,8 @@ def _refusal(tracer: Tracer, root: nn.Module, error: Exception) -> Exception:
     """The error that says why a model cannot be traced symbolically, and what to do."""
     if isinstance(error, CaptureError):
         return error
+    if isinstance(error, KeepsState):
+        return CaptureError(keeps_state(type(root), str(error)))
     kinds = inspect.signature(type(root).forward).parameters.values()
     collects = [p.name for p in kinds if p.kind is p.VAR_KEYWORD and p.name in tracer.specialised]
     if is_decorated(type(root).forward):  # the decorator gets single keywords
@@ -302,7 +315,7 @@ def _remedies(tracer: Tracer) -> str:
 
 def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterator[Lost]:
     """Restore the attributes that the traced forward changed, and list those that the graph does not assign."""
-    tracer.restore_tables(is_proxy)
+    tracer.restore_tables()
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
         for name in set(original.__dict__) | set(traced.__dict__):
             if name in ATTRIBUTES_OF_EVERY_MODULE:

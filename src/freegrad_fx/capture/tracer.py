@@ -20,37 +20,31 @@ from torch import Tensor, fx, nn
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 from torch.fx.proxy import Proxy
 
-from .._torch import graphs
 from .._torch.graphs import is_erased
-from .._torch.modules import buffers_of, children_of, has_hooks, parameters_of
+from .._torch.modules import has_hooks
 from ..errors import CaptureError
 from ..graph.marks import Marks, settle, take_marks
 from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque, add_once
 from ..vocabulary.recognition import recognise
-from .arguments import (
-    Constant,
-    as_argument,
-    decided,
-    flag_path,
-    is_written_in_place,
-    refuse_unbuildable,
-)
+from .arguments import Constant, as_argument, decided, flag_path, refuse_unbuildable
+from .attributes import AttributeTracer, KeepsState
 from .decorated import call_of, is_decorated
-from .inventory import compares_identity, held_tensors, kept_whole, tensor_names
+from .inventory import compares_identity, kept_whole
 from .marking import begin_call, end_call
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
-from .proxies import FlagProxy, RecordingProxy, TensorProxy
+from .proxies import FlagProxy, RecordingProxy
+from .python_state import Attribute
 from .questions import Question
 from .snapshot import Snapshot
 
 __all__ = ["Tracer"]
 
 
-class Tracer(graphs.Tracer):
+class Tracer(AttributeTracer):
     """Traces one variant of a model: one set of values for the `training` flags that the model branches on.
 
     Args:
@@ -62,8 +56,8 @@ class Tracer(graphs.Tracer):
         verifies: Return the assumed value where a flag is read, and record no branch. The argument holds the paths of
             modules to keep as one opaque call: those in `siteless` of the tracer whose graph is verified.
         watch_random: Keep a module as one opaque call if it draws random numbers outside of the graph.
-        watched: Attributes, by module path and name, that the forward assigns. Reading one before it is assigned
-            cannot be traced.
+        watched: See `AttributeTracer`.
+        reshaped: See `AttributeTracer`.
         whole: The paths of modules to keep as one opaque call, with the reason.
         outside: What the forward can reach outside of the model. It is restored where a part of the trace is removed.
         watch_outside: Keep a module as one opaque call if it stores a tensor outside of the model.
@@ -73,7 +67,6 @@ class Tracer(graphs.Tracer):
             no site.
         flags: The flags that the forward branched on, with the value taken, and the questions with their answers.
         flags_read: The flags that the forward read as proxies.
-        assigned: The attributes that the forward assigned, by module path and name.
         opaque: The calls that were not traced into.
         lost: What the graph does not do.
         made: The proxies of the trace.
@@ -89,13 +82,14 @@ class Tracer(graphs.Tracer):
         concrete_flags: bool = False,
         verifies: frozenset[str] | None = None,
         watch_random: bool = False,
-        watched: frozenset[tuple[str, str]] = frozenset(),
+        watched: frozenset[Attribute] = frozenset(),
+        reshaped: frozenset[str] = frozenset(),
         whole: Mapping[str, str] = MappingProxyType({}),
         outside: Outside | None = None,
         watch_outside: bool = False,
     ) -> None:
         # All functions of `math` are recorded; FX does so by default for some of them
-        super().__init__(autowrap_modules=(math,))
+        super().__init__(watched, reshaped, autowrap_modules=(math,))
         self.leaf_types = leaf_types
         self.assumed = assumed
         self.specialised = specialised
@@ -103,41 +97,24 @@ class Tracer(graphs.Tracer):
         self.verifies = verifies
         self.siteless: set[str] = set()
         self.watch_random = watch_random
-        self.watched = watched
         self.whole = whole
         self.outside = outside
         self.watch_outside = watch_outside
         self.stored: list[str] = []
-        self.thread = threading.get_ident()
-        self.refusals = 0
         self.flags: dict[str, Any] = {}
         self.flags_read: set[str] = set()
-        self.assigned: dict[tuple[str, str], Any] = {}
         self.opaque: list[Opaque] = []
         self.lost: list[Lost] = []
-        self.made: list[weakref.ref[Proxy]] = []
         self.marks = Marks()
         self.unmarked: set[str] = set()
-        self._attributes: dict[str, Proxy] = {}
         self.compares_identity = False
-        self._tensor_names: dict[int, str] = {}
-        self._held: set[int] = set()
-        self._tables: dict[tuple[str, str], tuple[dict[str, Any], Any]] = {}
 
     # -- methods that torch.fx calls
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module. Attributes that it reads and does not use are not in the graph."""
         self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
-        self._tensor_names = tensor_names(root)
-        self._held = held_tensors(root)
-        self._tables = {
-            (path, name): (table, value)
-            for path, module in root.named_modules()
-            for table in (buffers_of(module), parameters_of(module))
-            if isinstance(table, dict)  # a scripted module has tables that cannot be changed
-            for name, value in table.items()
-        }
+        self.look_up(root)
         with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
         if self.refusals:
@@ -156,11 +133,6 @@ class Tracer(graphs.Tracer):
         self.made.append(weakref.ref(proxy))
         return proxy
 
-    def forget_proxies(self) -> None:
-        """Drop the proxies of a finished trace. The names in `assigned` remain."""
-        self._attributes.clear()
-        self.assigned = dict.fromkeys(self.assigned)
-
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the call of a module is one node: for modules of torch.nn, scripted modules and `leaf_types`."""
         if isinstance(m, (*self.leaf_types, torch.jit.ScriptModule)):
@@ -170,19 +142,12 @@ class Tracer(graphs.Tracer):
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         """Make a node, and write its origin on it."""
         if kind == "output":
-            self._note_table_writes()
-            self._record_assignments()
+            self.note_table_writes()
+            self.record_assignments()
         node = super().create_node(kind, *args, **kwargs)
         if kind not in ("placeholder", "output"):
             node.meta[META] = Origin(self._owner(), caller())
         return node
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a proxy in place of a parameter or buffer of a module."""
-        if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
-            return attr_val
-        proxy = self.known_tensor(attr_val)
-        return attr_val if proxy is None else proxy
 
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
@@ -288,32 +253,6 @@ class Tracer(graphs.Tracer):
         """See `patches.Recorder`."""
         return self.flags.setdefault(question, self.assumed.get(question, now))
 
-    def known_tensor(self, tensor: Tensor) -> Proxy | None:
-        """See `patches.Recorder`."""
-        name = self._tensor_names.get(id(tensor))
-        if name is None:
-            return None
-        return self._attribute(name, lambda node: TensorProxy(node, self, tensor))
-
-    def is_held(self, tensor: Tensor) -> bool:
-        """See `patches.Recorder`."""
-        return id(tensor) in self._held
-
-    def assign(self, module: nn.Module, name: str, value: Any) -> bool:
-        """See `patches.Recorder`."""
-        paths = getattr(self, "submodule_paths", None)
-        if paths is None or module not in paths:
-            return False
-        path = paths[module]
-        if name in parameters_of(module) or name in children_of(module):
-            return False
-        self.assigned[path, name] = value
-        if name not in buffers_of(module):
-            # The copy is assigned too, so that the rest of the forward reads the value
-            return False
-        self._attributes[f"{path}.{name}" if path else name] = value
-        return True
-
     # -- internals
 
     def _taken(self, path: str) -> bool:
@@ -361,15 +300,15 @@ class Tracer(graphs.Tracer):
             random.restore()
             raise TypeError("draws random numbers from outside of PyTorch's tensor functions")
         if stored := self._stored_outside():
-            raise TypeError(f"stores a tensor in {stored[0]}, which a graph would not repeat")
+            raise TypeError(f"{stored[0]}, which a graph would not repeat")
         if self.refusals != refusals:
             raise TypeError(_CAUGHT)
         return result
 
     def _stored_outside(self) -> list[str]:
-        """With `watch_outside`, restore what was stored outside of the model, and name the places."""
+        """With `watch_outside`, restore what was stored or changed outside of the model, and say what it was."""
         watches = self.watch_outside and self.outside is not None
-        return self.outside.restore(is_proxy) if watches else []  # type: ignore[union-attr]
+        return self.outside.left(is_proxy) if watches else []  # type: ignore[union-attr]
 
     def _call_opaque(self, m: nn.Module, path: str, args: Any, kwargs: Any) -> Proxy:
         """Record the call of a module as one node."""
@@ -417,60 +356,20 @@ class Tracer(graphs.Tracer):
                 return True
         return False
 
-    def _note_table_writes(self) -> None:
-        """Note what the forward stored in the tables of buffers without `__setattr__`: `self._buffers["n"] += 1`.
-
-        Raises:
-            TypeError: The forward registers a new buffer, or replaces a parameter by another tensor.
-        """
-        for module, path in (self.submodule_paths or {self.root: ""}).items():
-            if isinstance(module, torch.jit.ScriptModule):
-                continue
-            values: dict[str, Any] = {**buffers_of(module), **parameters_of(module)}
-            for name, value in values.items():
-                if not is_proxy(value):
-                    continue
-                if (path, name) not in self._tables:
-                    raise TypeError(f"the forward registers the buffer {name!r}")
-                if is_written_in_place(value.node, f"{path}.{name}" if path else name):
-                    continue
-                if name in buffers_of(module):
-                    self.assigned[path, name] = value
-                else:
-                    raise TypeError(f"the forward replaces the parameter {name!r}")
-
-    def restore_tables(self, is_traced: Callable[[Any], bool]) -> None:
-        """Put the parameters and buffers back where the tables of modules hold traced values."""
-        for (_, name), (table, value) in self._tables.items():
-            if is_traced(table.get(name)):
-                table[name] = value
-
-    def _record_assignments(self) -> None:
-        for (path, name), value in self.assigned.items():
-            owner = self.create_proxy("get_attr", path or "itself", (), {})
-            self.create_proxy("call_function", setattr, (owner, name, value), {})
-
     def _owner(self) -> str:
         return next(reversed(self.module_stack.values()))[0] if self.module_stack else ""
 
-    def _attribute(self, name: str, make: Callable[[fx.Node], Proxy]) -> Proxy:
-        proxy = self._attributes.get(name)
-        if proxy is None or is_erased(proxy.node):
-            proxy = self.create_proxy("get_attr", name, (), {}, proxy_factory_fn=make)
-            self._attributes[name] = proxy
-            self.made.append(weakref.ref(proxy))
-        return proxy
-
     def explain(self, error: BaseException) -> str:
         """The reason why something cannot be traced, from the error that was raised."""
-        if isinstance(error, AttributeError) and any(n == error.name for _, n in self.watched):
-            return (
-                f"it keeps state in the attribute {error.name!r} between calls; make that a buffer"
-            )
+        if isinstance(error, KeepsState):
+            return f"it {error}; make that a buffer"
         if isinstance(error, NameError) and "not a member of this module" in str(error):
             return "it uses a parameter of a module that is not registered; use nn.ModuleList instead of a list"
         first = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first[:200]}"
 
 
-_CAUGHT = "the forward branches on the value of a tensor, which cannot be traced, and catches the error that says so"
+_CAUGHT = (
+    "the forward branches on the value of a tensor, or keeps state in an attribute, which cannot be traced, and "
+    "catches the error that says so"
+)

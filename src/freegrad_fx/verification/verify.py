@@ -161,7 +161,7 @@ class Pair:
         both = (self.original, self.module)
         self.random = RandomNumbers()
         outside = self.before = Snapshot(both)
-        self.globals = Outside(self.original)
+        self.globals = Outside(self.original, self.original)
         try:
             if self._equalise():
                 self.before = Snapshot(both)

@@ -13,6 +13,7 @@ from torch import nn
 from ..._torch.replacing import replaced
 from ...graph.provenance import is_users
 from ..merge import FlagRead
+from .reads import reader
 from .recorder import Recorder
 
 __all__ = ["answering_training", "noted_flags", "recorded_flags"]
@@ -28,7 +29,7 @@ def answering_training(
 
     def read(module: nn.Module) -> Any:
         # The frame of the replacement is between this frame and the frame that reads
-        if (flag := answer(module, sys._getframe(2))) is not None:
+        if (flag := answer(module, reader(sys._getframe(2)))) is not None:
             return flag
         try:
             return module.__dict__["training"]

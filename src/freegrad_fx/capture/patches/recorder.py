@@ -29,6 +29,12 @@ class Recorder(Protocol):
     def known_tensor(self, tensor: torch.Tensor) -> Proxy | None:
         """The proxy of a parameter, buffer or tensor attribute of the model; None for other tensors."""
 
+    def describe(self, proxy: Any) -> bool:
+        """Whether the shape of a tensor of the model, given by its proxy, is a constant of the graph."""
+
+    def read(self, module: nn.Module, name: str) -> None:
+        """Note that an attribute of a module is read, or asked for. Raise an error if it cannot be traced."""
+
     def is_held(self, tensor: torch.Tensor) -> bool:
         """Whether a list or dict of the model contains a tensor."""
 

@@ -9,7 +9,6 @@ from typing import Any
 from torch import nn
 
 from ..._torch.replacing import replaced
-from ..proxies import any_proxy
 from .recorder import Recorder
 
 __all__ = ["recorded_assignments"]
@@ -20,7 +19,7 @@ def recorded_assignments(recorder: Recorder) -> contextlib.AbstractContextManage
 
     def recording(assign: Callable[[nn.Module, str, Any], None]) -> Callable[..., None]:
         def record(module: nn.Module, name: str, value: Any) -> None:
-            if not (any_proxy(value) and recorder.assign(module, name, value)):
+            if not recorder.assign(module, name, value):
                 assign(module, name, value)
 
         return record

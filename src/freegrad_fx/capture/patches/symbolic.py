@@ -10,6 +10,7 @@ from ..questions import Question
 from .flags import recorded_flags
 from .functions import recorded_functions
 from .questions import GRAD_MODE, answered_questions
+from .reads import noted_reads
 from .recorder import Recorder
 from .refusals import refused_contexts
 from .state import recorded_assignments
@@ -30,6 +31,7 @@ def patched(recorder: Recorder) -> Iterator[None]:
 
     with (
         recorded_flags(recorder),
+        noted_reads(recorder.read),
         recorded_assignments(recorder),
         recorded_functions(recorder),
         refused_contexts(),

@@ -93,25 +93,28 @@ def recorded_factories(recorder: Recorder) -> Iterator[None]:
 _PROPERTIES_COMPUTED = frozenset({"data", "T", "mT", "H", "mH", "real", "imag", "grad"})
 
 
-_METHODS_ASKED = frozenset(
+_METHODS_OF_SHAPE = frozenset(
     {
-        "size",
-        "dim",
-        "numel",
-        "nelement",
-        "stride",
-        "is_floating_point",
-        "is_complex",
-        "is_contiguous",
-        "element_size",
+        *(
+            "size",
+            "dim",
+            "numel",
+            "nelement",
+            "stride",
+            "storage_offset",
+            "is_contiguous",
+            "__len__",
+        ),
+        *("is_floating_point", "is_complex", "element_size", "get_device"),
+    }
+)
+_METHODS_ASKED = _METHODS_OF_SHAPE | frozenset(
+    {
         "data_ptr",
-        "get_device",
-        "storage_offset",
         "untyped_storage",
         "register_hook",
         "requires_grad_",
         "__hash__",
-        "__len__",
         "__repr__",
         "__format__",
         "__deepcopy__",
@@ -161,7 +164,12 @@ class RecordMode(TorchFunctionMode):
             )
         # A parameter that the forward did not read by its name, for example from `self.parameters()`
         traced, traced_kwargs = with_proxies(self.recorder, args, kwargs or {})
-        if traced is args or not _computes(func):
+        if traced is args:
+            return func(*args, **(kwargs or {}))
+        if not _computes(func) and (
+            self.recorder.describe(traced[0])
+            or not (name in _METHODS_OF_SHAPE or name == "__get__")
+        ):
             return func(*args, **(kwargs or {}))
         if name == "__get__":
             return getattr(traced[0], func.__self__.__name__)
