@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from side_by_side import Net, build, difference, sample
+from side_by_side import NATIVE, Net, build, difference, sample
 
 
 class Mode(enum.Enum):
@@ -161,6 +161,39 @@ def test_attributes_of_the_leaves_that_an_export_opens_are_constants() -> None:
     gm = transformed("export")
     gm.part.drop.p = 0.25
     with pytest.raises(fg.CaptureError, match=r"part\.drop\.p"):
+        gm(sample())
+
+
+class Assigns(Net):
+    def make(self) -> None:
+        self.alpha = 2.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.f(x)
+        self.times = 3
+        return F.relu(self.last) * self.alpha * self.times
+
+
+def test_attributes_that_an_exported_forward_assigns_before_it_reads_them_are_no_constants() -> (
+    None
+):
+    model = build(Assigns)
+    with pytest.warns(fg.FreegradWarning, match="times"):
+        gm = fg.transform(model, NATIVE, example_inputs=(sample(),))
+    gm.last, gm.times = None, 7
+    assert torch.equal(gm(sample()), model(sample()))
+    assert torch.equal(gm.last, model.last)
+    gm.alpha = 3.0
+    with pytest.raises(fg.CaptureError, match="alpha"):
+        gm(sample())
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_hook_does_not_leave_the_check_out(way: str) -> None:
+    gm = transformed(way)
+    gm.register_forward_hook(lambda *_: None)
+    gm.part.fn = F.silu
+    with pytest.raises(fg.CaptureError, match=r"part\.fn"):
         gm(sample())
 
 

@@ -229,8 +229,8 @@ def _refuse_python_effects(model: nn.Module, state: PythonState, random: RandomS
     if changed := state.changed(exporting.is_symbolic):
         (path, _), what = next(iter(changed.items()))
         raise NotExportedError(
-            f"{type(model).__name__} cannot be captured from example_inputs: {what} of {path or 'the root'}. A graph "
-            f"would not repeat the change at each call.",
+            f"{type(model).__name__} cannot be captured from example_inputs: {what}{f' of {path}' if path else ''}. "
+            f"A graph would not repeat the change at each call.",
             instead="make the state a buffer of constant shape",
         )
 
