@@ -66,6 +66,10 @@ class Outside:
         self._globals: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
         self._cells: dict[int, tuple[str, CellType, Any]] = {}
         self._classes: dict[type[Any], dict[str, Any]] = {}
+        # Other packages than the model's count calls and keep memos; a change there is no state of the model
+        self._packages = {type(m).__module__.partition(".")[0] for m in root.modules()}
+        self._foreign: set[int] = set()
+        self._in_foreign_code = False
         self._seen: set[int] = {id(value) for m in root.modules() for value in (m, m.__dict__)}
         for kind in dict.fromkeys(type(module) for module in root.modules()):
             self._add_class(kind)
@@ -118,14 +122,17 @@ class Outside:
         """Restore the numbers, texts and containers of them that were changed, and name them."""
         found: list[str] = []
         for (_, key), (name, space, before) in self._globals.items():
-            if _differs(before, space.get(key, _MISSING)):
+            foreign = name.partition(".")[0] not in self._packages
+            if not foreign and _differs(before, space.get(key, _MISSING)):
                 found.append(f"the global {name}")
                 _set_or_delete(space, key, before)
         for name, cell, before in self._cells.values():
-            if _differs(before, _contents(cell)):
+            if id(cell) not in self._foreign and _differs(before, _contents(cell)):
                 found.append(name)
                 cell.cell_contents = before
         for kind, attributes in self._classes.items():
+            if kind.__module__.partition(".")[0] not in self._packages:
+                continue
             now = dict(vars(kind))
             for key in {**attributes, **now}:
                 old = attributes.get(key, _MISSING)
@@ -136,7 +143,8 @@ class Outside:
                     else:
                         setattr(kind, key, old)
         for name, container, before in self._containers.values():
-            if _entries_differ(before, _copied(container)):
+            foreign = id(container) in self._foreign
+            if not foreign and _entries_differ(before, _copied(container)):
                 found.append(name)
                 refill(container, before)
         return list(dict.fromkeys(found))
@@ -254,7 +262,11 @@ class Outside:
         elif kind is FunctionType:
             self._seen.add(id(value))
             if is_users(value.__code__):
+                outer = self._in_foreign_code
+                package = (value.__module__ or "").partition(".")[0]
+                self._in_foreign_code = package not in self._packages
                 self._add_function(value)
+                self._in_foreign_code = outer
         elif kind is CACHE:
             self._seen.add(id(value))
             self._caches[id(value)] = (name, value)
@@ -280,6 +292,8 @@ class Outside:
 
     def _add_container(self, value: Any, name: str, depth: int) -> None:
         self._seen.add(id(value))
+        if self._in_foreign_code:
+            self._foreign.add(id(value))
         self._containers[id(value)] = (name, value, _copied(value))
         if isinstance(value, dict) and not self._own.isdisjoint(map(id, value)):
             self.own_modules.append(name)
@@ -297,6 +311,8 @@ class Outside:
         ):
             if name != "__class__" and id(cell) not in self._cells:
                 contents = _contents(cell)
+                if self._in_foreign_code:
+                    self._foreign.add(id(cell))
                 self._cells[id(cell)] = (f"the variable {name!r} {where}", cell, contents)
                 self._add(contents, f"the variable {name!r} {where}", _DEPTH)
         defaults = (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values())
