@@ -5,6 +5,7 @@ import re
 import shutil
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -44,9 +45,23 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by marker
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _refuse_addresses(items)
     _skip_without_compiler(items)
+    _leave_most_to_the_slow_tests(items)
+
+
+def _leave_most_to_the_slow_tests(items: list[pytest.Item]) -> None:
+    """Of a test with `sampled(n)`, keep one set of parameters in n among the fast tests."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("sampled")
+        if mark is not None:
+            function = item.nodeid.partition("[")[0]
+            if seen[function] % mark.args[0]:
+                item.add_marker(pytest.mark.slow)
+            seen[function] += 1
 
 
 def _refuse_addresses(items: list[pytest.Item]) -> None:
