@@ -111,6 +111,7 @@ def three(grad: Tensor, x: Tensor) -> Tensor:
 ONLY_RELU = [case for case in inplace.CASES if case.name != "other_activations_in_place"]
 
 
+@pytest.mark.sampled(6)
 @inplace.CASE
 def test_outside_of_blocks_nothing_changes(case: inplace.Case) -> None:
     model = inplace.Written(case.original)
@@ -121,6 +122,7 @@ def test_outside_of_blocks_nothing_changes(case: inplace.Case) -> None:
         inplace.assert_same_backward(actual, expected)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("rule", inplace.RULES)
 @pytest.mark.parametrize("case", ONLY_RELU, ids=lambda case: case.name)
 def test_in_a_block_the_rule_acts_as_in_the_case_written_by_hand(
@@ -138,6 +140,7 @@ def test_in_a_block_the_rule_acts_as_in_the_case_written_by_hand(
         inplace.assert_same_backward(actual, expected, inplace.rounded)
 
 
+@pytest.mark.sampled(4)
 @inplace.CASE
 def test_native_switches_the_rules_of_a_table_off(case: inplace.Case) -> None:
     model = inplace.Written(case.original)
@@ -506,6 +509,7 @@ def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
 # --- what runs the forward elsewhere, or once more ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "how", ["eager", "aot_eager", pytest.param("eager backend", marks=pytest.mark.slow)]

@@ -110,6 +110,7 @@ NOT_LINEAR: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NOT_LINEAR)
 def test_a_rule_that_is_not_linear_has_a_vjp_and_no_jvp(name: str) -> None:
     function = NOT_LINEAR[name]

@@ -611,6 +611,7 @@ WAYS: dict[str, Callable[[Any], Callable[..., Any]]] = {
 each_way = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
+@pytest.mark.sampled(4)
 @each_way
 def test_every_call_goes_through_the_wrapper_from_the_first_on(way: Any) -> None:
     backend = Following()
@@ -622,6 +623,7 @@ def test_every_call_goes_through_the_wrapper_from_the_first_on(way: Any) -> None
     assert len(backend.graphs) == 1
 
 
+@pytest.mark.sampled(4)
 @each_way
 def test_a_dispatch_mode_in_the_wrapper_sees_what_runs_and_not_what_is_compiled(way: Any) -> None:
     backend = Following()
@@ -676,6 +678,7 @@ def test_a_frame_that_calls_nothing_compiled_is_no_call_of_a_compiled_function()
     assert compiled_function(frames()) is None
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("way", "kind", "calls"),
     [

@@ -111,6 +111,7 @@ def test_transforms_of_functions_are_right_uncompiled(
     torch.testing.assert_close(actual, expected(gm, x))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("disabled", [False, True])
 @COMPILED
@@ -157,6 +158,7 @@ def test_forward_mode_is_refused_compiled_and_not(
 STAYS_BEHIND = "the backward rules of this model are not exported"
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("strict", [False, True])
 @pytest.mark.parametrize("training", [False, True])
 def test_an_exported_model_computes_the_same_and_warns(
@@ -321,6 +323,7 @@ def test_second_derivatives_under_the_debugging_back_end(gm: fg.CapturedModule, 
 # --- hooks ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own, at the graph break
 @pytest.mark.parametrize("rules", [None, RULES, {"params": "scale"}], ids=["no", "relu", "params"])
 @pytest.mark.parametrize("early", [True, False])
@@ -343,6 +346,7 @@ def test_backward_hooks_of_parts_fire_compiled_as_without_rules(
 # --- checkpoints, compiled autograd ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("where", ["inside", "outside", "uncompiled"])
 @COMPILED
@@ -367,6 +371,7 @@ def test_checkpoints_change_nothing(
     torch.testing.assert_close(actual, expected(gm, x.detach()))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("run", ["eager", "aot_eager"])
 def test_a_checkpoint_of_a_random_rule_is_reproducible(
@@ -454,6 +459,7 @@ def test_a_compiled_part_that_cannot_get_its_rules_is_reported(model: Net) -> No
         fg.transform(whole, RULES, strict=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "copied",
     [

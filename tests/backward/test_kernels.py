@@ -40,6 +40,7 @@ def gradient(function: Callable[[Tensor], Tensor], x: Tensor, **how: Any) -> Ten
     )[0]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "rule",
     [

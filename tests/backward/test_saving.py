@@ -63,6 +63,7 @@ def same(actual: Tensor, expected: Tensor) -> None:
 # --- save="mask" ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", MASKED)
 def test_a_saved_mask_gives_the_gradient_of_a_saved_x(name: str, dtype: torch.dtype) -> None:
@@ -300,6 +301,7 @@ def by_hand(model: Block, name: str) -> Block:
 IN_PLACE = [nn.ReLU(inplace=True), lambda x: F.relu(x, inplace=True), lambda x: x.relu_()]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ["d(ReLU)", "guided"])
 @pytest.mark.parametrize("act", [F.relu, torch.relu, lambda x: x.relu(), *IN_PLACE])
 def test_rules_that_ask_where_x_is_positive_save_no_more_than_native(
@@ -322,6 +324,7 @@ def test_rules_that_ask_where_x_is_positive_save_no_more_than_native(
     torch.testing.assert_close(torch.func.grad(lambda x: gm(x).square().sum())(x), expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("op", [F.relu, torch.relu])
 @pytest.mark.parametrize("name", ["d(ReLU)", "guided"])
 def test_the_gradient_is_that_of_the_formula(name: str, op: Callable[[Tensor], Tensor]) -> None:

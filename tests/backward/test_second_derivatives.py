@@ -179,6 +179,7 @@ WAYS: dict[str, Callable[[Any], Callable[[Tensor], Tensor]]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @chains
 @pytest.mark.parametrize("way", WAYS)
 def test_every_rule_of_a_chain_reads_the_input_of_the_operation(way: str, chain: Any) -> None:

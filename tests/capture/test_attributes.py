@@ -108,6 +108,7 @@ class AddsToAField(Net):
         return F.relu(top.values) + top[0]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_a_property_is_read_where_the_forward_reads_it(name: str) -> None:
     check_capture(CASES[name], *THRICE)

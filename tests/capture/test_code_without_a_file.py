@@ -43,6 +43,7 @@ def class_from(body: str, file: str) -> Any:
     return space["Model"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("file", FILES)
 @pytest.mark.parametrize("body", BODIES.values(), ids=BODIES)
 def test_a_model_means_the_same_wherever_it_was_typed(body: str, file: str) -> None:

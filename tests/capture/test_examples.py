@@ -51,6 +51,7 @@ CASES: dict[str, tuple[type[Two], Callable[[Any], Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_the_graph_has_an_input_for_each(name: str) -> None:
     make, example, call = CASES[name]

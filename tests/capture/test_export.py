@@ -107,6 +107,7 @@ EXAMPLES = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", EXAMPLES)
 def test_example_inputs_are_a_tuple_a_tensor_or_keyword_arguments(kind: str) -> None:
     check_capture(Plain, *THRICE, example_inputs=EXAMPLES[kind])
@@ -204,6 +205,7 @@ class Batched(Net):
 OTHER_BATCHES = [call(rows(count)) for count in (2, 4, 7, 33)]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", [Plain, Batched, Smooth, Branching], ids=lambda m: m.__name__)
 def test_another_batch_size_is_fine(make: Make) -> None:
     check_capture(make, *OTHER_BATCHES, example_inputs=(sample(),))
@@ -530,6 +532,7 @@ class Residual(Net):
         return self.inplace(self.f(self.inplace(h)) + h)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "make", [InPlaceSpellings, OnAView, OnTheInput, Residual], ids=lambda m: m.__name__
 )
@@ -636,6 +639,7 @@ class MoreInTraining(Net):
         return (y, torch.tanh(self.g(y))) if self.training else y
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "make", [Dictionary, Ordered, ATuple, AList, MoreInTraining], ids=lambda m: m.__name__
 )
@@ -809,6 +813,7 @@ class Decorated(Net):
 REGIONS = [Frozen, FrozenPart, GradientsInside, Decorated]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", REGIONS, ids=lambda m: m.__name__)
 def test_a_region_without_gradients_stays_one_and_its_activations_are_sites(make: Make) -> None:
     check_capture(make, call(sample()), call(rows(7)), example_inputs=(sample(),))
@@ -823,6 +828,7 @@ def test_the_grad_mode_is_restored_where_a_region_raises() -> None:
     assert torch.is_grad_enabled()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", REGIONS, ids=lambda m: m.__name__)
 def test_a_region_without_gradients_in_a_call_without_gradients(make: Make) -> None:
     original, gm = build(make).eval(), exported(build(make)).eval()
@@ -969,6 +975,7 @@ REFUSED: dict[Make, str] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", REFUSED, ids=lambda m: m.__name__)
 def test_what_a_graph_would_bake_is_refused_with_the_reason(make: Make) -> None:
     model = build(make)
@@ -1012,6 +1019,7 @@ WAYS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("make", PAIRS.values(), ids=PAIRS)
 def test_copies_keep_rules_modes_guards_and_the_report(make: Make, way: str) -> None:
@@ -1218,6 +1226,7 @@ def check_both(make: Make, x: Tensor, table: Any) -> None:
         assert runs.differs(actual, native) or not b.with_action("rewrite")
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("table", marked(TABLES, {"one op"}))
 @pytest.mark.parametrize("make", BY_HAND, ids=lambda m: m.__name__)
 @pytest.mark.filterwarnings("ignore:the entry")

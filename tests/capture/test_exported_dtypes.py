@@ -180,6 +180,7 @@ def net(between: Callable[[Any, Tensor], Tensor]) -> type[nn.Module]:
     return Between
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("between", READ_AT_EACH_CALL, ids=lambda f: f.__name__)
 def test_conversions_follow_the_tensors_of_the_call(between: Any) -> None:
     model = build(net(between))
@@ -190,6 +191,7 @@ def test_conversions_follow_the_tensors_of_the_call(between: Any) -> None:
     assert same(run(gm.half(), x), run(original, x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("between", CHECKED, ids=lambda f: f.__name__)
 def test_other_questions_are_checked_at_each_call(between: Any) -> None:
     model = build(net(between))

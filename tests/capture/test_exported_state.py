@@ -146,6 +146,7 @@ def state(model: nn.Module) -> list[Any]:
     return found
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KEPT)
 def test_what_is_assigned_is_kept(kind: str) -> None:
     make = renewed(*KEPT[kind])
@@ -322,6 +323,7 @@ NOT_RUN = (
 )
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_a_graph_would_lose_is_refused_with_the_way_that_takes_it(kind: str) -> None:
     make = renewed(*REFUSED[kind])
@@ -435,6 +437,7 @@ HOOKS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("make", HOOKS)
 def test_hooks_and_gradients_are_refused_with_the_way_that_takes_them(
     make: type[nn.Module],

@@ -164,6 +164,7 @@ class AddsToEachParameter(Net):
         return F.relu(self.f(x))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", CASES)
 def test_flags_and_tables_are_the_original_s(name: str) -> None:
     check_capture(CASES[name], *THRICE)

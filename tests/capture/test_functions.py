@@ -308,6 +308,7 @@ def of_a_detached_parameter(self: Any, x: Tensor) -> Tensor:
     return F.relu(self.f(x) * Spike.apply(self.f.bias.detach()))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", USES)
 def test_a_function_keeps_its_backward(name: str) -> None:
     gm = captured(name)
@@ -330,6 +331,7 @@ def build_captured(name: str, rules: Any) -> fx.GraphModule:
     return fg.transform(build(USES[name]), rules)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(USES))
 def test_copies_and_second_traces_keep_it_too(name: str) -> None:
     original, gm = build(USES[name]), build_captured(name, NATIVE)
@@ -478,6 +480,7 @@ STORED = [
 ]  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [*STORED, CallsTheForwardItself])
 def test_a_stored_apply_keeps_the_functions_backward(kind: type[nn.Module]) -> None:
     for rules, reference in ((NATIVE, None), (RULE, Interception(BACKWARD))):
@@ -515,6 +518,7 @@ def test_a_stored_apply_is_a_site_of_its_class() -> None:
     torch.testing.assert_close(grad, (spikes * 3) @ model.f.weight)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"])
 @pytest.mark.parametrize("kind", [k for k in STORED if k is not MadeInsideOfTheForward])
 def test_dynamo_keeps_a_stored_apply(kind: type[nn.Module], backend: str) -> None:
@@ -551,6 +555,7 @@ def test_keywords_of_apply_are_arguments_in_every_thread(function: Any) -> None:
         assert difference(build(Keywords), gm) == ""
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", STORED)
 def test_export_refuses_it_and_names_what_takes_it(kind: type[nn.Module]) -> None:
     with pytest.raises(fg.CaptureError, match=r"autograd\.Function .* whose backward") as caught:

@@ -80,6 +80,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Tensor], list[str]
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", LAYERS)
 def test_activations_in_fused_layers_are_sites(name: str) -> None:
     make, inputs, sites = LAYERS[name]

@@ -138,6 +138,7 @@ def around(kind: Callable[[], nn.Module]) -> type[nn.Module]:
     return Around
 
 
+@pytest.mark.sampled(4)
 @KINDS
 def test_a_part_is_kept_whole_and_the_rest_rewritten(kind: type[nn.Module]) -> None:
     for rules in (NATIVE, RULE):
@@ -168,6 +169,7 @@ def test_draws_of_a_part_kept_whole_are_new_at_each_call(kind: type[nn.Module]) 
     assert not torch.equal(part(sample()), part(sample()))
 
 
+@pytest.mark.sampled(4)
 @KINDS
 def test_the_line_and_the_reason_are_in_the_report(kind: type[nn.Module]) -> None:
     plan = fg.explain(build(around(kind)), RULE)

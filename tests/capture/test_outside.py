@@ -117,6 +117,7 @@ def test_a_function_with_a_cache_is_recorded_and_its_cache_is_the_user_s(kind: t
     check_capture(kind, *THRICE)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", [k for k in CACHED if k is not CachedInAList])
 def test_an_export_leaves_caches_alone(kind: type[Net]) -> None:
     gm = fg.transform(build(kind), NATIVE, example_inputs=(sample(),))
@@ -276,6 +277,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
     return all_gone
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", STORES)
 def test_a_tensor_stored_outside_is_refused_and_the_original_is_as_before(
     no_proxies: Callable[[], bool], kind: type[Net]
@@ -292,6 +294,7 @@ def test_a_tensor_stored_outside_is_refused_and_the_original_is_as_before(
     assert torch.equal(model(sample()), first)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [k for k in STORES if k is not StoresWhereNothingLeads])
 def test_an_export_leaves_no_fake_tensor(kind: type[Net]) -> None:
     model = build(kind)

@@ -462,6 +462,7 @@ def outputs(model: nn.Module) -> list[Tensor]:
 REFUSED = [*NO_GRAPH, ReadsTheStateOfAPart, *IN_OBJECTS, IteratesOverAList, *OUTSIDE]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", REFUSED)
 def test_a_root_that_keeps_state_is_refused_and_left_as_it_was(kind: type[Net]) -> None:
     model = build(kind)
@@ -475,6 +476,7 @@ def test_a_root_that_keeps_state_is_refused_and_left_as_it_was(kind: type[Net]) 
     assert all(map(torch.equal, outputs(model), outputs(build(kind))))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(
     "kind", [k for k in (*NO_GRAPH, *IN_OBJECTS, *OUTSIDE) if k is not AddsASubmodule]
 )

@@ -97,6 +97,7 @@ def asking(ask: Ask) -> nn.Module:
     return build(Asks)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("state", STATES)
 def test_an_answer_is_that_of_the_call_or_the_call_raises(state: str, door: str) -> None:
@@ -187,6 +188,7 @@ CAPTURES: dict[str, Ask] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("door", DOORS)
 @pytest.mark.parametrize("question", CAPTURES)
 def test_an_eager_call_is_not_taken_for_the_capture(question: str, door: str) -> None:

@@ -122,6 +122,7 @@ PLAINLY_WRONG = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", PLAINLY_WRONG)
 def test_a_plain_trace_is_wrong_about_such_modules(name: str) -> None:
     program = (("self.f(x)",), *PLAINLY_WRONG[name], ("F.relu(x)",))

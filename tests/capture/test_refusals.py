@@ -156,6 +156,7 @@ def first_tensor(value: Any) -> Tensor:
     return first_tensor(next(iter(value.values() if isinstance(value, dict) else value)))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # from Dynamo
 @pytest.mark.parametrize("make", PROGRAMS)
 @pytest.mark.parametrize("door", ["symbolic", "export"])

@@ -148,6 +148,7 @@ EXPECTED = {
 KINDS = pytest.mark.parametrize("kind", EXPECTED, ids=lambda kind: kind.__name__)
 
 
+@pytest.mark.sampled(3)
 @KINDS
 def test_every_call_is_a_site_of_its_own_and_has_its_gradient(kind: type[nn.Module]) -> None:
     gm = check_capture(kind)
@@ -302,6 +303,7 @@ class Named(Net):
         return F.relu(self.f(x))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", NAMES)
 def test_odd_names(name: str) -> None:
     gm = check_capture(type("Named", (Named,), {"name": name}))
@@ -320,6 +322,7 @@ class NamedAtTheRoot(Net):
         return getattr(self, self.name)(self.f(x))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*NAMES, *GRAPH_MODULE_S])
 def test_odd_names_at_the_root_are_taken_or_refused(name: str) -> None:
     make = type("NamedAtTheRoot", (NamedAtTheRoot,), {"name": name})

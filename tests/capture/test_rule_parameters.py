@@ -47,6 +47,7 @@ EXPORTED: dict[str, Any] = {"symbolic": {}, "export": {"example_inputs": (torch.
 # --- the caller's tensor ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", EXPORTED)
 @pytest.mark.parametrize(
     ("convert", "dtype"),
@@ -205,6 +206,7 @@ STAGES: dict[str, Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("way", EXPORTED)

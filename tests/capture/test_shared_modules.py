@@ -128,6 +128,7 @@ HELD: list[nn.Module] = []
 TABLE: dict[nn.Module, float] = {}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", ["symbolic", "export"])
 @pytest.mark.parametrize("name", CASES)
 def test_modules_are_who_they_are(name: str, way: str) -> None:
@@ -143,6 +144,7 @@ def test_modules_are_who_they_are(name: str, way: str) -> None:
             assert torch.equal(gm(*given.args), original(*given.args))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["ThroughChildren", "ThroughTheTable", "ByName", "ComparedByIs"])
 def test_both_captures_find_the_same_sites(name: str) -> None:
     def sites(**options: object) -> list[str]:

@@ -277,6 +277,7 @@ def a_tensor_asked_for_its_class(self: Any, x: Any) -> Tensor:
 ARGUMENTS["asserts"] = Case(Asserts, (call(X),))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ARGUMENTS)
 def test_every_way_of_calling_is_the_original_s(name: str) -> None:
     case = ARGUMENTS[name]
@@ -559,6 +560,7 @@ def a_parameter(self: Any, x: Tensor) -> Any:
     return F.relu(self.f(x)), self.g.weight
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_every_output_is_made_of_what_the_original_s_is_made_of(name: str) -> None:
     check_capture(OUTPUTS[name])

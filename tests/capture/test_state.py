@@ -219,6 +219,7 @@ class SwitchesGradOff(Net):
         return F.relu(self.f(x)) + y + z + w
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", STATEFUL)
 def test_state_and_constants_are_the_original_s_call_after_call(name: str) -> None:
     check_capture(STATEFUL[name], *THRICE)
@@ -378,6 +379,7 @@ class NastyThenUntraceable(Nasty):
         return y if y.sum() > 0 else x
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", [Nasty, NastyThenUntraceable, *IN_PYTHON])
 @pytest.mark.parametrize("where", ["root", "part"])
 def test_the_original_and_the_process_are_as_before(kind: type[nn.Module], where: str) -> None:
@@ -954,6 +956,7 @@ PARAMETRIZED: dict[str, Make] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", PARAMETRIZED)
 def test_parametrizations_are_computed_anew_at_each_call(name: str) -> None:
     make = PARAMETRIZED[name]
@@ -1040,6 +1043,7 @@ def hooked(path: str, kind: str) -> tuple[nn.Module, list[str]]:
     return model, log
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("path", ["", "part.f", "g"], ids=["root", "leaf in a part", "leaf"])
@@ -1056,6 +1060,7 @@ def test_hooks_on_leaves_and_the_root_fire_as_before(path: str, kind: str, train
             assert log
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_on_a_container_are_kept(kind: str) -> None:
     original, expected = hooked("part", kind)
@@ -1069,6 +1074,7 @@ def test_hooks_on_a_container_are_kept(kind: str) -> None:
     assert log == expected
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("path", ["act", "part.act"])
 def test_hooks_on_a_rewritten_activation_are_kept(path: str, kind: str) -> None:
@@ -1084,6 +1090,7 @@ def test_hooks_on_a_rewritten_activation_are_kept(path: str, kind: str) -> None:
     assert found == ""
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", HOOKS)
 def test_hooks_on_a_native_activation_fire(kind: str) -> None:
     original, expected = hooked("act", kind)

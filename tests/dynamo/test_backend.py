@@ -140,6 +140,7 @@ def autocast(self: Model, x: Tensor) -> Tensor:
     return torch.tanh(x.float())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("inner", EAGER)
 @pytest.mark.parametrize(
     ("forward", "expected"),
@@ -302,6 +303,7 @@ TABLES = {
 }  # fmt: skip
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_code_that_dynamo_shares_between_modules_has_the_rules_of_each(table: fg.RuleTable) -> None:
     model, whole = Blocks(), WholeBlocks()
@@ -417,6 +419,7 @@ class Swishes(nn.Module):
         return self.swish(self.layers(self.swish(self.linear(x))))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -554,6 +557,7 @@ def test_strict_raises_where_it_runs() -> None:
         compiled(sample().requires_grad_())
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("rules", "warns"),
     [
@@ -1095,6 +1099,7 @@ def test_a_function_of_a_size_stays_one() -> None:
 # --- models that were transformed before ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("around", [lambda gm: gm, nn.Sequential], ids=["itself", "a part"])
 @pytest.mark.parametrize(
     "second", ["reverse", {"params": "reverse"}], ids=["operation", "parameter"]

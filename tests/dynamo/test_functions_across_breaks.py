@@ -82,6 +82,7 @@ class Generator(Net):
 
 
 # PyTorch's own warning where a graph goes on with the result of another
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 # Python runs the generator, and a warning names its sites
 @pytest.mark.filterwarnings("ignore:outside of the captured graphs of Generator")

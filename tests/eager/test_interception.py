@@ -116,6 +116,7 @@ def test_an_out_argument_is_skipped_and_reported(spell: Spell) -> None:
     assert {d.action for d in fg.report(block).decisions} == {"skip"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("vision", VISION[:6], ids=lambda v: v.name)
 def test_a_classifier_equals_the_one_edited_by_hand(vision: Vision) -> None:
     torch.manual_seed(0)
@@ -129,6 +130,7 @@ def test_a_classifier_equals_the_one_edited_by_hand(vision: Vision) -> None:
     assert_same_gradients(actual, expected)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("vision", VISION[:6], ids=lambda v: v.name)
 def test_sites_are_those_of_the_transform(vision: Vision) -> None:
     torch.manual_seed(0)

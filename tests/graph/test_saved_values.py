@@ -131,6 +131,7 @@ class Body(nn.Module):
         return BODIES[self.body](x)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("exported", [False, True], ids=["symbolic", "export"])
 @pytest.mark.parametrize("body", BODIES)
 def test_a_graph_with_such_a_value_is_copied_and_saved(body: str, exported: bool) -> None:
@@ -172,6 +173,7 @@ class Takes(nn.Module):
         return torch.relu(one) * 2 + other
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_an_exported_model_that_returns_such_a_structure_is_copied_and_saved(output: str) -> None:
     model = Gives(output)
@@ -180,6 +182,7 @@ def test_an_exported_model_that_returns_such_a_structure_is_copied_and_saved(out
 
 
 # `ExportedProgram.module` writes its guards as text, in which a member of an enumeration is no expression
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("output", [name for name in OUTPUTS if name != "keys of an enumeration"])
 def test_an_exported_model_that_takes_such_a_structure_is_copied_and_saved(output: str) -> None:
     model = Takes()

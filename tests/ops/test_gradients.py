@@ -280,6 +280,7 @@ def test_what_is_no_gradient_is_named_with_its_rule_and_site_at_the_first_backwa
         y.sum().backward()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", WRONG)
 def test_what_is_no_gradient_is_named_by_the_compiler_too(name: str) -> None:
     fg.register(name)(WRONG[name][0])
@@ -608,6 +609,7 @@ def compiled_as_a_whole(model: Any, backend: str, **options: Any) -> Any:
 EAGER = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("rule", BUILT_IN)
 def test_a_compiled_rule_gives_the_same_gradients(rule: str, backend: str) -> None:
@@ -617,6 +619,7 @@ def test_a_compiled_rule_gives_the_same_gradients(rule: str, backend: str) -> No
     assert all(map(torch.equal, actual, expected))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.inductor
 @pytest.mark.parametrize("rule", ["rectangular", "fast_sigmoid", "clip_norm", "d(Linear)"])
 def test_inductor_gives_the_same_gradients(rule: str) -> None:
@@ -655,6 +658,7 @@ def transforms(rule: str) -> dict[str, tuple[Callable[..., Tensor], Tensor]]:
     }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("name", transforms("scale"))
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo's own, at the graph break

@@ -40,6 +40,7 @@ def warned(call: Callable[[], Any]) -> list[str]:
     return [str(w.message) for w in found if "stays replaced" in str(w.message)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("way", WAYS)
 def test_it_is_said_once(way: str, rules: str) -> None:

@@ -39,6 +39,7 @@ WAYS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_what_is_compiled_with_a_backend_has_its_report(way: str) -> None:
     compiled = WAYS[way](Net())

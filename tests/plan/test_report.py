@@ -79,6 +79,7 @@ def test_a_plan_fits_the_width_and_keeps_every_decision(width: int) -> None:
     )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("width", [80, 100, 120])
 @pytest.mark.parametrize(
     "make",
@@ -264,6 +265,7 @@ def round_up(x: Tensor) -> Tensor:
     return x.ceil()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "entry",
     [

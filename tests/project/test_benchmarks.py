@@ -157,6 +157,7 @@ def test_a_step_saves_the_same_for_each_of_its_activations() -> None:
 # --- the cases ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_our_operators_return_the_gradient_of_the_formula(rule: str) -> None:
     x, grad = cases.input_and_gradient((64, 64))
@@ -167,6 +168,7 @@ def test_our_operators_return_the_gradient_of_the_formula(rule: str) -> None:
             torch.testing.assert_close(cases.gradient(module), expected, msg=candidate)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", cases.RULES)
 def test_native_and_ours_are_modules_with_the_same_forward(rule: str) -> None:
     native, ours = list(cases.operator(rule).values())[:2]

@@ -48,6 +48,7 @@ def test_the_gradient_is_freegrad_s_on_the_same_input_and_seed(
         assert torch.equal(ours, theirs)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "parameters"), CASES, ids=str)
 def test_a_model_has_the_gradients_of_freegrad_s_activation(
     name: str, parameters: dict[str, float]

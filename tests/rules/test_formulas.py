@@ -139,6 +139,7 @@ def results(name: str, grad: Tensor, values: dict[str, Any], **read: Tensor) -> 
     return [actual, reference.entrywise(reference.of(name), grad, draw=draw, **read, **values)]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(reference.EXACT))
 @given(data=st.data())
 def test_a_rule_that_rounds_once_is_its_formula_bit_for_bit(name: str, data: st.DataObject) -> None:
@@ -148,6 +149,7 @@ def test_a_rule_that_rounds_once_is_its_formula_bit_for_bit(name: str, data: st.
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", sorted({*reference.ENTRYWISE, *reference.RANDOM} - reference.EXACT)
 )

@@ -81,6 +81,7 @@ WRITTEN: dict[str, tuple[Callable[[Tensor], Tensor], str, Callable[[Tensor], Ten
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.filterwarnings("ignore:the entry 'heaviside'")
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("written", WRITTEN)
@@ -94,6 +95,7 @@ def test_a_comparison_converted_to_numbers_is_noted_with_its_line(written: str, 
     assert f"({__file__}:{line})" in note
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("written", WRITTEN)
 def test_the_remedy_keeps_the_forward_and_gives_a_gradient(written: str, way: Any) -> None:
@@ -132,6 +134,7 @@ SILENT: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SILENT)
 def test_what_expects_no_gradient_is_not_noted(name: str) -> None:
     class Model(nn.Module):

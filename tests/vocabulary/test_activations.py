@@ -225,6 +225,7 @@ def spells_of(name: str) -> list[Spell]:
     return [s for s in SPELLINGS if s.op == name and "nn.Identity" not in s.id]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SOME_NAMES)
 @pytest.mark.filterwarnings("ignore::FutureWarning")  # copying a treespec, inside torch.export
 def test_every_spelling_is_recognised_in_an_exported_graph(name: str) -> None:
@@ -241,6 +242,7 @@ def test_every_spelling_is_recognised_in_an_exported_graph(name: str) -> None:
         assert len(found[branch]) == 1, spell.id
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", SOME_NAMES)
 def test_every_spelling_is_recognised_in_a_graph_of_dynamo(name: str) -> None:
     spells = [s for s in spells_of(name) if "parametrized" not in s.id]

@@ -173,6 +173,7 @@ def by_id(spell: Spell) -> str:
     return spell.id
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(s for s in SPELLINGS if s.op != "glu"))
 def test_a_transformed_activation_agrees_with_the_hand_written_one(spell: Spell) -> None:
     check(spell, spell.make(), lambda oracle: oracle)
@@ -242,6 +243,7 @@ HAND_WRITTEN: dict[type[Watched], Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_in_place_is_seen_under_the_input_s_name(spell: Spell) -> None:
     check(spell, Watched(spell), HAND_WRITTEN[Watched], FEW)
@@ -251,6 +253,7 @@ def test_what_is_written_in_place_is_seen_under_the_input_s_name(spell: Spell) -
 CALLED = {spell.id.partition("(")[0]: spell for spell in INPLACE}
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("surroundings", [Viewed, OnView, Later], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("called", CALLED)
 def test_what_is_written_in_place_is_seen_by_views_and_written_over(
@@ -260,6 +263,7 @@ def test_what_is_written_in_place_is_seen_by_views_and_written_over(
     check(spell, surroundings(spell), HAND_WRITTEN[surroundings], FEW)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_into_the_caller_s_tensor_is_seen_by_the_caller(spell: Spell) -> None:
     model = spell.make()
@@ -322,6 +326,7 @@ def transformed_once(op: str) -> tuple[nn.Module, dict[str, nn.Module]]:
     return model, {name: fg.transform(model, {op: rule}) for name, (rule, _) in RULES.items()}
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("op", PLAIN)
 @settings(max_examples=40)
 @given(data=st.data())

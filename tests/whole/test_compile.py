@@ -393,6 +393,7 @@ WAYS: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_an_edited_graph_takes_effect(small: Small, x: Tensor, way: str) -> None:
     gm = fg.transform(small, {"relu": fg.rules.scale(s=2.0)})
@@ -539,6 +540,7 @@ def test_a_parameter_of_the_model_may_be_that_of_its_own_rule_when_compiled() ->
 # --- shapes, devices, options ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dynamic", [True, None, "marked"])
 def test_shapes_may_change(small: Small, dynamic: Any, backend: str) -> None:
@@ -631,6 +633,7 @@ def test_compiled_graphs_without_gradients_hold_no_rule(small: Small, x: Tensor)
     assert not any("autograd_function" in name for name in names)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 @pytest.mark.parametrize(
     "rule",
@@ -650,6 +653,7 @@ def test_what_is_frozen_when_it_is_compiled_may_learn_later(
     assert_same(gradients(run, x, small), gradients(by_hand, x, small))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition", SLOWLY])
 @pytest.mark.parametrize("rule", ["full_jam", "noise", "rectangular_jam"])
 def test_two_sites_draw_different_numbers(rule: str, backend: str) -> None:

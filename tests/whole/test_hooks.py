@@ -91,6 +91,7 @@ def hooked(name: str, activation: str = "relu") -> Hooked:
     return model
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("name", HOOKS)
 def test_hooks_keep_their_derivative(name: str, activation: str) -> None:
@@ -153,6 +154,7 @@ def same(found: list[Tensor], wanted: list[Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "name", ["changes the output", "makes it a keyword", "reads the input", "returns a dict", "several"]

@@ -216,6 +216,7 @@ def cases() -> Iterator[tuple[str, str]]:
         yield from ((name, path) for path in (INNER if name == "nested" else PATHS))
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize(("name", "path"), list(cases()))
 def test_hooks_act_as_on_the_original(name: str, path: str, kind: str) -> None:
@@ -234,6 +235,7 @@ def test_hooks_act_as_on_the_original(name: str, path: str, kind: str) -> None:
             assert log == expected
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", MODELS)
 def test_several_hooks_at_once_that_come_and_go(name: str) -> None:
     original, gm = build(MODELS[name]), fg.transform(build(MODELS[name]), RULE)
@@ -332,6 +334,7 @@ WAYS: dict[str, Callable[[nn.Module], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("before", [True, False])
 @pytest.mark.parametrize("way", WAYS)
 def test_copies_keep_hooks_and_can_get_them(way: str, before: bool) -> None:
@@ -424,6 +427,7 @@ def test_hooks_for_errors_run_if_the_forward_fails() -> None:
 # --- hooks that are there when the model is transformed ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize("name", ["twice", "branches on its mode"])
 def test_hooks_of_blocks_at_the_time_of_the_transform(name: str, kind: str) -> None:

@@ -52,6 +52,7 @@ def relu_from_y(grad: Tensor, y: Tensor) -> Tensor:
     return grad * (y > 0)
 
 
+@pytest.mark.sampled(6)
 @CASE
 def test_native_rules_change_nothing(case: Case) -> None:
     model = Written(case.original)
@@ -65,6 +66,7 @@ def test_native_rules_change_nothing(case: Case) -> None:
         assert_same_backward(by_hand, expected, rounded)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("rule", RULES)
 @CASE
 def test_a_rule_equals_the_case_written_by_hand(case: Case, rule: str) -> None:
@@ -81,6 +83,7 @@ def test_a_rule_equals_the_case_written_by_hand(case: Case, rule: str) -> None:
     assert changed, "the rule makes no difference here: the case proves nothing"
 
 
+@pytest.mark.sampled(6)
 @CASE
 def test_forward_is_the_same_where_no_gradient_is_recorded(case: Case) -> None:
     model = Written(case.original)
@@ -579,6 +582,7 @@ ONE_CALL: dict[str, Callable[[], OneCall]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", ONE_CALL)
 def test_what_the_graph_shows_as_one_call(name: str) -> None:
     """Right, or refused with an error of this package: never other numbers."""

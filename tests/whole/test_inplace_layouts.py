@@ -80,6 +80,7 @@ def check(model: nn.Module, gm: nn.Module, x: Tensor) -> None:
     assert not (found := tell_apart(under_rules, forward, identical)), found
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 def test_every_activation_on_every_layout(name: str, dtype: torch.dtype) -> None:
@@ -100,6 +101,7 @@ RULED: dict[str, Any] = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("rule", RULED)
 def test_every_kind_of_rule_in_every_memory_format(rule: str, layout: str) -> None:
@@ -162,6 +164,7 @@ class Strided(nn.Module):
         return y * y, view.sin()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("way", WAYS)
 def test_in_every_way_in(way: str) -> None:
     model, x = Strided(), numbers(2, 3, 5, 7, dtype=torch.float64)

@@ -65,6 +65,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 # --- forward and backward ---
 
 
+@pytest.mark.sampled(4)
 @MODES
 def test_native_rules_change_nothing(subject: Subject, training: bool) -> None:
     gm = fg.transform(subject.model.train(training), NATIVE)
@@ -73,6 +74,7 @@ def test_native_rules_change_nothing(subject: Subject, training: bool) -> None:
     assert_same_gradients(actual, subject.native(training))
 
 
+@pytest.mark.sampled(4)
 @MODES
 def test_a_rule_equals_the_model_edited_by_hand(subject: Subject, training: bool) -> None:
     x = subject.sample(training)
@@ -107,6 +109,7 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.sampled(4)
 @MODES
 def test_every_activation_is_a_site(subject: Subject, training: bool) -> None:
     model = copy.deepcopy(subject.model).train(training)

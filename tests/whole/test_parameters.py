@@ -98,6 +98,7 @@ SLOWER_WITH_EXPORT = [
 ]
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("case", "export"), CAPTURES)
 def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> None:
     model = case.build()
@@ -115,6 +116,7 @@ def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> N
         assert_ruled(ruled, native, model, formula)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(("case", "export"), SLOWER_WITH_EXPORT)
 def test_without_gradients_nothing_changes(case: Case, export: bool) -> None:
     model = case.build()
@@ -146,6 +148,7 @@ def test_without_gradients_nothing_changes(case: Case, export: bool) -> None:
                 assert torch.equal(a, e)
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 @pytest.mark.parametrize(
     "model", ["lstm-classifier", "transformer-classifier", "tied", "Conv2d", "bare"]

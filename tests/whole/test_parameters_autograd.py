@@ -235,6 +235,7 @@ def test_parameters_of_several_dtypes() -> None:
 # --- copies, and changes after the transform ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name", ["Conv2d", "LSTM", "MultiheadAttention-packed", "tied", "loop", "kept-whole", "lists"]
 )

@@ -216,6 +216,7 @@ class Checkpointed(Whole):
         return part(x) * self.gain
 
 
+@pytest.mark.sampled(4)
 @every_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("depth", [1, 2])
@@ -224,6 +225,7 @@ def test_what_a_checkpoint_runs_again_has_the_rules(kind: Any, reentrant: bool, 
     assert_reversed(transformed(model), model)
 
 
+@pytest.mark.sampled(4)
 @every_kind
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_another_thread_may_run_the_backward(kind: Any, reentrant: bool) -> None:
@@ -298,6 +300,7 @@ def test_the_old_checkpoint_cannot_share_a_parameter_with_what_is_outside_of_it(
 # --- what the module sees of itself ---
 
 
+@pytest.mark.sampled(3)
 @every_kind
 def test_a_parameter_is_one_for_code_that_asks(kind: Any) -> None:
     class Asks(Whole):

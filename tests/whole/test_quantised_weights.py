@@ -99,6 +99,7 @@ IN_THIS_PROCESS = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [n for n in FORWARDS if n != "rrelu"])
 @pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["symbolic", "export"])
 def test_every_op_can_be_read_through(name: str, example_inputs: Any) -> None:
@@ -112,6 +113,7 @@ def test_every_op_can_be_read_through(name: str, example_inputs: Any) -> None:
             assert torch.equal(gm(X), reference(X))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*IMPORTABLE, *IN_THIS_PROCESS])
 def test_every_kind_of_function_can_be_read_through(name: str) -> None:
     forward = {**IMPORTABLE, **IN_THIS_PROCESS}[name]
@@ -196,6 +198,7 @@ def test_what_a_function_returns_is_checked(
 # --- every layer ---
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", [n for n in CASES if not n.startswith("LSTM-proj")])
 def test_every_layer_reads_binary_weights(name: str) -> None:
     case = CASES[name]

@@ -113,6 +113,7 @@ WAYS: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @BOTH
 def test_copies_keep_the_rules(pair: str, way: str) -> None:
@@ -122,6 +123,7 @@ def test_copies_keep_the_rules(pair: str, way: str) -> None:
         assert_kept(survivor.train(training), by_hand)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", WAYS)
 @BOTH
 def test_copies_keep_the_report_and_the_state(pair: str, way: str) -> None:
@@ -147,6 +149,7 @@ def test_a_deepcopy_is_apart(pair: str) -> None:
     assert_kept(gm, by_hand)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("way", ["copy.copy", "copy.deepcopy"])
 @pytest.mark.parametrize("edited", ["original", "copy"])
 @BOTH
@@ -345,6 +348,7 @@ def test_double_backward(pair: str, training: bool) -> None:
     assert any(g.abs().max() > 0 for g in second[1][1:])
 
 
+@pytest.mark.sampled(4)
 @BOTH
 @MODES
 @pytest.mark.parametrize("outer", ["vmap(grad)", "grad", "jacrev", "grad(sum(vmap))"])

@@ -162,6 +162,7 @@ BROKEN = [
 ]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("broken", BROKEN, ids=lambda function: function.__name__)
 def test_the_checker_notices(broken: Any) -> None:
     check_invariants(Small(), sample((2, 3, 8, 8)))
@@ -172,6 +173,7 @@ def test_the_checker_notices(broken: Any) -> None:
 # --- what can be captured ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
     [
@@ -220,6 +222,7 @@ def without_initialisation() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", [*DETECTION, *FLOW])
 def test_an_error_names_the_line_the_reason_and_the_remedy(name: str) -> None:
     with without_initialisation():

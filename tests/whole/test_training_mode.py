@@ -260,6 +260,7 @@ def modes_of(model: nn.Module) -> list[Callable[[nn.Module], Any]]:
     return steps
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("way", WAYS)
 @CAPTURED_IN
 @MODEL
@@ -294,6 +295,7 @@ def test_the_modes_differ_here(name: str) -> None:
     assert not torch.equal(train, evaluate)
 
 
+@pytest.mark.sampled(4)
 @CAPTURED_IN
 @MODEL
 def test_evaluation_is_deterministic(name: str, captured_in: str) -> None:
@@ -366,6 +368,7 @@ def test_a_surrogate_has_the_same_gradient_in_evaluation() -> None:
         torch.testing.assert_close(a, e)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", ["RootBranches", "PartBranches", "OnlyFunctionalDropout", "Block"])
 def test_compiled_in_one_piece_and_switched(name: str) -> None:
     model = MODELS[name]()
