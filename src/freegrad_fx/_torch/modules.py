@@ -30,6 +30,7 @@ __all__ = [
     "call_code",
     "children_of",
     "compiled_model",
+    "derived",
     "has_backward_hooks",
     "has_forward_hooks",
     "has_global_forward_hooks",
@@ -90,6 +91,11 @@ HOOKS_OF_ALL: tuple[Mapping[int, Any], ...] = (
 _reparametrize = private(
     "torch.nn.utils.stateless._reparametrize_module", "calling a module with other parameters"
 )
+
+
+def derived(module: nn.Module | None, name: str) -> bool:
+    """Whether an attribute of a module is PyTorch's own list of its parameters, which each call brings up to date."""
+    return isinstance(module, nn.RNNBase) and name in ("_flat_weights", "_flat_weight_refs")
 
 
 def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:

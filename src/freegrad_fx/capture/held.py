@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch import exporting
-from .._torch.modules import BUFFERS, CHILDREN, PARAMETERS
+from .._torch.modules import BUFFERS, CHILDREN, PARAMETERS, derived
 from .._torch.tensors import version
 from .outside import is_library
 from .python_state import refill
@@ -83,7 +83,7 @@ class Held:
         """What differs now."""
         found: list[Change] = []
         for holder in self._holders:
-            found += _compared(holder)
+            found += (c for c in _compared(holder) if not derived(c.module, c.name))
         for path, name, array, before in self._arrays:
             if array.tobytes() != before.tobytes():
                 found.append(Change(path, name, None, before, array))
