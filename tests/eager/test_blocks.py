@@ -321,6 +321,27 @@ def test_ambient_sites_follow_the_block_once() -> None:
     assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full((3,), 3.0))
 
 
+def test_a_block_for_a_model_leaves_other_models_alone() -> None:
+    teacher, student = fg.transform(NET), nn.Sequential(nn.Linear(4, 4), nn.ReLU())
+    for rules in (THREE, {"relu": THREE}):
+        with fg.use(rules, model=student):
+            found = gradients(teacher)
+            student(X)
+        assert all(map(torch.equal, found, NATIVE))
+    with fg.use(THREE, model=teacher):
+        assert equal(gradients(teacher), TRIPLED)
+
+
+def test_a_table_that_matches_nothing_warns_also_if_no_activation_ran() -> None:
+    model = nn.Sequential(nn.Linear(4, 4))
+    for options in ({}, {"model": model}):
+        with (
+            pytest.warns(fg.FreegradWarning, match="'relu' matched nothing"),
+            fg.use({"relu": THREE}, **options),
+        ):
+            model(X)
+
+
 def test_ambient_sites_refuse_a_table() -> None:
     gm = fg.transform(NET)
     with fg.use({"relu": THREE}), pytest.raises(fg.RuleError, match=r"transform\(model, rules\)"):

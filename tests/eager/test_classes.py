@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
 
@@ -178,8 +182,62 @@ def test_an_input_changed_before_the_backward_is_refused() -> None:
         z = x * 1
         y = Spike.apply(z, 1.0)
         z.add_(1)
-    with pytest.raises(RuntimeError, match="changed in place"):
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()
+
+
+def test_an_input_that_no_rule_reads_may_change_and_is_not_kept() -> None:
+    x = sample()
+    with fg.use({Spike: "straight_through"}):
+        z = x * 1
+        y = Spike.apply(z, 1.0)
+        kept = weakref.ref(z)
+        z.sub_(y.detach())
+        del z
+    (grad,) = torch.autograd.grad(y.sum(), x)
+    assert torch.equal(grad, torch.ones_like(x))
+    gc.collect()
+    assert kept() is None
+
+
+def test_a_checkpoint_recomputes_what_a_rule_reads() -> None:
+    """The input of the Function lives as long as natively, and every saved tensor passes the hooks."""
+    saved: list[Tensor] = []
+    x = sample()
+    with fg.use({Spike: "triangular"}), saved_tensors_hooks(_noting(saved), lambda t: t):
+        h = x * 2
+        y = Spike.apply(h, 1.0)
+    assert any(t.shape == h.shape and torch.equal(t, h) for t in saved)
+    expected = torch.autograd.grad(y.sum(), x)
+    with fg.use({Spike: "triangular"}):
+        z = checkpoint(lambda x: Spike.apply(x * 2, 1.0), x, use_reentrant=False)
+    assert torch.equal(*torch.autograd.grad(z.sum(), x), *expected)
+
+
+def _noting(saved: list[Tensor]) -> Any:
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    return pack
+
+
+def test_the_first_tensor_that_can_have_a_gradient_gets_the_rule() -> None:
+    class Chosen(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, mask: Tensor, x: Tensor) -> Tensor:
+            ctx.save_for_backward(mask)
+            return x * mask
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Any:
+            (mask,) = ctx.saved_tensors
+            return None, grad * mask
+
+    x = sample()
+    with fg.use({Chosen: THREE}):
+        y = Chosen.apply(x > 0, x)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], torch.full_like(x, 3.0))
 
 
 def test_hooks_of_a_class_run_around_the_rule() -> None:

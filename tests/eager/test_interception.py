@@ -150,6 +150,7 @@ def test_sites_are_those_of_the_transform(vision: Vision) -> None:
 # --- parameters ---
 
 
+THREE = fg.rules.scale(s=3.0)
 RECTANGULAR = fg.rules.rectangular(a=-0.3, b=0.4), entrywise("rectangular", a=-0.3, b=0.4)
 CLIP_NORM = fg.rules.clip_norm(max_norm=0.1), whole("clip_norm", max_norm=0.1)
 
@@ -219,6 +220,46 @@ def test_a_training_loop_in_one_block_follows_the_optimizer() -> None:
     half = fg.rules.scale(s=0.5)
     found = train(lambda model: fg.use({"params": half}, model=model))
     assert all(map(torch.equal, found, train(by_hand)))
+
+
+@pytest.mark.parametrize("forward", [None, "sign"])
+def test_several_backwards_may_go_through_one_block(forward: str | None) -> None:
+    """As in adversarial training: two forwards, then two backwards."""
+    model, (a, b) = nn.Linear(4, 2, bias=False), torch.randn(2, 3, 4)
+    table = fg.RuleTable([fg.on("params", forward=forward).backward("rectangular", a=-0.3, b=0.4)])
+    gm = fg.transform(model, table)
+    expected = [torch.autograd.grad(gm(x).sum(), model.weight)[0] for x in (a, b)]
+    with fg.use(table, model=model):
+        first, second = model(a).sum(), model(b).sum()
+        found = [torch.autograd.grad(y, model.weight)[0] for y in (first, second)]
+    assert all(map(torch.equal, found, expected))
+
+
+def test_a_write_through_data_is_seen_by_the_next_call() -> None:
+    model, x = nn.Linear(4, 2, bias=False), torch.randn(3, 4)
+    table = fg.RuleTable([fg.on("params", forward="sign").backward("straight_through")])
+    with fg.use(table, model=model):
+        model(x)
+        model.weight.data.neg_()
+        y = model(x)
+    assert torch.equal(y, x @ model.weight.detach().sign().t())
+
+
+def test_a_parameter_that_its_rule_reads_must_not_change_before_the_backward() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(3, 4)
+    with fg.use({"params": fg.rules.rectangular(a=-0.3, b=0.4)}, model=model):
+        y = model(x)
+        with torch.no_grad():
+            model.weight.add_(1)
+    with pytest.raises(RuntimeError, match="'weight' was changed after the forward"):
+        y.sum().backward()
+
+
+def test_transforms_of_functions_take_parameters_with_rules() -> None:
+    model, x = nn.Linear(4, 2), torch.randn(4)
+    with fg.use({"params": THREE}, model=model):
+        jacobian = torch.func.jacrev(model)(x)
+    assert torch.equal(jacobian, model.weight.detach())
 
 
 def test_a_forward_of_weights_is_replaced_in_the_model_alone() -> None:

@@ -11,8 +11,10 @@ from torch import nn
 
 from .. import context
 from .._torch.dynamo import leave_to_python
+from ..capture.captured import CapturedModule
 from ..core.rule import Composition, Rule, RuleLike
 from ..errors import FreegradWarning, TableError
+from ..modules import Activation
 from ..plan import PLAN
 from ..table import RulesLike, RuleTable
 from ..table.table import is_path
@@ -91,7 +93,9 @@ class use(context.use):
             context.Block.__init__(self, table=True)
             table = RuleTable.of(given)
             _require_model(table, model)
-        self._table_given = self.changes["table"]
+        self._table_given = bool(self.changes["table"])
+        if model is not None and not _has_ambient_sites(model):
+            self.changes = {}  # the ambient sites of other models are not those of this one
         self._observed = Observed(table, model)
         self.operation = self._observed.operation
         self.opaque = self._observed.opaque
@@ -110,9 +114,9 @@ class use(context.use):
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         leave(self)
-        called = self._observed.end_call()
-        if called and self._table_given and error[:1] in ((), (None,)):
-            self._table_given = False  # the first call tells
+        self._observed.end_call()
+        if self._table_given and self._observed.ran and error[:1] in ((), (None,)):
+            self._table_given = False  # the first time tells
             for problem in self._observed.unmatched():
                 warnings.warn(problem, FreegradWarning, stacklevel=2)
 
@@ -131,6 +135,10 @@ class use(context.use):
                     leave(self)
 
         return again
+
+
+def _has_ambient_sites(model: nn.Module) -> bool:
+    return any(isinstance(module, CapturedModule | Activation) for module in model.modules())
 
 
 def _bound(block: use, scope: str) -> Any:

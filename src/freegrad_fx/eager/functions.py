@@ -4,17 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from .._torch.functions import Function, with_backward, with_results
-from .._torch.tensors import version
 from ..context import intercepting_blocks, left_alone
 from ..plan import Decision
-from .rules import decoupled_by, replaced_forward
+from .rules import gradient_by, replaced_forward
 from .running import in_one_site
 
 __all__ = ["calls_of_functions"]
@@ -38,7 +36,7 @@ def calls_of_functions(
         decision = decides.function_call(function)
         if decision is None or decision.action != "rewrite":
             return result
-        position = next((i for i, value in enumerate(inputs) if isinstance(value, Tensor)), None)
+        position = next((i for i, value in enumerate(inputs) if _is_differentiable(value)), None)
         if position is None:
             return result
         x = inputs[position]
@@ -49,45 +47,72 @@ def calls_of_functions(
                 f"the operation at site {decision.site.name!r} returned {type(result).__name__}; a rule requires that "
                 f"it returns a tensor"
             )
-        y = result.detach() if decision.reads("y") or result is x else torch.empty_like(result)
-        with_backward(ctx, _Backward(function, decision, position, x, version(x), y))
+        with_backward(ctx, _Backward(function, decision, position, x, result, ctx))
         return result
 
     return with_results(functions, applied, left_alone)
 
 
-@dataclass
 class _Backward:
-    """The backward of one `apply`: the rules for one input, the Function's own for the others."""
+    """The backward of one `apply`: the rules for one input, the Function's own for the others.
 
-    function: Function
-    decision: Decision
-    position: int
-    x: Tensor
-    version: int
-    y: Tensor
+    What the rules read is saved after what the Function saves, so that it lives as long, checkpoints recompute it, and
+    a change in place is noticed.
+    """
+
+    def __init__(
+        self, function: Function, decision: Decision, position: int, x: Tensor, y: Tensor, ctx: Any
+    ) -> None:
+        self.function, self.decision, self.position = function, decision, position
+        self.like = x.shape, x.dtype, x.device
+        self.like_result = y.shape, y.dtype, y.device
+        own = getattr(ctx, "to_save", None) or ()
+        self.own = len(own)
+        read = [x] if decision.reads("x") else []
+        read += [y] if decision.reads("y") else []
+        self.reads = bool(read)
+        if read:
+            ctx.save_for_backward(*own, *read)
 
     def __call__(self, ctx: Any, *grads: Any) -> Any:
-        if version(self.x) != self.version:
-            raise RuntimeError(
-                f"the input of {self.function.__name__}.apply was changed in place after the forward, and the rule at "
-                f"site {self.decision.site.name!r} reads it. Change a copy of it instead."
-            )
         needed = list(ctx.needs_input_grad)
         given: list[Any] = [None] * len(needed)
-        if self.decision.forward is None and any(
-            need for i, need in enumerate(needed) if i != self.position
-        ):
-            own = self.function.backward(ctx, *grads)
+        others = any(need for i, need in enumerate(needed) if i != self.position)
+        if self.decision.forward is None and others:
+            own = self.function.backward(_Own(ctx, self.own), *grads)
             given = list(own) if isinstance(own, tuple) else [own]
         if needed[self.position]:
-            given[self.position] = self._by_the_rules(grads[0])
+            read = list(ctx.saved_tensors[self.own :]) if self.reads else []
+            x = read.pop(0) if self.decision.reads("x") else _absent(*self.like)
+            y = read.pop(0).detach() if self.decision.reads("y") else _absent(*self.like_result)
+            rules, name = self.decision.rules, self.decision.site.name
+            given[self.position] = gradient_by(rules, y, x, grads[0], name)
         return tuple(given)
 
-    def _by_the_rules(self, grad: Tensor) -> Tensor:
-        recorded = torch.is_grad_enabled()
-        with torch.enable_grad(), left_alone():
-            x = self.x if recorded and self.x.requires_grad else self.x.detach().requires_grad_()
-            out = decoupled_by(self.decision.rules, self.y, x, self.decision.site.name)
-            (result,) = torch.autograd.grad(out, x, grad, create_graph=recorded)
-        return result
+
+def _is_differentiable(value: Any) -> bool:
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
+def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A tensor of a shape that no rule reads; it takes the memory of one entry."""
+    return torch.zeros((), dtype=dtype, device=device).expand(shape)
+
+
+class _Own:
+    """The context as the Function's own backward sees it: with the tensors that the Function saved."""
+
+    def __init__(self, ctx: Any, saved: int) -> None:
+        self.__dict__["_ctx"], self.__dict__["_saved"] = ctx, saved
+
+    @property
+    def saved_tensors(self) -> tuple[Tensor, ...]:
+        """The tensors that the Function saved."""
+        saved: tuple[Tensor, ...] = self._ctx.saved_tensors
+        return saved[: self._saved]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_ctx"], name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self.__dict__["_ctx"], name, value)

@@ -95,7 +95,8 @@ class _Pushed:
         self.entered: list[_Entered] = []
 
     def __del__(self) -> None:
-        if any(entered.pushed for entered in self.entered):
+        # At the end of the program the module may be gone already
+        if _INTERCEPTION is not None and any(entered.pushed for entered in self.entered):
             _INTERCEPTION.__exit__(None, None, None)  # type: ignore[no-untyped-call]
 
 

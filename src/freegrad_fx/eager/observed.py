@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.dispatch import dispatch_modes, function_transforms_active, is_transformed
 from .._torch.tensors import version
 from ..graph.provenance import caller
 from ..modules import Activation
@@ -30,7 +30,7 @@ from ..vocabulary.op import Op, Spelling
 from .classes import calls_of_modules
 from .functions import calls_of_functions
 from .opaque import opaque_call
-from .rules import decoupled_by, replaced_forward, rules_act
+from .rules import parameter_by, replaced_forward, rules_act
 from .running import is_compiled_graph, running_modules
 
 __all__ = ["Here", "Observed"]
@@ -57,6 +57,7 @@ class _Thread(threading.local):
         self.around: tuple[nn.Module, ...] = ()
         self.calls: Counter[tuple[str, str]] = Counter()
         self.call_of_model: FrameType | None = None
+        self.call = 0  # the number of the call
         self.parameters: dict[int, _Decoupled] = {}
 
 
@@ -66,7 +67,6 @@ class _Decoupled:
 
     state: tuple[Any, ...]
     tensor: Tensor
-    used: bool = False  # a backward has gone through it
 
 
 class Observed:
@@ -83,6 +83,7 @@ class Observed:
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
+        self.ran = False  # whether a function of PyTorch was called in the block
         self._paths: dict[int, str] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         if model is not None:
@@ -95,6 +96,7 @@ class Observed:
 
     def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
         """The decision for the operation that is called now; None if it is no site."""
+        self.ran = True
         modules = self._modules()
         if modules is None or (modules and isinstance(modules[0], Activation)):
             return None  # rules act around the call of an Activation
@@ -225,15 +227,16 @@ class Observed:
         acts = rules_act()
         if decision.forward is None and not acts:
             return parameter
-        state = (version(parameter), parameter.data_ptr(), acts, parameter.requires_grad)
+        if parameter.is_inference() or is_transformed(parameter):
+            return parameter
+        state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
+        if decision.forward is not None:
+            state = (*state, self._thread.call)  # a write through `.data` changes no version
+        if function_transforms_active():
+            return _decoupled(parameter, decision, acts)
         known = self._thread.parameters.get(id(parameter))
-        if known is None or known.state != state or known.used:
-            known = _Decoupled(state, parameter)
-            # A checkpoint that runs now would count what the rules save
-            with saved_tensors_hooks(_unchanged, _unchanged):
-                known.tensor = _decoupled(parameter, decision, acts)
-            if known.tensor.requires_grad:
-                known.tensor.register_hook(_marking(known))  # type: ignore[no-untyped-call]
+        if known is None or known.state != state:
+            known = _Decoupled(state, _decoupled(parameter, decision, acts))
             self._thread.parameters[id(parameter)] = known
         return known.tensor
 
@@ -267,9 +270,10 @@ class Observed:
         running = tuple(running_modules(2))
         if any(is_compiled_graph(r.module) for r in running):
             return None
-        outermost = [r.frame for r in running if r.module is self.model]
+        outermost = [r.frame for r in running if self.model is None or r.module is self.model]
         if outermost and outermost[-1] is not self._thread.call_of_model:
             self._thread.call_of_model = outermost[-1]
+            self._thread.call += 1
             self._thread.calls.clear()
         return (*(r.module for r in running), *self._thread.around)
 
@@ -295,17 +299,10 @@ class Observed:
         finally:
             thread.around, thread.calls = before
 
-    def end_call(self) -> bool:
-        """Forget the call of the model and its tensors, which have ended with the block.
-
-        Returns:
-            Whether there was a call.
-        """
-        thread = self._thread
-        called = bool(self._decisions) if self.model is None else thread.call_of_model is not None
-        thread.call_of_model = None
-        thread.parameters.clear()
-        return called
+    def end_call(self) -> None:
+        """Forget the call of the model and its tensors, which have ended with the block."""
+        self._thread.call_of_model = None
+        self._thread.parameters.clear()
 
     def unmatched(self) -> Iterator[str]:
         """The entries of the table that matched no site, and the sites where no rule can act, as texts."""
@@ -323,6 +320,7 @@ class Observed:
 
     def opaque(self, function: Callable[..., Any]) -> None:
         """Note a call inside of which PyTorch computes activations."""
+        self.ran = True
         reason = opaque_call(function)
         if not reason:
             return
@@ -374,15 +372,4 @@ def _decoupled(parameter: nn.Parameter, decision: Decision, acts: bool) -> Tenso
         value = replaced_forward(decision.forward, value)
     if not acts:
         return value
-    return decoupled_by(decision.rules, value, parameter, decision.site.name)
-
-
-def _marking(known: _Decoupled) -> Callable[[Tensor], None]:
-    def mark(_: Tensor) -> None:
-        known.used = True
-
-    return mark
-
-
-def _unchanged(tensor: Tensor) -> Tensor:
-    return tensor
+    return parameter_by(decision, value, parameter)

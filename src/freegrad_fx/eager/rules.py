@@ -9,8 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._torch.dispatch import function_transforms_active
+from .._torch.tensors import version
 from ..backward.decouple import decouple
 from ..backward.hazards import warn_if_recorded
+from ..context import left_alone
 from ..core.rule import Forward, Rule
 from ..ops.functions import apply_forward, function_key
 from ..ops.gradients import copied
@@ -18,7 +21,7 @@ from ..plan import Decision
 from ..vocabulary.activations import OPS
 from ..vocabulary.op import Spelling
 
-__all__ = ["decoupled_by", "replaced_forward", "rules_act", "run"]
+__all__ = ["decoupled_by", "gradient_by", "parameter_by", "replaced_forward", "rules_act", "run"]
 
 
 def rules_act() -> bool:
@@ -83,6 +86,47 @@ def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Te
 def _by(rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str) -> Tensor:
     read = None if source is x else x
     return decouple(y, source, rule, site, dict(rule.values), rule.save, rule.compile, read)
+
+
+def gradient_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, grad: Tensor, site: str) -> Tensor:
+    """The gradient that the rules give `x`, in a backward. It can be differentiated if the backward is recorded."""
+    recorded = torch.is_grad_enabled()
+    with torch.enable_grad(), left_alone():
+        x = x if recorded and x.requires_grad else x.detach().requires_grad_()
+        out = decoupled_by(rules, y, x, site)
+        (result,) = torch.autograd.grad(out, x, grad, create_graph=recorded)
+    return result
+
+
+class _OfParameter(torch.autograd.Function):
+    """Returns a value; in the backward, the rules compute the gradient of the parameter.
+
+    It saves nothing, so that several backwards can go through one node, and a checkpoint counts nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, parameter: Tensor, decision: Decision) -> Tensor:
+        ctx.value, ctx.parameter, ctx.decision = value.detach(), parameter, decision
+        ctx.version = version(parameter)
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        decision: Decision = ctx.decision
+        if decision.reads("x") and version(ctx.parameter) != ctx.version:
+            raise RuntimeError(
+                f"the parameter {decision.site.name!r} was changed after the forward, and its rule reads it. Call the "
+                f"backward before the optimizer's step."
+            )
+        name = decision.site.name
+        return None, gradient_by(decision.rules, ctx.value, ctx.parameter, grads[0], name), None
+
+
+def parameter_by(decision: Decision, value: Tensor, parameter: Tensor) -> Tensor:
+    """Return the values of `value`; in the backward, the rules of a decision compute the gradient of the parameter."""
+    if function_transforms_active():
+        return decoupled_by(decision.rules, value, parameter, decision.site.name)
+    return _OfParameter.apply(value, parameter, decision)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def replaced_forward(forward: Forward, x: Tensor) -> Tensor:
