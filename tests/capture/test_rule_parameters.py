@@ -327,3 +327,10 @@ def test_an_outer_model_sets_what_is_inside() -> None:
     outer: Any = fg.transform(nn.Sequential(inner), {"relu": None})
     outer.set_rule_parameter("*relu*", s=3.0)
     assert gradient(outer) == 3.0
+
+
+def test_sites_are_text() -> None:
+    gm = fg.transform(nn.Sequential(nn.ReLU()), {"relu": fg.rules.scale(s=2.0)})
+    for sites in (["relu"], None, 3):
+        with pytest.raises(TypeError, match="takes the sites as text"):
+            gm.set_rule_parameter(sites, s=3.0)  # type: ignore[arg-type]

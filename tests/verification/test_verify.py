@@ -404,3 +404,12 @@ def test_compiled_code_that_differs_is_found() -> None:
     found = fg.verify(model, torch.compile(model, backend=wrong), sample())
     assert not found.ok
     assert not found.exact
+
+
+def test_a_forward_may_have_any_names_of_arguments() -> None:
+    class Named(nn.Module):
+        def forward(self, original: Tensor) -> Tensor:
+            return torch.relu(original)
+
+    model = Named()
+    assert fg.verify(model, fg.transform(model, "straight_through"), original=torch.randn(3)).ok

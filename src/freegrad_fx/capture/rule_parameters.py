@@ -130,7 +130,7 @@ class RuleParameters(ConvertsInPlace):
             PlanError: No site with a rule matches.
             RuleError: No rule at these sites has such a parameter; a value does not satisfy the constraints of the
                 rule, or does not fit the shape of the tensor; or the tensor is used at other sites, too.
-            TypeError: A value has the wrong type.
+            TypeError: A value, or `sites`, has the wrong type.
 
         Example:
             >>> import torch, freegrad_fx as fg
@@ -139,6 +139,11 @@ class RuleParameters(ConvertsInPlace):
             >>> fg.report(gm).decisions[0].rules
             (scale(s=3.0),)
         """
+        if not isinstance(sites, str):
+            raise TypeError(
+                f"set_rule_parameter takes the sites as text, such as 'relu' or 'layer4.*', got {sites!r}. Call it once "
+                f"for each."
+            )
         calls = list(_calls(self))
         of_entry = _sites_of_entry(self.__dict__.get(PLAN), sites)
         chosen = [

@@ -43,6 +43,7 @@ _EXACT_BACKENDS = ("eager",)
 def verify(
     original: nn.Module,
     transformed: Any,
+    /,
     *inputs: Any,
     raise_on_difference: bool = False,
     **kwargs: Any,
