@@ -141,8 +141,8 @@ class RuleParameters(ConvertsInPlace):
         """
         if not isinstance(sites, str):
             raise TypeError(
-                f"set_rule_parameter takes the sites as text, such as 'relu' or 'layer4.*', got {sites!r}. Call it once "
-                f"for each."
+                f"set_rule_parameter takes the sites as text, such as 'relu' or 'layer4.*', got {sites!r}. Call it "
+                f"once for each."
             )
         calls = list(_calls(self))
         of_entry = _sites_of_entry(self.__dict__.get(PLAN), sites)
