@@ -204,8 +204,12 @@ def capture_error(model: nn.Module, **options: Any) -> str:
     return str(raised.value)
 
 
+# The results of all runs of these would take ten gigabytes
+TOO_LARGE_TO_COMPARE = HUGE | {"vit_l_16", "vit_l_32", "convnext_large"}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in CLASSIFICATION if name not in HUGE])
+@pytest.mark.parametrize("name", [n for n in CLASSIFICATION if n not in TOO_LARGE_TO_COMPARE])
 def test_a_classifier_is_verified(name: str) -> None:
     shape = TRAINING_SHAPES.get(name, SHAPES.get(name, (2, 3, 32, 32)))
     found = verified(make(name), sample(shape))

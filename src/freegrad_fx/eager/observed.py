@@ -83,6 +83,7 @@ class Observed:
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
+        self._model_called = False
         self.ran = False  # whether a function of PyTorch was called in the block
         self._paths: dict[int, str] = {}
         self._names: dict[int, tuple[str, ...]] = {}
@@ -273,6 +274,7 @@ class Observed:
         outermost = [r.frame for r in running if self.model is None or r.module is self.model]
         if outermost and outermost[-1] is not self._thread.call_of_model:
             self._thread.call_of_model = outermost[-1]
+            self._model_called = self.model is not None
             self._thread.call += 1
             self._thread.calls.clear()
         return (*(r.module for r in running), *self._thread.around)
@@ -343,7 +345,7 @@ class Observed:
 
     def _unseen(self) -> Iterator[Decision]:
         """The parameters with a rule that no call in the block took."""
-        if self.model is None or not self.table.wants_parameters or not self._decisions:
+        if self.model is None or not self._model_called or not self.table.wants_parameters:
             return
         seen = {d.site.names for d in self._decisions.values()}
         parameters = dict(self.model.named_parameters())
