@@ -102,6 +102,9 @@ def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
 class _Own:
     """The context as the Function's own backward sees it: with the tensors that the Function saved."""
 
+    _ctx: Any
+    _saved: int
+
     def __init__(self, ctx: Any, saved: int) -> None:
         self.__dict__["_ctx"], self.__dict__["_saved"] = ctx, saved
 
