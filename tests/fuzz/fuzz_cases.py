@@ -344,6 +344,8 @@ def _check(case: Case, module: types.ModuleType, caught: list[Any]) -> Outcome:
     ]
     if found:
         return Outcome("said", found[0])
+    if case.door == "use" and "autograd.grad(" in program.source:
+        return Outcome("said", "its output is a gradient, which the rules change")
     oracle = Oracle(watched, case.table, namespace, kept_whole(result, case.door))
     changed = any(e.forward for e in case.table.entries)
     tolerance = TOLERANCES[torch.float32] if ".float()" in str(program.classes) else 0.0
