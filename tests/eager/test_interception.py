@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -36,12 +35,7 @@ from runs import (
 )
 from spellings import OUT_SPELLINGS, SPELLINGS, Spell, quick
 
-
-@pytest.fixture(autouse=True)
-def _projections_without_onednn() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LSTM with projections")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # of a build without oneDNN
 
 
 def inside(called: Callable[..., Any], rules: Any, **options: Any) -> Callable[..., Any]:

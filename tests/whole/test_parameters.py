@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
-import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -45,12 +44,7 @@ DETERMINISTIC: dict[str, tuple[fg.Rule, Formula, bool]] = {
 }
 """The rule, its formula, and whether both round alike."""
 
-
-@pytest.fixture(autouse=True)
-def _projections_without_onednn() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="LSTM with projections")
-        yield
+pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections")  # of a build without oneDNN
 
 
 def transformed(case: Case, model: nn.Module, rules: Any, export: bool) -> fg.CapturedModule:

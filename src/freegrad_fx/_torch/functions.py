@@ -112,14 +112,12 @@ def _passed_on(
     applied: Applied,
     around: Callable[[], contextlib.AbstractContextManager[Any]],
 ) -> Iterator[tuple[Any, str, Make]]:
-    has_context = function.setup_context is torch.autograd.Function.setup_context
-
     def forward_with(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            inputs = None if kwargs else applied_to_inputs(args, has_context)
+            inputs = None if kwargs else applied_to_inputs(args, has_context=True)
             with around():
                 result = forward(*args, **kwargs)
-            if inputs is None or not has_context:
+            if inputs is None:
                 return result
             return applied(function, args[0], inputs, result)
 
@@ -132,7 +130,7 @@ def _passed_on(
 
         return prepare
 
-    if has_context:
+    if function.setup_context is torch.autograd.Function.setup_context:
         yield function, "forward", forward_with
     else:
         yield function, "setup_context", setup_with

@@ -101,10 +101,7 @@ class Outside:
                 old = before.get(key, _MISSING)
                 if now is not old and _contains(now, is_traced):
                     found.append(f"the class attribute {kind.__name__}.{key}")
-                    if old is _MISSING:
-                        delattr(kind, key)
-                    else:
-                        setattr(kind, key, old)
+                    _set_or_delete_attribute(kind, key, old)
         for name, container, before in self._containers.values():
             if _contains(container, is_traced, 2) and not _contains(before, is_traced, 2):
                 found.append(name)
@@ -138,10 +135,7 @@ class Outside:
                 old = attributes.get(key, _MISSING)
                 if not key.startswith("__") and _differs(old, now.get(key, _MISSING)):
                     found.append(f"the class attribute {kind.__name__}.{key}")
-                    if old is _MISSING:
-                        delattr(kind, key)
-                    else:
-                        setattr(kind, key, old)
+                    _set_or_delete_attribute(kind, key, old)
         for name, container, before in self._containers.values():
             foreign = id(container) in self._foreign
             if not foreign and _entries_differ(before, _copied(container)):
@@ -161,7 +155,7 @@ class Outside:
             for key, now in list(vars(kind).items()):
                 old = attributes.get(key, _MISSING)
                 if now is not old and not key.startswith("__"):
-                    delattr(kind, key) if old is _MISSING else setattr(kind, key, old)
+                    _set_or_delete_attribute(kind, key, old)
         for _, container, before in self._containers.values():
             # A class of its own can do more than to store
             if type(container) in _CONTAINERS and not _same_items(container, before):
@@ -435,6 +429,13 @@ def _set_or_delete(space: dict[str, Any], key: str, value: Any) -> None:
         space.pop(key, None)
     else:
         space[key] = value
+
+
+def _set_or_delete_attribute(kind: type[Any], key: str, value: Any) -> None:
+    if value is _MISSING:
+        delattr(kind, key)
+    else:
+        setattr(kind, key, value)
 
 
 def _contains(value: Any, is_traced: IsTraced, depth: int = 3) -> bool:

@@ -96,39 +96,33 @@ class use(context.use):
         self._table_given = bool(self.changes["table"])
         if model is not None and not _has_ambient_sites(model):
             self.changes = {}  # the ambient sites of other models are not those of this one
-        self._observed = Observed(table, model)
-        self.operation = self._observed.operation
-        self.opaque = self._observed.opaque
-        self.module_call = self._observed.module_call
-        self.function_call = self._observed.function_call
-        self.parameter = self._observed.parameter if table.wants_parameters else None
-        self.__dict__[PLAN] = self._observed.plan
+        self.observed = Observed(table, model)
+        self.__dict__[PLAN] = self.observed.plan
 
     @leave_to_python
     def __enter__(self) -> Self:
         super().__enter__()
-        enter(self, self._observed)
+        enter(self)
         return self
 
     @leave_to_python
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         leave(self)
-        self._observed.end_call()
-        if self._table_given and self._observed.ran and error[:1] in ((), (None,)):
+        self.observed.end_call()
+        if self._table_given and self.observed.ran and error[:1] in ((), (None,)):
             self._table_given = False  # the first time tells
-            for problem in self._observed.unmatched():
+            for problem in self.observed.unmatched():
                 warnings.warn(problem, FreegradWarning, stacklevel=2)
 
     def resume(self) -> Callable[[], AbstractContextManager[Any]]:
         """A function that returns a context in which code runs again as it runs now."""
-        observed = self._observed
-        here = observed.here()
+        here = self.observed.here()
 
         @contextmanager
         def again() -> Iterator[None]:
-            with observed.resumed(here):
-                enter(self, observed)
+            with self.observed.resumed(here):
+                enter(self)
                 try:
                     yield
                 finally:

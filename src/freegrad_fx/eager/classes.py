@@ -9,16 +9,16 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from .._torch.replacing import Make, all_replaced
-from ..context import intercepting_blocks
 from ..plan import Decision
-from .rules import decoupled_by, replaced_forward, rules_act
-from .running import in_one_site, one_site
+from . import rules
+from .rules import with_argument
+from .running import looks_for_sites, one_site
 
 __all__ = ["calls_of_modules"]
 
 
 class Decides(Protocol):
-    """What is needed of a block."""
+    """What is needed of what a block sees."""
 
     def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
         """The decision for the call of a module that runs now."""
@@ -34,7 +34,7 @@ def calls_of_modules(
     Args:
         kinds: The classes; classes that are derived from them count, too.
         spelled: The classes that are spellings of an activation, whose calls are sites already.
-        decides: The block.
+        decides: What the block sees and decides.
     """
 
     def wanted() -> Iterator[tuple[Any, str, Make]]:
@@ -53,7 +53,7 @@ def _with_derived(kind: type[nn.Module]) -> Iterator[type[nn.Module]]:
 
 def _around(forward: Callable[..., Any], decides: Decides) -> Callable[..., Any]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if in_one_site() or not any(block is decides for block in intercepting_blocks()):
+        if not looks_for_sites(decides):
             return forward(self, *args, **kwargs)
         inplace = bool(getattr(self, "inplace", False))
         decision = decides.module_call(self, inplace)
@@ -63,39 +63,16 @@ def _around(forward: Callable[..., Any], decides: Decides) -> Callable[..., Any]
                 return forward(self, *args, **kwargs)
         given: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
         key = next((key for key, value in given if isinstance(value, Tensor)), None)
-        if key is None:
+
+        def whole(*args: Any, **kwargs: Any) -> Any:
             with one_site():
                 return forward(self, *args, **kwargs)
-        return _run(self, forward, args, kwargs, key, inplace, decision)
+
+        if key is None:
+            return whole(*args, **kwargs)
+        x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
+        # The module can return its input, and its result can be written into
+        operation = with_argument(whole, args, kwargs, key)
+        return rules.run(operation, x, decision, inplace=inplace, on_copy=True)
 
     return run
-
-
-def _run(
-    module: nn.Module,
-    forward: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    key: int | str,
-    inplace: bool,
-    decision: Decision,
-) -> Any:
-    x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
-
-    def operation(given: Tensor) -> Any:
-        if decision.forward is not None:
-            return replaced_forward(decision.forward, given)
-        with one_site():
-            if isinstance(key, int):
-                return forward(module, *args[:key], given, *args[key + 1 :], **kwargs)
-            return forward(module, *args, **{**kwargs, key: given})
-
-    acts = rules_act() and (x.is_floating_point() or x.is_complex())
-    if not acts:
-        return operation(x)
-    start = x.clone() if inplace else x
-    stop = start.detach()
-    # The module can return its input, and its result can be written into
-    y = operation(stop.clone())
-    out = decoupled_by(decision.rules, y, start, decision.site.name)
-    return x.copy_(out) if inplace else out

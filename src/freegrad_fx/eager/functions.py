@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 
 from .._torch.functions import Function, with_backward, with_results
-from ..context import intercepting_blocks, left_alone
+from ..context import left_alone
 from ..plan import Decision
-from .rules import gradient_by, replaced_forward
-from .running import in_one_site
+from .rules import gradient_by, is_differentiable, replaced_forward, require_tensor
+from .running import looks_for_sites
 
 __all__ = ["calls_of_functions"]
 
 
 class Decides(Protocol):
-    """What is needed of a block."""
+    """What is needed of what a block sees."""
 
     def function_call(self, function: Function) -> Decision | None:
         """The decision for the `apply` that runs now."""
@@ -31,22 +31,18 @@ def calls_of_functions(
     """A context in which every `apply` of some Functions, and of those derived from them, is a site of a block."""
 
     def applied(function: Function, ctx: Any, inputs: Sequence[Any], result: Any) -> Any:
-        if in_one_site() or not any(block is decides for block in intercepting_blocks()):
+        if not looks_for_sites(decides):
             return result
         decision = decides.function_call(function)
         if decision is None or decision.action != "rewrite":
             return result
-        position = next((i for i, value in enumerate(inputs) if _is_differentiable(value)), None)
+        position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
         if position is None:
             return result
         x = inputs[position]
         if decision.forward is not None:
             result = replaced_forward(decision.forward, x)
-        if not isinstance(result, Tensor):
-            raise TypeError(
-                f"the operation at site {decision.site.name!r} returned {type(result).__name__}; a rule requires that "
-                f"it returns a tensor"
-            )
+        require_tensor(result, decision.site.name)
         with_backward(ctx, _Backward(function, decision, position, x, result, ctx))
         return result
 
@@ -88,10 +84,6 @@ class _Backward:
             rules, name = self.decision.rules, self.decision.site.name
             given[self.position] = gradient_by(rules, y, x, grads[0], name)
         return tuple(given)
-
-
-def _is_differentiable(value: Any) -> bool:
-    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
 
 
 def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -16,7 +16,7 @@ from ..context import OWN_RULES, intercepting_blocks
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .observed import Observed
-from .rules import run
+from .rules import run, with_argument
 from .running import in_one_site
 
 __all__ = ["enter", "leave"]
@@ -38,29 +38,32 @@ class _Interception(TorchFunctionMode):
             return func(*args, **kwargs)
         if not is_compiling():
             return _intercepted(func, args, kwargs)
-        acts = may_be_recognised(func) or any(block.parameter is not None for block in blocks)
+        acts = may_be_recognised(func) or any(block.observed.wants_parameters for block in blocks)
         if acts and not _has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
         return func(*args, **kwargs)
 
 
 def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    blocks = intercepting_blocks()
-    deciding = [block.parameter for block in blocks if block.parameter is not None]
+    observing: list[Observed] = [block.observed for block in intercepting_blocks()]
+    deciding = [observed.parameter for observed in observing if observed.wants_parameters]
     if deciding:
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():
         return func(*args, **kwargs)
     spelling = recognise_call(func, args, kwargs)
     if spelling is None:
-        for block in blocks:
-            block.opaque(func)
+        for observed in observing:
+            observed.opaque(func)
         return func(*args, **kwargs)
-    for block in blocks:
-        decision = block.operation(spelling, func)
+    for observed in observing:
+        decision = observed.operation(spelling, func)
         if decision is not None and decision.entry is not None:
             if decision.action == "rewrite":
-                return run(func, args, kwargs, spelling, decision)
+                key = spelling.key
+                x = args[key] if isinstance(key, int) else kwargs[key]
+                operation = with_argument(func, args, kwargs, key)
+                return run(operation, x, decision, inplace=spelling.inplace)
             break
     return func(*args, **kwargs)
 
@@ -108,12 +111,12 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def enter(block: Any, observed: Observed) -> None:
+def enter(block: Any) -> None:
     """Begin to intercept the calls of this thread for a block."""
     pushed = not function_mode_active(_INTERCEPTION)
     if pushed:
         _INTERCEPTION.__enter__()  # type: ignore[no-untyped-call]
-    classes = observed.classes(block)
+    classes = block.observed.classes()
     classes.__enter__()
     _thread.own.entered.append(_Entered(block, classes, pushed))
 

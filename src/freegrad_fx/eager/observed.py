@@ -52,6 +52,15 @@ class Here:
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
+@dataclass(frozen=True)
+class _Place:
+    """Where a call is: the modules that are running, the innermost first, and the owner of the site with its path."""
+
+    modules: tuple[nn.Module, ...]
+    owner: nn.Module | None
+    path: str = ""
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.around: tuple[nn.Module, ...] = ()
@@ -79,6 +88,7 @@ class Observed:
 
     def __init__(self, table: RuleTable, model: nn.Module | None) -> None:
         self.table = table
+        self.wants_parameters = table.wants_parameters
         self.model = model
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         self._opaque: dict[Opaque, None] = {}
@@ -98,88 +108,64 @@ class Observed:
     def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
         """The decision for the operation that is called now; None if it is no site."""
         self.ran = True
-        modules = self._modules()
-        if modules is None or (modules and isinstance(modules[0], Activation)):
+        place = self._place()
+        if place is None or (place.modules and isinstance(place.modules[0], Activation)):
             return None  # rules act around the call of an Activation
-        owner, path = self._owner(modules)
-        if self.model is not None and owner is None:
-            return None
         called = None
-        if owner is not None and owner is modules[0]:
-            kind = type_before_parametrizations(owner)
+        if place.owner is not None and place.owner is place.modules[0]:
+            kind = type_before_parametrizations(place.owner)
             called = kind if kind in spelling.op.modules else None
-        return self._decision(spelling.op, path, owner, called, function, spelling)
+        inplace = spelling.inplace
+        spelled = _module(called, inplace) if called else spelled_function(function, inplace)
+        obstacle = _OUT if spelling.writes_out else ""
+        key = (function, inplace)
+        return self._decision(key, place, spelling.op.name, spelled, obstacle, spelling.op, called)
+
+    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
+        """The decision for the call of a module whose class the table selects; None if it is no site."""
+        place = self._place()
+        if place is None or place.owner is None or place.modules[0] is not module:
+            return None
+        kind = type_before_parametrizations(module)
+        spelled = _module(kind, inplace)
+        return self._decision((kind, inplace), place, kind.__name__, spelled, called=kind)
+
+    def function_call(self, function: type[Any]) -> Decision | None:
+        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
+        place = self._place()
+        if place is None:
+            return None
+        name = function.__name__
+        return self._decision((function,), place, name, f"{name}.apply", called=function)
 
     def _decision(
         self,
-        op: Op,
-        path: str,
-        owner: nn.Module | None,
-        called: type[nn.Module] | None,
-        function: Callable[..., Any],
-        spelling: Spelling,
+        written: tuple[Any, ...],
+        place: _Place,
+        op: str,
+        spelled: str,
+        obstacle: str = "",
+        line: Op | None = None,
+        called: type[Any] | None = None,
     ) -> Decision:
-        call = self._count(path, op.name)
+        """The decision for a call, which is known if the same was `written` at the same place before."""
+        call = self._count(place.path, op)
         source = caller() if self.model is None else ""
-        key = (op.name, path, call, function, type(owner), spelling.inplace, source)
+        key = (op, place.path, call, *written, type(place.owner), source)
         found = self._decisions.get(key)
         if found is not None:
             return found
-        owners = () if owner is None else (type_before_parametrizations(owner),)
-        spelled = spelled_function(function, spelling.inplace)
-        if called is not None:
-            spelled = f"{short_name(called)}({'inplace=True' if spelling.inplace else ''})"
+        owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
         site = Site(
             kind="operation",
-            op=op.name,
-            path=path,
+            op=op,
+            path=place.path,
             call=call,
             spelling=spelled,
             source=source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
-        obstacle = _OUT if spelling.writes_out else ""
-        return self._note(key, Located(site, owners, obstacle, op, called))
-
-    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
-        """The decision for the call of a module whose class the table selects; None if it is no site."""
-        kind = type_before_parametrizations(module)
-        modules = self._modules()
-        if modules is None:
-            return None
-        owner, path = self._owner(modules)
-        if owner is None or modules[0] is not module:
-            return None
-        spelling = f"{short_name(kind)}({'inplace=True' if inplace else ''})"
-        return self._class_call(kind, spelling, owner, path)
-
-    def function_call(self, function: type[Any]) -> Decision | None:
-        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
-        modules = self._modules()
-        owner, path = self._owner(modules or ())
-        if modules is None or (self.model is not None and owner is None):
-            return None
-        return self._class_call(function, f"{function.__name__}.apply", owner, path)
-
-    def _class_call(
-        self, kind: type[Any], spelling: str, owner: nn.Module | None, path: str
-    ) -> Decision:
-        call = self._count(path, kind.__name__)
-        source = caller() if self.model is None else ""
-        key = (kind.__name__, path, call, kind, type(owner), spelling, source)
-        if key in self._decisions:
-            return self._decisions[key]
-        owners = () if owner is None else (type_before_parametrizations(owner),)
-        site = Site(
-            kind="operation",
-            op=kind.__name__,
-            path=path,
-            call=call,
-            spelling=spelling,
-            source=source or caller(),
-            type=qualified(owners[0]) if owners else "",
-        )
-        return self._note(key, Located(site, owners, called=kind))
+        return self._note(key, Located(site, owners, obstacle, line, called))
 
     def _count(self, path: str, op: str) -> int:
         """The number of sites that have run before at this place, in this call of the model."""
@@ -189,7 +175,7 @@ class Observed:
         return self._thread.calls[path, op] - 1
 
     @contextmanager
-    def classes(self, decides: Any) -> Iterator[None]:
+    def classes(self) -> Iterator[None]:
         """A context in which the calls of the classes that the table selects are sites."""
         if not any(entry.sites.by_class for entry in self.table.entries):
             yield
@@ -198,7 +184,7 @@ class Observed:
         modules = [kind for kind in selected if issubclass(kind, nn.Module)]
         functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
         spelled = {kind for op in OPS.values() for kind in op.modules}
-        with calls_of_modules(modules, spelled, decides), calls_of_functions(functions, decides):
+        with calls_of_modules(modules, spelled, self), calls_of_functions(functions, self):
             yield
 
     def _note(self, key: tuple[Any, ...], place: Located) -> Decision:
@@ -209,18 +195,18 @@ class Observed:
 
     def parameter(self, parameter: nn.Parameter) -> Tensor | None:
         """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
-        modules = self._modules()
-        if modules is None or self._owner(modules)[0] is None:
+        place = self._place()
+        if place is None or place.owner is None:
             return None  # an optimizer, for example
         names = self._names.get(id(parameter))
         if names is None:
             if self.model is not None:
                 return None
-            names = _names_among(parameter, modules)
+            names = _names_among(parameter, place.modules)
         key = ("parameter", id(parameter), parameter.requires_grad)
         decision = self._decisions.get(key)
         if decision is None:
-            decision = self._note(key, self._parameter_site(parameter, names, modules))
+            decision = self._note(key, self._parameter_site(parameter, names, place.modules))
         if decision.entry is None:
             return None
         if decision.action != "rewrite" or not (decision.forward or parameter.requires_grad):
@@ -279,12 +265,15 @@ class Observed:
             self._thread.calls.clear()
         return (*(r.module for r in running), *self._thread.around)
 
-    def _owner(self, modules: tuple[nn.Module, ...]) -> tuple[nn.Module | None, str]:
-        """The innermost running module, of the model if there is one, with its path."""
+    def _place(self) -> _Place | None:
+        """The place of the call that runs now; None outside of the model, and in a graph that Dynamo captured."""
+        modules = self._modules()
+        if modules is None:
+            return None
         if self.model is None:
-            return (modules[0] if modules else None), ""
+            return _Place(modules, modules[0] if modules else None)
         owner = next((m for m in modules if id(m) in self._paths), None)
-        return owner, "" if owner is None else self._paths[id(owner)]
+        return None if owner is None else _Place(modules, owner, self._paths[id(owner)])
 
     def here(self) -> Here:
         """Where the thread is now."""
@@ -326,11 +315,10 @@ class Observed:
         reason = opaque_call(function)
         if not reason:
             return
-        modules = self._modules()
-        owner, path = self._owner(modules or ())
-        if modules is None or (self.model is not None and owner is None):
+        place = self._place()
+        if place is None:
             return
-        self._opaque[Opaque(path, spelled_function(function, False), reason, caller())] = None
+        self._opaque[Opaque(place.path, spelled_function(function, False), reason, caller())] = None
 
     def plan(self) -> Plan:
         """The sites that were seen, with their decisions."""
@@ -345,7 +333,7 @@ class Observed:
 
     def _unseen(self) -> Iterator[Decision]:
         """The parameters with a rule that no call in the block took."""
-        if self.model is None or not self._model_called or not self.table.wants_parameters:
+        if self.model is None or not self._model_called or not self.wants_parameters:
             return
         seen = {d.site.names for d in self._decisions.values()}
         parameters = dict(self.model.named_parameters())
@@ -357,6 +345,10 @@ class Observed:
                 )
                 if found.action == "skip":
                     yield found
+
+
+def _module(kind: type[nn.Module], inplace: bool) -> str:
+    return f"{short_name(kind)}({'inplace=True' if inplace else ''})"
 
 
 def _names_among(parameter: nn.Parameter, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:

@@ -11,17 +11,24 @@ from torch import Tensor
 
 from .._torch.dispatch import function_transforms_active
 from .._torch.tensors import version
-from ..backward.decouple import decouple
 from ..backward.hazards import warn_if_recorded
 from ..context import left_alone
 from ..core.rule import Forward, Rule
 from ..ops.functions import apply_forward, function_key
-from ..ops.gradients import copied
+from ..ops.gradients import copied, decoupled_by
 from ..plan import Decision
 from ..vocabulary.activations import OPS
-from ..vocabulary.op import Spelling
 
-__all__ = ["decoupled_by", "gradient_by", "parameter_by", "replaced_forward", "rules_act", "run"]
+__all__ = [
+    "gradient_by",
+    "is_differentiable",
+    "parameter_by",
+    "replaced_forward",
+    "require_tensor",
+    "rules_act",
+    "run",
+    "with_argument",
+]
 
 
 def rules_act() -> bool:
@@ -29,63 +36,67 @@ def rules_act() -> bool:
     return torch.is_grad_enabled() and not warn_if_recorded()
 
 
+def is_differentiable(value: Any) -> bool:
+    """Whether a value is a tensor that can have a gradient."""
+    return isinstance(value, Tensor) and (value.is_floating_point() or value.is_complex())
+
+
 def run(
-    func: Callable[..., Any],
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    spelling: Spelling,
+    operation: Callable[[Tensor], Any],
+    x: Tensor,
     decision: Decision,
+    *,
+    inplace: bool,
+    on_copy: bool = False,
 ) -> Any:
     """Run the operation of a site with the rules and the forward of a decision.
 
     An operation that works in place runs on a copy, and ``x.copy_`` writes the result back, so that autograd tracks
     all views of `x`.
+
+    Args:
+        operation: Calls the operation of the model with a tensor in the place of `x`.
+        x: The input of the operation.
+        decision: The decision.
+        inplace: Whether the operation writes its result into `x`.
+        on_copy: Whether the operation may return its input, so that it has to run on a copy.
     """
-    key, forward, acts = spelling.key, decision.forward, rules_act()
-    x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
-    differentiable = x.is_floating_point() or x.is_complex()
-    if forward is None and not (acts and differentiable):
-        return func(*args, **kwargs)
-
-    def operation(given: Tensor) -> Any:
-        if forward is not None:
-            return replaced_forward(forward, given)
-        if isinstance(key, int):
-            return func(*args[:key], given, *args[key + 1 :], **kwargs)
-        return func(*args, **{**kwargs, key: given})
-
-    if acts and differentiable:
-        stop = copied(x.detach()) if spelling.inplace else x.detach()
-        start = x.clone() if spelling.inplace and decision.reads("x") else x
-        y = operation(stop)
-        y = y.clone() if y is stop and not spelling.inplace else y
+    forward = decision.forward
+    if forward is not None:
+        operation = functools.partial(replaced_forward, forward)
+    if rules_act() and is_differentiable(x):
+        stop = copied(x.detach()) if inplace or on_copy else x.detach()
+        start = x.clone() if inplace and decision.reads("x") else x
+        y = require_tensor(operation(stop), decision.site.name)
+        y = y.clone() if y is stop and not (inplace or on_copy) else y
         out = decoupled_by(decision.rules, y, start, decision.site.name)
     else:
         out = operation(x)
-    return x.copy_(out) if spelling.inplace else out
+        if forward is None:
+            return out
+    return x.copy_(out) if inplace else out
 
 
-def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:
-    """Return the values of `y`; in the backward, the rules compute the gradient of `x`.
+def with_argument(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], key: int | str
+) -> Callable[[Tensor], Any]:
+    """A call of a function as a function of one of its arguments."""
 
-    Raises:
-        TypeError: The operation did not return a tensor.
-    """
+    def call(given: Tensor) -> Any:
+        if isinstance(key, int):
+            return function(*args[:key], given, *args[key + 1 :], **kwargs)
+        return function(*args, **{**kwargs, key: given})
+
+    return call
+
+
+def require_tensor(y: Any, site: str) -> Tensor:
+    """The result of the operation of a site. Raise `TypeError` if it is not a tensor."""
     if not isinstance(y, Tensor):
         raise TypeError(
             f"the operation at site {site!r} returned {type(y).__name__}; a rule requires that it returns a tensor"
         )
-    first, *others = rules
-    source = x
-    # All rules except the first act around identities; the last rule is nearest to x
-    for other in reversed(others):
-        source = _by(other, source.detach(), source, x, site)
-    return _by(first, y, source, x, site)
-
-
-def _by(rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str) -> Tensor:
-    read = None if source is x else x
-    return decouple(y, source, rule, site, dict(rule.values), rule.save, rule.compile, read)
+    return y
 
 
 def gradient_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, grad: Tensor, site: str) -> Tensor:

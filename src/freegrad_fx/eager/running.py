@@ -13,8 +13,16 @@ from typing import Any
 from torch import fx, nn
 
 from .._torch.modules import call_code
+from ..context import intercepting_blocks
 
-__all__ = ["Running", "in_one_site", "is_compiled_graph", "one_site", "running_modules"]
+__all__ = [
+    "Running",
+    "in_one_site",
+    "is_compiled_graph",
+    "looks_for_sites",
+    "one_site",
+    "running_modules",
+]
 
 
 class _Thread(threading.local):
@@ -38,6 +46,11 @@ def one_site() -> Iterator[None]:
 def in_one_site() -> bool:
     """Whether everything that runs now is one site, so that no operation in it is another one."""
     return _thread.sites > 0
+
+
+def looks_for_sites(observed: Any) -> bool:
+    """Whether the block to which some observed sites belong is in force, and what runs now can be another site."""
+    return not in_one_site() and any(b.observed is observed for b in intercepting_blocks())
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ..backward.hazards import records_forward_alone, warn_if_recorded
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 
-__all__ = ["copied", "decoupled", "kept", "stop_gradient", "written_back"]
+__all__ = ["copied", "decoupled", "decoupled_by", "kept", "stop_gradient", "written_back"]
 
 
 def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
@@ -175,7 +175,12 @@ def decoupled(
             parameters = {**dict(found.values), **parameters}
         save, compile = save or found.save, compile or found.compile
         return decouple(y, x, found, site, parameters, save, compile, *read)
-    first, *others = ambient_rules(ambient)
+    return decoupled_by(ambient_rules(ambient), y, x, site)
+
+
+def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:
+    """Return the values of `y`; in the backward, the rules compute the gradient of `x`, the first from that of `y`."""
+    first, *others = rules
     # All rules except the first act around identities; the last rule is nearest to x
     source = x
     for other in reversed(others):
