@@ -261,3 +261,20 @@ def test_hooks_of_a_class_run_around_the_rule() -> None:
         (grad,) = torch.autograd.grad(y.sum(), x)
         assert torch.equal(grad, torch.full_like(x, 10.0))
         assert [d.site.op for d in fg.report(block).decisions] == [kind.__name__]
+
+
+def test_a_replaced_forward_of_an_in_place_class_writes_back_with_and_without_gradients() -> None:
+    class InPlace(nn.Module):
+        inplace = True
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x.exp_()
+
+    table = fg.RuleTable([fg.on(type=InPlace, forward="sign").backward("straight_through")])
+    for mode in (torch.enable_grad, torch.no_grad):
+        x = sample().detach()
+        expected = x.sign()
+        with mode(), fg.use(table):
+            y = InPlace()(x)
+        assert torch.equal(y, expected)
+        assert torch.equal(x, expected)
