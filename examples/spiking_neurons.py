@@ -14,6 +14,7 @@ is always there.
 import argparse
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,22 +95,38 @@ def by_hand() -> Comparison:
 
 def with_snntorch() -> Comparison:
     import snntorch
-    from snntorch import surrogate
+    from snntorch import surrogate, utils
 
     class Network(nn.Module):
+        """Neurons that take and return their state, that keep it, and that learn their decay and their threshold."""
+
         def __init__(self, spike: Callable[[Tensor], Tensor]) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 4)
-            self.leaky = snntorch.Leaky(beta=0.9, spike_grad=spike)
+            self.first, self.second, self.third = (
+                nn.Linear(16, 32),
+                nn.Linear(32, 32),
+                nn.Linear(32, 4),
+            )
+            self.leaky = snntorch.Leaky(
+                beta=0.9, spike_grad=spike, learn_beta=True, learn_threshold=True
+            )
+            self.recurrent = snntorch.RLeaky(
+                beta=0.9, linear_features=32, spike_grad=spike, init_hidden=True
+            )
+            self.alpha = snntorch.Alpha(
+                alpha=0.9, beta=0.8, threshold=0.1, spike_grad=spike, init_hidden=True
+            )
             self.synaptic = snntorch.Synaptic(alpha=0.8, beta=0.9, spike_grad=spike)
 
         def forward(self, x: Tensor) -> Tensor:
+            utils.reset(self)
             mem = self.leaky.reset_mem()
             syn, out = self.synaptic.reset_mem()
             total = torch.zeros(())
             for current in x:
                 spikes, mem = self.leaky(self.first(current), mem)
-                _, syn, out = self.synaptic(self.second(spikes), syn, out)
+                spikes = self.alpha(self.second(self.recurrent(spikes)))
+                _, syn, out = self.synaptic(self.third(spikes), syn, out)
                 total = total + out
             return total
 
@@ -119,50 +136,76 @@ def with_snntorch() -> Comparison:
     return Comparison("snnTorch", network, reference, rules, "atan → fast_sigmoid")
 
 
-def with_spikingjelly() -> Comparison:
-    from spikingjelly.activation_based import functional, neuron, surrogate
+def with_spikingjelly(mode: str) -> Comparison:
+    """A network whose layers take one time step (mode "s") or all of them (mode "m") in a call."""
+    from spikingjelly.activation_based import functional, layer, neuron, surrogate
 
     class Network(nn.Module):
         def __init__(self, make: Callable[[], nn.Module]) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 4)
-            self.lif = neuron.LIFNode(surrogate_function=make())
+            self.first, self.second = layer.Linear(16, 32), layer.Linear(32, 4)
+            self.lif = layer.LinearRecurrentContainer(
+                neuron.LIFNode(surrogate_function=make()), in_features=32, out_features=32
+            )
             self.parametric = neuron.ParametricLIFNode(surrogate_function=make())
+            functional.set_step_mode(self, mode)
+
+        def layers(self, x: Tensor) -> Tensor:
+            return self.parametric(3 * self.second(self.lif(5 * self.first(x))))
 
         def forward(self, x: Tensor) -> Tensor:
             functional.reset_net(self)
-            total = torch.zeros(())
-            for current in x:
-                total = total + self.parametric(3 * self.second(self.lif(5 * self.first(current))))
-            return total
+            spikes = (
+                self.layers(x) if mode == "m" else torch.stack([self.layers(step) for step in x])
+            )
+            return spikes.sum(0)
 
     network = seeded(lambda: Network(lambda: surrogate.Sigmoid(alpha=4.0)))
     reference = seeded(lambda: Network(lambda: surrogate.ATan(alpha=2.0)))
     rules = {spike_function(network): fg.rules.arctan(alpha=2.0)}
-    return Comparison("SpikingJelly", network, reference, rules, "Sigmoid → ATan")
+    name = "SpikingJelly, one step" if mode == "s" else "SpikingJelly, all steps"
+    return Comparison(name, network, reference, rules, "Sigmoid → ATan")
 
 
 def with_norse() -> Comparison:
-    from norse.torch import LIFCell, LIFParameters
-    from norse.torch.functional.superspike import SuperSpike
+    from norse.torch import (
+        LIFCell,
+        LIFParameters,
+        LIFRecurrentCell,
+        LIFRefracCell,
+        LIFRefracParameters,
+        LSNNCell,
+        LSNNParameters,
+    )
     from norse.torch.functional.threshold import Triangle
 
     class Network(nn.Module):
         def __init__(self, method: str) -> None:
             super().__init__()
-            self.first, self.second = nn.Linear(16, 32), nn.Linear(32, 4)
-            threshold, alpha = torch.tensor(0.05), torch.tensor(0.3)
-            self.cell = LIFCell(LIFParameters(method=method, alpha=alpha, v_th=threshold))
+            given = {"method": method, "alpha": torch.tensor(0.3), "v_th": torch.tensor(0.05)}
+            lif = LIFParameters(**given)
+            self.cells = nn.ModuleList(
+                [
+                    LIFCell(lif),
+                    LIFRecurrentCell(32, 32, lif),
+                    LIFRefracCell(LIFRefracParameters(lif, torch.tensor(2.0))),
+                    LSNNCell(LSNNParameters(**given)),
+                ]
+            )
+            self.weights = nn.ModuleList([nn.Linear(n, 32) for n in (16, 32, 32, 32)])
+            self.last = nn.Linear(32, 4)
 
         def forward(self, x: Tensor) -> Tensor:
-            state, total = None, torch.zeros(())
+            states: list[Any] = [None] * len(self.cells)
+            total = torch.zeros(())
             for step in range(x.shape[0]):
-                spikes, state = self.cell(self.first(x[step]), state)
-                total = total + self.second(spikes)
+                spikes = x[step]
+                for i, (weights, cell) in enumerate(zip(self.weights, self.cells, strict=True)):
+                    spikes, states[i] = cell(weights(spikes), states[i])
+                total = total + self.last(spikes)
             return total
 
     network, reference = (seeded(lambda m=m: Network(m)) for m in ("triangle", "super"))
-    assert Triangle is not SuperSpike
     rules = {Triangle: fg.rules.fast_sigmoid(slope=1.0)}
     return Comparison("Norse", network, reference, rules, "triangle → SuperSpike")
 
@@ -199,11 +242,12 @@ def difference(a: list[Tensor], b: list[Tensor]) -> float:
 
 
 def comparisons() -> Iterator[Comparison]:
-    for make in (by_hand, with_snntorch, with_spikingjelly, with_norse):
+    one_step, all_steps = partial(with_spikingjelly, "s"), partial(with_spikingjelly, "m")
+    for make in (by_hand, with_snntorch, one_step, all_steps, with_norse):
         try:
             yield make()
         except ImportError as error:
-            console.print(f"{make.__name__}: skipped, {error.name} is not installed")
+            console.print(f"skipped a network: {error.name} is not installed")
 
 
 def main() -> None:
@@ -224,7 +268,7 @@ def main() -> None:
         sites = len(fg.report(block).with_action("rewrite"))
         same, changed = difference(found, own), difference(found, native)
         table.add_row(each.library, each.what, str(sites), f"{same:.1e}", f"{changed:.1e}")
-        if not (same < 1e-4 and changed > 1e-3):
+        if not (same < 1e-3 and changed > 1e-2):
             raise SystemExit(f"{each.library}: the surrogate was not exchanged")
     console.print("Relative differences of the gradients under the exchanged surrogate:")
     console.print(table)
