@@ -1,8 +1,8 @@
 """The common part of the experiments: options, training of all variants, output and results.
 
-An experiment is a model, data, settings and variants: rules for `freegrad_fx.transform`. All variants
-of one seed start with the same weights and see the same batches. The results are written after each
-run, so that `--resume` can continue an experiment that was stopped.
+An experiment is a model, data, settings and variants: rules for `freegrad_fx.transform`, or for `freegrad_fx.use` around
+the plain model. All variants of one seed start with the same weights and see the same batches. The results are written
+after each run, so that `--resume` can continue an experiment that was stopped.
 """
 
 import argparse
@@ -41,13 +41,34 @@ class Variant:
     name: str
     rules: Mapping[str, fg.Rule] | None = None
 
-    def model(self, original: nn.Module, library: str) -> nn.Module:
-        """Apply the rules to a model, with either package."""
+    def model(self, original: nn.Module, library: str, *, block: bool = False) -> nn.Module:
+        """Apply the rules to a model, with either package.
+
+        Args:
+            original: The plain model.
+            library: The package.
+            block: Whether `freegrad_fx.use` surrounds each call of the plain model, instead of a transform.
+        """
+        if library == OURS and self.rules and block:
+            return InBlock(original, self.rules)
         if library == OURS:
             return fg.transform(original, self.rules) if self.rules else original
         from _freegrad import wrapped
 
         return wrapped(original, next(iter(self.rules.values())) if self.rules else None)
+
+
+class InBlock(nn.Module):
+    """A plain model whose forward runs in a `use` block. Only the forward has to: the rules are bound in it."""
+
+    def __init__(self, model: nn.Module, rules: Mapping[str, fg.Rule]) -> None:
+        super().__init__()
+        self.model = model
+        self.block = fg.use(rules, model=model)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with self.block:
+            return self.model(x)
 
 
 @dataclass(frozen=True)
@@ -73,11 +94,12 @@ class Experiment:
         *,
         epochs: int,
         seed: int,
+        block: bool = False,
         compiled: bool = False,
     ) -> Iterator[Epoch]:
         """Train a variant; yields after each epoch."""
         torch.manual_seed(seed)
-        model = variant.model(self.model(), library).to(data.train_inputs.device)
+        model = variant.model(self.model(), library, block=block).to(data.train_inputs.device)
         # Random rules then draw the same numbers, independently of the initialisation of the model.
         torch.manual_seed(seed)
         if compiled:
@@ -167,6 +189,7 @@ def train_all(
                 data,
                 epochs=chosen.epochs,
                 seed=seed,
+                block=chosen.block,
                 compiled=chosen.compile,
             ):
                 epochs.append(epoch)
@@ -187,6 +210,7 @@ def about(experiment: Experiment, data: Data, chosen: argparse.Namespace) -> dic
         "learning_rate": experiment.learning_rate,
         "momentum": experiment.momentum,
         "loss": experiment.loss.__name__,
+        "block": chosen.block,
         "compiled": chosen.compile,
         "device": chosen.device,
         "machine": platform.platform(),
@@ -218,6 +242,9 @@ def options(experiment: Experiment, arguments: list[str] | None) -> argparse.Nam
     )
     parser.add_argument("--epochs", type=count, help=f"default: {experiment.epochs}")
     parser.add_argument("--seeds", type=count, help="how often everything is trained (default: 5)")
+    parser.add_argument(
+        "--block", action="store_true", help="train the plain model in use blocks, untransformed"
+    )
     parser.add_argument("--compile", action="store_true", help="train through torch.compile")
     parser.add_argument("--device", default="cpu", help="for instance cuda (default: cpu)")
     parser.add_argument("--compare", choices=[PEER], help="train with that package too")

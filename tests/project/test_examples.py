@@ -253,6 +253,13 @@ def command(tmp_path: Path, *options: str) -> Results:
     return main(TINY, ["--epochs", "2", "--out", str(tmp_path), *options])
 
 
+def test_an_option_trains_in_blocks(tmp_path: Path) -> None:
+    options = ["--seeds", "1"]
+    transformed, in_blocks = command(tmp_path, *options), command(tmp_path, *options, "--block")
+    assert (transformed.about["block"], in_blocks.about["block"]) == (False, True)
+    assert [row[:-1] for row in in_blocks.rows()] == [row[:-1] for row in transformed.rows()]
+
+
 def not_a_number(word: str) -> float:
     raise ValueError(f"JSON has no {word}")
 
@@ -395,6 +402,37 @@ def test_an_epoch_of_every_experiment_is_the_same_with_either_package(
             for library in ("freegrad_fx", "freegrad")
         )
         assert (ours.loss, ours.accuracy) == (theirs.loss, theirs.accuracy)
+
+
+def test_a_block_around_the_plain_model_gives_the_gradients_of_the_transform(
+    experiment: Experiment,
+) -> None:
+    data = next(reversed(experiment.data.values())).read().shortened(experiment.batch_size, 50)
+    for variant in experiment.variants:
+        found: list[list[torch.Tensor]] = []
+        for block in (False, True):
+            torch.manual_seed(3)
+            model = variant.model(experiment.model(), "freegrad_fx", block=block)
+            torch.manual_seed(3)  # some rules draw random numbers
+            loss = experiment.loss(model(data.train_inputs), data.train_labels)
+            grads = torch.autograd.grad(loss, list(model.parameters()))
+            found.append([loss.detach(), *grads])
+        assert all(map(torch.equal, *found))
+        if variant.rules:
+            report = fg.report(model.block)
+            *_, sites = EXPERIMENTS[experiment.name]
+            assert len(report.with_action("rewrite")) == sites
+
+
+def test_an_epoch_of_every_experiment_is_the_same_in_blocks(experiment: Experiment) -> None:
+    source = list(experiment.data.values())[-1]
+    data = source.read().shortened(2 * experiment.batch_size, 50)
+    for variant in experiment.variants:
+        transformed, in_blocks = (
+            next(experiment.train(variant, "freegrad_fx", data, epochs=1, seed=3, block=block))
+            for block in (False, True)
+        )
+        assert transformed[:2] == in_blocks[:2]
 
 
 # ---- The page that shows the full runs -----------------------------------------------------------
