@@ -18,9 +18,10 @@ RIGHT = {
         {
             "atan": "arctan", "rect": "rectangular", "rectangle": "rectangular", "rectanguler": "rectangular",
             "triangle": "triangular", "reversal": "reverse", "scaled": "scale", "noize": "noise",
-            "sigmoid": "fast_sigmoid", "FastSigmoid": "fast_sigmoid", "clip_grad": "clip_norm",
+            "sigmoid": "sigmoid_derivative", "FastSigmoid": "fast_sigmoid", "clip_grad": "clip_norm",
             "clipvalue": "clip_value", "guided_backprop": "guided", "straight-through": "straight_through",
-            "relu": "d(ReLU)", "linear": "d(Linear)", "centralise": "centralize",
+            "relu": "d(ReLU)", "linear": "d(Linear)", "centralise": "centralize", "quantize": "quantize_int8",
+            "round": "stochastic_round", "topk": "top_k", "erf_gaussian": "gaussian",
         },
     ),
     "ops": (
@@ -46,7 +47,7 @@ RIGHT = {
 }  # fmt: skip
 
 NONE = [
-    *((RULES, name) for name in ("quantize", "native", "none", "steps", "gaussian", "round", "zero", "", "x")),
+    *((RULES, name) for name in ("lambda", "native", "none", "steps", "", "x")),
     *((OP_NAMES, name) for name in ("int4", "int8", "linear", "conv", "act", "dropout", "exp", "steps", "layer4.*")),
     *((FIELDS, name) for name in ("rule", "layer", "weights", "where", "kind")),
     *((("a", "b"), name) for name in ("slope", "low")),

@@ -97,7 +97,7 @@ class RulesTable(SphinxDirective):
     """All rules, a table for each family: the call with its defaults, what it requires, the formula, the source."""
 
     def run(self) -> list[nodes.Node]:
-        heads = ["Rule and defaults", "Requires", "Gradient for x", "Saves", "Reference"]
+        heads = ["Rule and defaults", "Requires", "Gradient for x", "Saves", "Reference", "Also in"]
         return [
             table(heads, [self.row(rule) for rule in family], first_line(module))
             for module, family in families().items()
@@ -120,6 +120,7 @@ class RulesTable(SphinxDirective):
                 )
             ),
             linked(rule.reference),
+            nodes.paragraph(text=", ".join(rule.declaration.peers)),
         ]
 
 

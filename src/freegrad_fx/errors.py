@@ -84,7 +84,7 @@ def close(name: str, valid: Iterable[str]) -> list[str]:
     """The valid names that an unknown name can stand for, the most similar first; often none.
 
     A name is similar to another with almost the same letters, to one that contains a word of it, and to one that is a
-    word of it. Case and punctuation do not count.
+    word of it. Those that begin with the name come first. Case and punctuation do not count.
     """
     words = [word for word in re.split(r"[\W_]+", name.casefold()) if word]
     letters = "".join(words)
@@ -94,5 +94,5 @@ def close(name: str, valid: Iterable[str]) -> list[str]:
         alike = difflib.SequenceMatcher(None, letters, other).ratio() if letters else 0.0
         shared = any(len(word) >= _WORD and word in other for word in words) or other in words
         if alike >= _ALIKE or shared:
-            found[candidate] = alike
+            found[candidate] = alike + other.startswith(letters)
     return sorted(found, key=lambda candidate: -found[candidate])

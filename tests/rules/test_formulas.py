@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 import reference
-from built_in import BUILT_IN, examples_of, saved_by
+from built_in import BUILT_IN, EXAMPLES, examples_of, saved_by
 
 FLOATS = [torch.float16, torch.bfloat16, torch.float32, torch.float64]
 
@@ -37,7 +37,7 @@ def test_a_rule_without_a_reference_is_told_where_to_add_one() -> None:
 
 
 def test_every_reference_is_that_of_a_built_in_rule() -> None:
-    kinds = (reference.ENTRYWISE, reference.RANDOM, reference.WHOLE_TENSOR)
+    kinds = (reference.ENTRYWISE, reference.WHOLE_TENSOR)
     assert sorted(name for formulas in kinds for name in formulas) == sorted(BUILT_IN)
 
 
@@ -122,12 +122,21 @@ def assert_equal_up_to_rounding(actual: Tensor, expected: Tensor, size: Tensor) 
     wrong = (actual.double() - expected).abs() > 8 * torch.finfo(actual.dtype).eps * allowed
     exact = ~expected.isfinite()
     same = (actual.double() == expected) | (actual.isnan() & expected.isnan())
+    # an infinite gradient times a slope that is too small for the dtype
+    same |= size.isinf() & ~actual.isfinite() & exact
     assert torch.where(exact, same, ~wrong & actual.isfinite()).all(), (actual, expected, size)
 
 
-def rounded_to(dtype: torch.dtype, values: dict[str, Any]) -> dict[str, Any]:
-    """Parameters as numbers of a dtype, as which a tensor of this dtype is compared and multiplied with them."""
-    return {key: torch.tensor(v, dtype=dtype).item() for key, v in values.items()}
+def rounded_to(dtype: torch.dtype, name: str, values: dict[str, Any]) -> dict[str, Any]:
+    """All parameters as numbers of a dtype, as which a tensor of this dtype is compared and multiplied with them."""
+    values = {**reference.defaults_of(name), **values}
+    return {key: rounded(dtype, value) for key, value in values.items()}
+
+
+def rounded(dtype: torch.dtype, value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(rounded(dtype, v) for v in value)
+    return torch.tensor(value, dtype=dtype).item() if isinstance(value, float) else value
 
 
 def results(name: str, grad: Tensor, values: dict[str, Any], **read: Tensor) -> list[Tensor]:
@@ -136,32 +145,49 @@ def results(name: str, grad: Tensor, values: dict[str, Any], **read: Tensor) -> 
     actual = fg.get(name)(**values).backward(grad, **read)
     torch.manual_seed(3)
     draw = reference.DRAWS[name](grad) if name in reference.RANDOM else None
-    return [actual, reference.entrywise(reference.of(name), grad, draw=draw, **read, **values)]
+    return [actual, reference.expected_of(name, grad, draw, **read, **values)]
 
 
-@pytest.mark.sampled(4)
+GRID = [0.0, -0.0, 1e-4, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 20.0, 1e4, math.inf]
+
+
+@pytest.mark.parametrize(("name", "values"), EXAMPLES, ids=str)
+def test_a_rule_is_its_formula_at_small_large_and_infinite_numbers(
+    name: str, values: dict[str, Any]
+) -> None:
+    for dtype in FLOATS:
+        x = torch.tensor([*GRID, *(-v for v in GRID), math.nan, math.nan]).to(dtype).reshape(3, -1)
+        grad = torch.tensor([1.0, -2.0, 0.0, 0.75, -1.0]).repeat(6).to(dtype).reshape(x.shape)
+        read = {key: {"x": x, "y": x.tanh()}[key] for key in reference.inputs_of(name)}
+        bound = rounded_to(dtype, name, values) if name in reference.ENTRYWISE else values
+        actual, expected = results(name, grad, bound, **read)
+        largest = torch.full_like(grad, 2.0)
+        assert_equal_up_to_rounding(actual, expected, largest)
+
+
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", sorted(reference.EXACT))
 @given(data=st.data())
 def test_a_rule_that_rounds_once_is_its_formula_bit_for_bit(name: str, data: st.DataObject) -> None:
     grad, read = inputs_for(data, name)
-    values = rounded_to(grad.dtype, data.draw(values_of(name)))
+    values = rounded_to(grad.dtype, name, data.draw(values_of(name)))
     actual, expected = results(name, grad, values, **read)
     torch.testing.assert_close(actual, expected, rtol=0, atol=0, equal_nan=True)
 
 
-@pytest.mark.sampled(3)
-@pytest.mark.parametrize(
-    "name", sorted({*reference.ENTRYWISE, *reference.RANDOM} - reference.EXACT)
-)
+@pytest.mark.sampled(9)
+@pytest.mark.parametrize("name", sorted({*reference.ENTRYWISE} - reference.EXACT))
 @given(data=st.data())
 def test_a_rule_of_single_entries_is_its_formula_up_to_rounding(
     name: str, data: st.DataObject
 ) -> None:
     grad, read = inputs_for(data, name)
-    actual, expected = results(name, grad, data.draw(values_of(name)), **read)
+    values = rounded_to(grad.dtype, name, data.draw(values_of(name)))
+    actual, expected = results(name, grad, values, **read)
     assert_equal_up_to_rounding(actual, expected, grad)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", sorted(reference.WHOLE_TENSOR))
 @given(data=st.data())
 def test_a_rule_of_the_whole_gradient_is_its_formula_up_to_rounding(
@@ -169,9 +195,10 @@ def test_a_rule_of_the_whole_gradient_is_its_formula_up_to_rounding(
 ) -> None:
     grad, read = inputs_for(data, name, min_dims=2)
     values = data.draw(values_of(name))
-    expected = reference.of(name)(grad, **read, **values)
+    if name in reference.RANDOM:  # which number decides where there is no finite largest entry?
+        grad = grad.nan_to_num(1.0, 2.0, -3.0)
     largest = torch.where(grad.isfinite(), grad, 0).abs().max() if grad.numel() else grad.sum()
-    actual = fg.get(name)(**values).backward(grad, **read)
+    actual, expected = results(name, grad, values, **read)
     assert_equal_up_to_rounding(actual, expected, largest.expand_as(grad))
 
 
@@ -244,17 +271,16 @@ def test_a_rule_leaves_its_arguments_as_they_are(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("shape", [(), (0,), (2, 0, 3), (3, 4)], ids=str)
 @pytest.mark.parametrize("name", BUILT_IN)
-def test_a_rule_keeps_shape_dtype_and_memory_format(
-    name: str, shape: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    grad, x = torch.randn(2, *shape).to(dtype)
-    for given_grad in (grad, grad.t() if grad.dim() == 2 else grad):
-        result = fg.get(name).backward(given_grad, x=x.reshape(given_grad.shape))
-        assert (result.shape, result.dtype) == (given_grad.shape, dtype)
+def test_a_rule_keeps_shape_dtype_and_memory_format(name: str, dtype: torch.dtype) -> None:
+    for shape in [(), (0,), (2, 0, 3), (3, 4)]:
+        grad, x = torch.randn(2, *shape).to(dtype)
+        for given_grad in (grad, grad.t() if grad.dim() == 2 else grad):
+            given_x = x.reshape(given_grad.shape)
+            result = fg.get(name).backward(given_grad, x=given_x, y=given_x)
+            assert (result.shape, result.dtype) == (given_grad.shape, dtype)
     image = torch.randn(2, 3, 4, 5).to(dtype, memory_format=torch.channels_last)
-    result = fg.get(name).backward(image, x=image)
+    result = fg.get(name).backward(image, x=image, y=image)
     assert result.is_contiguous(memory_format=torch.channels_last)
 
 

@@ -42,6 +42,10 @@ class Declaration:
             text can identify it.
         own: Whether this package defines the formula. Such formulas are tested not to change their arguments.
         meant_for: The canonical names of the operations that the formula is meant for; empty for all.
+        peers: The libraries that have the rule, each with its name there: ``"snnTorch atan"``.
+        linear: Whether the result is linear in the gradient.
+        reducing: Whether an entry of the result depends on other entries of the gradient or of ``x``.
+        random: Whether the result depends on random numbers.
         takes_more: Whether the rule accepts parameters that it does not declare, as rules of FreeGrad can.
     """
 
@@ -63,6 +67,10 @@ class Declaration:
     own: bool = False
     takes_more: bool = False
     meant_for: tuple[str, ...] = ()
+    peers: tuple[str, ...] = ()
+    linear: bool = True
+    reducing: bool = False
+    random: bool = False
 
     @property
     def formula(self) -> str:

@@ -32,6 +32,10 @@ def register(
     fast: Callable[..., Tensor] | None = None,
     examples: Iterable[Mapping[str, Any]] = (),
     meant_for: str | tuple[str, ...] = (),
+    peers: str | tuple[str, ...] = (),
+    linear: bool = True,
+    reducing: bool = False,
+    random: bool = False,
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
@@ -66,6 +70,10 @@ def register(
             ``({"a": -1.0, "b": 1.0}, {"a": 0.0})``. They are bound, and so checked, at registration.
         meant_for: The canonical names of the operations that the formula is meant for, such as ``"relu"``. At other
             operations the rule acts too, and the report says what it replaces there. Default: all.
+        peers: The libraries that have the rule, each with its name there: ``"snnTorch atan"``.
+        linear: False for a rule whose result is not linear in the gradient, such as a clipping.
+        reducing: True for a rule that computes an entry of the result from several entries, such as a norm.
+        random: True for a rule that draws random numbers.
         overwrite: True to replace a rule of the same name.
 
     Returns:
@@ -114,7 +122,11 @@ def register(
             token=_token(name, source, mask),
             own=_is_own(source, mask),
             takes_more=takes_more,
-            meant_for=(meant_for,) if isinstance(meant_for, str) else tuple(meant_for),
+            meant_for=_several(meant_for),
+            peers=_several(peers),
+            linear=linear,
+            reducing=reducing,
+            random=random,
         )
         rule = Rule.of(declaration)
         _check_examples(rule)
@@ -122,6 +134,10 @@ def register(
         return rule
 
     return declare
+
+
+def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 def _check_name(name: object) -> None:
@@ -137,7 +153,7 @@ def _check_name(name: object) -> None:
 
 
 def _read_kinds(name: str, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
-    served = (kinds,) if isinstance(kinds, str) else tuple(kinds)
+    served = _several(kinds)
     for kind in served or ("",):
         if kind not in KINDS:
             raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))

@@ -17,14 +17,15 @@ from .draws import normal_like
 
 __all__ = [
     "centralize",
-    "clip_norm",
-    "clip_value",
     "d_linear",
     "d_relu",
+    "decay",
+    "nan_to_zero",
     "noise",
     "rectangular",
     "reverse",
     "scale",
+    "stop",
     "triangular",
 ]
 
@@ -32,6 +33,7 @@ __all__ = [
 @register(
     "d(ReLU)",
     reference="FreeGrad; the derivative of max(0, x)",
+    peers="FreeGrad d(ReLU)",
     mask=masks.positive,
     fast=masks.where_positive,
 )
@@ -40,7 +42,12 @@ def d_relu(grad: Tensor, mask: Tensor) -> Tensor:
     return masks.only_where(mask, grad)
 
 
-@register("d(Linear)", reference="FreeGrad; the derivative of the identity", sparse=True)
+@register(
+    "d(Linear)",
+    reference="FreeGrad; the derivative of the identity",
+    peers="FreeGrad d(Linear)",
+    sparse=True,
+)
 def d_linear(grad: Tensor) -> Tensor:
     """grad"""
     return grad
@@ -48,7 +55,8 @@ def d_linear(grad: Tensor) -> Tensor:
 
 @register(
     "rectangular",
-    reference="FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
+    reference="Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178",
+    peers=("FreeGrad rectangular", "SpikingJelly Rect"),
     requires="a <= b",
     mask=masks.window,
     fast=masks.where_in_window,
@@ -61,7 +69,14 @@ def d_linear(grad: Tensor) -> Tensor:
     ),
 )
 def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
-    """grad·1[a ≤ x ≤ b], both ends inclusive"""
+    """grad·1[a ≤ x ≤ b], both ends inclusive
+
+    SpikingJelly's window has the area 1 and leaves the ends out: ``alpha·1[|x| < 1/(2·alpha)]``.
+
+    Args:
+        a: The lower end of the window, at most `b`.
+        b: The upper end.
+    """
     return masks.only_where(mask, grad)
 
 
@@ -72,67 +87,56 @@ def _fast_triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
 
 @register(
     "triangular",
-    reference="FreeGrad; Bellec et al. 2018, arXiv:1803.09574",
+    reference="Bellec et al. 2018, arXiv:1803.09574",
+    peers=("FreeGrad triangular", "Norse triangle"),
     fast=_fast_triangular,
     examples=({"width": 0.25}, {"width": 0.3}, {"width": 2.5}, {"width": 0.0}, {"width": -1.0}),
 )
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
-    """grad·max(0, 1 − |x|/max(width, 10⁻⁶))"""
+    """grad·max(0, 1 − |x|/max(width, 10⁻⁶))
+
+    Norse's parameter is the height, 0.3, and its width is 1. `piecewise_quadratic` has the area 1.
+
+    Args:
+        width: The half-width; less than 10⁻⁶ counts as 10⁻⁶.
+    """
     width = width.clamp(min=1e-6) if isinstance(width, Tensor) else max(width, 1e-6)
     return grad * (1 - x.abs() / width).clamp(min=0)
 
 
 @register(
     "scale",
-    reference="FreeGrad; optax.scale",
+    reference="FreeGrad",
+    peers=("FreeGrad scale", "optax scale"),
     sparse=True,
     examples=({"s": -1.5}, {"s": 0.0}, {"s": 0.1}, {"s": 7.0}),
 )
 def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
-    """s·grad"""
+    """s·grad
+
+    With a tensor, whose shape broadcasts to that of the gradient, this is gradient routing (Cloud et al. 2024,
+    arXiv:2410.04332): set the mask of each batch with ``set_rule_parameter``.
+
+    Args:
+        s: The factor, a number or a tensor.
+    """
     return s * grad
 
 
 @register(
     "reverse",
     reference="Ganin & Lempitsky 2015, arXiv:1409.7495 (gradient reversal, DANN)",
+    peers="pytorch-revgrad RevGrad",
     sparse=True,
     examples=({"alpha": -2.0}, {"alpha": 0.0}, {"alpha": 0.3}),
 )
 def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
-    """−alpha·grad"""
+    """−alpha·grad
+
+    Args:
+        alpha: The factor.
+    """
     return -alpha * grad
-
-
-@register(
-    "clip_value",
-    reference="optax.clip; torch.nn.utils.clip_grad_value_",
-    requires="max_value >= 0",
-    examples=({"max_value": 0.0}, {"max_value": 0.3}, {"max_value": 3.0}, {"max_value": math.inf}),
-)
-def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
-    """min(max(grad, −max_value), max_value)"""
-    return grad.clamp(-max_value, max_value)
-
-
-@register(
-    "clip_norm",
-    reference="FreeGrad; Pascanu et al. 2013, arXiv:1211.5063",
-    requires="max_norm >= 0, eps >= 0",
-    examples=(
-        {"max_norm": 0.0},
-        {"max_norm": 0.5, "eps": 1e-6},
-        {"max_norm": 3.0, "eps": 50.0},
-        {"max_norm": 100.0},
-        {"max_norm": math.inf},
-    ),
-)
-def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
-    """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor"""
-    # at least float32: the norm of a large tensor overflows in float16, and the gradient would become zero
-    norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    factor: Tensor = max_norm / norm.clamp_min(eps)
-    return grad * factor.clamp(max=1).to(grad.dtype)
 
 
 def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
@@ -141,21 +145,75 @@ def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
 
 @register(
     "noise",
-    reference="FreeGrad; Neelakantan et al. 2015, arXiv:1511.06807",
+    reference="Neelakantan et al. 2015, arXiv:1511.06807",
+    peers=("FreeGrad noise", "optax add_noise"),
+    linear=False,
+    random=True,
     requires="sigma >= 0",
     fast=_fast_noise,
     examples=({"sigma": 0.0}, {"sigma": 0.3}, {"sigma": 2.5}),
 )
 def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
-    """grad + N(0, sigma²)"""
+    """grad + N(0, sigma²)
+
+    optax, as the paper, lowers the variance at each step; set sigma with ``set_rule_parameter`` for that.
+
+    Args:
+        sigma: The standard deviation, at least 0.
+    """
     return grad + sigma * normal_like(grad)
 
 
 @register(
     "centralize",
-    reference="FreeGrad; Yong et al. 2020, arXiv:2004.01461 (there for weights, over dims 1…)",
+    reference="Yong et al. 2020, arXiv:2004.01461",
+    peers=("FreeGrad centralize", "optax centralize"),
+    reducing=True,
     examples=({"dim": 0}, {"dim": 1}, {"dim": (0, -1)}),
 )
 def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
-    """grad − mean(grad, dim)"""
+    """grad − mean(grad, dim)
+
+    The paper and optax take the mean over all dims but one, and only of weights: ``dim=(1, 2, 3)`` for a convolution.
+
+    Args:
+        dim: The dims of the mean.
+    """
     return grad - grad.mean(dim=dim, keepdim=True)
+
+
+@register(
+    "decay",
+    reference="Hanson & Pratt 1988, Comparing biases for minimal network construction with back-propagation",
+    peers=("optax add_decayed_weights", "torch.optim.SGD weight_decay"),
+    kinds="parameter",
+    linear=False,
+    examples=({"rate": 0.0}, {"rate": 0.3}, {"rate": -2.0}),
+)
+def decay(grad: Tensor, x: Tensor, *, rate: float = 0.01) -> Tensor:
+    """grad + rate·x
+
+    The weight decay that is coupled with the gradient: momentum and adaptive steps see it. AdamW's is decoupled.
+
+    Args:
+        rate: The decay of a step, before the learning rate.
+    """
+    return grad + rate * x
+
+
+@register("nan_to_zero", reference="torch.nan_to_num", peers="optax zero_nans")
+def nan_to_zero(grad: Tensor) -> Tensor:
+    """grad where it is finite, 0 where grad is infinite or NaN
+
+    optax leaves infinite entries as they are.
+    """
+    return torch.where(grad.isfinite(), grad, 0)
+
+
+@register("stop", reference="torch.Tensor.detach", peers="jax.lax.stop_gradient", sparse=True)
+def stop(grad: Tensor) -> Tensor:
+    """0, whatever grad is
+
+    Unlike a factor of 0, also where the gradient is infinite or NaN.
+    """
+    return torch.zeros_like(grad)

@@ -17,14 +17,14 @@ from .draws import uniform_like
 
 __all__ = ["full_jam", "positive_jam", "rectangular_jam"]
 
-_PAPER = "FreeGrad; Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
+_PAPER = "Troiano et al. 2025, doi:10.1016/j.neucom.2025.131178"
 
 
 def _fast_jam(grad: Tensor) -> Tensor:
     return torch.rand_like(grad).mul_(grad)
 
 
-@register("full_jam", reference=_PAPER, fast=_fast_jam)
+@register("full_jam", reference=_PAPER, peers="FreeGrad full_jam", random=True, fast=_fast_jam)
 def full_jam(grad: Tensor) -> Tensor:
     """grad·U(0, 1)"""
     return grad * uniform_like(grad)
@@ -39,7 +39,14 @@ def _fast_positive_jam(grad: Tensor, x: Tensor) -> Any:
     return result
 
 
-@register("positive_jam", reference=_PAPER, mask=masks.nonnegative, fast=_fast_positive_jam)
+@register(
+    "positive_jam",
+    reference=_PAPER,
+    peers="FreeGrad positive_jam",
+    random=True,
+    mask=masks.nonnegative,
+    fast=_fast_positive_jam,
+)
 def positive_jam(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·U(0, 1)·1[x ≥ 0]"""
     return masks.only_where(mask, grad * uniform_like(grad))
@@ -57,6 +64,8 @@ def _fast_window_jam(grad: Tensor, x: Tensor, *, a: float, b: float) -> Any:
 @register(
     "rectangular_jam",
     reference=_PAPER,
+    peers="FreeGrad rectangular_jam",
+    random=True,
     requires="a <= b",
     mask=masks.window,
     fast=_fast_window_jam,
