@@ -24,7 +24,7 @@ from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
 from .rewrite import rewrite, without_ambient
 from .sites.parameters import find_parameters
-from .sites.remarks import Opaque
+from .sites.remarks import Cache, Opaque
 from .table import Entry, RulesLike, RuleTable
 from .verification import Inputs, do_the_same, lacks_values, verify_examples
 
@@ -271,7 +271,7 @@ def _complain(
     problems += [
         f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
     ]
-    problems += [f"lost: {lost}" for lost in plan.lost]
+    problems += [f"lost: {lost}" for lost in plan.lost if not isinstance(lost, Cache)]
     if any(unlearned(d.rules) for d in plan.decisions):
         found = [p for v in captured.variants for p in find_parameters(v.graph, captured.root)]
         # an exported graph also reads the parameters that it does not use

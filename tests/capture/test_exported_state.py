@@ -121,6 +121,13 @@ def only_in_training(model: Any, h: Tensor) -> Tensor:
     return model.sub.n
 
 
+def grown(model: Any, h: Tensor) -> Tensor:
+    model.sub.seen = [h]
+    for _ in range(2):
+        model.sub.seen.append(model.sub.seen[-1].tanh())
+    return sum(model.sub.seen)
+
+
 KEPT: dict[str, tuple[Callable[[Any], None], Change]] = {
     "a buffer of a submodule": (sub, count),
     "a buffer, by the table": (sub, by_the_table),
@@ -131,6 +138,8 @@ KEPT: dict[str, tuple[Callable[[Any], None], Change]] = {
     "a result, with its gradient": (sub, keep("seen", lambda _, h: h * 2)),
     "a result over None": (set_sub(seen=None), keep("seen", lambda _, h: h)),
     "results in containers": (sub, keep("seen", lambda _, h: [h, {"x": (h + 1, h.detach())}])),
+    "a list that is replaced, and grows": (set_sub(seen=[torch.zeros(1)]), grown),
+    "a dict that is replaced": (set_sub(seen={}), keep("seen", lambda _, h: {"h": h * 2})),
     "a result of another shape": (set_sub(seen=torch.ones(1)), keep("seen", lambda _, h: h)),
 }
 

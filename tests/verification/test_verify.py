@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
 import random
 from collections import OrderedDict, namedtuple
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,52 @@ def test_state_outside_of_the_graph_shows(
     assert (random.getstate(), np.random.get_state()[1].tolist()) == state
     assert SEEN == [1]
     assert not hasattr(model, "box") or vars(model.box) == {}
+
+
+class _Rounds(torch.autograd.Function):
+    """Its gradient differs from call to call, as that of a sum does that several threads compute."""
+
+    calls = itertools.count()  # cannot be put back
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        turn = next(_Rounds.calls) % 3
+        return grad * (1 + 2**-20 * turn) if torch.get_num_threads() > 1 else grad
+
+
+class Rounds(Plain):
+    factor = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(_Rounds.apply(x) * self.factor)
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    assert torch.get_num_threads() == 2
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_kernels_that_do_not_repeat_with_several_threads_are_compared_in_one() -> None:
+    model = build(Rounds)
+    gm = fg.transform(model, RULE)
+    found = fg.verify(model, gm, sample())
+    assert found.ok, str(found)
+    assert found.repeatable
+    assert "train mode, with gradients: compared in one thread" in str(found)
+
+    other = build(Rounds)
+    other.factor = 1.0 + 2**-20
+    found = fg.verify(model, fg.transform(other, RULE), sample())
+    assert not found.ok
 
 
 def test_an_original_that_does_not_repeat_itself_is_said_to() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from .._torch.modules import buffers_of, children_of, parameters_of
 from ..errors import CaptureError
@@ -43,18 +43,24 @@ Checks: TypeAlias = tuple[tuple[Callable[[Any], Any], dict[str, Any], Any, tuple
 
 
 def constants_read(
-    root: nn.Module, read: Iterable[Attribute], changed: Iterable[Attribute]
+    root: nn.Module,
+    read: Iterable[Attribute],
+    changed: Iterable[Attribute],
+    tensors: Iterable[Any],
 ) -> dict[str, dict[str, Any]]:
     """The constants among the attributes that a forward read, with their values, by the path of the module.
 
-    Constants are numbers, texts, None, containers of them, enum members, functions, and classes and dtypes. A name that
-    no instance attribute had, because the class has it or because nothing has it, must not become one.
+    Constants are numbers, texts, None, containers of them, enum members, functions, and classes and dtypes; and
+    containers of tensors that the graphs contain. A name that no instance attribute had, because the class has it or
+    because nothing has it, must not become one.
 
     Args:
         root: The model.
         read: The attributes that were read.
         changed: The attributes that the forward changes.
+        tensors: The constants of the graphs. Only tensors matter.
     """
+    addresses = {_address(value) for value in tensors if isinstance(value, Tensor)} - {0}
     found: dict[str, dict[str, Any]] = {}
     for path, name in dict.fromkeys(read).keys() - set(changed):
         module = root.get_submodule(path)
@@ -63,15 +69,41 @@ def constants_read(
             continue
         if name in module.__dict__:
             value = module.__dict__[name]
-            if not (is_python_state(value) or isinstance(value, _PLAIN)):
+            if is_python_state(value) or isinstance(value, _PLAIN):
+                value = copy.deepcopy(value)
+            elif _holds(value, addresses):
+                value = copy.copy(value)  # the tensors are compared by identity
+            else:
                 continue
-            value = copy.deepcopy(value)
         elif is_python_state(getattr(type(module), name, None)):
             value = _ABSENT
         else:
             continue  # a method or a property
         found.setdefault(path, {})[name] = value
     return {path: dict(sorted(found[path].items())) for path in sorted(found)}
+
+
+def _holds(value: Any, addresses: set[int]) -> bool:
+    """Whether a value is a container that has a tensor with one of some addresses in it."""
+    if type(value) not in (dict, list, tuple):
+        return False
+    items = value.values() if type(value) is dict else value
+    return any(isinstance(item, Tensor) and _address(item) in addresses for item in items)
+
+
+def _address(tensor: Tensor) -> int:
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:  # a fake tensor
+        return 0
+
+
+def _same(value: Any, expected: Any) -> bool:
+    """Whether a value is the expected one. A tensor in it has to be the same object."""
+    try:
+        return value is expected or bool(value == expected)
+    except RuntimeError:  # the truth of a comparison of two tensors
+        return False
 
 
 def checks_of(model: nn.Module, constants: Mapping[str, Mapping[str, Any]]) -> Checks:
@@ -100,7 +132,7 @@ def require_constants(
     """Raise `CaptureError` if an attribute is no longer the constant of the graphs."""
     for read, attributes, expected, absent in checks:
         try:
-            same = read(attributes) == expected
+            same = _same(read(attributes), expected)
         except KeyError:
             same = False
         if not same or (absent and not attributes.keys().isdisjoint(absent)):
@@ -112,7 +144,7 @@ def _complain(model: nn.Module, constants: Mapping[str, Mapping[str, Any]]) -> N
         now = model.get_submodule(path).__dict__
         for name, before in values.items():
             value = now.get(name, _ABSENT)
-            if value is before or value == before:
+            if _same(value, before):
                 continue
             was = "not set" if _is_absent(before) else repr(before)
             what = "deleted" if _is_absent(value) else f"set to {value!r}"

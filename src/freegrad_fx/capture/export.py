@@ -174,7 +174,8 @@ def _export_both_modes(
                 exported.append(_exported(root, args, kwargs, dynamic_shapes))
         _refuse_python_effects(model, state, random)
         assigned = [place for one in exported for place in one.assigned]
-        root.__dict__[CONSTANTS] = constants_read(root, constants, assigned)
+        parts = [part for one in exported for part in one.parts.values()]
+        root.__dict__[CONSTANTS] = constants_read(root, constants, assigned, parts)
     finally:
         random.restore()
         for module, training in flags.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import sys
+from collections.abc import Iterable
 from dataclasses import dataclass
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -67,9 +68,12 @@ class Held:
     Args:
         root: The model.
         tensors: Whether in-place changes of tensors are noted and undone too. Parameters and buffers are left out.
+        besides: Attributes that are not where a module has them: the path of the module, the name and the value.
     """
 
-    def __init__(self, root: nn.Module, tensors: bool = False) -> None:
+    def __init__(
+        self, root: nn.Module, tensors: bool = False, besides: Iterable[tuple[str, str, Any]] = ()
+    ) -> None:
         self._seen: set[int] = set()
         self._holders: list[_Holder] = []
         self._arrays: list[tuple[str, str, Any, Any]] = []
@@ -78,6 +82,8 @@ class Held:
         self._clones = tensors
         for path, module in root.named_modules():
             self._add_module(module, path)
+        for path, name, value in besides:
+            self._add(value, path, name)
 
     def changes(self) -> list[Change]:
         """What differs now."""

@@ -7,7 +7,7 @@ are therefore additional outputs, and the graph assigns them afterwards.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,10 +19,11 @@ from .._torch.modules import buffers_of, children_of, parameters_of
 from .._torch.replacing import replaced
 from ..graph.provenance import META, Origin
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
-from ..sites.remarks import Lost
+from ..sites.remarks import Cache, Lost
 from .held import MISSING, Change, Held
 from .python_state import Attribute
 from .refusal import NotExportedError
+from .stores import attributes_replaced, is_made_from_state
 
 __all__ = ["Assigned", "Kept"]
 
@@ -36,12 +37,15 @@ class Kept:
         name: The name of the attribute.
         structure: The nesting of the tensors in the value.
         count: The number of tensors in the value.
+        is_cache: Whether it is a dict that the forward fills. The graph leaves it empty, and its values must not depend
+            on the inputs.
     """
 
     path: str
     name: str
     structure: Any
     count: int
+    is_cache: bool = False
 
 
 class Assigned:
@@ -100,7 +104,11 @@ class Assigned:
             around.restore()
 
     def add_to(self, graph: fx.Graph) -> None:
-        """Assign the last outputs of an exported graph to the attributes instead of returning them."""
+        """Assign the last outputs of an exported graph to the attributes instead of returning them.
+
+        Raises:
+            NotExportedError: The forward stores a value that depends on its inputs in a dict.
+        """
         if not self.kept:
             return
         output = next(iter(reversed(graph.nodes)))
@@ -109,7 +117,13 @@ class Assigned:
         values = iter(flat[len(flat) - count :])
         with graph.inserting_before(output):
             for kept in self.kept:
-                value = tree.unflatten([next(values) for _ in range(kept.count)], kept.structure)
+                tensors = [next(values) for _ in range(kept.count)]
+                if kept.is_cache:
+                    if not is_made_from_state(tensors):
+                        raise _refused(self._root, f"{kept.path or 'the root'}: {kept.name!r}")
+                    self.lost.append(Cache.of(kept.path, kept.name))
+                    continue
+                value = tree.unflatten(tensors, kept.structure)
                 owner = graph.create_node("get_attr", kept.path or "itself")
                 assign = graph.call_function(setattr, (owner, kept.name, value))
                 for node in (owner, assign):
@@ -123,7 +137,7 @@ class Assigned:
     # -- the hooks around the forward
 
     def _enter(self, *_: Any) -> None:
-        self._held = Held(self._root)
+        self._held = Held(self._root, besides=self._hidden_containers())
         self._read.clear()
         self._written.clear()
         self.kept.clear()
@@ -133,7 +147,13 @@ class Assigned:
     def _leave(self, _: nn.Module, __: Any, output: Any) -> Any:
         assert self._held is not None
         values: list[Tensor] = []
-        for change in self._held.changes():
+        changes = self._held.changes()
+        for path, name, cache in self._caches_filled(changes):
+            changes = [c for c in changes if (c.path, c.name) != (path, name)]
+            self.kept.append(Kept(path, name, tree.structure(cache), len(cache), is_cache=True))
+            values += cache.values()
+            self.places = (*self.places, (path, name))
+        for change in changes:
             tensors = self._tensors_to_keep(change)
             if tensors is not None:
                 structure = tree.structure(change.after)
@@ -162,6 +182,18 @@ class Assigned:
             return None
         return leaves if _is_plain(after) and self._is_only_written(change) else None
 
+    def _caches_filled(self, changes: list[Change]) -> Iterator[tuple[str, str, dict[str, Tensor]]]:
+        """The dicts that the forward found empty and filled with tensors: path of the module, attribute, contents."""
+        for path, name in dict.fromkeys((change.path, change.name) for change in changes):
+            module = self._root.get_submodule(path)
+            now = {**module.__dict__, **self._hidden_of(module)}.get(name)
+            if type(now) is not dict or not now:
+                continue
+            its = [change for change in changes if (change.path, change.name) == (path, name)]
+            filled = all(c.module is None and c.before is MISSING for c in its)
+            if filled and len(its) == len(now) and _is_plain(now) and _are_tensors(now.values()):
+                yield path, name, dict(now)
+
     def _is_only_written(self, change: Change) -> bool:
         """Whether the forward reads an attribute only after it has assigned it."""
         if change.module is None:
@@ -174,24 +206,37 @@ class Assigned:
     # -- what the forward reads and writes
 
     def _make_buffers(self) -> None:
-        """Make tensor attributes buffers, so that export does not make them constants, and take None away.
+        """Make tensor attributes buffers, so that export does not make them constants, and take other ones away.
 
         `nn.Module.__getattr__`, by which reads are noted, is called for buffers and for attributes that do not exist.
+        Those that are None are taken away, and containers that a method may replace.
         """
         for module in self._modules.values():
+            kind: Any = type(module)
+            assigned = attributes_replaced(kind)
             for name, value in list(module.__dict__.items()):
+                is_container = type(value) in (list, tuple, dict) and name in assigned
                 if (
-                    not (value is None or type(value) is Tensor)
+                    not (value is None or type(value) is Tensor or is_container)
                     or name in ATTRIBUTES_OF_EVERY_MODULE
-                    or hasattr(type(module), name)
+                    or hasattr(kind, name)
                     or exporting.is_fake(value)
                 ):
                     continue
                 del module.__dict__[name]
-                if value is not None and value.is_leaf:
+                if isinstance(value, Tensor) and value.is_leaf:
                     buffers_of(module)[name] = value
                 else:
                     self._hidden[id(module.__dict__), name] = value
+
+    def _hidden_of(self, module: nn.Module) -> dict[str, Any]:
+        here = id(module.__dict__)
+        return {name: value for (owner, name), value in self._hidden.items() if owner == here}
+
+    def _hidden_containers(self) -> Iterator[tuple[str, str, Any]]:
+        for path, module in self._root.named_modules():
+            for name, value in self._hidden_of(module).items():
+                yield path, name, value
 
     def _reads(self) -> contextlib.AbstractContextManager[None]:
         def noting(read: Callable[[nn.Module, str], Any]) -> Callable[..., Any]:
@@ -230,7 +275,11 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor)
 
 
-def _refused(root: nn.Module, change: Change) -> NotExportedError:
+def _are_tensors(values: Iterable[Any]) -> bool:
+    return all(isinstance(value, Tensor) for value in values)
+
+
+def _refused(root: nn.Module, change: Change | str) -> NotExportedError:
     return NotExportedError(
         f"{type(root).__name__} cannot be captured from example_inputs: its forward changes Python state ({change}). "
         f"The graph would not repeat the change at each call.",

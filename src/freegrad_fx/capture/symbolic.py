@@ -20,7 +20,7 @@ from ..graph.provenance import innermost
 from ..graph.serialise import LOCK
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from ..ops import apply_function
-from ..sites.remarks import Lost
+from ..sites.remarks import Cache, Lost
 from .arguments import flag_path
 from .attributes import KeepsState
 from .captured import Variant
@@ -33,6 +33,7 @@ from .proxies import any_proxy
 from .python_state import Attribute, PythonState
 from .questions import Question
 from .result import Capture
+from .stores import is_made_from_state
 from .tracer import Tracer
 
 __all__ = ["capture_symbolically", "open_arguments"]
@@ -66,6 +67,7 @@ def capture_symbolically(
         root,
         [read for tracer in tracers for read in tracer.read_first],
         [place for tracer in tracers for place in (*tracer.assigned, *tracer.watched)],
+        [tensor for tracer in tracers for tensor in tracer.tensor_attrs],
     )
     return Capture(
         root,
@@ -324,10 +326,14 @@ def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterat
             assigned = (path, name) in tracer.assigned or (path, name) in tracer.watched
             if not any_proxy(value) and not assigned:
                 continue
+            empty = type(value) is dict and original.__dict__.get(name) == {}
+            is_cache = empty and is_made_from_state(v.node for v in value.values() if is_proxy(v))
             if name in original.__dict__:
                 traced.__dict__[name] = copy.copy(original.__dict__[name])
             else:
                 traced.__dict__.pop(name, None)
-            if not assigned:
+            if is_cache and not assigned:
+                yield Cache.of(path, name)
+            elif not assigned:
                 reason = "the forward stores tensors in it; the graph does not"
                 yield Lost(path, f"attribute {name!r}", reason)

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from ..sites.remarks import Lost, Opaque, Remark
+from ..sites.remarks import Cache, Lost, Opaque, Remark
 from ..table import Entry, RuleTable
 from .decision import Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
@@ -174,8 +174,13 @@ class Plan:
             yield f"Note: {step}."
         for opaque in self.opaque:
             yield f"Opaque: {opaque}."
+        caches = [str(lost) for lost in self.lost if isinstance(lost, Cache)]
+        if caches:
+            more = f" (so are {len(caches) - 1} more)" if caches[1:] else ""
+            yield f"Note: {caches[0]}{more}."
         for lost in self.lost:
-            yield f"LOST: {lost}."
+            if not isinstance(lost, Cache):
+                yield f"LOST: {lost}."
         if self.verified:
             yield f"{self.verified}."
 

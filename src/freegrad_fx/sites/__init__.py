@@ -7,10 +7,11 @@ contain further sites. `remarks` defines how reports describe such code. Indepen
 from .opaque import find_opaque
 from .operations import find_sites
 from .parameters import find_parameters, unused_parameters
-from .remarks import Lost, Opaque
+from .remarks import Cache, Lost, Opaque
 from .site import Located, LocatedOperation, LocatedParameter, Site
 
 __all__ = [
+    "Cache",
     "Located",
     "LocatedOperation",
     "LocatedParameter",

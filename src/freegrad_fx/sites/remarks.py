@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TypeVar
 
-__all__ = ["Lost", "Opaque", "Remark", "add_once"]
+__all__ = ["Cache", "Lost", "Opaque", "Remark", "add_once"]
 
 R = TypeVar("R", bound="Remark")
 
@@ -51,6 +51,23 @@ class Opaque(Remark):
 @dataclass(frozen=True)
 class Lost(Remark):
     """Behaviour of the model that the graph lacks."""
+
+
+@dataclass(frozen=True)
+class Cache(Lost):
+    """A dict that the forward fills with tensors made from parameters and buffers, which the graph makes at each call.
+
+    Attributes:
+        name: The attribute of the module that holds the dict.
+    """
+
+    name: str = ""
+
+    @classmethod
+    def of(cls, path: str, name: str) -> Cache:
+        """The remark on an attribute of the module at a path."""
+        reason = "the forward fills it; the graph computes these tensors at each call"
+        return cls(path, f"the cache {name!r}", reason, name=name)
 
 
 def add_once(remarks: list[R], remark: R) -> None:

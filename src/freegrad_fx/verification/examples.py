@@ -50,7 +50,7 @@ def verify_examples(
         lost: What the report already says is lost; it is not a difference.
         seconds: The time after which no further case is begun. The first one is always compared.
     """
-    pair = Pair(structural_copy(model), result)
+    pair = Pair(structural_copy(model), result, lost)
     began = time.perf_counter()
     spent, longest, left = 0.0, 0.0, []
     with pair.kept():

@@ -5,18 +5,28 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..capture.examples import map_tensors, twin
+from ..capture.python_state import Attribute
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
 from .snapshot import RandomNumbers, Snapshot
 from .values import copied, take_apart
 
-__all__ = ["Case", "Inputs", "Observation", "State", "observe", "state_of", "without_fast_path"]
+__all__ = [
+    "Case",
+    "Inputs",
+    "Observation",
+    "State",
+    "empty",
+    "observe",
+    "state_of",
+    "without_fast_path",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,7 +98,13 @@ class Observation:
 
 
 def observe(
-    run: Any, model: nn.Module, inputs: Inputs, case: Case, before: Snapshot, learning: bool
+    run: Any,
+    model: nn.Module,
+    inputs: Inputs,
+    case: Case,
+    before: Snapshot,
+    learning: bool,
+    caches: Iterable[Attribute] = (),
 ) -> list[Observation]:
     """Call a model several times in a row. The state of the model changes as the calls change it.
 
@@ -99,6 +115,7 @@ def observe(
         case: The mode, the grad mode and the number of calls.
         before: The state of the model before the calls.
         learning: Whether gradients of all floating-point inputs are compared, or only of those that require one.
+        caches: Dicts that are emptied after each call.
     """
     for module in model.modules():
         module.__dict__["training"] = case.training  # not model.train(), which a model can override
@@ -107,11 +124,21 @@ def observe(
         if number and case.thorough:
             _change_parameters(model)
         seen.append(_call(run, model, inputs, case, learning))
+        empty(model, caches)
         if seen[-1].error is None:
             seen[-1].state = state_of(model, before, number, case.thorough)
         if seen[-1].error is not None:
             break
     return seen
+
+
+def empty(model: nn.Module, caches: Iterable[Attribute]) -> bool:
+    """Empty dicts that modules hold, and return whether one had entries."""
+    found = [model.get_submodule(path).__dict__.get(name) for path, name in caches]
+    filled = [cache for cache in found if isinstance(cache, dict) and cache]
+    for cache in filled:
+        cache.clear()
+    return bool(filled)
 
 
 def _call(run: Any, model: nn.Module, inputs: Inputs, case: Case, learning: bool) -> Observation:

@@ -20,6 +20,7 @@ from ...graph.aliasing import named_in_place
 from ...graph.provenance import caller, is_users
 from ...ops.checks import require_tensor
 from ..proxies import FlagProxy, RecordingProxy
+from ..shape_values import known_number
 from .recorder import Recorder, with_proxies
 
 __all__ = ["RecordMode", "answered_isinstance", "recorded_factories"]
@@ -67,6 +68,8 @@ def answered_isinstance(recorder: Recorder) -> contextlib.AbstractContextManager
                 return ask(value, kinds)
             if issubclass(kind, FlagProxy):
                 return ask(True, kinds)
+            if (number := known_number(value.node)) is not None:
+                return ask(number, kinds)
             if not any(user.target is require_tensor for user in value.node.users):
                 recorder.create_proxy("call_function", require_tensor, (value, caller()), {})
             return ask(tensor, kinds)
