@@ -12,7 +12,13 @@ author = "the freegrad_fx authors"
 copyright = f"2026, {author}"
 version = release = freegrad_fx.__version__
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "package_tables"]
+extensions = [
+    "myst_parser",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "package_tables",
+    "rule_gallery",
+]
 exclude_patterns = ["_build", "_ext", "_tables"]
 
 myst_enable_extensions = ["colon_fence"]
@@ -42,7 +48,7 @@ python_maximum_signature_line_length = 88
 nitpick_ignore_regex = [
     ("py:.*", r"(torch|Tensor|Module|GraphModule|nn|fx)(\..*)?"),
     ("py:.*", r"(collections|inspect|typing|types|os|pathlib)\..*"),
-    ("py:.*", r"(Any|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
+    ("py:.*", r"(Any|Axes|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
 ]
 
 html_theme = "furo"

@@ -1,8 +1,8 @@
 """The common part of the experiments: options, training of all variants, output and results.
 
-An experiment is a model, data, settings and variants: rules for `freegrad_fx.transform`, or for `freegrad_fx.use` around
-the plain model. All variants of one seed start with the same weights and see the same batches. The results are written
-after each run, so that `--resume` can continue an experiment that was stopped.
+An experiment is a model, data, settings and variants: rules for `freegrad_fx.transform`, or for `freegrad_fx.use`
+around the plain model. All variants of one seed start with the same weights and see the same batches. The results are
+written after each run, so that `--resume` can continue an experiment that was stopped.
 """
 
 import argparse

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .eager import use
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
+    from .plot import plot_rule
     from .sites.site import Site
     from .table import RuleTable, on
     from .verification import Verification, verify
@@ -51,6 +52,7 @@ _LATER = {
     "compile": "dynamo",
     "explain": "pipeline",
     "on": "table",
+    "plot_rule": "plot",
     "report": "plan",
     "transform": "pipeline",
     "use": "eager",
@@ -85,6 +87,7 @@ __all__ = [
     "native",
     "on",
     "ops",
+    "plot_rule",
     "register",
     "report",
     "rules",

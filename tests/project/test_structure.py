@@ -26,7 +26,7 @@ core
 rules context vocabulary
 backward
 ops
-functional modules graph
+functional plot modules graph
 sites
 capture table
 plan
