@@ -10,21 +10,18 @@ import functools
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ._torch import tree
-from ._torch.graphs import grad_mode_setter, is_erased
+from ._torch.graphs import grad_mode_getter, grad_mode_setter, is_erased
 from ._torch.modules import has_global_hooks, has_hooks
-from .backward.functions import OVERWRITTEN
 from .capture.captured import sets_grad_mode
 from .capture.rule_parameters import hold
 from .context import SCOPES
-from .core.contract import SAVES
 from .core.rule import Forward, Rule
 from .graph.aliasing import Aliasing, of_library
 from .graph.hooked import open_call
@@ -40,8 +37,9 @@ from .graph.marks import (
 from .graph.nodes import called_module, called_path, takes_parameters
 from .graph.provenance import META
 from .graph.serialise import can_be_written
+from .memory import Memory, memory_at
 from .ops.calls import call_with
-from .ops.checks import require_frozen, warn_if_native
+from .ops.checks import require_frozen, require_unwritten, warn_if_native, write_count
 from .ops.functions import apply_forward, function_key
 from .ops.gradients import decoupled, kept, stop_gradient, written_back
 from .ops.hooked import call_without_hooks
@@ -100,7 +98,7 @@ def rewrite(
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first
     judged = [
-        (place, decision, _memory(place, decision, aliasing))
+        (place, decision, memory_at(place, decision, aliasing))
         for place, decision in wanted
         if isinstance(place, LocatedOperation)
     ]
@@ -189,57 +187,6 @@ def _at(place: Located, opened: Mapping[fx.Node, tuple[fx.Node, ...]]) -> Locate
     return place
 
 
-@dataclass(frozen=True)
-class _Memory:
-    """What a site needs because of in-place operations and shared memory.
-
-    Attributes:
-        keep_x: Whether a rule needs a copy of `x`, because `x` is overwritten before the backward.
-        write_back: Whether the result has to be written into the memory of `x`, because that memory is read later
-            through another node.
-        on_copy: Whether the operation has to run on a copy of `x`, because it may return `x` itself and its result is
-            written into later.
-        save: The `save` option for `decoupled`; ``""`` for the rule's own.
-    """
-
-    keep_x: bool
-    write_back: bool
-    on_copy: bool
-    save: str
-
-
-def _memory(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> _Memory:
-    """What a site needs because of in-place operations and shared memory.
-
-    A rule that reads only where `x` is positive can read the output of some operations instead, for example of ReLU.
-    The next layer usually saves the output anyway. If the operation works in place, `x` already holds the output when
-    it is saved. Module calls are excluded, because forward hooks can replace the output.
-    """
-    x, node = place.input, place.node
-    first, *others = decision.rules or (None,)
-    overwrites = place.inplace and decision.forward is None
-    write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
-    others_read_x = first is None or any("x" in rule.inputs for rule in others)
-    save = ""
-    if _reads_where_positive(first, place) and decision.forward is None:
-        if overwrites:
-            save = "" if write_back or others_read_x else OVERWRITTEN
-        elif node.op != "call_module" and not aliasing.written_after(node, node):
-            save = "y"
-    needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
-    overwritten = write_back or (overwrites and save != OVERWRITTEN)
-    lost = overwritten or aliasing.written_after(x, node)
-    may_return_x = place.op is None or place.op.name == "identity"
-    on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
-    return _Memory(needs_x and lost, write_back, on_copy, save)
-
-
-def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
-    """Whether a rule reads only where `x` is positive, and the output is positive exactly where `x` is."""
-    usual = rule is not None and rule.declaration.reads_sign and rule.save == SAVES[0]
-    return usual and place.op is not None and place.op.keeps_positive
-
-
 @contextmanager
 def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
     """Insert nodes after the inputs of a graph. If `enabled`, they run with gradients enabled."""
@@ -247,7 +194,7 @@ def _at_the_beginning(graph: fx.Graph, enabled: bool) -> Iterator[None]:
     first = inputs[-1].next if inputs else next(iter(graph.nodes))
     with graph.inserting_before(first):
         if enabled:
-            before = graph.call_function(torch.is_grad_enabled)
+            before = graph.call_function(grad_mode_getter)
             graph.call_function(grad_mode_setter(), (True,))
         yield
         if enabled:
@@ -314,7 +261,7 @@ class _Surgery:
         self.ambient = {"ambient": SCOPES[site.kind]} if ambient else {}
         self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
-    def operate(self, place: LocatedOperation, decision: Decision, memory: _Memory) -> None:
+    def operate(self, place: LocatedOperation, decision: Decision, memory: Memory) -> None:
         """Rewrite the site of an operation.
 
         The operation runs on `stop_gradient(x)`, and `decoupled` replaces every later use of its result, and every
@@ -334,6 +281,8 @@ class _Surgery:
                 stop = self.keep(stop) if memory.on_copy or memory.write_back else stop
             if decision.forward is not None:
                 operation = self.forward(stop, decision.forward)
+            if memory.watched:
+                writes = self.node("call_function", write_count, (stop,))
         if decision.forward is None:
             operation = node
             if isinstance(place.key, int):
@@ -344,6 +293,9 @@ class _Surgery:
             node.replace_all_uses_with(operation)
             self.graph.erase_node(node)
         with self.graph.inserting_before(operation.next):
+            if memory.watched:
+                name = self.site.name
+                self.node("call_function", require_unwritten, (stop, writes, name))
             out = self.decoupled(operation, source, start, first, memory.save)
         result = out
         if memory.write_back:

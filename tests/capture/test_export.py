@@ -843,6 +843,15 @@ def test_a_region_without_gradients_in_a_call_without_gradients(make: Make) -> N
         assert not a.requires_grad
 
 
+@pytest.mark.parametrize(
+    "op", ["activations", "params"]
+)  # a rule for a parameter sets the grad mode, too
+def test_a_model_with_a_region_without_gradients_is_pickled(op: str) -> None:
+    gm = fg.transform(build(Frozen), {op: fg.rules.scale(s=0.5)}, example_inputs=(sample(),))
+    loaded = pickle.loads(pickle.dumps(gm))
+    assert torch.equal(loaded(sample()), gm(sample()))
+
+
 # --- hooks ---
 
 

@@ -278,3 +278,61 @@ def test_a_replaced_forward_of_an_in_place_class_writes_back_with_and_without_gr
             y = InPlace()(x)
         assert torch.equal(y, expected)
         assert torch.equal(x, expected)
+
+
+class ComputesTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.tanh(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+class ComputesTanhWithSetup(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return helper(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 0.5
+
+
+def helper(x: Tensor) -> Tensor:
+    return torch.tanh(x)
+
+
+@pytest.mark.parametrize("function", [ComputesTanh, ComputesTanhWithSetup])
+@pytest.mark.parametrize("learns", [True, False])
+def test_the_operations_in_a_function_are_no_sites_and_are_not_counted(
+    function: type[torch.autograd.Function], learns: bool
+) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(4, 4).double()
+
+        def forward(self, x: Tensor) -> Tensor:
+            with torch.no_grad():
+                a = torch.tanh(x)  # a site, although gradients are disabled
+            return torch.tanh(self.f(x) + function.apply(x) + a)
+
+    model, x = Net(), sample().detach().requires_grad_(learns)
+    table = fg.RuleTable([fg.on("tanh", call=1).backward(THREE)])
+    with fg.use(table, model=model) as block:
+        output = model(x)
+    gm = fg.transform(model, table)
+    ours, theirs = (
+        torch.autograd.grad(y.square().sum(), model.f.weight)[0] for y in (output, gm(x))
+    )
+    assert torch.equal(ours, theirs)
+    assert [d.site.name for d in fg.report(block).decisions] == ["<root>:tanh[0]", "<root>:tanh[1]"]
+    (opaque,) = fg.report(block).opaque
+    assert function.__name__ in opaque.what
+    assert opaque.reason == "keeps its own backward"

@@ -36,7 +36,7 @@ FORMULAS: dict[str, Callable[..., Tensor]] = {
     "fast_sigmoid": lambda g, x, y, slope: g / (1 + slope * x.abs()) ** 2,
     "arctan": lambda g, x, y, alpha: g * (alpha / 2) / (1 + (math.pi / 2 * alpha * x) ** 2),
     "guided": lambda g, x, y: torch.clamp(g, min=0) * (x > 0),
-    "noise": lambda g, x, y, sigma: g,
+    "noise": lambda g, x, y, sigma: g + sigma * torch.randn_like(g),
     "centralize": lambda g, x, y, dim: g - g.mean(dim, keepdim=True),
     "fuzz_x": lambda g, x, y, k: g * (x * x * k + 1),
     "fuzz_xy": lambda g, x, y, k: g * (x * k + y),

@@ -143,3 +143,104 @@ def test_a_tensor_that_does_not_fit_is_named_in_the_backward(
         RuleError, match=rf"'scale' at site '{site}'.*'s', a tensor of shape \({shape[0]},"
     ):
         y.sum().backward()
+
+
+class WritesAndReturnsAnother(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * 0.5
+        x *= 3
+        return y
+
+
+class WritesIntoAPart(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        x[0].relu_()
+        return x
+
+
+class Dirty(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(3)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 3
+
+
+class CallsDirty(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Dirty.apply(x) + 0 * x
+
+
+class WritesInPlace(nn.Module):
+    inplace = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.relu_()
+
+
+class ReadsAfterwards(nn.Module):
+    """Calls a part, and returns its argument as well."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = x * 1.0
+        return self.part(x), x
+
+
+WRITERS = [
+    (WritesAndReturnsAnother, WritesAndReturnsAnother),
+    (WritesIntoAPart, WritesIntoAPart),
+    (CallsDirty, Dirty),
+]
+
+
+@pytest.mark.parametrize(("part", "selected"), WRITERS)
+def test_a_class_that_writes_into_its_input_is_refused_unless_no_rule_acts(
+    part: type[nn.Module], selected: type[Any]
+) -> None:
+    model = ReadsAfterwards(part())
+    x = torch.tensor([[1.0, -2.0], [-3.0, 4.0]], requires_grad=True)
+    gm = fg.transform(model, {selected: "straight_through"})
+    with pytest.raises(
+        PlanError, match=r"'part:\w+\[0\]' writes into its input.*Select the ops.*inplace"
+    ):
+        gm(x)
+    with fg.native(), torch.no_grad():
+        assert all(map(torch.equal, gm(x), model(x)))
+    with fg.native():
+        outputs = [m(x) for m in (gm, model)]
+        ours, own = (torch.autograd.grad(a.sum() + 2 * b.sum(), x)[0] for a, b in outputs)
+    assert torch.equal(ours, own)
+
+
+@pytest.mark.parametrize("part", [WritesAndReturnsAnother, WritesIntoAPart])
+def test_a_class_that_writes_into_its_input_is_refused_in_a_block(part: type[nn.Module]) -> None:
+    model = ReadsAfterwards(part())
+    x = torch.tensor([[1.0, -2.0], [-3.0, 4.0]], requires_grad=True)
+    with (
+        fg.use({part: "straight_through"}, model=model),
+        pytest.raises(PlanError, match=r"writes into its input.*Select the ops"),
+    ):
+        model(x)
+    with fg.use({part: "straight_through"}, model=model), torch.no_grad():
+        found = model(x)
+    with torch.no_grad():
+        assert all(map(torch.equal, found, model(x)))
+
+
+def test_a_class_that_says_that_it_works_in_place_is_a_site_of_its_write() -> None:
+    model = ReadsAfterwards(WritesInPlace())
+    x = torch.tensor([1.0, -2.0], requires_grad=True)
+    gm = fg.transform(model, {WritesInPlace: fg.rules.scale(s=3.0)})
+    outputs = [gm(x)]
+    with fg.use({WritesInPlace: fg.rules.scale(s=3.0)}, model=model):
+        outputs.append(model(x))
+    for y, read in outputs:
+        assert y.tolist() == read.tolist() == [1, 0]
+        assert torch.autograd.grad(y.sum() + 2 * read.sum(), x)[0].tolist() == [9, 9]

@@ -30,7 +30,7 @@ functional plot modules graph
 sites
 capture table
 plan
-rewrite
+rewrite memory
 dynamo eager
 verification
 pipeline

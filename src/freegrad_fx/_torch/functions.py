@@ -6,6 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
+from types import FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +21,7 @@ __all__ = [
     "base_apply",
     "direct_apply",
     "follow_checkpoints",
+    "function_of_frame",
     "functions_answered_by",
     "overrides_apply",
     "with_backward",
@@ -202,6 +204,22 @@ def applied_to_inputs(args: tuple[Any, ...], has_context: bool) -> tuple[Any, ..
         return args[1:] if made_by_apply else None
     # The only sign of `apply` is that it runs a forward with gradients disabled
     return None if torch.is_grad_enabled() else args
+
+
+def function_of_frame(frame: FrameType) -> Function | None:
+    """The Function whose forward a frame runs; None for other frames, and for PyTorch's own, such as checkpoints."""
+    code = frame.f_code
+    if code.co_name != "forward" or frame.f_globals.get("__name__", "").startswith("torch."):
+        return None
+    first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
+    if isinstance(first, torch.nn.Module):
+        return None
+    if isinstance(first, torch.autograd.function.FunctionCtx):
+        known: Function | None = getattr(first, "_forward_cls", None)
+        if known is not None:
+            return known
+    functions = _subclasses(torch.autograd.Function)
+    return next((f for f in functions if getattr(f.forward, "__code__", None) is code), None)
 
 
 # --- checkpoints ---

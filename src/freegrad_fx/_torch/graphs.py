@@ -6,6 +6,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from typing import Any
 
+import torch
 from torch import fx
 
 from .releases import lookup, private, uses_private_names
@@ -20,6 +21,7 @@ __all__ = [
     "code_generator",
     "forward_from_source",
     "generated_code",
+    "grad_mode_getter",
     "grad_mode_setter",
     "is_erased",
     "is_fx_tracing",
@@ -29,6 +31,10 @@ __all__ = [
     "structures_of",
     "with_structures",
 ]
+
+
+grad_mode_getter: Callable[[], bool] = torch.is_grad_enabled
+"""The function that a graph calls to read the grad mode. A capture replaces `torch.is_grad_enabled` for its time."""
 
 
 def grad_mode_setter() -> Any:

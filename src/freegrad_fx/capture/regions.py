@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .._torch.graphs import grad_mode_setter
+from .._torch.graphs import grad_mode_getter, grad_mode_setter
 from ..errors import CaptureError
 from ..graph.provenance import META
 from ..sites.remarks import Opaque
@@ -51,7 +51,7 @@ def inline_grad_modes(module: nn.Module, graph: fx.Graph) -> None:
         values = dict(zip([n for n in inside if n.op == "placeholder"], operands, strict=True))
         results: Any = ()
         with graph.inserting_before(node):
-            before = graph.call_function(torch.is_grad_enabled)
+            before = graph.call_function(grad_mode_getter)
             start = graph.call_function(grad_mode_setter(), (enabled,))
             for inner in inside:
                 if inner.op == "output":

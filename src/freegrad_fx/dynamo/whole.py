@@ -59,10 +59,11 @@ def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
     if len(given) != 1:
         raise refusal(call.module, call.name, f"it has {len(given) or 'no'} tensors as input")
     if len(outputs) != 1 or not _is_tensor(outputs[0]):
-        raise refusal(call.module, call.name, "it does not return one tensor")
+        raise refusal(call.module, call.name, "it does not return one tensor", ways="")
     (x,), (y,) = given, outputs
     if any(written_argument(node, gm) is x for node in call.nodes):
-        raise refusal(call.module, call.name, "it writes into its input tensor")
+        ways = "transform() and use()" if getattr(call.module, "inplace", False) else ""
+        raise refusal(call.module, call.name, "it writes into its input tensor", ways=ways)
     body = fx.Graph()
     order = (x, *(value for value in inputs if value is not x))
     copies = {value: body.placeholder(value.name) for value in order}
@@ -80,14 +81,23 @@ def fold(gm: fx.GraphModule, call: Call, number: int) -> fx.Node:
     return whole
 
 
-def refusal(module: nn.Module, path: str, reason: str) -> PlanError:
-    """The error for a call that cannot be folded."""
+def refusal(
+    module: nn.Module, path: str, reason: str, *, ways: str = "transform() and use()"
+) -> PlanError:
+    """The error for a call that cannot be folded.
+
+    Args:
+        module: The module that is called.
+        path: Its dotted path.
+        reason: Why the call cannot be folded, as a clause.
+        ways: What accepts such a call; ``""`` if nothing does.
+    """
     kind = type(module).__name__
+    remedy = f"Select the ops inside of {kind} instead"
     return PlanError(
         f"the table selects the calls of {kind}, but the call of {path or 'the root'} cannot be one site: {reason}. "
         f"Dynamo traces into every module, so a call can be a site only if it is in one graph and has one tensor as "
-        f"input and one as output. Select the ops inside of {kind} instead; transform() takes classes, in "
-        f"models that it can capture."
+        f"input and one as output. {remedy}{f'; or use {ways}, where such a call can be a site' if ways else ''}."
     )
 
 

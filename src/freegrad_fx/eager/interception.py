@@ -17,7 +17,7 @@ from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .observed import Observed
 from .rules import run, with_argument
-from .running import in_one_site
+from .running import in_one_site, running_function
 
 __all__ = ["enter", "leave"]
 
@@ -55,6 +55,10 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     if spelling is None:
         for observed in observing:
             observed.opaque(func)
+        return func(*args, **kwargs)
+    if (function := running_function(2)) is not None:
+        for observed in observing:
+            observed.inside(function)
         return func(*args, **kwargs)
     for observed in observing:
         decision = observed.operation(spelling, func)

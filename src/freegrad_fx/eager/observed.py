@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.dispatch import dispatch_modes, function_transforms_active, is_transformed
+from .._torch.functions import Function
 from .._torch.tensors import version
 from ..graph.provenance import caller
 from ..modules import Activation
@@ -319,6 +320,14 @@ class Observed:
         if place is None:
             return
         self._opaque[Opaque(place.path, spelled_function(function, False), reason, caller())] = None
+
+    def inside(self, function: Function) -> None:
+        """Note an autograd.Function whose forward computes an activation."""
+        self.ran = True
+        place = self._place()
+        if place is not None:
+            what = f"autograd.Function {function.__qualname__}"
+            self._opaque[Opaque(place.path, what, "keeps its own backward", caller())] = None
 
     def plan(self) -> Plan:
         """The sites that were seen, with their decisions."""

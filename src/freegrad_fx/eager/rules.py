@@ -14,6 +14,7 @@ from .._torch.tensors import version
 from ..backward.hazards import warn_if_recorded
 from ..context import left_alone
 from ..core.rule import Forward, Rule
+from ..ops.checks import require_unwritten, write_count
 from ..ops.functions import apply_forward, function_key
 from ..ops.gradients import copied, decoupled_by
 from ..plan import Decision
@@ -67,7 +68,10 @@ def run(
     if rules_act() and is_differentiable(x):
         stop = copied(x.detach()) if inplace or on_copy else x.detach()
         start = x.clone() if inplace and decision.reads("x") else x
+        watched = on_copy and not inplace and forward is None
+        writes = write_count(stop) if watched else -1
         y = require_tensor(operation(stop), decision.site.name)
+        require_unwritten(stop, writes, decision.site.name)
         y = y.clone() if y is stop and not (inplace or on_copy) else y
         out = decoupled_by(decision.rules, y, start, decision.site.name)
     else:

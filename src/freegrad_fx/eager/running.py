@@ -10,8 +10,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import torch
 from torch import fx, nn
 
+from .._torch.functions import Function, function_of_frame
 from .._torch.modules import call_code
 from ..context import intercepting_blocks
 
@@ -21,6 +23,7 @@ __all__ = [
     "is_compiled_graph",
     "looks_for_sites",
     "one_site",
+    "running_function",
     "running_modules",
 ]
 
@@ -78,6 +81,24 @@ def running_modules(depth: int = 1) -> Iterator[Running]:
             if isinstance(graph, nn.Module) and is_compiled_graph(graph):
                 yield Running(graph, frame)
         frame = frame.f_back
+
+
+def running_function(depth: int = 1) -> Function | None:
+    """The user's autograd.Function whose forward is running in this thread; None if there is none.
+
+    Autograd records nothing there, so that no rule can act: the Function has its own backward.
+
+    Args:
+        depth: The number of frames to skip.
+    """
+    if torch.is_grad_enabled():  # PyTorch disables gradients for a forward
+        return None
+    frame: FrameType | None = sys._getframe(depth)
+    while frame is not None:
+        if (function := function_of_frame(frame)) is not None:
+            return function
+        frame = frame.f_back
+    return None
 
 
 def is_compiled_graph(module: Any) -> bool:

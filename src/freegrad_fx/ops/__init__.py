@@ -19,7 +19,9 @@ from .checks import (
     require_open,
     require_specialised,
     require_tensor,
+    require_unwritten,
     warn_if_native,
+    write_count,
 )
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient, written_back
@@ -49,10 +51,12 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
+    "require_unwritten",
     "run_hooks",
     "run_pre_hooks",
     "stop_gradient",
     "warn_if_native",
+    "write_count",
     "written_back",
 ]
 

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
-from .._torch.dynamo import takes_for_constant
+from .._torch.dynamo import is_compiling, takes_for_constant
+from .._torch.tensors import version
 from ..context import explicit_rules_act
-from ..errors import CaptureError, FreegradWarning
+from ..errors import CaptureError, FreegradWarning, PlanError
 
 __all__ = [
     "require_frozen",
@@ -19,7 +20,9 @@ __all__ = [
     "require_open",
     "require_specialised",
     "require_tensor",
+    "require_unwritten",
     "warn_if_native",
+    "write_count",
 ]
 
 
@@ -112,6 +115,41 @@ def require_frozen(parameter: Tensor, name: str) -> None:
             f"the parameter {name!r} was frozen (requires_grad=False) when the model was transformed, and is "
             f"trainable now: its rule would not act. Transform the original model again with the parameter unfrozen; "
             f"the result shares its tensors."
+        )
+
+
+def write_count(x: Tensor) -> int:
+    """The number of writes into a tensor before the call of a site; -1 if no rule acts, or if it is not known.
+
+    Args:
+        x: The detached input of the site.
+    """
+    if has_torch_function_unary(x):
+        count: int = handle_torch_function(write_count, (x,), x)
+        return count
+    acts = explicit_rules_act() and torch.is_grad_enabled()
+    known = isinstance(x, Tensor) and not is_compiling() and not x.is_inference()
+    return version(x) if acts and known else -1
+
+
+def require_unwritten(x: Tensor, before: int, site: str) -> None:
+    """Raise `PlanError` if the call of a class that the table selects has written into its input.
+
+    The rule would then give the result its gradient, and autograd would not see the write.
+
+    Args:
+        x: The detached input of the site.
+        before: Its `write_count` before the call.
+        site: The name of the site.
+    """
+    if has_torch_function_unary(x):
+        handle_torch_function(require_unwritten, (x,), x, before, site)
+    elif before >= 0 and version(x) != before:
+        raise PlanError(
+            f"the call at site {site!r} writes into its input tensor, whose gradient would be lost: the table selects "
+            f"the call by its class, and the rule is for the result. Select the ops inside of the class instead. If "
+            f"the result is that tensor, as in a layer with inplace=True, set the attribute inplace = True on the "
+            f"module: then the rule is for the write."
         )
 
 

@@ -1,0 +1,74 @@
+"""What a site needs because operations work in place or share memory: copies, and a write into its input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .backward.functions import OVERWRITTEN
+from .core.contract import SAVES
+from .core.rule import Rule
+from .graph.aliasing import Aliasing
+from .plan import Decision
+from .sites.site import LocatedOperation
+
+__all__ = ["Memory", "memory_at"]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """What a site needs because of in-place operations and shared memory.
+
+    Attributes:
+        keep_x: Whether a rule needs a copy of `x`, because `x` is overwritten before the backward.
+        write_back: Whether the result has to be written into the memory of `x`, because that memory is read later
+            through another node.
+        on_copy: Whether the operation has to run on a copy of `x`, because it may return `x` itself and its result is
+            written into later.
+        save: The `save` option for `decoupled`; ``""`` for the rule's own.
+        watched: Whether the operation is code of the user that could write into `x` without saying so.
+    """
+
+    keep_x: bool
+    write_back: bool
+    on_copy: bool
+    save: str
+    watched: bool
+
+
+def memory_at(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> Memory:
+    """What a site needs because of in-place operations and shared memory.
+
+    A rule that reads only where `x` is positive can read the output of some operations instead, for example of ReLU.
+    The next layer usually saves the output anyway. If the operation works in place, `x` already holds the output when
+    it is saved. Module calls are excluded, because forward hooks can replace the output.
+    """
+    x, node = place.input, place.node
+    first, *others = decision.rules or (None,)
+    overwrites = place.inplace and decision.forward is None
+    write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
+    others_read_x = first is None or any("x" in rule.inputs for rule in others)
+    save = ""
+    if _reads_where_positive(first, place) and decision.forward is None:
+        if overwrites:
+            save = "" if write_back or others_read_x else OVERWRITTEN
+        elif node.op != "call_module" and not aliasing.written_after(node, node):
+            save = "y"
+    needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
+    overwritten = write_back or (overwrites and save != OVERWRITTEN)
+    lost = overwritten or aliasing.written_after(x, node)
+    may_return_x = place.op is None or place.op.name == "identity"
+    on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
+    return Memory(needs_x and lost, write_back, on_copy, save, _is_watched(place, decision))
+
+
+def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
+    """Whether a rule reads only where `x` is positive, and the output is positive exactly where `x` is."""
+    usual = rule is not None and rule.declaration.reads_sign and rule.save == SAVES[0]
+    return usual and place.op is not None and place.op.keeps_positive
+
+
+def _is_watched(place: LocatedOperation, decision: Decision) -> bool:
+    called = place.called
+    if called is None or called.__module__.startswith("torch."):
+        return False
+    return place.op is None and not place.inplace and decision.forward is None
