@@ -41,7 +41,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     fuzz.addoption(
         "--fuzz-door",
         choices=("symbolic", "export", "compile", "backend", "use"),
-        help="only by this way in; without it, N by each",
+        help="only by this way in; without it, all share the N cases",
     )
 
 

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 from fuzz_tables import Bound, Entry, Table
 
-DOORS = ("symbolic", "export", "compile", "backend", "use")
 NAMES_A_DOOR = ("example_inputs", "fg.compile", "freegrad_fx.compile", "fg.backend", "transform(", "leaf_modules",
                 "submodule", "symbolic tracing", "concrete_args", "Select the ops")  # fmt: skip
 

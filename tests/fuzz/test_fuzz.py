@@ -4,35 +4,50 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
+from collections.abc import Callable
 
 import pytest
 
 from fuzz_cases import Case, check, kind_of, random_case
-from fuzz_doors import DOORS
 from fuzz_shrink import shrink
 
 # For each way in, the number of chunks and of cases in each: 200 cases. Exporting and compiling take long.
 FAST = {"symbolic": (6, 32), "export": (1, 4), "compile": (1, 2), "backend": (1, 2), "use": (1, 32)}
 
 
-def try_cases(door: str, seeds: range) -> Counter[str]:
-    """Try cases; fail with the first failing one, made small.
+# Of the cases that `--fuzz` asks for, the share of each way in
+SHARES = {"symbolic": 0.5, "use": 0.3, "export": 0.08, "compile": 0.06, "backend": 0.06}
+
+
+def try_cases(
+    door: str, seeds: range, told: Callable[[str], None] = lambda line: None
+) -> tuple[Counter[str], list[str]]:
+    """Try cases.
+
+    Args:
+        door: The way in.
+        seeds: The seeds of the cases.
+        told: Called with a line for each failure, and for every 100 cases.
 
     Returns:
-        What the cases came to, counted.
+        What the cases came to, counted; and the failing cases, made small.
     """
     kinds: Counter[str] = Counter()
+    failures: list[str] = []
     acted = 0
-    for seed in seeds:
+    for number, seed in enumerate(seeds, 1):
         case = random_case(seed, door)
         outcome = check(case)
         kinds[kind_of(outcome)] += 1
         acted += outcome.acted > 0
         if outcome.kind == "failure":
+            told(f"{door}: seed {seed} fails: {outcome.detail[:100]!r}")
             small = shrink(case, functools.partial(_fails_like, outcome.detail))
-            pytest.fail(f"seed {seed} by {door}:\n{small}\n\n{check(small).detail}", pytrace=False)
+            failures.append(f"seed {seed} by {door}:\n{small}\n\n{check(small).detail}")
+        if number % 100 == 0:
+            told(f"{door}: {number} cases up to seed {seed}: {dict(summary(kinds))}")
     kinds["a rule acted"] = acted
-    return kinds
+    return kinds, failures
 
 
 def _fails_like(detail: str, case: Case) -> bool:
@@ -53,19 +68,35 @@ def summary(kinds: Counter[str]) -> Counter[str]:
 )
 def test_random_programs(door: str, chunk: int) -> None:
     number = FAST[door][1]
-    found = summary(try_cases(door, range(chunk * number, (chunk + 1) * number)))
+    kinds, failures = try_cases(door, range(chunk * number, (chunk + 1) * number))
+    if failures:
+        pytest.fail("\n\n".join(failures), pytrace=False)
+    found = summary(kinds)
     if number >= 30:  # else the test could be about nothing
         assert found["ok"] >= number / 2, found
         assert found["a rule acted"] >= number / 4, found
 
 
 def test_more_random_programs(request: pytest.FixtureRequest) -> None:
-    """As many as ``--fuzz=N`` says, from ``--fuzz-seed=S`` on, by ``--fuzz-door``."""
-    number, seed, door = (request.config.getoption(f"--fuzz{o}") for o in ("", "-seed", "-door"))
+    """As many as ``--fuzz=N`` says, from ``--fuzz-seed=S`` on, by ``--fuzz-door`` or shared among all."""
+    number, seed, only = (request.config.getoption(f"--fuzz{o}") for o in ("", "-seed", "-door"))
     if not number:
         pytest.skip("--fuzz=N was not given")
-    for each in [door] if door else DOORS:
-        kinds = try_cases(each, range(seed, seed + number))
-        print(f"\n{each}: {number} cases, of which")
-        for kind, count in kinds.most_common():
-            print(f"{count:7} {kind}")
+    capture = request.config.pluginmanager.getplugin("capturemanager")
+
+    def tell(line: str) -> None:
+        with capture.global_and_fixture_disabled():
+            print(
+                line, flush=True
+            )  # at once, so that a run that is stopped has said how far it came
+
+    shares = {only: 1.0} if only else SHARES
+    failures = []
+    for door, share in shares.items():
+        cases = round(number * share)
+        kinds, failing = try_cases(door, range(seed, seed + cases), tell)
+        failures += failing
+        counts = "\n".join(f"{count:7} {kind}" for kind, count in kinds.most_common())
+        tell(f"{door}: {cases} cases, seeds {seed} to {seed + cases - 1}, of which\n{counts}")
+    if failures:
+        pytest.fail("\n\n".join(failures), pytrace=False)
