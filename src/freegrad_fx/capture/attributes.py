@@ -51,6 +51,9 @@ class AttributeTracer(graphs.Tracer):
         read_first: The attributes that the forward read, or asked for, before it assigned them. If the name is
             ``"__dict__"``, it read all of them.
         described: The dotted names of the tensors whose shape or the like is a constant of the graph.
+        tensors_themselves: Whether the forward reads parameters and buffers themselves, because it may compare one by
+            `is` or `id` with one that it got otherwise, for example from `parameters()`. Operations on a tensor of the
+            model are recorded, too.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class AttributeTracer(graphs.Tracer):
         self.watched = watched
         self.reshaped = reshaped
         self.thread = threading.get_ident()
+        self.tensors_themselves = False
         self.refusals = 0
         self.assigned: dict[Attribute, Any] = {}
         self.read_first: dict[Attribute, None] = {}  # in the order of the reads
@@ -110,11 +114,15 @@ class AttributeTracer(graphs.Tracer):
     # -- methods that torch.fx calls
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """Return a proxy in place of a parameter or buffer of a module."""
+        """Return a proxy in place of a parameter or buffer of a module.
+
+        With `tensors_themselves`, a proxy is returned only for what the forward assigned or gives another shape.
+        """
         if threading.get_ident() != self.thread or not isinstance(attr_val, Tensor):
             return attr_val
         proxy = self.known_tensor(attr_val)
-        return attr_val if proxy is None else proxy
+        itself = proxy is None or (self.tensors_themselves and type(proxy) is TensorProxy)
+        return attr_val if itself else proxy
 
     # -- methods that the patches call
 

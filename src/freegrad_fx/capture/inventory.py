@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dis
 import functools
-from types import FunctionType
+import itertools
+from types import CodeType, FunctionType
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -13,7 +15,13 @@ from .._torch import tree
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from ..vocabulary.inside import computes_activations
 
-__all__ = ["compares_identity", "held_tensors", "kept_whole", "tensor_names"]
+__all__ = [
+    "compared_by_identity",
+    "compares_identity",
+    "held_tensors",
+    "kept_whole",
+    "tensor_names",
+]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -36,6 +44,19 @@ def compares_identity(kind: type[nn.Module]) -> bool:
         i.opname == "IS_OP" or i.opname.endswith("_NONE")
         for code in codes
         for i in dis.get_instructions(code)
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def compared_by_identity(code: CodeType) -> frozenset[Any]:
+    """The constants to the right of `is` in a function and the functions in it; ``...`` stands for other values."""
+    found = {
+        before.argval if before.opname == "LOAD_CONST" else ...
+        for before, after in itertools.pairwise(dis.get_instructions(code))
+        if after.opname == "IS_OP"
+    }
+    return frozenset(found).union(
+        *(compared_by_identity(c) for c in code.co_consts if isinstance(c, CodeType))
     )
 
 

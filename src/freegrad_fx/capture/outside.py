@@ -9,10 +9,8 @@ from __future__ import annotations
 import builtins
 import collections
 import contextlib
-import dis
 import functools
 import gc
-import itertools
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
@@ -25,6 +23,7 @@ from .._torch.replacing import replaced
 from ..errors import CaptureError
 from ..graph.provenance import is_users
 from ..graph.state import is_python_state
+from .inventory import compared_by_identity
 from .python_state import is_changed, refill
 
 __all__ = ["CACHE", "Outside", "is_library", "is_proxy", "keeps_state", "refuse_own_modules"]
@@ -53,10 +52,11 @@ class Outside:
         asks_identity: Whether one of these functions may call `id`.
         compares_identity: Whether one of these functions contains `is`, with something other than None. Python does not
             ask a proxy for the result.
+        compares_variables: Whether one of them compares with `is` what is not a constant.
     """
 
     def __init__(self, model: nn.Module, root: nn.Module) -> None:
-        self.compares_identity = self.asks_identity = False
+        self.compares_identity = self.compares_variables = self.asks_identity = False
         self.own_modules: list[str] = []
         pairs = zip(root.modules(), model.modules(), strict=False)
         self._originals = {id(copied): original for copied, original in pairs}
@@ -296,7 +296,9 @@ class Outside:
                 self._add(item, name, depth - 1)
 
     def _add_function(self, function: FunctionType) -> None:
-        self.compares_identity |= _compares_identity(function.__code__)
+        compared = compared_by_identity(function.__code__)
+        self.compares_identity |= not compared <= {None}
+        self.compares_variables |= ... in compared
         if not is_library(module := function.__module__ or ""):
             self._add_globals(function.__globals__, module, _names(function.__code__), _DEPTH)
         where = f"of the function {function.__qualname__}"
@@ -369,15 +371,6 @@ _LIBRARIES = ("torch", "numpy", __name__.partition(".")[0])
 
 def _uncached(cache: Any) -> Any:
     return functools.lru_cache(maxsize=0)(cache.__wrapped__)
-
-
-@functools.lru_cache(maxsize=4096)
-def _compares_identity(code: CodeType) -> bool:
-    instructions = list(dis.get_instructions(code))
-    return any(
-        after.opname == "IS_OP" and (before.opname != "LOAD_CONST" or before.argval is not None)
-        for before, after in itertools.pairwise(instructions)
-    ) or any(_compares_identity(c) for c in code.co_consts if isinstance(c, CodeType))
 
 
 @functools.lru_cache(maxsize=4096)

@@ -114,6 +114,10 @@ class Tracer(AttributeTracer):
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module. Attributes that it reads and does not use are not in the graph."""
         self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
+        outside = self.outside
+        self.tensors_themselves = outside is not None and (
+            outside.compares_variables or outside.asks_identity
+        )
         self.look_up(root)
         with torch.set_grad_enabled(True), patched(self):
             graph = super().trace(root, concrete_args)
