@@ -697,3 +697,37 @@ def made_of(text: str) -> Callable[..., Tensor]:
     namespace: dict[str, Any] = {}
     exec(text, namespace)
     return namespace["f"]
+
+
+def by_a_branch(grad: Tensor, x: Tensor) -> Tensor:
+    """grad·2 if the largest x is positive, else grad"""
+    return grad * 2 if x.max() > 0 else grad
+
+
+def by_a_number(grad: Tensor, x: Tensor) -> Tensor:
+    """grad·max(x)"""
+    return grad * float(x.max())
+
+
+def by_numpy(grad: Tensor, x: Tensor) -> Tensor:
+    """grad where x is positive"""
+    return grad * torch.from_numpy(x.detach().numpy() > 0)
+
+
+@pytest.mark.parametrize("formula", [by_a_branch, by_a_number, by_numpy], ids=lambda f: f.__name__)
+def test_a_formula_that_cannot_be_compiled_is_named_with_the_remedy(
+    formula: Callable[..., Tensor],
+) -> None:
+    name = f"uncompilable_{formula.__name__}"
+    fg.register(name, overwrite=True)(formula)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.ReLU()), torch.randn(3, 4)
+    text = rf"rule '{name}' at site '1:relu\[0\]' failed .*torch\.where.* transform\(\) and use\(\)"
+    with pytest.raises(fg.RuleError, match=text):
+        fg.compile(model, {"relu": name}, backend="aot_eager")(x)
+    with pytest.raises(Exception, match=text):
+        torch.compile(fg.transform(model, {"relu": name}), backend="aot_eager", fullgraph=True)(x)
+    pre = model[0](x).detach().requires_grad_()
+    expected = formula(torch.ones(3, 4), pre.detach())
+    gm = fg.transform(model[1:], {"relu": name})
+    (found,) = torch.autograd.grad(gm(pre).sum(), pre)
+    assert torch.equal(found, expected)

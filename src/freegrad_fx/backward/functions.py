@@ -18,7 +18,7 @@ from ..core.rule import Rule
 from ..errors import RuleError
 from .kernels import run_compiled
 
-__all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "rule_behind"]
+__all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "explained", "rule_behind"]
 
 
 OVERWRITTEN = "overwritten"
@@ -195,16 +195,24 @@ def _blame_parameters(ctx: Any, error: RuntimeError) -> None:
 def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     """Compute the gradient of `x`."""
     call: Call = ctx.call
+    result: Any
     function, inputs, parameters = _formula(ctx)
     # The compiler detects in-place writes itself, and does not support sparse gradients
     if is_compiling():
         inputs = tuple(_after(tensor, grad) for tensor in inputs)
-        return _checked(function(grad, *inputs, **parameters), grad, ctx)
+        if torch.compiler.is_dynamo_compiling():  # Dynamo traces the formula itself
+            return _checked(function(grad, *inputs, **parameters), grad, ctx)
+        try:
+            result = function(grad, *inputs, **parameters)
+        except Exception as error:
+            _explain(error, call)
+            raise
+        return _checked(result, grad, ctx)
     if grad.layout is not torch.strided:
         grad = _coalesced(grad, call)
     declaration = call.rule.declaration
     before = 0 if declaration.own else _versions(grad, inputs)
-    result: Any = NotImplemented
+    result = NotImplemented
     if call.compile:
         if runs_alone(grad):
             result = run_compiled(call.rule, call.site, function, grad, *inputs, **parameters)
@@ -231,6 +239,31 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
             f"computed from them. Make it a pure function, for example with grad * 2 instead of grad.mul_(2)."
         )
     return _checked(result, grad, ctx)
+
+
+_EXPLANATION = "_freegrad_fx_explanation"
+
+
+def _explain(error: Exception, call: Call) -> None:
+    """Let the text of an error name the formula that a compiler failed to trace. Compilers need its class."""
+    reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+    text = (
+        f"rule {call.rule.name!r} at site {call.site!r} failed while its backward was compiled "
+        f"({reason}). A compiled formula cannot use the values of tensors, as `if`, float(), .item() and .numpy() do. "
+        f"Write it with operations on tensors, such as torch.where; or run the model without torch.compile: "
+        f"transform() and use() run the formula in eager mode."
+    )
+    setattr(error, _EXPLANATION, text)
+    error.args = (text,)
+
+
+def explained(error: BaseException | None) -> str:
+    """What an error, or its cause, says about a formula that a compiler failed to trace; ``""`` for other errors."""
+    while error is not None:
+        if text := getattr(error, _EXPLANATION, ""):
+            return str(text)
+        error = error.__cause__
+    return ""
 
 
 def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:

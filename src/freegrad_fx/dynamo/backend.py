@@ -15,6 +15,7 @@ from torch import fx, nn
 
 from .._torch import dynamo as torch_dynamo
 from .._torch.releases import warn_if_untested
+from ..backward.functions import explained
 from ..context import explicit_rules_act
 from ..core.rule import get
 from ..errors import FreegradWarning, PlanError, RuleError
@@ -105,7 +106,15 @@ class Backend:
             if session is not None:
                 session.error = error
             raise
-        compiled = compiler(gm, example_inputs)
+        try:
+            compiled = compiler(gm, example_inputs)
+        except Exception as error:
+            if not (reason := explained(error)):
+                raise
+            refusal = RuleError(reason)
+            if session is not None:
+                session.error = refusal
+            raise refusal from error
 
         def run(*args: Any) -> Any:
             if torch_dynamo.is_tracing():
