@@ -338,3 +338,103 @@ def test_a_part_that_stores_a_tensor_outside_is_kept_whole(
     assert [o.path for o in fg.report(gm).opaque] == ["part"]
     assert no_proxies()
     assert torch.equal(gm(sample()), model(sample()))
+
+
+# --- other packages than the model's ---
+
+KEEPS_STATE = """
+import torch
+
+COUNT, TABLE, SEEN = 0, {"calls": 0}, []
+
+
+class Counter:
+    calls = 0
+
+
+def make():
+    calls = 0
+
+    def count():
+        nonlocal calls
+        calls += 1
+
+    return count
+
+
+in_a_closure = make()
+
+
+def in_a_global(x):
+    global COUNT
+    COUNT += 1
+    return torch.relu(x)
+
+
+def in_a_dict(x):
+    TABLE["calls"] += 1
+    return torch.relu(x)
+
+
+def in_a_list(x):
+    SEEN.append(1)
+    return torch.relu(x)
+
+
+def in_a_class(x):
+    Counter.calls += 1
+    return torch.relu(x)
+
+
+def in_a_variable(x):
+    in_a_closure()
+    return torch.relu(x)
+
+
+def on_a_function(x):
+    on_a_function.calls = getattr(on_a_function, "calls", 0) + 1
+    return torch.relu(x)
+"""
+STATES = ("in_a_global", "in_a_dict", "in_a_list", "in_a_class", "in_a_variable", "on_a_function")
+CALLS_A_HELPER = """
+from torch import nn
+
+class Model(nn.Module):
+    def forward(self, x):
+        return helper(x) * 2
+"""
+
+
+def in_packages(state: str, package: str) -> tuple[torch.nn.Module, types.ModuleType]:
+    """A model of the package `models`, whose forward calls a function that counts its calls, and its module."""
+    other, own = types.ModuleType(f"{package}.helpers"), types.ModuleType("models.own")
+    exec(compile(KEEPS_STATE, f"/{package}/helpers.py", "exec"), vars(other))
+    own.helper = getattr(other, state)  # type: ignore[attr-defined]
+    exec(compile(CALLS_A_HELPER, "/models/own.py", "exec"), vars(own))
+    return own.Model(), other
+
+
+def counted(helpers: Any) -> list[Any]:
+    variable = helpers.in_a_closure.__closure__[0].cell_contents
+    numbers = [helpers.COUNT, helpers.TABLE["calls"], helpers.Counter.calls, variable]
+    return [*numbers, list(helpers.SEEN), dict(vars(helpers.on_a_function))]
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_another_package_counts_is_no_state_of_the_model(state: str) -> None:
+    model, _ = in_packages(state, "profilers")
+    gm = fg.transform(model, {"relu": fg.rules.scale(s=3.0)})
+    x = sample().requires_grad_()
+    assert torch.equal(gm(x), model(x))
+    assert torch.autograd.grad(gm(x).sum(), x)[0].eq(6).all()
+
+
+@pytest.mark.parametrize("state", STATES)
+def test_what_the_model_s_own_package_counts_is_refused_and_restored(state: str) -> None:
+    model, helpers = in_packages(state, "models")
+    before = counted(helpers)
+    with pytest.raises(fg.CaptureError, match=r"changes .*freegrad_fx\.compile"):
+        fg.transform(model, {"relu": "scale"})
+    assert counted(helpers) == before
+    model(sample())
+    assert counted(helpers) != before

@@ -596,9 +596,14 @@ def in_a_try(self: Model, x: Tensor) -> Tensor:
 def test_a_frame_that_dynamo_gives_up_is_a_warning(
     forward: Callable[[Model, Tensor], Tensor],
 ) -> None:
-    compiled = fg.compile(Model(forward), "scale", backend="eager")
-    with pytest.warns(fg.FreegradWarning, match=OUTSIDE):
+    model, rules = Model(forward), {"relu": fg.rules.scale(s=3.0)}
+    compiled = fg.compile(model, rules, backend="eager")
+    with pytest.warns(fg.FreegradWarning, match=rf"{OUTSIDE}.*freegrad_fx\.use\(rules, model"):
         compiled(sample().requires_grad_())
+    with fg.use(rules, model=model) as block:  # the remedy that the warning names
+        model(sample().requires_grad_())
+    assert fg.report(block).with_action("rewrite")
+    assert not fg.report(block).with_action("skip")
 
 
 def test_running_without_compilation_is_a_warning() -> None:

@@ -275,8 +275,8 @@ def _refuse_functions(table: RuleTable) -> None:
             if issubclass(kind, torch.autograd.Function):
                 raise PlanError(
                     f"the entry {entry.selector!r} selects calls of the autograd.Function {kind.__name__}, which "
-                    f"Dynamo traces into. Remove the entry (the Function keeps its backward); transform() takes "
-                    f"it, in models that it can capture."
+                    f"Dynamo traces into. Remove the entry (the Function keeps its backward); or call the model in a "
+                    f"block of freegrad_fx.use(rules, model=model), which accepts it in any program."
                 )
 
 

@@ -20,9 +20,10 @@ from .programs import Program
 
 __all__ = ["Findings"]
 
+_ANY_PROGRAM = "call the model, not compiled, in a freegrad_fx.use(rules, model=model) block, which takes any program"
 _REMEDY = (
     "Dynamo left that code to Python; TORCH_LOGS=graph_breaks,recompiles shows the reason. Change the code so that it "
-    "can be compiled, or use transform()"
+    f"can be compiled; or {_ANY_PROGRAM}"
 )
 
 
@@ -130,7 +131,7 @@ class Findings:
             self._complain(
                 f"the parameter {name} of {program.name} is used in several of the captured graphs that run in one "
                 f"call: its rule acts on the gradient from each graph, not on their sum. Remove the graph breaks "
-                f"between its uses, compile the model itself instead of a function that calls it, or use transform()"
+                f"between its uses, or compile the model itself instead of a function that calls it; or {_ANY_PROGRAM}"
             )
 
     def after(self, name: str, ran: bool) -> None:
