@@ -29,7 +29,7 @@ RIGHT = {
         {
             "param": "params", "parameters": "params", "Relu": "relu", "ReLU6": "relu6", "LeakyReLU": "leaky_relu",
             "hard_swish": "hardswish", "swish": "hardswish", "gelu_new": "gelu", "logsoftmax": "log_softmax",
-            "activation": "activations", "quantize": "quantizers", "fake_quantize": "quantizers", "sigmoid_": "sigmoid",
+            "activation": "activations", "quantizer": "quantizers", "fake_quantize": "quantize", "sigmoid_": "sigmoid",
         },
     ),
     "fields": (

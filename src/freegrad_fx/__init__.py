@@ -22,6 +22,7 @@ from .errors import (
     VerificationError,
 )
 from .modules import Activation
+from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
     from . import functional
@@ -82,6 +83,7 @@ __all__ = [
     "compose",
     "core",
     "explain",
+    "forward",
     "functional",
     "get",
     "native",

@@ -331,7 +331,15 @@ def _oddities() -> Iterator[Spell]:
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"value_at_zero": 1.0})):
         yield from _spells("heaviside", "heaviside", heaviside, args=args, kwargs=kwargs)
     yield from _spells("heaviside", "heaviside", heaviside, tensor="x")
-    yield from _spells("binarize", "binarize", freegrad_fx.vocabulary.binarize)
+    binarize, jump_relu = freegrad_fx.vocabulary.binarize, freegrad_fx.vocabulary.jump_relu
+    for args, kwargs in (((), {}), ((-1.0,), {}), ((), {"value_at_zero": 0.0})):
+        yield from _spells("binarize", "binarize", binarize, args=args, kwargs=kwargs)
+    for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
+        yield from _spells("jump_relu", "jump_relu", jump_relu, args=args, kwargs=kwargs)
+    quantize = freegrad_fx.vocabulary.quantize
+    affine = {"bits": 3, "low": -1.0, "symmetric": False, "per_channel": True}
+    for args, kwargs in (((), {}), ((4, -1.0, 2.0), {}), ((), affine)):
+        yield from _spells("quantize", "quantize", quantize, args=args, kwargs=kwargs)
     ternarize = freegrad_fx.vocabulary.ternarize
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
         yield from _spells("ternarize", "ternarize", ternarize, args=args, kwargs=kwargs)

@@ -132,6 +132,7 @@ class Family(nn.Module):
             "softmin": lambda x: F.softmin(x, -1),
             "binarize": fg.vocabulary.binarize,
             "ternarize": fg.vocabulary.ternarize,
+            "quantize": fg.vocabulary.quantize,
         }
         return sum(calls.get(op, lambda x, op=op: getattr(torch, op)(x))(x) for op in self.ops)
 

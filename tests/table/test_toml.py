@@ -50,6 +50,11 @@ backward = "centralize"
 params = { dim = [1, 2] }
 
 [[rule]]
+parameter = "*.bias"
+forward = { op = "quantize", bits = 4, low = -1.5, symmetric = false }
+backward = "straight_through"
+
+[[rule]]
 op = ["softmax", "all"]
 backward = "native"
 """
@@ -64,6 +69,10 @@ TABLE = fg.RuleTable(
             fg.compose(fg.rules.clip_norm(max_norm=1.0), "d(ReLU)", "d(Linear)")
         ),
         fg.on("params").backward("centralize", dim=(1, 2)),
+        fg.on(
+            parameter="*.bias",
+            forward=fg.forward("quantize", bits=4, low=-1.5, symmetric=False),
+        ).backward("straight_through"),
         fg.on(["softmax", "all"]).backward(None),
     ]
 )
@@ -403,7 +412,8 @@ class Local:
         (lambda: fg.on("relu").backward("scale", s=torch.tensor(1.0)), "parameter 's' of rule 'scale' is a tensor"),
         (lambda: fg.on("relu").backward(local_rule()), "rule 'local' cannot be imported; define it at the top level"),
         (lambda: fg.on("relu", forward=lambda x: x).backward("scale"), "the forward cannot be imported"),
-        (lambda: fg.on("relu", forward=functools.partial(torch.relu)).backward("noise"), "forward cannot be imported"),
+        (lambda: fg.on("relu", forward=functools.partial(torch.mul, 2.0)).backward("scale"), "cannot be imported"),
+        (lambda: fg.on(forward=fg.forward("clamp", min=torch.ones(()))).backward("scale"), "'min' of forward 'clamp'"),
     ],
 )  # fmt: skip
 def test_what_is_python_alone_cannot_be_written_and_the_error_says_which(

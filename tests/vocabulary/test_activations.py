@@ -36,7 +36,7 @@ from spellings import OUT_SPELLINGS, SPELLINGS, Spell, quick
 NAMES = """\
     relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh hardshrink softshrink
     tanhshrink threshold softplus softsign sigmoid logsigmoid tanh softmax log_softmax softmin glu sign heaviside
-    binarize ternarize round floor ceil trunc clamp clamp_min clamp_max abs identity
+    binarize ternarize quantize jump_relu round floor ceil trunc clamp clamp_min clamp_max abs identity
 """.split()  # noqa: SIM905
 
 
@@ -75,7 +75,7 @@ def test_every_activation_of_the_contract_has_a_line() -> None:
 def test_groups_hold_what_users_were_promised() -> None:
     no_group = {"glu", "clamp", "clamp_min", "clamp_max", "abs", "identity"}
     softmax = {"softmax", "log_softmax", "softmin"}
-    quantizers = {"sign", "binarize", "ternarize", "round", "floor", "ceil", "trunc"}
+    quantizers = {"sign", "binarize", "ternarize", "quantize", "round", "floor", "ceil", "trunc"}
     assert dict(GROUPS) == {
         "activations": frozenset(NAMES) - no_group - softmax - quantizers,
         "softmax": softmax,
@@ -160,14 +160,16 @@ def test_only_ops_that_need_more_than_x_have_no_replacement_forward() -> None:
 
 
 def threshold_given(spell: Spell) -> bool:
-    return spell.op == "ternarize" and "()" not in spell.id
+    """Whether what else is computed from the whole tensor is given."""
+    return (spell.op == "ternarize" and "()" not in spell.id) or "-1.0, 2.0" in spell.id
 
 
 @pytest.mark.parametrize("spell", quick(SPELLINGS))
 def test_an_op_keeps_the_shape_and_is_elementwise_as_its_line_says(spell: Spell) -> None:
     op, module, x = OPS[spell.op], spell.make().eval(), spell.sample()
     changed = x.clone()
-    changed[0, 0, 0, 0] += 5.25 if spell.op != "ternarize" else 1e6  # it moves the threshold
+    moves = spell.op in ("ternarize", "quantize")  # the threshold, or the range
+    changed[0, 0, 0, 0] += 1e6 if moves else 5.25
     with torch.no_grad():
         torch.manual_seed(0)
         y = module(x)

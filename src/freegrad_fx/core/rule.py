@@ -150,8 +150,9 @@ class Rule:
         Args:
             *args: Not accepted: parameters are bound by keyword.
             forward: The replacement forward of the sites that get this rule: the canonical name of an operation, for
-                example ``"heaviside"`` for a surrogate gradient, or a function of one tensor. This changes the output
-                of the model.
+                example ``"heaviside"`` for a surrogate gradient; one with parameters, such as
+                ``fg.forward("heaviside", value_at_zero=1.0)``; or a function of one tensor. This changes the output of
+                the model.
             save: ``"mask"`` to save the mask, 1 byte for each entry, instead of ``x``; only for rules that read ``x``
                 only through a mask. Default: ``"x"``. The gradient is the same.
             compile: True to run the backward as one kernel in eager mode. `torch.compile` generates it from the

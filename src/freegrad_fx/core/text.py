@@ -16,7 +16,7 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
         return f"tensor({value.item()})" if plain and not value.dim() else f"tensor{[*value.shape]}"
-    if isinstance(value, functools.partial):
+    if type(value) is functools.partial:
         given = [*map(shown, value.args), *(f"{k}={shown(v)}" for k, v in value.keywords.items())]
         return f"partial({', '.join([shown(value.func), *given])})"
     name = getattr(value, "__name__", "")

@@ -18,6 +18,7 @@ from ..core.contract import NATIVE, OPTIONS
 from ..core.parameter import Parameter
 from ..core.rule import Forward, Rule, RuleLike, available, compose, get
 from ..errors import PlanError, RuleError, TableError, unknown
+from ..vocabulary.forwards import BoundForward, forward
 from .entry import Entry, on
 from .fields import brief, call_text
 
@@ -83,9 +84,9 @@ def _load_entry(data: Any, allow_imports: bool) -> Entry:
         raise TableError(
             f"backward is missing; to keep the native backward, write backward = {NATIVE!r}"
         )
-    forward = _load_forward(data.get("forward"), allow_imports)
+    replacement = _load_forward(data.get("forward"), allow_imports)
     rule = _load_backward(data["backward"], data.get("params"), allow_imports)
-    return on(**fields, forward=forward).backward(rule)
+    return on(**fields, forward=replacement).backward(rule)
 
 
 def _load_call(call: Any) -> Any:
@@ -99,17 +100,20 @@ def _load_call(call: Any) -> Any:
     return slice(*(int(bound) if bound else None for bound in call.split(":")))
 
 
-def _load_forward(forward: Any, allow_imports: bool) -> Forward | None:
-    if isinstance(forward, str) and ":" in forward:
-        found = _load_reference(forward, allow_imports)
+def _load_forward(given: Any, allow_imports: bool) -> Forward | None:
+    if isinstance(given, str) and ":" in given:
+        found = _load_reference(given, allow_imports)
         if not callable(found):
-            raise TableError(f"forward {forward!r} is not a function but {brief(found)}")
+            raise TableError(f"forward {given!r} is not a function but {brief(found)}")
         return found  # type: ignore[no-any-return]
-    if forward is not None and not isinstance(forward, str):
+    if isinstance(given, Mapping) and isinstance(given.get("op"), str):
+        return forward(given["op"], **{name: v for name, v in given.items() if name != "op"})
+    if given is not None and not isinstance(given, str):
         raise TableError(
-            f"forward has to be the name of an op or a function 'package.module:name', got {brief(forward)}"
+            "forward has to be the name of an op or a function 'package.module:name', or an op with parameters, such "
+            f'as {{ op = "ternarize", threshold = 0.05 }}; got {brief(given)}'
         )
-    return forward
+    return given
 
 
 def _load_backward(backward: Any, parameters: Any, allow_imports: bool) -> RuleLike | None:
@@ -237,7 +241,9 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
     if "call" in fields:
         calls = [call_text(c) if isinstance(c, slice) else c for c in _as_list(fields["call"])]
         fields["call"] = calls if isinstance(fields["call"], list) else calls[0]
-    if entry.forward is not None:
+    if isinstance(entry.forward, BoundForward):
+        fields["forward"] = _dump_bound(entry.forward)
+    elif entry.forward is not None:
         known = isinstance(entry.forward, str)
         fields["forward"] = entry.forward if known else _reference(entry.forward, "the forward")
     if entry.rules is None:
@@ -257,19 +263,25 @@ def _dump_part(rule: Rule) -> str | dict[str, Any]:
 def _dump_values(rule: Rule) -> dict[str, Any]:
     defaults = rule.declaration.defaults
     return {
-        name: _dump_value(rule, name, value)
+        name: _dump_value(f"rule {rule.name!r}", name, value)
         for name, value in rule.given.items()
         if not (value is None and defaults.get(name, ...) is None)  # TOML has no None
     }
 
 
-def _dump_value(rule: Rule, name: str, value: Any) -> Any:
+def _dump_bound(bound: BoundForward) -> dict[str, Any]:
+    values = {n: v for n, v in bound.keywords.items() if v is not None}  # TOML has no None
+    plain = {n: _dump_value(f"forward {bound.op!r}", n, v) for n, v in values.items()}
+    return {"op": bound.op, **plain}
+
+
+def _dump_value(of: str, name: str, value: Any) -> Any:
     if isinstance(value, list | tuple):
-        return [_dump_value(rule, name, item) for item in value]
+        return [_dump_value(of, name, item) for item in value]
     if type(value) in (bool, int, float, str):
         return value
     kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
-    raise _NotPlainError(f"the parameter {name!r} of rule {rule.name!r} is a {kind}")
+    raise _NotPlainError(f"the parameter {name!r} of {of} is a {kind}")
 
 
 def _rule_name(rule: Rule) -> str:

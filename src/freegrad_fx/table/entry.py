@@ -13,6 +13,7 @@ from ..core.text import shown
 from ..errors import RuleError, TableError, unknown
 from ..sites.site import Located, Site
 from ..vocabulary.activations import FORWARDS
+from ..vocabulary.forwards import as_bound
 from .fields import Calls, Names, Types
 from .selector import Selector
 
@@ -167,8 +168,8 @@ def on(
         parameter: Patterns for the name of a parameter, for example ``"*.weight"``. For a tied parameter, one of its
             names has to match.
         call: Selects among the sites of one op at one path: an index from 0, or a slice.
-        forward: The replacement forward of the sites: an op's name, or a function of one tensor. It does not take part
-            in the selection; it is equivalent to ``rule(forward=...)``.
+        forward: The replacement forward of the sites: an op's name, one with parameters (see `forward`), or a function
+            of one tensor. It does not take part in the selection; it is equivalent to ``rule(forward=...)``.
         where: A function that takes a `Site` and returns whether to select it. A table with such a function cannot be
             written to a file.
 
@@ -195,7 +196,7 @@ def _read_forward(forward: Any) -> Forward | None:
         raise TableError(
             f"forward has to be the name of an op or a function of a tensor, got {forward!r}"
         )
-    return forward  # type: ignore[no-any-return]
+    return forward if forward is None or isinstance(forward, str) else as_bound(forward)
 
 
 def _rules(rule: RuleLike) -> tuple[Rule, ...]:

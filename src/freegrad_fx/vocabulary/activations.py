@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from .op import Op, by_name, make_op
-from .quantizers import binarize, heaviside, ternarize
+from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
 
 __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
 
@@ -44,6 +44,7 @@ TABLE = (
     make_op("logsigmoid", nn.LogSigmoid, group=_A, also="log_sigmoid"),
     make_op("tanh", nn.Tanh, group=_A),
     make_op("heaviside", group=_A, functions=(heaviside,)),
+    make_op("jump_relu", group=_A, functions=(jump_relu,)),
     make_op(
         "softmax", nn.Softmax, nn.Softmax2d, group=_S, also="_softmax _safe_softmax",
         elementwise=False, needs_more=True,
@@ -56,6 +57,7 @@ TABLE = (
     make_op("sign", group=_Q, also="sgn"),
     make_op("binarize", group=_Q, functions=(binarize,)),
     make_op("ternarize", group=_Q, functions=(ternarize,), elementwise=False),
+    make_op("quantize", group=_Q, functions=(quantize,), elementwise=False),
     make_op("round", group=_Q, zero_below=0.5),
     make_op("floor", group=_Q),
     make_op("ceil", group=_Q),

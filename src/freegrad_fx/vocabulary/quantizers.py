@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["binarize", "heaviside", "ternarize"]
+__all__ = ["binarize", "heaviside", "jump_relu", "quantize", "ternarize"]
 
 
 def heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
@@ -43,24 +44,28 @@ def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
     return x.new_zeros(()).add(x.detach(), alpha=largest).mul_(largest).clamp_(0, 1)
 
 
-def binarize(x: Tensor) -> Tensor:
-    """Return 1 where x ≥ 0, −1 where x < 0, and NaN where x is NaN.
+def binarize(x: Tensor, value_at_zero: float = 1.0) -> Tensor:
+    """Return 1 where x > 0, −1 where x < 0, `value_at_zero` where x = 0, and NaN where x is NaN.
 
-    Formula: sign(x) with sign(0) = 1, in the shape and dtype of `x`; its own derivative is zero.
+    Formula: sign(x) with a choice of sign(0), in the shape and dtype of `x`; its own derivative is zero.
 
     Source: Hubara et al. 2016, arXiv:1602.02830; larq SteSign, Brevitas BinaryQuant. (`torch.sign` maps 0 to 0, so that
     a weight could take three values.)
 
     Args:
         x: A tensor of floating point numbers.
+        value_at_zero: The result where x = 0, usually 1 or −1.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(binarize, (x,), x)
-    return torch.ops.freegrad_fx.binarize(x)  # type: ignore[no-any-return]
+        return handle_torch_function(binarize, (x,), x, value_at_zero=value_at_zero)
+    return torch.ops.freegrad_fx.binarize(x, value_at_zero)  # type: ignore[no-any-return]
 
 
-def _binarize(x: Tensor) -> Tensor:
-    return torch.where(x.isnan(), x, torch.where(x >= 0, 1, -1).to(x.dtype))
+def _binarize(x: Tensor, value_at_zero: float = 1.0) -> Tensor:
+    if value_at_zero == 1:
+        return torch.where(x.isnan(), x, torch.where(x >= 0, 1, -1).to(x.dtype))
+    signs = torch.where(x == 0, value_at_zero, torch.where(x > 0, 1.0, -1.0))
+    return torch.where(x.isnan(), x, signs.to(x.dtype))
 
 
 def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
@@ -88,13 +93,112 @@ def _ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
     return torch.where(x.isnan(), x, torch.where(size > limit, x.detach().sign(), 0).to(x.dtype))
 
 
+def quantize(
+    x: Tensor,
+    bits: int = 8,
+    low: float | None = None,
+    high: float | None = None,
+    symmetric: bool = True,
+    per_channel: bool = False,
+) -> Tensor:
+    """Return the nearest of 2^bits evenly spaced values, ties to even, and NaN where x is NaN.
+
+    Formula: ``s·(clamp(round(x/s) + z, n₀, n₁) − z)``, in the shape and dtype of `x`; its own derivative is zero.
+
+    Symmetric: ``n₁ = 2^(bits − 1) − 1``, ``n₀ = −n₁``, ``s = max(|low|, |high|)/n₁``, ``z = 0``. Otherwise ``n₀ = 0``,
+    ``n₁ = 2^bits − 1``, ``s = (high − low)/n₁``, and ``z = round(−low/s)``, after `low` and `high` are extended to
+    include 0. So 0 is always one of the values.
+
+    Args:
+        x: A tensor of floating point numbers.
+        bits: The number of bits: at least 2, or 1 if not `symmetric`. At most 16.
+        low: The lower end of the range; by default the smallest entry.
+        high: The upper end of the range; by default the largest entry.
+        symmetric: Whether the values are symmetric around 0, one fewer than 2^bits.
+        per_channel: Whether the default of the range is taken over dims 1…, by output channel of a weight, instead of
+            over the whole tensor.
+
+    Raises:
+        ValueError: The number of bits is not supported, an end of the range is infinite, or `low` is not below `high`.
+
+    Source: Krishnamoorthi 2018, arXiv:1806.08342; `torch.fake_quantize_per_tensor_affine`, Brevitas.
+    """
+    if has_torch_function_unary(x):
+        how: dict[str, Any] = {"bits": bits, "low": low, "high": high}
+        how |= {"symmetric": symmetric, "per_channel": per_channel}
+        return handle_torch_function(quantize, (x,), x, **how)
+    return torch.ops.freegrad_fx.quantize(  # type: ignore[no-any-return]
+        x, bits, low, high, symmetric, per_channel
+    )
+
+
+def _quantize(
+    x: Tensor,
+    bits: int = 8,
+    low: float | None = None,
+    high: float | None = None,
+    symmetric: bool = True,
+    per_channel: bool = False,
+) -> Tensor:
+    if not (2 if symmetric else 1) <= bits <= 16:
+        least = "2 to 16" if symmetric else "1 to 16"
+        raise ValueError(f"quantize has {least} bits with symmetric={symmetric}, got bits={bits}")
+    given = [end for end in (low, high) if end is not None]
+    if not all(map(math.isfinite, given)):
+        raise ValueError(f"quantize needs finite ends of its range, got low={low} and high={high}")
+    if len(given) == 2 and given[0] >= given[1]:
+        raise ValueError(f"quantize needs low < high, got low={low} and high={high}")
+    v = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    dims = tuple(range(1, x.dim())) if per_channel and x.dim() else tuple(range(x.dim()))
+    some = v if v.numel() else v.new_zeros([1] * v.dim())  # an empty tensor has no largest entry
+    ends = [
+        (some.amin if sign < 0 else some.amax)(dim=dims, keepdim=True)
+        if end is None
+        else v.new_full((), end)
+        for sign, end in ((-1, low), (1, high))
+    ]
+    if symmetric:
+        most = 2 ** (bits - 1) - 1
+        step = torch.maximum(ends[0].abs(), ends[1].abs()) / most
+    else:
+        most = 2**bits - 1
+        step = (ends[1].clamp(min=0) - ends[0].clamp(max=0)) / most
+    step = torch.where(step == 0, 1, step)
+    shift = 0 if symmetric else (-ends[0].clamp(max=0) / step).round()
+    level = ((v / step).round() + shift).clamp(-most if symmetric else 0, most)
+    return torch.where(x.isnan(), x, ((level - shift) * step).to(x.dtype))
+
+
+def jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
+    """Return x where x > threshold, 0 where x ≤ threshold, and NaN where x is NaN.
+
+    Formula: ``x·1[x > threshold]``, in the shape and dtype of `x`; its own derivative is ``1[x > threshold]``.
+
+    Args:
+        x: A tensor of floating point numbers.
+        threshold: The jump.
+
+    Source: Rajamanoharan et al. 2024, arXiv:2407.14435 (JumpReLU autoencoders); SAELens.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(jump_relu, (x,), x, threshold=threshold)
+    return torch.ops.freegrad_fx.jump_relu(x, threshold)  # type: ignore[no-any-return]
+
+
+def _jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
+    return torch.where(x <= threshold, 0, x)
+
+
 # They are operators, so that Dynamo and torch.export record each as one recognisable call, and composite, so that
 # autograd, vmap and Inductor trace into them.
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
 
 for _schema, (_usual, _batched) in {
     "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": (_heaviside_in_place, _heaviside),
-    "binarize(Tensor self) -> Tensor": (_binarize, _binarize),
+    "binarize(Tensor self, float value_at_zero=1.0) -> Tensor": (_binarize, _binarize),
+    "jump_relu(Tensor self, float threshold=0.0) -> Tensor": (_jump_relu, _jump_relu),
+    "quantize(Tensor self, int bits=8, float? low=None, float? high=None, bool symmetric=True, "
+    "bool per_channel=False) -> Tensor": (_quantize, _quantize),
     "ternarize(Tensor self, float? threshold=None) -> Tensor": (_ternarize, _ternarize),
 }.items():
     _library.define(_schema)
