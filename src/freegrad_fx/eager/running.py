@@ -93,11 +93,15 @@ def running_function(depth: int = 1) -> Function | None:
     """
     if torch.is_grad_enabled():  # PyTorch disables gradients for a forward
         return None
+    of_modules = call_code()
     frame: FrameType | None = sys._getframe(depth)
     while frame is not None:
-        if (function := function_of_frame(frame)) is not None:
-            return function
-        frame = frame.f_back
+        back = frame.f_back
+        if frame.f_code.co_name == "forward" and (back is None or back.f_code is not of_modules):
+            function = function_of_frame(frame)
+            if function is not None:
+                return function
+        frame = back
     return None
 
 
