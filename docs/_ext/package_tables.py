@@ -108,19 +108,16 @@ class RulesTable(SphinxDirective):
             f"{name}={value!r}" for name, value in rule.declaration.defaults.items()
         )
         call = f"{rule.name}({defaults})" if defaults else rule.name
+        info = rule.info
         requires = code(*(constraint.text for constraint in rule.declaration.requires))
+        saves = ["x or mask" if "mask" in info.properties and n == "x" else n for n in info.saves]
         return [
             code(call),
             requires,
-            code(rule.formula),
-            code(
-                *(
-                    "x or mask" if rule.declaration.mask and name == "x" else name
-                    for name in rule.inputs
-                )
-            ),
-            linked(rule.reference),
-            nodes.paragraph(text=", ".join(rule.declaration.peers)),
+            code(info.formula),
+            code(*saves),
+            linked(info.source),
+            nodes.paragraph(text=", ".join(info.peers)),
         ]
 
 
@@ -147,8 +144,15 @@ class RulesReference(SphinxDirective):
         signature = inspect.Signature(values)
         formula, _, rest = (inspect.getdoc(rule.function) or "").partition("\n")
         details = GoogleDocstring(rest, self.config, what="function").lines()
-        source = [f"Reference: {escaped(rule.reference)}."] if rule.reference else []
-        body = [f"``{formula}``", "", f"Registered as ``{rule.name!r}``.", *source, "", *details]
+        info = rule.info
+        properties = [name for name in info.properties if name != "mask"]  # named in the table
+        facts = [
+            f"Registered as ``{rule.name!r}``. It is {', '.join(properties)}, and saves "
+            f"{info.saved_bytes()} bytes for each float32 entry.",
+            f"Reference: {escaped(info.source)}." if info.source else "",
+            f"Also in: {escaped(', '.join(info.peers))}." if info.peers else "",
+        ]
+        body = [f"``{formula}``", "", *facts, "", *details]
         head = f".. py:function:: {rule.function.__name__}{signature}"
         return [head, "   :module: freegrad_fx.rules", "", *(f"   {line}" for line in body)]
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from .plot import plot_rule
     from .sites.site import Site
     from .table import RuleTable, on
+    from .table.listing import list_rules
     from .verification import Verification, verify
 
 __version__ = "0.1.0"
@@ -52,6 +53,7 @@ _LATER = {
     "backend": "dynamo",
     "compile": "dynamo",
     "explain": "pipeline",
+    "list_rules": "table.listing",
     "on": "table",
     "plot_rule": "plot",
     "report": "plan",
@@ -86,6 +88,7 @@ __all__ = [
     "forward",
     "functional",
     "get",
+    "list_rules",
     "native",
     "on",
     "ops",

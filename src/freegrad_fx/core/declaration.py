@@ -83,6 +83,11 @@ class Declaration:
         return str(getattr(self.function, "__module__", ""))
 
     @property
+    def family(self) -> str:
+        """The family of the rule: for one of this package, its module in ``freegrad_fx.rules``."""
+        return self.module.rpartition(".")[2] if self.own else self.module
+
+    @property
     def defaults(self) -> dict[str, Any]:
         """The default values, by the name of the parameter. Parameters without a default are left out."""
         return {p.name: p.default for p in self.parameters.values() if not p.required}

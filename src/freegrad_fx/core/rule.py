@@ -16,6 +16,7 @@ from torch import Tensor
 from ..errors import RuleError, unknown
 from .contract import MASK, NATIVE, RESERVED, SAVES
 from .declaration import Declaration
+from .info import RuleInfo, info_of
 from .parameter import Parameter
 from .text import shown
 
@@ -117,6 +118,11 @@ class Rule:
     def formula(self) -> str:
         """The first line of the docstring of the rule, which is its formula."""
         return self.declaration.formula
+
+    @property
+    def info(self) -> RuleInfo:
+        """A description: family, formula, parameters with ranges, what is saved, properties, source, peers."""
+        return info_of(self.declaration, self.bound, self.save)
 
     # -- of the rule itself
 

@@ -1,0 +1,129 @@
+"""What a rule says of itself, for people who choose one and for pages that list them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+
+from .contract import MASK
+from .declaration import Declaration
+from .text import shown
+
+__all__ = ["ParameterInfo", "RuleInfo", "info_of"]
+
+
+class ParameterInfo(NamedTuple):
+    """A parameter of a rule.
+
+    Attributes:
+        value: Its value; None if it has none yet.
+        types: The names of the types that it accepts, such as ``"float"``; ``"Any"`` for all.
+        range: The constraints that name it, such as ``"a <= b"``; ``""`` if there are none.
+    """
+
+    value: Any
+    types: str
+    range: str
+
+
+@dataclass(frozen=True)
+class RuleInfo:
+    """A description of a rule with its values, from its declaration. ``print(rule.info)`` shows it as text.
+
+    Attributes:
+        name: The name in the registry.
+        family: The module of ``freegrad_fx.rules`` that declares it, such as ``"surrogate"``; for a rule of your own,
+            the full name of its module.
+        formula: The formula.
+        parameters: Its parameters, by name.
+        saves: What it saves for the backward: any of ``"x"``, ``"mask"`` and ``"y"``.
+        properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
+            ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` is possible.
+        kinds: The kinds of sites that it can serve: ``"operation"``, ``"parameter"``.
+        meant_for: The operations that it is meant for; empty for all.
+        source: The paper or library that the formula comes from.
+        peers: The libraries that have it, each with its name there.
+    """
+
+    name: str
+    family: str
+    formula: str
+    parameters: Mapping[str, ParameterInfo] = field(hash=False)
+    saves: tuple[str, ...]
+    properties: tuple[str, ...]
+    kinds: tuple[str, ...]
+    meant_for: tuple[str, ...]
+    source: str
+    peers: tuple[str, ...]
+
+    def saved_bytes(self, dtype: torch.dtype = torch.float32) -> int:
+        """Return the bytes that the rule saves for each entry.
+
+        A rule that saves ``x`` or ``y`` often keeps only a tensor alive that another operation saves anyway.
+
+        Args:
+            dtype: The dtype of the input of the operation.
+        """
+        return sum(1 if name == MASK else dtype.itemsize for name in self.saves)
+
+    def __str__(self) -> str:
+        parameters = [
+            f"{name} = {shown(p.value)} ({', '.join(filter(None, (p.types, p.range)))})"
+            for name, p in self.parameters.items()
+        ]
+        lines = {
+            "family": self.family,
+            "parameters": "; ".join(parameters),
+            "saves": f"{' and '.join(self.saves)}, {self.saved_bytes()} bytes for each float32 entry"
+            if self.saves
+            else "nothing",
+            "properties": ", ".join(self.properties),
+            "sites": " and ".join(self.kinds),
+            "meant for": ", ".join(self.meant_for),
+            "source": self.source,
+            "also in": ", ".join(self.peers),
+        }
+        return "\n".join(
+            [f"{self.name}: {self.formula}", *(f"  {k}: {v}" for k, v in lines.items() if v)]
+        )
+
+
+def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> RuleInfo:
+    """Describe a rule.
+
+    Args:
+        declaration: Its declaration.
+        values: The values of its parameters.
+        save: The option `save`.
+    """
+    saves = tuple(save if name == "x" else name for name in declaration.inputs)
+    held = {
+        "reducing" if declaration.reducing else "elementwise": True,
+        "linear": declaration.linear,
+        "random": declaration.random,
+        "sparse": declaration.sparse,
+        "mask": declaration.mask is not None,
+    }
+    parameters = {
+        name: ParameterInfo(
+            values.get(name),
+            " or ".join(t.__name__ for t in p.types) if p.types else "Any",
+            ", ".join(c.text for c in declaration.requires if name in c.names),
+        )
+        for name, p in declaration.parameters.items()
+    }
+    return RuleInfo(
+        declaration.name,
+        declaration.family,
+        declaration.formula,
+        parameters,
+        saves,
+        tuple(name for name, holds in held.items() if holds),
+        declaration.kinds,
+        declaration.meant_for,
+        declaration.reference,
+        declaration.peers,
+    )
