@@ -1357,3 +1357,23 @@ def test_the_remedy_for_another_value_can_be_followed() -> None:
     gm = exported(Masked())
     with pytest.raises(fg.CaptureError, match=r"mask.*example_inputs"):
         gm(sample(), sample())
+
+
+class DropsRows(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        return x * x.new_empty([x.shape[0], 1]).bernoulli_(0.5)
+
+
+class KnowsItsBatch(Net):
+    def make(self) -> None:
+        self.drops = DropsRows()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.g(self.drops(self.act(self.f(x)))))
+
+
+def test_what_torch_export_adds_to_a_graph_belongs_to_no_module() -> None:
+    """It reads the size of the batch in a node of its own, for which it makes up a module."""
+    check_capture(KnowsItsBatch, example_inputs=(sample(),))

@@ -17,12 +17,14 @@ from .replacing import Make, all_replaced, replace_for_good, replaced
 __all__ = [
     "Function",
     "Intercept",
+    "applied_by",
     "applied_to_inputs",
     "base_apply",
     "direct_apply",
     "follow_checkpoints",
     "function_of_frame",
     "functions_answered_by",
+    "is_recorded",
     "overrides_apply",
     "with_backward",
     "with_results",
@@ -87,6 +89,59 @@ def functions_answered_by(intercept: Intercept) -> Iterator[None]:
 
         made.enter_context(replaced(type(torch.autograd.Function), "__init__", noted))
         yield
+
+
+Applies: TypeAlias = Callable[[Callable[..., Any], Function, tuple[Any, ...]], Any]
+"""Takes an `apply`, its Function and the arguments. Calls `apply`, and returns the result."""
+
+
+@contextlib.contextmanager
+def applied_by(
+    call: Applies, noted: Callable[[Function, Any, tuple[Any, ...]], None], but: str
+) -> Iterator[None]:
+    """Hand every `apply` that is looked up to a function.
+
+    Args:
+        call: Calls `apply`. It is also called in other threads.
+        noted: Called in this thread with the Function, the context and the inputs of each call of a Function of users,
+            also if its `apply` was stored before and is not handed to `call`.
+        but: A package whose Functions are not those of users, as PyTorch's are not.
+    """
+    defined = _defined_apply(torch.autograd.Function)
+
+    def apply(function: Function, *args: Any) -> Any:
+        return call(defined.__get__(None, function), function, args)
+
+    def applied(function: Function, ctx: Any, inputs: tuple[Any, ...], result: Any) -> Any:
+        noted(function, ctx, inputs)
+        return result
+
+    users = _functions_of_users(but)
+    with (
+        replaced(
+            torch.autograd.Function, "apply", lambda _: classmethod(apply), asks_for_thread=True
+        ),
+        all_replaced(p for f in users for p in _passed_on(f, applied, contextlib.nullcontext)),
+    ):
+        yield
+
+
+def _functions_of_users(but: str) -> list[Function]:
+    # Written for speed: blocks are entered at each step of a training
+    others, found = ("torch.", f"{but}."), list[Function]()
+    pending: list[Function] = [torch.autograd.Function]
+    for function in pending:
+        derived = function.__subclasses__()
+        if derived:
+            pending += derived
+            found += [f for f in derived if not f.__module__.startswith(others)]
+    return found
+
+
+@uses_private_names("telling which calls of an autograd.Function are recorded")
+def is_recorded(ctx: Any) -> bool:
+    """Whether autograd records the call of `apply` that a context belongs to."""
+    return bool(ctx.next_functions)
 
 
 Applied: TypeAlias = Callable[[Function, Any, tuple[Any, ...], Any], Any]

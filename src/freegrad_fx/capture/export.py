@@ -386,15 +386,16 @@ def _batch_is_dynamic(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, 
 
 def _origin(node: fx.Node, names: Mapping[str, str]) -> Origin:
     """The origin of a node of an exported graph."""
-    stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-    owner = next(reversed(stack.values()))[0]
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    paths = (path.partition("@")[0] for path, _ in reversed(stack))
+    # Passes of PyTorch create nodes whose stack names no module
+    owner = next((names[path] for path in paths if path in names), "")
     source = ""
     for line in map(str.strip, (node.stack_trace or "").splitlines()):
         if line.startswith('File "') and f"{torch.__path__[0]}/" not in line:
             file, _, rest = line.removeprefix('File "').partition('", line ')
             source = f"{file}:{rest.partition(',')[0]}"
-    owner = owner.partition("@")[0]
-    return Origin(names.get(owner, owner), source)
+    return Origin(owner, source)
 
 
 def _adopt(root: nn.Module, exported: Exported, label: str) -> None:

@@ -1,21 +1,30 @@
-"""Intercepts the calls of `torch.autograd.Function` classes that a table selects, also through a stored ``apply``."""
+"""Intercepts the calls of `torch.autograd.Function` classes.
+
+Those that a table selects are sites, also through a stored ``apply``. All of them take parameters that have rules.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from .._torch.functions import Function, with_backward, with_results
-from ..context import left_alone
+from .._torch.dynamo import is_compiling, leave_to_python
+from .._torch.functions import Function, applied_by, is_recorded, with_backward, with_results
+from ..context import intercepting_blocks, left_alone
+from ..errors import RuleError
 from ..plan import Decision
+from .arguments import with_parameters
 from .rules import gradient_by, is_differentiable, replaced_forward, require_tensor
-from .running import looks_for_sites
+from .running import has_rules_already, looks_for_sites
 
-__all__ = ["calls_of_functions"]
+__all__ = ["calls_of_functions", "parameters_of_functions"]
+
+
+_PACKAGE = __name__.partition(".")[0]
 
 
 class Decides(Protocol):
@@ -47,6 +56,57 @@ def calls_of_functions(
         return result
 
     return with_results(functions, applied, left_alone)
+
+
+def parameters_of_functions() -> AbstractContextManager[None]:
+    """A context in which every `apply` takes parameters with the rules of the blocks in force."""
+    return applied_by(_apply, _require_rules, but=_PACKAGE)
+
+
+def _apply(apply: Callable[..., Any], function: Function, args: tuple[Any, ...]) -> Any:
+    if not is_compiling():
+        return _with_rules(apply, function, args)
+    if not intercepting_blocks() or has_rules_already():
+        return apply(*args)
+    return _outside_of_the_graph(apply, function, args)
+
+
+@leave_to_python
+def _outside_of_the_graph(
+    apply: Callable[..., Any], function: Function, args: tuple[Any, ...]
+) -> Any:
+    return _with_rules(apply, function, args)
+
+
+def _with_rules(apply: Callable[..., Any], function: Function, args: tuple[Any, ...]) -> Any:
+    if not function.__module__.startswith(_PACKAGE):
+        observing = [block.observed for block in intercepting_blocks()]
+        deciding = [observed.parameter for observed in observing if observed.wants_parameters]
+        args, _ = with_parameters(deciding, apply, args, {})
+    return apply(*args)
+
+
+def _require_rules(function: Function, ctx: Any, inputs: tuple[Any, ...]) -> None:
+    """Raise `RuleError` if a Function takes a parameter that has rules, but takes it without them."""
+    if is_compiling():
+        return
+    for value, needed in zip(inputs, ctx.needs_input_grad, strict=True):
+        if not isinstance(value, nn.Parameter):
+            continue
+        for block in intercepting_blocks():
+            observed = block.observed
+            decision = observed.wants_parameters and observed.parameter_decision(value)
+            if not decision or decision.entry is None:
+                continue
+            gets_a_gradient = needed and is_recorded(ctx)
+            if decision.action == "rewrite" and (gets_a_gradient or decision.forward is not None):
+                name = function.__name__
+                raise RuleError(
+                    f"the parameter {decision.site.name!r} has a rule and is given to {name}.apply, which was stored "
+                    f"before the block was entered: a block sees the parameters only where {name}.apply is looked up. "
+                    f"Call {name}.apply where the parameter is used, or transform the model: transform(model, rules)."
+                )
+            break
 
 
 class _Backward:

@@ -11,13 +11,13 @@ from typing import Any
 from torch.overrides import TorchFunctionMode
 
 from .._torch.dispatch import function_mode_active
-from .._torch.dynamo import is_compiling, leave_to_python, takes_for_constant, traces_code_with
-from ..context import OWN_RULES, intercepting_blocks
+from .._torch.dynamo import is_compiling, leave_to_python
+from ..context import intercepting_blocks
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .observed import Observed
 from .rules import run, with_argument
-from .running import in_one_site, running_function
+from .running import has_rules_already, in_one_site, running_function
 
 __all__ = ["enter", "leave"]
 
@@ -39,7 +39,7 @@ class _Interception(TorchFunctionMode):
         if not is_compiling():
             return _intercepted(func, args, kwargs)
         acts = may_be_recognised(func) or any(block.observed.wants_parameters for block in blocks)
-        if acts and not _has_rules_already():
+        if acts and not has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -70,11 +70,6 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
                 return run(operation, x, decision, inplace=spelling.inplace)
             break
     return func(*args, **kwargs)
-
-
-@takes_for_constant
-def _has_rules_already() -> bool:
-    return traces_code_with(OWN_RULES)
 
 
 @leave_to_python

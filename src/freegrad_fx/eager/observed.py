@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
@@ -29,14 +29,16 @@ from ..table import RuleTable
 from ..vocabulary.activations import OPS
 from ..vocabulary.op import Op, Spelling
 from .classes import calls_of_modules
-from .functions import calls_of_functions
+from .functions import calls_of_functions, parameters_of_functions
 from .opaque import opaque_call
 from .rules import parameter_by, replaced_forward, rules_act
 from .running import is_compiled_graph, running_modules
 
 __all__ = ["Here", "Observed"]
 
-_UNSEEN = "no function of PyTorch that was called in the block took it; an autograd.Function that takes it is not seen"
+_UNSEEN = (
+    "its module ran in the block, and no function of PyTorch that was called from Python took it"
+)
 _OUT = "it writes its result into an out= tensor, which autograd does not support"
 
 
@@ -94,7 +96,7 @@ class Observed:
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
-        self._model_called = False
+        self._ran: set[int] = set()  # the modules that were called
         self.ran = False  # whether a function of PyTorch was called in the block
         self._paths: dict[int, str] = {}
         self._names: dict[int, tuple[str, ...]] = {}
@@ -177,15 +179,20 @@ class Observed:
 
     @contextmanager
     def classes(self) -> Iterator[None]:
-        """A context in which the calls of the classes that the table selects are sites."""
-        if not any(entry.sites.by_class for entry in self.table.entries):
-            yield
-            return
-        selected = self.table.types_in(self.model or nn.Module())
-        modules = [kind for kind in selected if issubclass(kind, nn.Module)]
-        functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
-        spelled = {kind for op in OPS.values() for kind in op.modules}
-        with calls_of_modules(modules, spelled, self), calls_of_functions(functions, self):
+        """A context in which the calls of the classes that the table selects are sites.
+
+        In it, autograd.Functions take parameters with their rules.
+        """
+        with ExitStack() as stack:
+            if self.wants_parameters:
+                stack.enter_context(parameters_of_functions())
+            if any(entry.sites.by_class for entry in self.table.entries):
+                selected = self.table.types_in(self.model or nn.Module())
+                modules = [kind for kind in selected if issubclass(kind, nn.Module)]
+                functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
+                spelled = {kind for op in OPS.values() for kind in op.modules}
+                stack.enter_context(calls_of_modules(modules, spelled, self))
+                stack.enter_context(calls_of_functions(functions, self))
             yield
 
     def _note(self, key: tuple[Any, ...], place: Located) -> Decision:
@@ -196,19 +203,8 @@ class Observed:
 
     def parameter(self, parameter: nn.Parameter) -> Tensor | None:
         """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
-        place = self._place()
-        if place is None or place.owner is None:
-            return None  # an optimizer, for example
-        names = self._names.get(id(parameter))
-        if names is None:
-            if self.model is not None:
-                return None
-            names = _names_among(parameter, place.modules)
-        key = ("parameter", id(parameter), parameter.requires_grad)
-        decision = self._decisions.get(key)
-        if decision is None:
-            decision = self._note(key, self._parameter_site(parameter, names, place.modules))
-        if decision.entry is None:
+        decision = self.parameter_decision(parameter)
+        if decision is None or decision.entry is None:
             return None
         if decision.action != "rewrite" or not (decision.forward or parameter.requires_grad):
             return parameter
@@ -227,6 +223,22 @@ class Observed:
             known = _Decoupled(state, _decoupled(parameter, decision, acts))
             self._thread.parameters[id(parameter)] = known
         return known.tensor
+
+    def parameter_decision(self, parameter: nn.Parameter) -> Decision | None:
+        """The decision for a parameter that the call that runs now takes; None if it is no site."""
+        place = self._place()
+        if place is None or place.owner is None:
+            return None  # an optimizer, for example
+        names = self._names.get(id(parameter))
+        if names is None:
+            if self.model is not None:
+                return None
+            names = _names_among(parameter, place.modules)
+        key = ("parameter", id(parameter), parameter.requires_grad)
+        decision = self._decisions.get(key)
+        if decision is None:
+            decision = self._note(key, self._parameter_site(parameter, names, place.modules))
+        return decision
 
     def _parameter_site(
         self, parameter: nn.Parameter, names: tuple[str, ...], modules: tuple[nn.Module, ...]
@@ -261,10 +273,12 @@ class Observed:
         outermost = [r.frame for r in running if self.model is None or r.module is self.model]
         if outermost and outermost[-1] is not self._thread.call_of_model:
             self._thread.call_of_model = outermost[-1]
-            self._model_called = self.model is not None
             self._thread.call += 1
             self._thread.calls.clear()
-        return (*(r.module for r in running), *self._thread.around)
+        modules = (*(r.module for r in running), *self._thread.around)
+        if self.wants_parameters:
+            self._ran.update(map(id, modules))
+        return modules
 
     def _place(self) -> _Place | None:
         """The place of the call that runs now; None outside of the model, and in a graph that Dynamo captured."""
@@ -341,19 +355,25 @@ class Observed:
         )
 
     def _unseen(self) -> Iterator[Decision]:
-        """The parameters with a rule that no call in the block took."""
-        if self.model is None or not self._model_called or not self.wants_parameters:
+        """The parameters with a rule that no call in the block took, though their modules ran."""
+        if self.model is None or not self._ran:
             return
         seen = {d.site.names for d in self._decisions.values()}
         parameters = dict(self.model.named_parameters())
         for names in dict.fromkeys(self._names.values()):
-            if names not in seen:
+            if names not in seen and any(map(self._may_have_taken, names)):
                 place = self._parameter_site(parameters[names[0]], names, ())
                 found = also(
                     place, decide(replace(place, obstacle=_UNSEEN), self.table), self.table
                 )
                 if found.action == "skip":
                     yield found
+
+    def _may_have_taken(self, name: str) -> bool:
+        """Whether the module that holds a parameter was called. What a script calls is not seen."""
+        assert self.model is not None
+        holder = self.model.get_submodule(name.rpartition(".")[0])
+        return id(holder) in self._ran or isinstance(holder, torch.jit.ScriptModule)
 
 
 def _module(kind: type[nn.Module], inplace: bool) -> str:

@@ -13,12 +13,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .._torch.dynamo import takes_for_constant, traces_code_with
 from .._torch.functions import Function, function_of_frame
 from .._torch.modules import call_code
-from ..context import intercepting_blocks
+from ..context import OWN_RULES, intercepting_blocks
 
 __all__ = [
     "Running",
+    "has_rules_already",
     "in_one_site",
     "is_compiled_graph",
     "looks_for_sites",
@@ -54,6 +56,12 @@ def in_one_site() -> bool:
 def looks_for_sites(observed: Any) -> bool:
     """Whether the block to which some observed sites belong is in force, and what runs now can be another site."""
     return not in_one_site() and any(b.observed is observed for b in intercepting_blocks())
+
+
+@takes_for_constant
+def has_rules_already() -> bool:
+    """Whether Dynamo is tracing code whose sites have rules of their own already."""
+    return traces_code_with(OWN_RULES)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,108 @@
+"""One table by the four ways in: the transform of a symbolic trace and of an export, `fg.compile`, and a block.
+
+The table selects everything: each activation and each parameter. The reference knows nothing of the product: the model
+under `sweep.Interception`, and the formula of the rule for the gradients of the parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+from models import VISION, Branching, Smooth, Spellings, Vision
+from runs import Run, assert_same_forward, assert_same_gradients, close, differs, run
+from sweep import RULES, Interception, wake
+
+# Dynamo reads `.grad` of whatever goes from one graph into the next
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+
+Door = Callable[[nn.Module, Any, tuple[Tensor, ...]], Callable[..., Any]]
+
+
+def symbolic(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    return fg.transform(model, rules).train(model.training)
+
+
+def exported(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    return fg.transform(model, rules, example_inputs=inputs).train(model.training)
+
+
+def compiled(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    torch._dynamo.reset()
+    return fg.compile(model, rules, backend="eager")
+
+
+def in_a_block(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+    def call(*args: Tensor) -> Any:
+        with fg.use(rules, model=model):
+            return model(*args)
+
+    return call
+
+
+DOORS: dict[str, Door] = {
+    "symbolic": symbolic, "exported": exported, "compiled": compiled, "in a block": in_a_block,
+}  # fmt: skip
+
+
+# --- the zoo ---
+
+# A parameter is masked where it is outside of the interval; of the weights of these models some are
+RULE, NAIVE = RULES["rectangular"]
+WIDTH = 0.1
+TABLE = {"activations": RULE, "params": fg.rules.rectangular(a=-WIDTH, b=WIDTH)}
+
+
+def reference(model: nn.Module, inputs: tuple[Tensor, ...]) -> Run:
+    with Interception(NAIVE) as interception:
+        expected = run(model, inputs)
+    assert interception.calls
+    for name, parameter in model.named_parameters():
+        gradient = expected.gradients.get(name)
+        if gradient is not None:
+            expected.gradients[name] = gradient * (parameter.detach().abs() <= WIDTH)
+    return expected
+
+
+class Model:
+    """A model of the zoo."""
+
+    def __init__(self, name: str, make: Callable[[], nn.Module], sample: Callable[[bool], Tensor]):
+        self.name, self.make, self.sample = name, make, sample
+
+
+def of_torchvision(vision: Vision) -> Model:
+    return Model(vision.name, lambda: wake(vision.make()), vision.sample)
+
+
+def numbers(*shape: int) -> Callable[[bool], Tensor]:
+    return lambda training: torch.randn(*shape, generator=torch.Generator().manual_seed(2))
+
+
+ZOO = [
+    Model("Spellings", Spellings, numbers(4, 2, 8, 8)),
+    Model("Smooth", Smooth, numbers(4, 6)),
+    Model("Branching", Branching, numbers(4, 6)),
+    *map(of_torchvision, VISION),
+]
+
+
+@pytest.mark.sampled(4)
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+@pytest.mark.parametrize("known", ZOO, ids=lambda known: known.name)
+def test_four_ways_in_give_the_same_gradients(known: Model, training: bool) -> None:
+    torch.manual_seed(0)
+    model = known.make().train(training)
+    inputs = (known.sample(True),)  # an export takes both modes, and some train on nothing smaller
+    native, expected = run(model, inputs), reference(model, inputs)
+    assert differs(expected, native)
+    runs = {name: run(door(model, TABLE, inputs), inputs, of=model) for name, door in DOORS.items()}
+    for actual in runs.values():
+        assert_same_forward(actual, native)
+        assert_same_gradients(actual, expected, close)
+        assert_same_gradients(actual, runs["symbolic"])
