@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 from typing import Any, ClassVar, Self
 
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from . import tree
 from .dynamo import is_compiling
 from .releases import lookup, private
+from .replacing import replaced
 
 __all__ = [
     "BUFFERS",
@@ -25,6 +26,7 @@ __all__ = [
     "ConvertsInPlace",
     "after_hooks",
     "after_pre_hooks",
+    "around_swapped_parameters",
     "backward_hook",
     "buffers_of",
     "call_code",
@@ -277,6 +279,49 @@ def with_parameters(
     """Replace parameters of a module while a block runs. Other names of a tied parameter are not replaced."""
     found: AbstractContextManager[Any] = _reparametrize(module, dict(parameters), tie_weights=False)
     return found
+
+
+@contextmanager
+def around_swapped_parameters(
+    around: Callable[[nn.Module, Mapping[tuple[int, str], Tensor]], AbstractContextManager[None]],
+    call: Callable[[Callable[..., Any], tuple[Any, ...], dict[str, Any]], Any],
+) -> Iterator[None]:
+    """A context in which `torch.func.functional_call` runs modules in contexts.
+
+    Args:
+        around: Makes the context while the tensors are swapped in, also in other threads. Takes the module, and the
+            tensors that were the parameters before, by the identity of the module that holds them and the name.
+        call: Calls the function behind `functional_call`, with its arguments.
+    """
+
+    def swapping(swap: Callable[..., AbstractContextManager[Any]]) -> Callable[..., Any]:
+        @contextmanager
+        def swapped(module: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+            before: dict[tuple[int, str], Tensor] = {
+                (id(holder), name): tensor
+                for holder in module.modules()
+                for name, tensor in parameters_of(holder).items()
+                if tensor is not None
+            }
+            with swap(module, *args, **kwargs), around(module, before):
+                yield
+
+        return lambda *args, **kwargs: (swap if is_compiling() else swapped)(*args, **kwargs)
+
+    def calling(function: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args, **kwargs: call(function, args, kwargs)
+
+    stateless = lookup("torch.nn.utils.stateless", _SWAPPING)
+    for name in ("_reparametrize_module", "_functional_call"):
+        lookup(f"torch.nn.utils.stateless.{name}", _SWAPPING)
+    with (
+        replaced(stateless, "_reparametrize_module", swapping, asks_for_thread=True),
+        replaced(stateless, "_functional_call", calling, asks_for_thread=True),
+    ):
+        yield
+
+
+_SWAPPING = "following torch.func.functional_call"
 
 
 def call_code() -> CodeType:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..graph.aliasing import named_in_place
+from .parameters import is_parameter
 
 __all__ = ["with_parameters"]
 
@@ -26,7 +27,7 @@ _VIEWS = frozenset(["T", "mT", "H", "mH", "real", "imag"])
 
 
 def with_parameters(
-    deciding: Sequence[Callable[[nn.Parameter], Tensor | None]],
+    deciding: Sequence[Callable[[Tensor], Tensor | None]],
     func: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
@@ -40,7 +41,7 @@ def with_parameters(
         kwargs: Keyword arguments.
     """
 
-    def replaced(parameter: nn.Parameter) -> Tensor:
+    def replaced(parameter: Tensor) -> Tensor:
         found = (decide(parameter) for decide in deciding)
         return next((tensor for tensor in found if tensor is not None), parameter)
 
@@ -55,8 +56,8 @@ def with_parameters(
     return new, {k: v if k == "out" else _map(replaced, v) for k, v in kwargs.items()}
 
 
-def _map(replaced: Callable[[nn.Parameter], Tensor], value: Any) -> Any:
-    if isinstance(value, nn.Parameter):
+def _map(replaced: Callable[[Tensor], Tensor], value: Any) -> Any:
+    if is_parameter(value):
         return replaced(value)
     if type(value) in (list, tuple):
         return type(value)(_map(replaced, item) for item in value)

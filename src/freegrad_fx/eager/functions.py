@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from .._torch.dynamo import is_compiling, leave_to_python
 from .._torch.functions import Function, applied_by, is_recorded, with_backward, with_results
@@ -18,6 +18,7 @@ from ..context import intercepting_blocks, left_alone
 from ..errors import RuleError
 from ..plan import Decision
 from .arguments import with_parameters
+from .parameters import is_parameter
 from .rules import gradient_by, is_differentiable, replaced_forward, require_tensor
 from .running import has_rules_already, looks_for_sites
 
@@ -91,7 +92,7 @@ def _require_rules(function: Function, ctx: Any, inputs: tuple[Any, ...]) -> Non
     if is_compiling():
         return
     for value, needed in zip(inputs, ctx.needs_input_grad, strict=True):
-        if not isinstance(value, nn.Parameter):
+        if not is_parameter(value):
             continue
         for block in intercepting_blocks():
             observed = block.observed

@@ -31,6 +31,7 @@ from ..vocabulary.op import Op, Spelling
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
 from .opaque import opaque_call
+from .parameters import parameters_swapped_in, role_of
 from .rules import parameter_by, replaced_forward, rules_act
 from .running import is_compiled_graph, running_modules
 
@@ -105,6 +106,7 @@ class Observed:
                 self._paths[id(module)] = path
             for name, parameter in model.named_parameters(remove_duplicate=False):
                 self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
+        self._tied = {name: names for names in self._names.values() for name in names}
 
     # --- operations ---
 
@@ -186,6 +188,7 @@ class Observed:
         with ExitStack() as stack:
             if self.wants_parameters:
                 stack.enter_context(parameters_of_functions())
+                stack.enter_context(parameters_swapped_in())
             if any(entry.sites.by_class for entry in self.table.entries):
                 selected = self.table.types_in(self.model or nn.Module())
                 modules = [kind for kind in selected if issubclass(kind, nn.Module)]
@@ -201,7 +204,7 @@ class Observed:
 
     # --- parameters ---
 
-    def parameter(self, parameter: nn.Parameter) -> Tensor | None:
+    def parameter(self, parameter: Tensor) -> Tensor | None:
         """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
         decision = self.parameter_decision(parameter)
         if decision is None or decision.entry is None:
@@ -211,37 +214,49 @@ class Observed:
         acts = rules_act()
         if decision.forward is None and not acts:
             return parameter
-        if parameter.is_inference() or is_transformed(parameter):
+        role = role_of(parameter)
+        if parameter.is_inference() or (is_transformed(parameter) and role is None):
             return parameter
+        if function_transforms_active():
+            return _decoupled(parameter, decision, acts)
         state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
         if decision.forward is not None:
             state = (*state, self._thread.call)  # a write through `.data` changes no version
-        if function_transforms_active():
-            return _decoupled(parameter, decision, acts)
-        known = self._thread.parameters.get(id(parameter))
+        # What a tensor that is swapped in was decoupled into must not outlive the swap
+        kept, key = (self._thread.parameters, parameter) if role is None else (role.kept, self)
+        known = kept.get(id(key))
         if known is None or known.state != state:
-            known = _Decoupled(state, _decoupled(parameter, decision, acts))
-            self._thread.parameters[id(parameter)] = known
+            known = kept[id(key)] = _Decoupled(state, _decoupled(parameter, decision, acts))
         return known.tensor
 
-    def parameter_decision(self, parameter: nn.Parameter) -> Decision | None:
+    def parameter_decision(self, parameter: Tensor) -> Decision | None:
         """The decision for a parameter that the call that runs now takes; None if it is no site."""
         place = self._place()
         if place is None or place.owner is None:
             return None  # an optimizer, for example
-        names = self._names.get(id(parameter))
+        names = self._names_of(parameter)
         if names is None:
             if self.model is not None:
                 return None
             names = _names_among(parameter, place.modules)
-        key = ("parameter", id(parameter), parameter.requires_grad)
+        identity = id(parameter) if role_of(parameter) is None else names
+        key = ("parameter", identity, parameter.requires_grad)
         decision = self._decisions.get(key)
         if decision is None:
             decision = self._note(key, self._parameter_site(parameter, names, place.modules))
         return decision
 
+    def _names_of(self, parameter: Tensor) -> tuple[str, ...] | None:
+        """The names of a parameter of the model, or of that whose role a tensor takes; None for others."""
+        role = role_of(parameter)
+        if role is None:
+            return self._names.get(id(parameter))
+        path = self._paths.get(id(role.holder))
+        name = role.name if not path else f"{path}.{role.name}"
+        return None if path is None else self._tied.get(name)
+
     def _parameter_site(
-        self, parameter: nn.Parameter, names: tuple[str, ...], modules: tuple[nn.Module, ...]
+        self, parameter: Tensor, names: tuple[str, ...], modules: tuple[nn.Module, ...]
     ) -> Located:
         path, _, name = names[0].rpartition(".")
         if self.model is not None:
@@ -380,7 +395,7 @@ def _module(kind: type[nn.Module], inplace: bool) -> str:
     return f"{short_name(kind)}({'inplace=True' if inplace else ''})"
 
 
-def _names_among(parameter: nn.Parameter, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
+def _names_among(parameter: Tensor, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
     """The names of a parameter in the outermost running module that holds it."""
     for module in reversed(modules):
         named = module.named_parameters(remove_duplicate=False)
@@ -389,7 +404,7 @@ def _names_among(parameter: nn.Parameter, modules: tuple[nn.Module, ...]) -> tup
     return ("a parameter",)
 
 
-def _decoupled(parameter: nn.Parameter, decision: Decision, acts: bool) -> Tensor:
+def _decoupled(parameter: Tensor, decision: Decision, acts: bool) -> Tensor:
     value: Tensor = parameter.detach()
     if decision.forward is not None:
         value = replaced_forward(decision.forward, value)
