@@ -245,3 +245,35 @@ def test_gradient_checkpointing_is_lost_with_a_warning_or_refused() -> None:
     model.options = {"use_reentrant": True}
     with pytest.raises(fg.CaptureError, match=r"use_reentrant=True.*use_reentrant=False"):
         fg.transform(model, NATIVE, example_inputs=(sample(),))
+
+
+class TrainsOnMore(Net):
+    """In training it takes only inputs of more than four rows, as a normalisation over rows may."""
+
+    def forward(self, x: Tensor) -> Any:
+        if self.training and x.shape[0] < 5:
+            raise ValueError("too few rows")
+        return self.act(self.f(x))
+
+
+@pytest.mark.parametrize(
+    ("make", "inputs", "text"),
+    [
+        (Net, (torch.randn(4, 5),), "RuntimeError in train mode: mat1 and mat2 shapes"),
+        (Net, (sample(), sample()), "TypeError in train mode: .* positional arguments"),
+        (Net, {"y": sample()}, "TypeError in train mode: .* 'y'"),
+        (TrainsOnMore, (sample(),), "ValueError in train mode: too few rows"),
+    ],
+)
+def test_inputs_that_the_model_does_not_take_are_named(make: Any, inputs: Any, text: str) -> None:
+    class Plain(make):  # type: ignore[misc]
+        if make is Net:
+
+            def forward(self, x: Tensor) -> Tensor:
+                return self.act(self.f(x))
+
+    model, state = Plain(), torch.get_rng_state()
+    with pytest.raises(fg.CaptureError, match=f"does not take the example inputs.*{text}") as error:
+        fg.transform(model, {"relu": None}, example_inputs=inputs)
+    assert "compile" not in str(error.value)
+    assert torch.equal(torch.get_rng_state(), state)

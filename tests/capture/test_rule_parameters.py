@@ -313,6 +313,9 @@ def test_what_cannot_be_set_is_refused_and_nothing_is_changed() -> None:
         ("relu", {"s": 1.0}, RuleError, r"also used at '1:tanh\[0\]'"),
         ("*", {"s": torch.ones(3)}, RuleError, r"of shape \[\], got one of shape \[3\]"),
         ("*", {"s": "large"}, TypeError, "must be float"),
+        ("*", {"s": torch.tensor(float("nan"))}, RuleError, "for parameter 's' .* holds NaN"),
+        ("*", {"s": torch.tensor(1j)}, TypeError, "must be real, got a tensor of torch.complex64"),
+        ("sigmoid", {"a": torch.tensor([0.0, float("nan")])}, RuleError, "holds NaN"),
         ("sigmoid", {"a": 2.0}, RuleError, "requires a <= b"),
     ):
         with pytest.raises(error, match=text):

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
+from torch.func import functional_call
 
+from .._torch import tree
 from ..errors import CaptureError
 from .copying import structural_copy
 from .refusal import NotExportedError
@@ -29,6 +32,11 @@ def with_remedy(
         args: The positional example inputs.
         kwargs: The example inputs by name.
     """
+    if error.__cause__ is not None and (text := _raised_natively(model, args, kwargs)):
+        return CaptureError(
+            f"{type(model).__name__} does not take the example inputs: called with them, it raises {text}. Give example "
+            f"inputs that the model takes in train mode and in eval mode."
+        )
     remedy = COMPILE
     if error.symbolic:
         opened = open_arguments(model, args, kwargs)
@@ -41,6 +49,30 @@ def with_remedy(
             )
     instead = f"; or {error.instead}" if error.instead else ""
     return CaptureError(f"{error} {remedy}{instead}.")
+
+
+def _raised_natively(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
+    """What a model itself raises when it is called with the example inputs, in either mode; ``""`` for nothing."""
+    drawn = torch.get_rng_state()
+    try:
+        for training in (True, False):
+            called = structural_copy(model).train(training)
+            buffers = {name: buffer.clone() for name, buffer in called.named_buffers()}
+            given, named = tree.map_leaves(_own, (args, dict(kwargs)))
+            try:
+                with torch.no_grad():
+                    functional_call(called, buffers, given, named)
+            except Exception as error:
+                mode = "train" if training else "eval"
+                text = str(error).strip().partition("\n")[0][:300].rstrip(".")
+                return f"{type(error).__name__} in {mode} mode: {text}"
+    finally:
+        torch.set_rng_state(drawn)
+    return ""
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
 
 
 def _is_traced(model: nn.Module, opened: tuple[str, ...]) -> bool:

@@ -205,6 +205,12 @@ def _selects(pattern: str, site: str) -> bool:
 def _checked(model: nn.Module, call: fx.Node, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values in the types that a rule declares. Raises if they are not valid."""
     rule = get(str(call.kwargs["rule"]))
+    for name, value in values.items():
+        if isinstance(value, Tensor) and not value.is_meta and bool(value.isnan().any()):
+            raise RuleError(
+                f"set_rule_parameter: the tensor for parameter {name!r} of rule {rule.name!r} holds NaN; it must hold "
+                f"numbers"
+            )
     new = rule(**{**_values(model, call), **values}).bound
     return {name: new[name] for name in values}
 

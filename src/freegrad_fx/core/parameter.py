@@ -70,11 +70,18 @@ class Parameter:
             if isinstance(value, accepted):
                 return value
             if isinstance(value, Tensor) and {int, float} & {*accepted}:
-                return value
+                return self._real(rule, value, accepted)
         wanted = " or ".join(t.__name__ for t in accepted)
         raise TypeError(
             f"parameter {self.name!r} of rule {rule!r} must be {wanted}, got {value!r} of type {type(value).__name__}"
         )
+
+    def _real(self, rule: str, value: Tensor, accepted: tuple[type, ...]) -> Tensor:
+        if value.is_complex() and complex not in accepted:
+            raise TypeError(
+                f"parameter {self.name!r} of rule {rule!r} must be real, got a tensor of {value.dtype}"
+            )
+        return value
 
     def _as_float(self, rule: str, value: numbers.Real) -> float:
         try:

@@ -27,6 +27,9 @@ __all__ = ["calls_of_functions", "parameters_of_functions"]
 
 _PACKAGE = __name__.partition(".")[0]
 
+_OF_GRAPHS = (f"{_PACKAGE}.", "torch._")
+"""The modules of Functions that rules and compilers apply: the parameters of a graph have their rules in it."""
+
 
 class Decides(Protocol):
     """What is needed of what a block sees."""
@@ -80,7 +83,7 @@ def _outside_of_the_graph(
 
 
 def _with_rules(apply: Callable[..., Any], function: Function, args: tuple[Any, ...]) -> Any:
-    if not function.__module__.startswith(_PACKAGE):
+    if not function.__module__.startswith(_OF_GRAPHS):
         observing = [block.observed for block in intercepting_blocks()]
         deciding = [observed.parameter for observed in observing if observed.wants_parameters]
         args, _ = with_parameters(deciding, apply, args, {})
