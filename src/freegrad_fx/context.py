@@ -157,8 +157,15 @@ def intercepted() -> bool:
     return not is_compiling() and bool(_state.intercepting)
 
 
-def left_alone() -> AbstractContextManager[Any]:
-    """A context in which no block around it intercepts plain eager code, because another table decides its sites."""
+def left_alone(model: Any = None) -> AbstractContextManager[Any]:
+    """A context in which no block around it intercepts plain eager code, because another table decides its sites.
+
+    Args:
+        model: The model whose table that is, for the reports of the blocks; None if it belongs in none.
+    """
+    if model is not None:
+        for block in _state.intercepting:
+            block.leaves_alone(model)
     return _ALONE
 
 
@@ -258,6 +265,9 @@ class Block(ContextDecorator):
     def resume(self) -> Callable[[], AbstractContextManager[Any]]:
         """A function that returns a context in which code runs again as it runs now."""
         return nullcontext
+
+    def leaves_alone(self, model: Any) -> None:
+        """Note that a model runs in the block whose own table decides its sites."""
 
     def __call__(self, func: Called) -> Called:
         """Decorate `func`, so that each call of it runs in the block.

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import OWN_RULES, in_the_blocks_of_now, parts_for
+from .context import OWN_RULES, in_the_blocks_of_now, left_alone, parts_for
 from .core.rule import Rule, RuleLike
 from .errors import RuleError, unknown
 from .ops.gradients import decoupled, stop_gradient
@@ -84,7 +84,8 @@ class Activation(nn.Module):
         self.name = forward
         self.parameters_of_forward = parameters
         try:
-            self._function(torch.empty(1, 1, device="meta"))
+            with left_alone():  # no site of a block
+                self._function(torch.empty(1, 1, device="meta"))
         except (RuntimeError, TypeError, ValueError) as error:
             raise TypeError(
                 f"Activation({forward!r}) cannot be computed with these parameters: {error}"

@@ -460,3 +460,17 @@ def test_a_plain_block_has_sites_without_paths() -> None:
     plan = fg.report(block)
     assert [d.site.op for d in plan.decisions] == ["silu", "relu", "tanh", "sigmoid"]
     assert all(d.site.source.startswith(__file__) for d in plan.decisions)
+
+
+def test_the_report_names_transformed_models_that_ran() -> None:
+    """Their sites are in reports of their own."""
+    ambient = fg.transform(nn.Sequential(nn.Linear(4, 4), nn.Tanh()))
+    outer = nn.Sequential(nn.Linear(4, 4), ambient)
+    for options, path in (({}, ""), ({"model": outer}, "1")):
+        with fg.use(THREE, **options) as block:
+            outer(X)
+            fg.Activation("Tanh")  # whose constructor tries the function
+        plan = fg.report(block)
+        assert not plan.decisions
+        assert [o.path for o in plan.opaque] == [path]
+        assert "ambient sites follow the block; report(model) lists them" in str(plan)

@@ -46,7 +46,7 @@ def dispatcher(
     call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
-    alone_in_blocks = f"with {', '.join(['_left_alone()', *contexts])}:\n            {call}"
+    alone_in_blocks = f"with {', '.join(['_left_alone(self)', *contexts])}:\n            {call}"
     if contexts:
         call = f"with {', '.join(contexts)}:\n        {call}"
     remedy = "Include the argument in the example_inputs when transforming the model."

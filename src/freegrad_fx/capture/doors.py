@@ -34,8 +34,8 @@ def with_remedy(
     """
     if error.__cause__ is not None and (text := _raised_natively(model, args, kwargs)):
         return CaptureError(
-            f"{type(model).__name__} does not take the example inputs: called with them, it raises {text}. Give example "
-            f"inputs that the model takes in train mode and in eval mode."
+            f"{type(model).__name__} does not take the example inputs: called with them, it raises {text}. Give "
+            f"example inputs that the model takes in train mode and in eval mode."
         )
     remedy = COMPILE
     if error.symbolic:

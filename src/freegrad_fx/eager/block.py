@@ -130,6 +130,10 @@ class use(context.use):
 
         return again
 
+    def leaves_alone(self, model: nn.Module) -> None:
+        """Note that a model runs in the block whose own table decides its sites."""
+        self.observed.transformed(model)
+
 
 def _has_ambient_sites(model: nn.Module) -> bool:
     return any(isinstance(module, CapturedModule | Activation) for module in model.modules())

@@ -40,6 +40,7 @@ __all__ = ["Here", "Observed"]
 _UNSEEN = (
     "its module ran in the block, and no function of PyTorch that was called from Python took it"
 )
+_TRANSFORMED = "its own table decides its sites, and its ambient sites follow the block; report(model) lists them"
 _OUT = "it writes its result into an out= tensor, which autograd does not support"
 
 
@@ -357,6 +358,13 @@ class Observed:
         if place is not None:
             what = f"autograd.Function {function.__qualname__}"
             self._opaque[Opaque(place.path, what, "keeps its own backward", caller())] = None
+
+    def transformed(self, model: nn.Module) -> None:
+        """Note a call of a model that was transformed."""
+        place = self._place()
+        if place is not None:
+            name = type(model).__name__
+            self._opaque[Opaque(place.path, name, _TRANSFORMED, caller())] = None
 
     def plan(self) -> Plan:
         """The sites that were seen, with their decisions."""
