@@ -174,3 +174,45 @@ def test_a_parameter_that_only_a_script_takes_warns(x: Tensor) -> None:
         fg.use({"params": CLIP}, model=model),
     ):
         model(x)
+
+
+def test_transforms_of_functions_give_the_rule_once(x: Tensor) -> None:
+    model = Layer(ScaledWithSetup)
+    weights = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, weights, x.detach()).square().sum()
+
+    def row(x: Tensor) -> Tensor:
+        return model(x[None]).square().sum()
+
+    native = torch.func.grad(loss)(weights)
+    rows = torch.func.vmap(torch.func.grad(row))(x.detach())
+    with fg.use({"params": fg.rules.scale(s=3.0)}, model=model):
+        found = torch.func.grad(loss)(weights)
+        assert torch.equal(torch.func.vmap(torch.func.grad(row))(x.detach()), rows)
+    for name, gradient in native.items():
+        torch.testing.assert_close(found[name], 3.0 * gradient)
+
+
+# Dynamo reads the gradients of its inputs after a graph break
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
+@pytest.mark.parametrize("door", ["plain", "compile", "transform"])
+def test_compiled_code_gives_the_rule_once(door: str, x: Tensor) -> None:
+    """That of the block in a plain model, and that of its own table in another one, also in one graph."""
+    model = Layer(Scaled)
+    table = {"params": fg.rules.scale(s=3.0)}
+    native = gradients(model, model, x)
+    torch._dynamo.reset()
+    if door == "compile":
+        compiled: Any = fg.compile(model, table, backend="eager", fullgraph=True)
+    elif door == "transform":
+        compiled = torch.compile(fg.transform(model, table), backend="eager", fullgraph=True)
+    else:
+        compiled = torch.compile(model, backend="eager")
+    factor = 10.0 if door == "plain" else 3.0
+    for _ in range(2):
+        with fg.use(fg.rules.scale(s=10.0), scope="params", model=model):
+            found = gradients(compiled, model, x)
+        for f, n, s in zip(found, native, (1.0, factor, factor), strict=True):
+            torch.testing.assert_close(f, s * n)

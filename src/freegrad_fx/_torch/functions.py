@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from .dynamo import is_compiling
 from .releases import lookup, uses_private_names
 from .replacing import Make, all_replaced, replace_for_good, replaced
 
@@ -103,7 +104,7 @@ def applied_by(
 
     Args:
         call: Calls `apply`. It is also called in other threads.
-        noted: Called in this thread with the Function, the context and the inputs of each call of a Function of users,
+        noted: Called with the Function, the context and the inputs of each call of a Function of users,
             also if its `apply` was stored before and is not handed to `call`.
         but: A package whose Functions are not those of users, as PyTorch's are not.
     """
@@ -112,18 +113,42 @@ def applied_by(
     def apply(function: Function, *args: Any) -> Any:
         return call(defined.__get__(None, function), function, args)
 
-    def applied(function: Function, ctx: Any, inputs: tuple[Any, ...], result: Any) -> Any:
-        noted(function, ctx, inputs)
-        return result
-
-    users = _functions_of_users(but)
-    with (
-        replaced(
-            torch.autograd.Function, "apply", lambda _: classmethod(apply), asks_for_thread=True
-        ),
-        all_replaced(p for f in users for p in _passed_on(f, applied, contextlib.nullcontext)),
-    ):
+    with contextlib.ExitStack() as stack:
+        # Dynamo can trace what is called without a look at the thread
+        begin = functools.partial(replaced, asks_for_thread=True)
+        stack.enter_context(begin(torch.autograd.Function, "apply", lambda _: classmethod(apply)))
+        for function in _functions_of_users(but):
+            stack.enter_context(begin(function, *_noting(function, noted)))
         yield
+
+
+def _noting(
+    function: Function, noted: Callable[[Function, Any, tuple[Any, ...]], None]
+) -> tuple[str, Make]:
+    """The name of what each `apply` of a Function looks up and calls with a context, and its replacement."""
+
+    def forward_with(forward: Callable[..., Any]) -> Any:
+        @functools.wraps(forward)
+        def run(ctx: Any, *args: Any, **kwargs: Any) -> Any:
+            result = forward(ctx, *args, **kwargs)
+            if not is_compiling() and isinstance(ctx, torch.autograd.function.FunctionCtx):
+                noted(function, ctx, args)
+            return result
+
+        return staticmethod(run)
+
+    def setup_with(setup: Callable[..., Any]) -> Any:
+        @functools.wraps(setup)
+        def prepare(ctx: Any, inputs: Any, output: Any) -> Any:
+            setup(ctx, inputs, output)
+            if not is_compiling():
+                noted(function, ctx, inputs)
+
+        return staticmethod(prepare)
+
+    if function.setup_context is torch.autograd.Function.setup_context:
+        return "forward", forward_with
+    return "setup_context", setup_with
 
 
 def _functions_of_users(but: str) -> list[Function]:

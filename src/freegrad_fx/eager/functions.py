@@ -86,7 +86,8 @@ def _with_rules(apply: Callable[..., Any], function: Function, args: tuple[Any, 
     if not function.__module__.startswith(_OF_GRAPHS):
         observing = [block.observed for block in intercepting_blocks()]
         deciding = [observed.parameter for observed in observing if observed.wants_parameters]
-        args, _ = with_parameters(deciding, apply, args, {})
+        with left_alone():  # the rules are Functions and functions of PyTorch, too
+            args, _ = with_parameters(deciding, apply, args, {})
     return apply(*args)
 
 
@@ -94,7 +95,7 @@ def _require_rules(function: Function, ctx: Any, inputs: tuple[Any, ...]) -> Non
     """Raise `RuleError` if a Function takes a parameter that has rules, but takes it without them."""
     if is_compiling():
         return
-    for value, needed in zip(inputs, ctx.needs_input_grad, strict=True):
+    for value, needed in zip(inputs, ctx.needs_input_grad, strict=False):
         if not is_parameter(value):
             continue
         for block in intercepting_blocks():
