@@ -57,6 +57,11 @@ ON_HEAVISIDE = ("triangular on heaviside", "fast_sigmoid on heaviside", "arctan 
 OTHERS = (
     "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam", *ON_HEAVISIDE,
 )  # fmt: skip
+# Rules whose formula is one or a few passes over memory; others cost what their arithmetic costs.
+FEW_PASSES = (
+    *GRADIENT_ALONE, "d(ReLU)", "rectangular", "clipped_straight_through", "guided", "clip_norm", "centralize",
+    "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam",
+)  # fmt: skip
 LIGHT = ("rectangular", "rectangular, save=mask", "d(Linear)", "straight_through")
 # Rules by what they save. A rule of y saves nothing more, as the next layer keeps its input.
 OF_NOTHING = (*(name for name in RULES if not fg.get(name).inputs), "a rule of y")
@@ -67,7 +72,7 @@ TARGETS = (
     Target("operators", NATIVE_RELU, 1.3, (*GRADIENT_ALONE, "d(ReLU)")),
     Target("operators", NATIVE_RELU, 1.5, ("rectangular", "clipped_straight_through", "guided")),
     Target("operators", FASTEST_PEER, 0.5, OTHERS),
-    Target("small", NATIVE_RELU, 1.6, RULES),
+    Target("small", NATIVE_RELU, 1.6, FEW_PASSES),
     Target("small", "snnTorch", 0.7, (*RULES, *ON_HEAVISIDE)),
     Target("small", "FreeGrad", 0.7, RULES),
     Target("compiled", NATIVE_RELU, 2.0),

@@ -136,7 +136,7 @@ def _in_unit_interval(x: Tensor) -> Tensor:
 @register(
     "dorefa_activation",
     reference="Zhou et al. 2016, arXiv:1606.06160 (DoReFa-Net)",
-    peers="larq DoReFaQuantizer",
+    peers="larq DoReFa",
     mask=_in_unit_interval,
 )
 def dorefa_activation(grad: Tensor, mask: Tensor) -> Tensor:
