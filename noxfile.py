@@ -160,6 +160,14 @@ def compare(session: nox.Session) -> None:
 
 
 @nox.session
+def conformance(session: nox.Session) -> None:
+    """Compare the rules with those of other libraries, and write the table of the documentation."""
+    install_project(session, "bench,peers")
+    table = ROOT / "docs" / "_tables" / "conformance.md"
+    session.run("python", "-m", "benchmarks.conformance", "--write", str(table), *session.posargs)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """Run every script of examples/ with ``--quick``, and the code in the README."""
     install_project(session, "examples")
