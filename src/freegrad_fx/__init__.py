@@ -16,6 +16,7 @@ from .errors import (
     CaptureError,
     FreegradWarning,
     PlanError,
+    RuleCheckError,
     RuleError,
     TableError,
     TorchVersionError,
@@ -25,7 +26,7 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional
+    from . import functional, testing
     from .capture.captured import CapturedModule
     from .dynamo import Backend, backend, compile
     from .eager import use
@@ -73,6 +74,7 @@ __all__ = [
     "Plan",
     "PlanError",
     "Rule",
+    "RuleCheckError",
     "RuleError",
     "RuleTable",
     "Site",
@@ -96,6 +98,7 @@ __all__ = [
     "register",
     "report",
     "rules",
+    "testing",
     "transform",
     "use",
     "verify",
@@ -104,8 +107,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name == "functional":
-        return importlib.import_module(f"{__name__}.functional")
+    if name in ("functional", "testing"):
+        return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)

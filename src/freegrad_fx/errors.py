@@ -14,6 +14,7 @@ __all__ = [
     "CaptureError",
     "FreegradWarning",
     "PlanError",
+    "RuleCheckError",
     "RuleError",
     "TableError",
     "TorchVersionError",
@@ -49,6 +50,18 @@ class VerificationError(CaptureError):
     def __init__(self, message: str, report: Any = None) -> None:
         super().__init__(message)
         self.report = report
+
+
+class RuleCheckError(AssertionError):
+    """A rule does not do what it has to do, or what it declares; `freegrad_fx.testing.check_rule` raises it.
+
+    Attributes:
+        failures: All that was found, a tuple of `freegrad_fx.testing.Failure`.
+    """
+
+    def __init__(self, message: str, failures: tuple[Any, ...] = ()) -> None:
+        super().__init__(message)
+        self.failures = failures
 
 
 class TorchVersionError(RuntimeError):

@@ -7,12 +7,13 @@ gradient. This module tests that property; it does not depend on individual rule
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._torch.generators import random_state_kept, seed
 from ._torch.graphs import make_fx
 from ._torch.tensors import empty_like_gradient
 from .backward.functions import rule_behind
@@ -162,7 +163,7 @@ def _require_linear(name: str, rule: Callable[[Tensor], Tensor], like: Tensor) -
         rule: The rule as a function of only the gradient.
         like: A tensor of the shape, dtype and device of the gradient.
     """
-    with _random_state_kept(like.device):
+    with random_state_kept(like.device):
         try:
             linear = not _derivative_depends_on_gradient(rule, like) and _adds(rule, like)
         except Exception as error:
@@ -175,25 +176,6 @@ def _require_linear(name: str, rule: Callable[[Tensor], Tensor], like: Tensor) -
             f"{name} is not linear in the gradient, so jvp has no Jacobian to multiply with. Use vjp(), which does not "
             f"require linear rules."
         )
-
-
-def _generators(device: torch.device) -> list[torch.Generator]:
-    """The random number generators that a rule can use on a device."""
-    if device.type == "cpu":
-        return [torch.default_generator]
-    own = torch.get_device_module(device).default_generators
-    return [torch.default_generator, own[device.index or 0]]
-
-
-@contextmanager
-def _random_state_kept(device: torch.device) -> Iterator[None]:
-    generators = _generators(device)
-    states = [generator.get_state() for generator in generators]
-    try:
-        yield
-    finally:
-        for generator, state in zip(generators, states, strict=True):
-            generator.set_state(state)
 
 
 def _derivative_depends_on_gradient(rule: Callable[[Tensor], Tensor], like: Tensor) -> bool:
@@ -217,8 +199,7 @@ def _adds(rule: Callable[[Tensor], Tensor], like: Tensor) -> bool:
     """Whether a rule maps sums to sums and zero to zero, with the same random numbers at each call."""
 
     def drawn_alike(grad: Tensor) -> Tensor:
-        for generator in _generators(like.device):
-            generator.manual_seed(0)
+        seed(like.device, 0)
         return rule(grad)
 
     tolerance = torch.finfo(like.dtype).eps ** 0.5

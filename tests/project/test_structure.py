@@ -26,7 +26,7 @@ core
 rules context vocabulary
 backward
 ops
-functional plot modules graph
+functional plot modules graph testing
 sites
 capture table
 plan

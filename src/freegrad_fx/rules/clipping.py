@@ -64,8 +64,11 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     """
     # at least float32: the norm of a large tensor overflows in float16, and the gradient would become zero
     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    factor: Tensor = max_norm / norm.clamp_min(eps)
-    return grad * factor.clamp(max=1).to(grad.dtype)
+    size = norm.clamp_min(eps)
+    # not clamp(max=1): the derivative of its argument is 0·∞ if max_norm is infinite
+    within = size <= max_norm
+    factor = torch.where(within, 1, max_norm / torch.where(within, 1, size))
+    return grad * factor.to(grad.dtype)
 
 
 @register(
@@ -132,7 +135,7 @@ def adaptive_clip(grad: Tensor, x: Tensor, *, clipping: float = 0.01, eps: float
     dims = per_row(x)
     weight = torch.linalg.vector_norm(wide(x), dim=dims, keepdim=True).clamp(min=eps)
     norm = torch.linalg.vector_norm(wide(grad), dim=dims, keepdim=True)
-    return times(grad, _shrinking(clipping * weight, norm), x)
+    return times(grad, _shrinking(clipping, norm / weight), x)
 
 
 @register(
@@ -169,7 +172,7 @@ def trust_ratio(grad: Tensor, x: Tensor) -> Tensor:
     return times(grad, torch.where(known, weight / torch.where(known, norm, 1), 1), x)
 
 
-def _shrinking(limit: float | Tensor, size: Tensor) -> Tensor:
+def _shrinking(limit: float, size: Tensor) -> Tensor:
     """min(1, limit/size), 1 where the size is 0"""
     over = size > limit
     return torch.where(over, limit / torch.where(over, size, 1), 1)
