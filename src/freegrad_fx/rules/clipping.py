@@ -62,13 +62,12 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
         max_norm: The largest norm, at least 0.
         eps: The smallest norm that is divided by, at least 0.
     """
+    if not isinstance(max_norm, Tensor) and max_norm == math.inf:
+        return grad  # the derivative of the factor would be 0·∞
     # at least float32: the norm of a large tensor overflows in float16, and the gradient would become zero
     norm = torch.linalg.vector_norm(grad, dtype=torch.promote_types(grad.dtype, torch.float32))
-    size = norm.clamp_min(eps)
-    # not clamp(max=1): the derivative of its argument is 0·∞ if max_norm is infinite
-    within = size <= max_norm
-    factor = torch.where(within, 1, max_norm / torch.where(within, 1, size))
-    return grad * factor.to(grad.dtype)
+    factor: Tensor = max_norm / norm.clamp_min(eps)
+    return grad * factor.clamp(max=1).to(grad.dtype)
 
 
 @register(
