@@ -28,7 +28,7 @@ from .vocabulary.forwards import forward
 if TYPE_CHECKING:
     from . import functional, testing
     from .capture.captured import CapturedModule
-    from .dynamo import Backend, backend, compile
+    from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report

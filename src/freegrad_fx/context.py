@@ -41,6 +41,7 @@ __all__ = [
     "native",
     "outside_of_blocks",
     "parts_for",
+    "programs",
     "surrounded",
     "use",
 ]
@@ -66,6 +67,7 @@ class _State(threading.local):
         self.params: tuple[Rule, ...] = ()
         self.blocks: tuple[Block, ...] = ()
         self.intercepting: tuple[Block, ...] = ()
+        self.traced: tuple[Block, ...] = ()
         self.surroundings: tuple[_Surrounding, ...] = ()
 
 
@@ -105,12 +107,21 @@ def explicit_rules_act() -> bool:
 def intercepting_blocks() -> tuple[Any, ...]:
     """The blocks in force that intercept plain eager code, the innermost first; none inside of `native`.
 
+    In code that a compiler traces, they are those that act on traced code too.
+
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
     """
+    if is_compiling():
+        return _state.traced
     if _state.intercepting:
         _require_own_blocks()
     return _state.intercepting
+
+
+def programs() -> tuple[Any, ...]:
+    """The blocks in force of compiled programs."""
+    return tuple(block for block in _state.intercepting if block.of_program)
 
 
 def _require_own_blocks() -> None:
@@ -130,14 +141,22 @@ def _put(blocks: tuple[Block, ...]) -> None:
         **dict.fromkeys(SCOPES.values(), ()),
     }
     intercepting: tuple[Block, ...] = ()
+    traced: tuple[Block, ...] = ()
     for block in blocks:
         values.update(block.changes)
-        intercepting = (block, *intercepting) if block.intercepts else intercepting
-        intercepting = () if block.ends_interception else intercepting
+        if block.ends_interception:
+            traced = ()
+            # The program around a `native` block asks by itself whether its rules act
+            kept = isinstance(block, native)
+            intercepting = tuple(b for b in intercepting if kept and b.of_program)
+        if block.intercepts:
+            intercepting = (block, *intercepting)
+            traced = traced if block.of_program else (block, *traced)
     for name, value in values.items():
         setattr(_state, name, value)
     _state.blocks = blocks
     _state.intercepting = intercepting
+    _state.traced = traced
     _entered.set(blocks)
 
 
@@ -234,6 +253,9 @@ class Block(ContextDecorator):
 
     ends_interception = False
     """Whether the blocks around it do not act on plain eager code in it."""
+
+    of_program = False
+    """Whether the block is that of a compiled program, which intercepts only what is not in the program's graphs."""
 
     def __init__(self, **changes: Any) -> None:
         self.changes = changes

@@ -460,9 +460,6 @@ def test_a_call_that_cannot_be_kept_whole_is_refused_with_the_reason() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.part(x * 1, x * 2) if isinstance(self.part, Two) else self.part(x * 1)
 
-    class Broken(Block):
-        pass
-
     class Writes(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return x.relu_() + 1
@@ -473,7 +470,6 @@ def test_a_call_that_cannot_be_kept_whole_is_refused_with_the_reason() -> None:
 
     for part, reason in (
         (Two(), "it has 2 tensors as input.*; or use transform\\(\\) and use\\(\\)"),
-        (Broken(), "captures it in several graphs.*; or use transform\\(\\) and use\\(\\)"),
         (Writes(), r"it writes into its input tensor.*Select the ops inside of Writes instead\.$"),
         (Pair(), r"does not return one tensor.*Select the ops inside of Pair instead\.$"),
     ):
@@ -530,14 +526,21 @@ def ours(caught: Any) -> list[Any]:
     return [warning for warning in caught if issubclass(warning.category, fg.FreegradWarning)]
 
 
-def test_what_ran_outside_of_the_graphs_is_a_warning_with_its_name_and_line() -> None:
-    model = Model(with_a_gap)
+@torch._dynamo.disable
+def unseen(x: Tensor) -> Tensor:
+    """A place that is hidden from function modes."""
+    with torch._C.DisableTorchFunction():
+        return torch.relu(x)
+
+
+def test_what_no_rule_can_reach_is_a_warning_with_its_name_and_line() -> None:
+    model = Model(lambda self, x: torch.relu(unseen(self.b(torch.relu(self.a(x)))) - 0.1))
     backend = fg.backend("straight_through", inner="eager")
     compiled = torch.compile(model, backend=backend)
     with pytest.warns(fg.FreegradWarning, match=OUTSIDE) as caught:
         compiled(sample().requires_grad_())
     (warning,) = ours(caught)
-    line = not_compiled.__wrapped__.__code__.co_firstlineno + 2
+    line = unseen.__wrapped__.__code__.co_firstlineno + 4
     assert (
         f"of Model, these sites ran with their native backward: <root>:relu[1] ({__file__}:{line})."
         in str(warning.message)
@@ -550,7 +553,8 @@ def test_what_ran_outside_of_the_graphs_is_a_warning_with_its_name_and_line() ->
 
 
 def test_strict_raises_where_it_runs() -> None:
-    compiled = fg.compile(Model(with_a_gap), "scale", backend="eager", strict=True)
+    model = Model(lambda self, x: unseen(torch.relu(self.a(x))))
+    compiled = fg.compile(model, "scale", backend="eager", strict=True)
     with pytest.raises(
         fg.PlanError, match=rf"strict: {OUTSIDE} of Model, these sites ran.* <root>:relu\[1\]"
     ):
@@ -569,7 +573,8 @@ def test_strict_raises_where_it_runs() -> None:
     ids=["rule", "native", "other op", "forward"],
 )
 def test_without_gradients_only_a_forward_can_be_missed(rules: Any, warns: bool) -> None:
-    compiled = fg.compile(Model(with_a_gap), rules, backend="eager")
+    model = Model(lambda self, x: unseen(torch.relu(self.a(x))))
+    compiled = fg.compile(model, rules, backend="eager")
     with torch.no_grad(), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         compiled(sample())
@@ -593,50 +598,54 @@ def in_a_try(self: Model, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("forward", [in_a_loop, in_a_try])
-def test_a_frame_that_dynamo_gives_up_is_a_warning(
+def test_a_frame_that_dynamo_gives_up_gets_its_rules(
     forward: Callable[[Model, Tensor], Tensor],
 ) -> None:
-    model, rules = Model(forward), {"relu": fg.rules.scale(s=3.0)}
-    compiled = fg.compile(model, rules, backend="eager")
-    with pytest.warns(fg.FreegradWarning, match=rf"{OUTSIDE}.*freegrad_fx\.use\(rules, model"):
-        compiled(sample().requires_grad_())
-    with fg.use(rules, model=model) as block:  # the remedy that the warning names
-        model(sample().requires_grad_())
-    assert fg.report(block).with_action("rewrite")
-    assert not fg.report(block).with_action("skip")
+    model = Model(forward)
+    compiled = fg.compile(model, {"activations": RULE}, backend="eager", strict=True)
+    assert_same(gradients(compiled, model, sample()), by_interception(model, sample()))
+    assert len(fg.report(compiled).eager) == 2
 
 
-def test_running_without_compilation_is_a_warning() -> None:
-    for rules, match in (("scale", OUTSIDE), ({"gelu": "scale"}, "no captured graph ran")):
-        compiled = fg.compile(Model(graph_breaks), rules, backend="eager")
-        with (
-            torch.compiler.set_stance("force_eager"),
-            pytest.warns(fg.FreegradWarning, match=match),
-        ):
-            compiled(sample())
+def test_running_without_compilation_gets_its_rules() -> None:
+    model = Model(graph_breaks)
+    compiled = fg.compile(model, {"activations": RULE}, backend="eager", strict=True)
+    with torch.compiler.set_stance("force_eager"):
+        assert_same(gradients(compiled, model, sample()), by_interception(model, sample()))
+    compiled = fg.compile(model, {"gelu": "scale"}, backend="eager")
+    with (
+        torch.compiler.set_stance("force_eager"),
+        pytest.warns(fg.FreegradWarning, match="'gelu' matched nothing in the first call of Model"),
+    ):
+        compiled(sample())
 
 
-def test_an_error_of_the_inner_backend_that_dynamo_suppresses_is_a_warning() -> None:
+def test_a_call_in_which_nothing_runs_is_a_warning() -> None:
+    compiled = fg.compile(lambda x: x, "scale", backend="eager")
+    with pytest.warns(fg.FreegradWarning, match="no captured graph ran"):
+        compiled(sample())
+
+
+def test_an_error_of_the_inner_backend_that_dynamo_suppresses_leaves_the_rules() -> None:
     def failing(gm: torch.fx.GraphModule, inputs: Any) -> Any:
         raise RuntimeError("no")
 
-    compiled = fg.compile(Model(with_a_gap), "scale", backend=failing)
-    with (
-        torch._dynamo.config.patch(suppress_errors=True),
-        pytest.warns(fg.FreegradWarning, match=OUTSIDE),
-    ):
-        compiled(sample().requires_grad_())
+    model = Model(with_a_gap)
+    compiled = fg.compile(model, {"activations": RULE}, backend=failing, strict=True)
+    with torch._dynamo.config.patch(suppress_errors=True):
+        assert_same(gradients(compiled, model, sample()), by_interception(model, sample()))
 
 
-def test_the_recompilation_limit_is_a_warning() -> None:
+def test_the_recompilation_limit_leaves_the_rules() -> None:
     model = Model(lambda self, x: torch.relu(self.a(x)) * len(self.text))
-    compiled = fg.compile(model, "scale", backend="eager", recompile_limit=2)
-    for length in range(2):
+    compiled = fg.compile(
+        model, {"activations": RULE}, backend="eager", recompile_limit=2, strict=True
+    )
+    for length in range(4):
         model.text = "a" * length
-        compiled(sample().requires_grad_())
-    model.text = "aaa"
-    with pytest.warns(fg.FreegradWarning, match=OUTSIDE):
-        compiled(sample().requires_grad_())
+        assert_same(gradients(compiled, model, sample()), by_interception(model, sample()))
+    assert names(fg.report(compiled)) == ["<root>:relu[0]"]  # in a graph, and in Python
+    assert fg.report(compiled).eager == ("<root>:relu[0]",)
 
 
 @torch._dynamo.disable
@@ -648,9 +657,8 @@ def many(x: Tensor) -> Tensor:
 def test_every_activation_is_known_outside_of_the_graphs() -> None:
     backend = fg.backend("scale", inner="eager")
     compiled = torch.compile(Model(lambda self, x: many(self.a(x)).relu()), backend=backend)
-    with pytest.warns(fg.FreegradWarning, match=OUTSIDE):
-        compiled(sample().requires_grad_())
-    ops = [lost.what.partition(":")[2].partition("[")[0] for lost in backend.report().lost]
+    compiled(sample().requires_grad_())
+    ops = [name.partition(":")[2].partition("[")[0] for name in backend.report().eager]
     assert sorted(ops) == sorted(
         [
             "softsign",
@@ -883,12 +891,15 @@ def test_a_parameter_that_a_graph_writes_into_and_another_uses_is_a_warning() ->
         compiled(sample())
 
 
-def test_a_parameter_that_is_used_outside_of_the_graphs_is_a_warning() -> None:
+def test_a_parameter_that_a_graph_and_python_use_has_one_rule() -> None:
     linear = torch._dynamo.disable(F.linear)
-    model = Model(lambda self, x: linear(self.a(x), self.b.weight, self.b.bias))
-    compiled = fg.compile(model, {"params": "scale"}, backend="eager")
-    with pytest.warns(fg.FreegradWarning, match=rf"{OUTSIDE}.*b.weight .*b.bias"):
-        compiled(sample())
+    model = Model(lambda self, x: linear(self.a(x), self.a.weight, self.b.bias))
+    native = gradients(model, model, sample())
+    rules = {"params": fg.rules.clip_norm(max_norm=0.1)}
+    compiled = fg.compile(model, rules, backend="eager", strict=True)
+    actual = gradients(compiled, model, sample())
+    clipped = [None if g is None else g * (0.1 / g.norm()).clamp(max=1) for g in native[1:-1]]
+    assert_same(actual[1:-1], clipped)
 
 
 def test_a_parameter_that_learns_again_gets_its_rule() -> None:

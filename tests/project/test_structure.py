@@ -31,7 +31,8 @@ sites
 capture table
 plan
 rewrite memory
-dynamo eager
+eager
+dynamo
 verification
 pipeline
 compat

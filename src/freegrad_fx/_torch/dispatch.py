@@ -19,6 +19,7 @@ __all__ = [
     "function_transforms_active",
     "in_function_transform",
     "in_pre_dispatch",
+    "innermost_function_mode",
     "is_batched",
     "is_exporting",
     "is_functionalised",
@@ -113,3 +114,9 @@ _function_modes = private(
 def function_mode_active(mode: Any) -> bool:
     """Whether a function mode is active in this thread."""
     return any(active is mode for active in _function_modes())
+
+
+innermost_function_mode = private(
+    "torch.overrides._get_current_function_mode", "telling which function modes are active"
+)
+"""The innermost function mode of this thread; None if there is none."""

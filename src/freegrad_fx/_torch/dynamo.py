@@ -30,6 +30,7 @@ __all__ = [
     "leave_to_python",
     "looked_into",
     "name_sources",
+    "run_in_python",
     "skip",
     "takes_for_constant",
     "traces_code_with",
@@ -60,6 +61,12 @@ def _run_in_python(code: CodeType) -> None:
     """Let Dynamo compile no frame of a code, and no frame that it calls."""
     skip = _frames._FrameAction.SKIP
     _frames.set_code_exec_strategy(code, _frames._FrameExecStrategy(skip, skip))
+
+
+def run_in_python(code: CodeType) -> None:
+    """Let Dynamo compile no frame of a code, and no frame that it calls. Code that Dynamo traces can still call it."""
+    with contextlib.suppress(AttributeError, TorchVersionError):
+        _run_in_python(code)
 
 
 def leave_to_python(function: Called) -> Called:
@@ -143,8 +150,7 @@ def _is_compiling() -> bool:
 
 if release() < (2, 13):
     # If Dynamo compiled it by itself, as it does with functions behind a graph break, it would always return True
-    with contextlib.suppress(AttributeError, TorchVersionError):
-        _run_in_python(_is_compiling.__code__)
+    run_in_python(_is_compiling.__code__)
 
 # Before torch 2.13, the public function returns False while AOTAutograd traces
 is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_compiling

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from types import FrameType
+from types import CodeType, FrameType
 from typing import Any, TypeAlias
 
 import torch
@@ -23,9 +23,10 @@ __all__ = [
     "base_apply",
     "direct_apply",
     "follow_checkpoints",
-    "function_of_frame",
+    "function_of",
     "functions_answered_by",
     "is_recorded",
+    "is_running_for_apply",
     "overrides_apply",
     "with_backward",
     "with_results",
@@ -169,53 +170,82 @@ def is_recorded(ctx: Any) -> bool:
     return bool(ctx.next_functions)
 
 
-Applied: TypeAlias = Callable[[Function, Any, tuple[Any, ...], Any], Any]
-"""Takes a Function, the context of a call of `apply`, its inputs and its result. Returns the result."""
+Finish: TypeAlias = Callable[[Any], None]
+"""Takes the context of a call of `apply`, after the Function has set it up."""
+
+Applied: TypeAlias = Callable[
+    [Function, tuple[Any, ...], Callable[[], Any]], tuple[Any, Finish | None]
+]
+"""Takes a Function, its inputs and what computes its result. Returns the result, and what to do at the end."""
 
 
 def with_results(
-    functions: Iterable[Function],
-    applied: Applied,
-    around: Callable[[], contextlib.AbstractContextManager[Any]],
+    functions: Iterable[Function], applied: Applied
 ) -> contextlib.AbstractContextManager[None]:
-    """Pass on the results of every `apply` of some Functions, and of those derived from them, in this thread.
+    """Pass on every `apply` of some Functions, and of those derived from them, in this thread.
 
     Args:
         functions: The Functions.
-        applied: Called after the forward.
-        around: Makes the context in which the forward runs.
+        applied: Called in the place of the forward.
     """
     known = dict.fromkeys(k for f in functions for k in (*_subclasses(f), f))
-    return all_replaced(part for f in known for part in _passed_on(f, applied, around))
+    return all_replaced(part for f in known for part in _passed_on(f, applied))
 
 
-def _passed_on(
-    function: Function,
-    applied: Applied,
-    around: Callable[[], contextlib.AbstractContextManager[Any]],
-) -> Iterator[tuple[Any, str, Make]]:
+def _passed_on(function: Function, applied: Applied) -> Iterator[tuple[Any, str, Make]]:
+    has_context = function.setup_context is torch.autograd.Function.setup_context
+    unfinished: list[Finish | None] = []  # a forward has run, and its context is not set up yet
+
     def forward_with(forward: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any, **kwargs: Any) -> Any:
-            inputs = None if kwargs else applied_to_inputs(args, has_context=True)
-            with around():
-                result = forward(*args, **kwargs)
+            inputs = None if kwargs else applied_to_inputs(args, has_context)
             if inputs is None:
-                return result
-            return applied(function, args[0], inputs, result)
+                return forward(*args, **kwargs)
+            result, finish = applied(function, inputs, lambda: forward(*args))
+            if not has_context:
+                unfinished[:] = [finish]
+            elif finish is not None:
+                finish(args[0])
+            return result
 
         return run
 
     def setup_with(setup: Callable[..., Any]) -> Callable[..., Any]:
         def prepare(ctx: Any, inputs: Any, output: Any) -> Any:
             setup(ctx, inputs, output)
-            applied(function, ctx, inputs, output)
+            # A transform of `torch.func` sets up a context for each of its levels
+            known = unfinished or [applied(function, inputs, lambda: output)[1]]
+            finish = known.pop()
+            if finish is not None:
+                finish(ctx)
 
         return prepare
 
-    if function.setup_context is torch.autograd.Function.setup_context:
-        yield function, "forward", forward_with
-    else:
+    if not has_context:
         yield function, "setup_context", setup_with
+    yield function, "forward", forward_with
+
+
+def function_of(code: CodeType) -> Function | None:
+    """The Function whose forward has a code; None for other code, and for PyTorch's own Functions, as checkpoints."""
+    for function in _subclasses(torch.autograd.Function):
+        defined = vars(function).get("forward")
+        forward: Any = inspect.unwrap(getattr(defined, "__func__", defined)) if defined else None
+        if getattr(forward, "__code__", None) is code:
+            # A decorator can make functions with one code for several purposes
+            own = forward.__qualname__.startswith(function.__qualname__)
+            users = not function.__module__.startswith("torch.")
+            return function if users and (own or code.co_argcount > 0) else None
+    return None
+
+
+def is_running_for_apply(frame: FrameType) -> bool:
+    """Whether a frame of the forward of a Function is run by `apply`, and not called by other code."""
+    if not torch.is_grad_enabled():
+        return True
+    names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
+    first = frame.f_locals.get(names[0]) if names else None
+    return isinstance(first, torch.autograd.function.FunctionCtx)
 
 
 @uses_private_names("giving the calls of an autograd.Function rules")
@@ -286,22 +316,6 @@ def applied_to_inputs(args: tuple[Any, ...], has_context: bool) -> tuple[Any, ..
     return None if torch.is_grad_enabled() else args
 
 
-def function_of_frame(frame: FrameType) -> Function | None:
-    """The Function whose forward a frame runs; None for other frames, and for PyTorch's own, such as checkpoints."""
-    code = frame.f_code
-    if code.co_name != "forward" or frame.f_globals.get("__name__", "").startswith("torch."):
-        return None
-    first = frame.f_locals.get(code.co_varnames[0]) if code.co_varnames else None
-    if isinstance(first, torch.nn.Module):
-        return None
-    if isinstance(first, torch.autograd.function.FunctionCtx):
-        known: Function | None = getattr(first, "_forward_cls", None)
-        if known is not None:
-            return known
-    functions = _subclasses(torch.autograd.Function)
-    return next((f for f in functions if getattr(f.forward, "__code__", None) is code), None)
-
-
 # --- checkpoints ---
 
 _RECORDED = "_freegrad_fx_recorded"
@@ -340,14 +354,17 @@ def follow_checkpoints(record: _Wrapper, otherwise: _Wrapper) -> None:
 
     @functools.wraps(first)
     def forward(ctx: Any, run: Callable[..., Any], *args: Any) -> Any:
-        return first(ctx, recorded(run), *args)
+        again = recorded(run)
+        result = first(ctx, run, *args)  # where it is called, so that its sites are counted there
+        ctx.run_function = again
+        return result
 
     @functools.wraps(backward)
-    def again(ctx: Any, *grads: Any) -> Any:
+    def recompute(ctx: Any, *grads: Any) -> Any:
         ctx.run_function = known(ctx.run_function)
         return backward(ctx, *grads)
 
     frame = lookup("torch.utils.checkpoint._CheckpointFrame", "following checkpoints")
     replace_for_good(frame, "recompute_fn", property(read, write))
     replace_for_good(reentrant, "forward", staticmethod(forward))
-    replace_for_good(reentrant, "backward", staticmethod(again))
+    replace_for_good(reentrant, "backward", staticmethod(recompute))

@@ -24,6 +24,7 @@ from ..sites.site import Located
 from ..table import Entry, RulesLike, RuleTable
 from . import frames
 from .findings import Findings
+from .outside import InPython, Outside
 from .pieces import Piece
 from .programs import Calls, Program
 from .session import Session
@@ -32,7 +33,6 @@ from .watch import operations
 __all__ = ["Backend", "backend", "compile"]
 
 _COMPILER_OPTIONS = ("mode", "options", "dynamic")
-_SESSION = "_freegrad_fx"  # marks a function whose calls are sessions
 
 
 class Backend:
@@ -46,6 +46,7 @@ class Backend:
 
     Attributes:
         findings: What was found in the compiled programs.
+        in_python: The block around each call, which acts on what runs in Python.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class Backend:
         _refuse_functions(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
+        self.in_python = InPython(Outside(self))
         self.__dict__[PLAN] = self.report
         operations()
         # Dynamo looks up this name, and enters the returned context around every call
@@ -171,7 +173,7 @@ class Backend:
         """Make the call that starts now, and all later calls of the same function, a session."""
         frame = torch_dynamo.compiled_function(frames.frames())
         if frame is not None:
-            torch_dynamo.wrap_compiled_function(frame, self._in_a_session, _SESSION)
+            torch_dynamo.wrap_compiled_function(frame, self._in_a_session, frames.SESSION)
         return contextlib.nullcontext()
 
     def _in_a_session(self, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -193,7 +195,7 @@ class Backend:
             return result
 
         torch_dynamo.skip(call.__code__)
-        setattr(call, _SESSION, True)
+        setattr(call, frames.SESSION, True)
         return call
 
     def _rewritten(self, gm: fx.GraphModule, session: Session | None) -> Piece:
@@ -293,18 +295,18 @@ def backend(
     ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
 
     Use it for programs that cannot be traced into one graph: control flow on data, detection models, `generate`,
-    methods. The model keeps its class. Code that Dynamo cannot capture runs in Python; a site in such code keeps its
-    native backward, and a warning names it.
+    methods. The model keeps its class. Code that Dynamo cannot capture runs in Python, where its sites get their rules
+    as in a `use` block.
 
     Args:
         rules: As for `transform`, except None. Sites have the same owner paths, ops, names and call indices.
         inner: The backend that compiles the rewritten graphs, or its name.
         strict: Raise `PlanError` where the default is a warning: for an entry that matches nothing in the first call,
-            a site whose rule cannot act, and a site that runs outside of the captured graphs.
+            and a site whose rule cannot act.
         **options: `mode`, `options` and `dynamic`, for `inner`.
 
     Returns:
-        The backend. Its `report()` returns the plan, which grows as graphs are captured.
+        The backend. Its `report()` returns the plan, which grows as the program is captured and runs.
 
     Raises:
         RuleError: A rule is unknown or not fully bound.

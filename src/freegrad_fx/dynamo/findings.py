@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from typing import Any
 
 from torch import nn
 
 from ..core.rule import unlearned
 from ..errors import FreegradWarning, PlanError
 from ..graph.provenance import is_users
-from ..plan import Plan
+from ..plan import Decision, Plan
+from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
 from . import frames
@@ -22,8 +24,9 @@ __all__ = ["Findings"]
 
 _ANY_PROGRAM = "call the model, not compiled, in a freegrad_fx.use(rules, model=model) block, which takes any program"
 _REMEDY = (
-    "Dynamo left that code to Python; TORCH_LOGS=graph_breaks,recompiles shows the reason. Change the code so that it "
-    f"can be compiled; or {_ANY_PROGRAM}"
+    "Dynamo left that code to Python, and there rules reach only what Python code calls: functions of PyTorch, outside "
+    "of any autograd.Function. TORCH_LOGS=graph_breaks,recompiles shows why. Change the code so that it can be "
+    "compiled; or use transform(), if it can capture the model"
 )
 
 
@@ -116,6 +119,30 @@ class Findings:
             for note in piece.opaque:
                 self._complain(f"not traced: {note}")
 
+    def outside(self, program: Program, place: Located, decision: Decision) -> None:
+        """Add a site that runs in Python to the report."""
+        program.add_in_python(place, decision)
+        if decision.action == "skip":
+            self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
+        for text in unlearned(decision.rules, program.identities()):
+            self._complain(text)
+
+    def opaque(self, program: Program, note: Opaque) -> None:
+        """Add a call in Python, inside of which no rule can act, to the report."""
+        program.note(opaque=[note])
+        if self._strict:
+            self._complain(f"not traced: {note}")
+
+    def compiled_otherwise(
+        self, program: Program, function: Callable[..., Any], module: nn.Module | None
+    ) -> None:
+        """Note that a part of a program is compiled with another backend."""
+        name = program.path(module) or getattr(function, "__qualname__", type(function).__name__)
+        self._complain(
+            f"{name}, which {program.name} calls, is compiled with another backend: it keeps its native backward. "
+            f"Remove its torch.compile, or compile it with freegrad_fx.compile"
+        )
+
     def missed(self, program: Program, place: Located) -> None:
         """Note that a site with a rule ran outside of the captured graphs, without the rule."""
         site = place.site
@@ -126,12 +153,13 @@ class Findings:
             raise PlanError(f"strict: {_outside(program, [text])}")
 
     def torn(self, parameters: Iterable[tuple[Program, str]]) -> None:
-        """Note that several graphs that run in one call use a parameter with a rule."""
+        """Note parameters whose rules act on parts of the gradient: several graphs, or a graph and Python, use them."""
         for program, name in parameters:
             self._complain(
                 f"the parameter {name} of {program.name} is used in several of the captured graphs that run in one "
-                f"call: its rule acts on the gradient from each graph, not on their sum. Remove the graph breaks "
-                f"between its uses, or compile the model itself instead of a function that calls it; or {_ANY_PROGRAM}"
+                f"call, or in a graph and outside of it: its rule acts on the gradient from each graph, not on their "
+                f"sum. Remove the graph breaks between its uses, or compile the model itself instead of a function "
+                f"that calls it; or {_ANY_PROGRAM}"
             )
 
     def after(self, name: str, ran: bool) -> None:
@@ -145,7 +173,10 @@ class Findings:
             PlanError: There is a new problem, and `strict` is set.
         """
         if not ran and not self._missed:
-            self._complain(f"no captured graph ran in a call of {name}. {_REMEDY}")
+            self._complain(
+                f"no captured graph ran in a call of {name}, and no function of PyTorch was called in Python: there is "
+                f"nothing to which a rule could be given"
+            )
         elif ran and not self._checked:
             self._checked = True
             self._check_entries()

@@ -14,12 +14,15 @@ from typing import Any
 
 from torch import nn
 
+from .._torch.dynamo import compiled_function
 from .._torch.modules import call_code
 
 __all__ = [
+    "SESSION",
     "Setting",
     "calls_module",
     "compiled_module",
+    "compiled_otherwise",
     "frames",
     "setting",
 ]
@@ -52,6 +55,17 @@ def frames() -> Iterator[FrameType]:
     while frame is not None:
         yield frame
         frame = frame.f_back
+
+
+SESSION = "_freegrad_fx"
+"""An attribute that marks a function whose calls are sessions."""
+
+
+def compiled_otherwise() -> Callable[..., Any] | None:
+    """The innermost compiled function that is running, if it is compiled with another backend; else None."""
+    frame = compiled_function(frames())
+    function = None if frame is None else frame.f_locals.get("fn")
+    return None if hasattr(function, SESSION) else function
 
 
 def setting(root: nn.Module | None, until: FrameType | None) -> Setting:

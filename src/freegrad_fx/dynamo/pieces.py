@@ -36,7 +36,7 @@ from .lowering import lower
 from .programs import Calls, Program
 from .whole import unfold
 
-__all__ = ["Decoupled", "Occurrence", "Piece"]
+__all__ = ["Decoupled", "Occurrence", "Piece", "version_of"]
 
 
 Decoupled: TypeAlias = dict[tuple[int, bool], tuple[Tensor, int, Tensor]]
@@ -232,9 +232,9 @@ class Piece:
             parameter = args[index]
             key = id(parameter), enabled
             # A parameter that was written into has to go through its new forward again
-            if key not in known or known[key][1] != _version(parameter):
+            if key not in known or known[key][1] != version_of(parameter):
                 with torch.set_grad_enabled(enabled):
-                    known[key] = parameter, _version(parameter), with_rules(parameter)
+                    known[key] = parameter, version_of(parameter), with_rules(parameter)
             result[index] = known[key][2]
         return result
 
@@ -274,7 +274,8 @@ def _rewrite(module: fx.GraphModule, pairs: Decided, folded: Sequence[fx.Node]) 
     module.recompile()
 
 
-def _version(tensor: Tensor) -> int:
+def version_of(tensor: Tensor) -> int:
+    """The number of writes into a tensor; 0 for tensors of inference mode."""
     return 0 if tensor.is_inference() else version(tensor)
 
 

@@ -6,7 +6,7 @@ Dynamo captures a model in pieces, and captures it again for other shapes and mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -31,20 +31,24 @@ class Program:
     Attributes:
         root: The model, or None.
         name: The name in reports.
+        outside: The decisions for calls in Python.
     """
 
     def __init__(self, root: nn.Module | None, name: str, table: RuleTable) -> None:
         self.root = root
         self.name = name
         self._table = table
-        self._decisions: dict[Decision, None] = {}
+        self._decisions: dict[Decision, bool] = {}  # and whether a graph contains the site
         self._opaque: dict[Opaque, None] = {}
         self._lost: dict[Lost, None] = {}
+        self._in_python: dict[str, None] = {}
         self._steps: dict[Remark, None] = {}
+        self.outside: dict[tuple[Any, ...], Decision] = {}
         self.refresh()
 
     def refresh(self) -> None:
         """Read the names of modules and parameters again."""
+        self.outside.clear()
         self._paths: dict[nn.Module, str] = {}
         self._names: dict[int, tuple[Tensor, tuple[str, ...]]] = {}
         if self.root is None:
@@ -75,9 +79,18 @@ class Program:
         """The parameters, with their dotted names."""
         return self._names.values()
 
+    def identities(self) -> Collection[int]:
+        """The ids of the parameters."""
+        return self._names.keys()
+
     def add(self, place: Located, decision: Decision) -> None:
         """Add a site that runs, with its decision."""
-        self._decisions[also(place, decision, self._table)] = None
+        self._decisions[also(place, decision, self._table)] = True
+
+    def add_in_python(self, place: Located, decision: Decision) -> None:
+        """Add a site that runs in Python, with its decision."""
+        self._decisions.setdefault(also(place, decision, self._table), False)
+        self._in_python[place.site.name] = None
 
     def note(self, opaque: Iterable[Opaque], steps: Iterable[Remark] = ()) -> None:
         """Add calls that were not traced into, and steps that are comparisons."""
@@ -85,22 +98,30 @@ class Program:
         self._steps.update(dict.fromkeys(steps))
 
     def miss(self, place: Located) -> None:
-        """Add a site that ran outside of the captured graphs."""
+        """Add a site that ran where no rule reaches it."""
         site = place.site
-        reason = "it ran outside of the captured graphs, with its native backward"
+        reason = "it ran outside of the captured graphs, where no rule reaches it, with its native backward"
         self._lost[Lost(site.path, f"{site.name} ({site.spelling})", reason, site.source)] = None
 
     @property
     def plan(self) -> Plan:
-        """The plan of everything that has been captured so far."""
+        """The plan of everything that has been captured, or has run in Python, so far."""
+        # A call in Python of a site that is also in a graph has another spelling
+        in_graphs = {_what(decision) for decision, inside in self._decisions.items() if inside}
+        found = [d for d, inside in self._decisions.items() if inside or _what(d) not in in_graphs]
         return Plan(
             model=self.name,
-            decisions=tuple(sorted(self._decisions, key=lambda d: d.site.kind == "parameter")),
+            decisions=tuple(sorted(found, key=lambda d: d.site.kind == "parameter")),
             table=self._table,
             opaque=tuple(self._opaque),
             lost=tuple(self._lost),
             steps=tuple(self._steps),
+            eager=tuple(self._in_python),
         )
+
+
+def _what(decision: Decision) -> tuple[Any, ...]:
+    return decision.site.key, decision.action, decision.entry
 
 
 def class_of(module: nn.Module | None) -> type[Any]:

@@ -1,7 +1,8 @@
-"""Detects the operations that a compiled program runs outside of its captured graphs, where no rule can act.
+"""Detects the operations that a compiled program runs where no rule can act: not in its graphs, and not intercepted.
 
-Dynamo leaves code that it cannot capture to Python, and reports this in a log only. A dispatch mode receives every
-operation of such code, for whatever reason it was not captured. PyTorch compiles as if the mode was not active.
+Dynamo leaves code that it cannot capture to Python, where `outside` intercepts the calls of PyTorch's functions. A
+dispatch mode receives every operation of such code that was not intercepted, for whatever reason. PyTorch compiles as
+if the mode was not active.
 This file does not know programs or rules.
 """
 
@@ -19,7 +20,6 @@ from .._torch import tree
 from .._torch.dispatch import DispatchMode, current_dispatch_mode
 from ..graph.provenance import META, Origin, is_users
 from ..sites.operations import find_sites
-from ..sites.parameters import find_parameters
 from ..sites.site import Located
 from ..vocabulary.activations import OPS
 from .frames import frames
@@ -28,7 +28,6 @@ __all__ = [
     "Watch",
     "activation_call",
     "located",
-    "located_parameter",
     "operations",
     "possible_activations",
 ]
@@ -156,12 +155,3 @@ def located(target: Any, args: Any, kwargs: Any, where: Origin) -> Located | Non
     node.meta[META] = where
     sites = find_sites(graph, nn.Module())
     return sites[0] if sites else None
-
-
-def located_parameter(parameter: Tensor, where: Origin) -> Located:
-    """The site of a parameter."""
-    graph = fx.Graph()
-    node = graph.placeholder("parameter")
-    node.meta.update({META: where, "val": parameter})
-    (place,) = find_parameters(graph, nn.Module())
-    return place

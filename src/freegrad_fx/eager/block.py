@@ -3,28 +3,29 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from typing import Any, Self
 
 from torch import nn
 
-from .. import context
 from .._torch.dynamo import leave_to_python
 from ..capture.captured import CapturedModule
+from ..context import Block
+from ..context import use as ambient_use
 from ..core.rule import Composition, Rule, RuleLike
 from ..errors import FreegradWarning, TableError
 from ..modules import Activation
 from ..plan import PLAN
 from ..table import RulesLike, RuleTable
 from ..table.table import is_path
-from .interception import enter, leave
+from .interception import enter, leave, resuming
 from .observed import Observed
 
 __all__ = ["use"]
 
 
-class use(context.use):
+class use(ambient_use):
     """Context manager that gives what runs in the block a decoupled backward: a model, a function, a training step.
 
     Formula: at every site y = f(x) whose forward runs in the block, ∂x = rule(∂y, x, y) instead of f'(x)·∂y.
@@ -90,7 +91,7 @@ class use(context.use):
                 raise TypeError(
                     "params and scope belong to a single rule; in a table, each entry has its parameters and its sites"
                 )
-            context.Block.__init__(self, table=True)
+            Block.__init__(self, table=True)
             table = RuleTable.of(given)
             _require_model(table, model)
         self._table_given = bool(self.changes["table"])
@@ -117,18 +118,7 @@ class use(context.use):
 
     def resume(self) -> Callable[[], AbstractContextManager[Any]]:
         """A function that returns a context in which code runs again as it runs now."""
-        here = self.observed.here()
-
-        @contextmanager
-        def again() -> Iterator[None]:
-            with self.observed.resumed(here):
-                enter(self)
-                try:
-                    yield
-                finally:
-                    leave(self)
-
-        return again
+        return resuming(self)
 
     def leaves_alone(self, model: nn.Module) -> None:
         """Note that a model runs in the block whose own table decides its sites."""

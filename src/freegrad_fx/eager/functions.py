@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from .._torch.dynamo import is_compiling, leave_to_python
-from .._torch.functions import Function, applied_by, is_recorded, with_backward, with_results
+from .._torch.functions import (
+    Finish,
+    Function,
+    applied_by,
+    is_recorded,
+    with_backward,
+    with_results,
+)
 from ..context import intercepting_blocks, left_alone
 from ..errors import RuleError
 from ..plan import Decision
@@ -43,23 +50,24 @@ def calls_of_functions(
 ) -> AbstractContextManager[None]:
     """A context in which every `apply` of some Functions, and of those derived from them, is a site of a block."""
 
-    def applied(function: Function, ctx: Any, inputs: Sequence[Any], result: Any) -> Any:
-        if not looks_for_sites(decides):
-            return result
-        decision = decides.function_call(function)
-        if decision is None or decision.action != "rewrite":
-            return result
+    def applied(
+        function: Function, inputs: Sequence[Any], compute: Callable[[], Any]
+    ) -> tuple[Any, Finish | None]:
+        decision = decides.function_call(function) if looks_for_sites(decides) else None
         position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
-        if position is None:
-            return result
+        if decision is None or decision.action != "rewrite" or position is None:
+            return compute(), None
         x = inputs[position]
-        if decision.forward is not None:
-            result = replaced_forward(decision.forward, x)
+        forward = decision.forward
+        result = compute() if forward is None else replaced_forward(forward, x)
         require_tensor(result, decision.site.name)
-        with_backward(ctx, _Backward(function, decision, position, x, result, ctx))
-        return result
 
-    return with_results(functions, applied, left_alone)
+        def finish(ctx: Any) -> None:
+            with_backward(ctx, _Backward(function, decision, position, x, result, ctx))
+
+        return result, finish
+
+    return with_results(functions, applied)
 
 
 def parameters_of_functions() -> AbstractContextManager[None]:

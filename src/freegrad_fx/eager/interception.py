@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from .._torch.dispatch import function_mode_active
-from .._torch.dynamo import is_compiling, leave_to_python
-from ..context import intercepting_blocks
+from .._torch.dispatch import function_mode_active, innermost_function_mode
+from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_for_constant
+from ..context import intercepting_blocks, left_alone, programs
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
-from .observed import Observed
 from .rules import run, with_argument
-from .running import has_rules_already, in_one_site, running_function
+from .running import has_rules_already, in_one_site
+from .sites import EagerSites
 
-__all__ = ["enter", "leave"]
+__all__ = ["enter", "leave", "resuming", "unintercepted"]
 
 
 class _Interception(TorchFunctionMode):
@@ -34,18 +34,23 @@ class _Interception(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         blocks = intercepting_blocks()
-        if not blocks:
-            return func(*args, **kwargs)
         if not is_compiling():
-            return _intercepted(func, args, kwargs)
+            return _intercepted(func, args, kwargs) if blocks else func(*args, **kwargs)
+        if not blocks:
+            _tell_programs()
+            return func(*args, **kwargs)
         acts = may_be_recognised(func) or any(block.observed.wants_parameters for block in blocks)
         if acts and not has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
         return func(*args, **kwargs)
 
 
+# Behind a graph break, Dynamo would compile it by itself, as if it traced the code that makes the call
+run_in_python(_Interception.__torch_function__.__code__)
+
+
 def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    observing: list[Observed] = [block.observed for block in intercepting_blocks()]
+    observing: list[EagerSites] = [block.observed for block in intercepting_blocks()]
     deciding = [observed.parameter for observed in observing if observed.wants_parameters]
     if deciding:
         args, kwargs = with_parameters(deciding, func, args, kwargs)
@@ -53,23 +58,24 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return func(*args, **kwargs)
     spelling = recognise_call(func, args, kwargs)
     if spelling is None:
-        for observed in observing:
-            observed.opaque(func)
-        return func(*args, **kwargs)
-    if (function := running_function(2)) is not None:
-        for observed in observing:
-            observed.inside(function)
-        return func(*args, **kwargs)
-    for observed in observing:
-        decision = observed.operation(spelling, func)
-        if decision is not None and decision.entry is not None:
-            if decision.action == "rewrite":
-                key = spelling.key
-                x = args[key] if isinstance(key, int) else kwargs[key]
-                operation = with_argument(func, args, kwargs, key)
-                return run(operation, x, decision, inplace=spelling.inplace)
-            break
-    return func(*args, **kwargs)
+        opaque = [observed.opaque(func) for observed in observing]
+        if not any(opaque):
+            return func(*args, **kwargs)
+        return observing[-1].run(lambda: func(*args, **kwargs))
+    asked = (observed.operation(spelling, func) for observed in observing)
+    decision = next((d for d in asked if d is not None and d.entry is not None), None)
+    if decision is None or decision.action != "rewrite":
+        return observing[-1].run(lambda: func(*args, **kwargs))
+    key = spelling.key
+    x = args[key] if isinstance(key, int) else kwargs[key]
+    operation = with_argument(func, args, kwargs, key)
+    return observing[-1].run(lambda: run(operation, x, decision, inplace=spelling.inplace))
+
+
+@takes_for_constant
+def _tell_programs() -> None:
+    for block in programs():
+        block.observed.traced()
 
 
 @leave_to_python
@@ -123,7 +129,9 @@ def enter(block: Any) -> None:
 def leave(block: Any) -> None:
     """End what `enter` began. Blocks that were entered later may still be in force."""
     entered = _thread.own.entered
-    index = max(i for i, e in enumerate(entered) if e.block is block)
+    index = len(entered) - 1
+    while entered[index].block is not block:
+        index -= 1
     ended = entered.pop(index)
     ended.classes.__exit__(None, None, None)
     if not ended.pushed:
@@ -133,3 +141,32 @@ def leave(block: Any) -> None:
         later.pushed = True
     else:
         _INTERCEPTION.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def resuming(block: Any) -> Callable[[], AbstractContextManager[Any]]:
+    """A function that returns a context in which code runs again as it runs now, in a block."""
+    here = block.observed.here()
+
+    @contextmanager
+    def again() -> Iterator[None]:
+        with block.observed.resumed(here):
+            enter(block)
+            try:
+                yield
+            finally:
+                leave(block)
+
+    return again
+
+
+def unintercepted(call: Callable[[], Any]) -> Any:
+    """Call a function whose calls of PyTorch no block intercepts."""
+    if innermost_function_mode() is not _INTERCEPTION:
+        with left_alone():
+            return call()
+    # Calls are faster without the mode
+    _INTERCEPTION.__exit__(None, None, None)
+    try:
+        return call()
+    finally:
+        _INTERCEPTION.__enter__()

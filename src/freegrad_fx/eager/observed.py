@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -12,28 +12,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
-from .._torch.dispatch import dispatch_modes, function_transforms_active, is_transformed
-from .._torch.functions import Function
+from .._torch.dispatch import dispatch_modes, function_transforms_active
 from .._torch.tensors import version
 from ..graph.provenance import caller
-from ..modules import Activation
 from ..plan import Decision, Plan
 from ..plan.decide import also, decide
-from ..sites.operations import spelled_function
-from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
-from ..sites.site import Located, LocatedParameter, Site
+from ..sites.site import Located
 from ..table import RuleTable
-from ..vocabulary.activations import OPS
-from ..vocabulary.op import Op, Spelling
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
-from .opaque import opaque_call
 from .parameters import parameters_swapped_in, role_of
-from .rules import parameter_by, replaced_forward, rules_act
-from .running import is_compiled_graph, running_modules
+from .running import running_modules
+from .sites import EagerSites, Place, decoupled_parameter, parameter_site
 
 __all__ = ["Here", "Observed"]
 
@@ -41,7 +33,6 @@ _UNSEEN = (
     "its module ran in the block, and no function of PyTorch that was called from Python took it"
 )
 _TRANSFORMED = "its own table decides its sites, and its ambient sites follow the block; report(model) lists them"
-_OUT = "it writes its result into an out= tensor, which autograd does not support"
 
 
 @dataclass
@@ -55,15 +46,6 @@ class Here:
 
     modules: tuple[nn.Module, ...] = ()
     calls: Counter[tuple[str, str]] = field(default_factory=Counter)
-
-
-@dataclass(frozen=True)
-class _Place:
-    """Where a call is: the modules that are running, the innermost first, and the owner of the site with its path."""
-
-    modules: tuple[nn.Module, ...]
-    owner: nn.Module | None
-    path: str = ""
 
 
 class _Thread(threading.local):
@@ -83,23 +65,27 @@ class _Decoupled:
     tensor: Tensor
 
 
-class Observed:
+class Observed(EagerSites):
     """The sites that were seen in a block, with their decisions.
 
     Args:
         table: The rule table.
         model: The model to which the table refers, or None.
+
+    Attributes:
+        model: The model to which the table refers, or None.
+        ran: Whether a function of PyTorch was called in the block.
     """
 
     def __init__(self, table: RuleTable, model: nn.Module | None) -> None:
-        self.table = table
-        self.wants_parameters = table.wants_parameters
+        super().__init__(table)
         self.model = model
+        self.lines_tell_sites_apart = model is None
         self._decisions: dict[tuple[Any, ...], Decision] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
         self._ran: set[int] = set()  # the modules that were called
-        self.ran = False  # whether a function of PyTorch was called in the block
+        self.ran = False
         self._paths: dict[int, str] = {}
         self._names: dict[int, tuple[str, ...]] = {}
         if model is not None:
@@ -109,76 +95,12 @@ class Observed:
                 self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
         self._tied = {name: names for names in self._names.values() for name in names}
 
-    # --- operations ---
-
-    def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
-        """The decision for the operation that is called now; None if it is no site."""
-        self.ran = True
-        place = self._place()
-        if place is None or (place.modules and isinstance(place.modules[0], Activation)):
-            return None  # rules act around the call of an Activation
-        called = None
-        if place.owner is not None and place.owner is place.modules[0]:
-            kind = type_before_parametrizations(place.owner)
-            called = kind if kind in spelling.op.modules else None
-        inplace = spelling.inplace
-        spelled = _module(called, inplace) if called else spelled_function(function, inplace)
-        obstacle = _OUT if spelling.writes_out else ""
-        key = (function, inplace)
-        return self._decision(key, place, spelling.op.name, spelled, obstacle, spelling.op, called)
-
-    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
-        """The decision for the call of a module whose class the table selects; None if it is no site."""
-        place = self._place()
-        if place is None or place.owner is None or place.modules[0] is not module:
-            return None
-        kind = type_before_parametrizations(module)
-        spelled = _module(kind, inplace)
-        return self._decision((kind, inplace), place, kind.__name__, spelled, called=kind)
-
-    def function_call(self, function: type[Any]) -> Decision | None:
-        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
-        place = self._place()
-        if place is None:
-            return None
-        name = function.__name__
-        return self._decision((function,), place, name, f"{name}.apply", called=function)
-
-    def _decision(
-        self,
-        written: tuple[Any, ...],
-        place: _Place,
-        op: str,
-        spelled: str,
-        obstacle: str = "",
-        line: Op | None = None,
-        called: type[Any] | None = None,
-    ) -> Decision:
-        """The decision for a call, which is known if the same was `written` at the same place before."""
-        call = self._count(place.path, op)
-        source = caller() if self.model is None else ""
-        key = (op, place.path, call, *written, type(place.owner), source)
-        found = self._decisions.get(key)
-        if found is not None:
-            return found
-        owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
-        site = Site(
-            kind="operation",
-            op=op,
-            path=place.path,
-            call=call,
-            spelling=spelled,
-            source=source or caller(),
-            type=qualified(owners[0]) if owners else "",
-        )
-        return self._note(key, Located(site, owners, obstacle, line, called))
-
-    def _count(self, path: str, op: str) -> int:
-        """The number of sites that have run before at this place, in this call of the model."""
+    def count(self, place: Place, op: str) -> int:
+        """Count a site. Without a model there are no call indices."""
         if self.model is None:
             return 0
-        self._thread.calls[path, op] += 1
-        return self._thread.calls[path, op] - 1
+        self._thread.calls[place.path, op] += 1
+        return self._thread.calls[place.path, op] - 1
 
     @contextmanager
     def classes(self) -> Iterator[None]:
@@ -194,58 +116,28 @@ class Observed:
                 selected = self.table.types_in(self.model or nn.Module())
                 modules = [kind for kind in selected if issubclass(kind, nn.Module)]
                 functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
-                spelled = {kind for op in OPS.values() for kind in op.modules}
-                stack.enter_context(calls_of_modules(modules, spelled, self))
+                stack.enter_context(calls_of_modules(modules, self))
                 stack.enter_context(calls_of_functions(functions, self))
             yield
 
-    def _note(self, key: tuple[Any, ...], place: Located) -> Decision:
-        found = self._decisions[key] = also(place, decide(place, self.table), self.table)
-        return found
+    # --- decisions ---
+
+    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decision]:
+        """The decisions of this block."""
+        return self._decisions
+
+    def decided(self, place: Place, located: Located) -> Decision:
+        """Decide a site that is not known yet."""
+        return also(located, decide(located, self.table), self.table)
 
     # --- parameters ---
 
-    def parameter(self, parameter: Tensor) -> Tensor | None:
-        """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
-        decision = self.parameter_decision(parameter)
-        if decision is None or decision.entry is None:
-            return None
-        if decision.action != "rewrite" or not (decision.forward or parameter.requires_grad):
-            return parameter
-        acts = rules_act()
-        if decision.forward is None and not acts:
-            return parameter
-        role = role_of(parameter)
-        if parameter.is_inference() or (is_transformed(parameter) and role is None):
-            return parameter
-        if function_transforms_active():
-            return _decoupled(parameter, decision, acts)
-        state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
-        if decision.forward is not None:
-            state = (*state, self._thread.call)  # a write through `.data` changes no version
-        # What a tensor that is swapped in was decoupled into must not outlive the swap
-        kept, key = (self._thread.parameters, parameter) if role is None else (role.kept, self)
-        known = kept.get(id(key))
-        if known is None or known.state != state:
-            known = kept[id(key)] = _Decoupled(state, _decoupled(parameter, decision, acts))
-        return known.tensor
-
-    def parameter_decision(self, parameter: Tensor) -> Decision | None:
-        """The decision for a parameter that the call that runs now takes; None if it is no site."""
-        place = self._place()
-        if place is None or place.owner is None:
-            return None  # an optimizer, for example
+    def names(self, parameter: Tensor, place: Place) -> tuple[str, ...] | None:
+        """The names of a parameter in the model, or in the outermost running module that holds it."""
         names = self._names_of(parameter)
-        if names is None:
-            if self.model is not None:
-                return None
-            names = _names_among(parameter, place.modules)
-        identity = id(parameter) if role_of(parameter) is None else names
-        key = ("parameter", identity, parameter.requires_grad)
-        decision = self._decisions.get(key)
-        if decision is None:
-            decision = self._note(key, self._parameter_site(parameter, names, place.modules))
-        return decision
+        if names is None and self.model is None:
+            return _names_among(parameter, place.modules)
+        return names
 
     def _names_of(self, parameter: Tensor) -> tuple[str, ...] | None:
         """The names of a parameter of the model, or of that whose role a tensor takes; None for others."""
@@ -256,35 +148,40 @@ class Observed:
         name = role.name if not path else f"{path}.{role.name}"
         return None if path is None else self._tied.get(name)
 
-    def _parameter_site(
-        self, parameter: Tensor, names: tuple[str, ...], modules: tuple[nn.Module, ...]
-    ) -> Located:
-        path, _, name = names[0].rpartition(".")
-        if self.model is not None:
-            holders = [self.model.get_submodule(n.rpartition(".")[0]) for n in names]
-        else:
-            holders = [m for m in modules if any(p is parameter for p in m.parameters())][:1]
-        owners = tuple(map(type_before_parametrizations, holders))
-        site = Site(
-            kind="parameter",
-            op="parameter",
-            path=path,
-            call=0,
-            spelling=f"{short_name(owners[0])}.{name}" if owners else name,
-            type=qualified(owners[0]) if owners else "",
-            names=names,
-        )
-        return LocatedParameter(site, owners, tensor=parameter, reads=())
+    def holders(self, parameter: Tensor, names: tuple[str, ...], place: Place) -> list[nn.Module]:
+        """The modules that hold a parameter."""
+        if self.model is None:
+            return [m for m in place.modules if any(p is parameter for p in m.parameters())][:1]
+        return self._holders(names)
+
+    def _holders(self, names: tuple[str, ...]) -> list[nn.Module]:
+        assert self.model is not None
+        return [self.model.get_submodule(name.rpartition(".")[0]) for name in names]
+
+    def in_place_of(
+        self, parameter: Tensor, decision: Decision, acts: bool, place: Place
+    ) -> Tensor:
+        """The tensor that takes the place of a parameter: the same one while the parameter does not change."""
+        if function_transforms_active():
+            return decoupled_parameter(parameter, decision, acts)
+        state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
+        if decision.forward is not None:
+            state = (*state, self._thread.call)  # a write through `.data` changes no version
+        # What a tensor that is swapped in was decoupled into must not outlive the swap
+        role = role_of(parameter)
+        kept, key = (self._thread.parameters, parameter) if role is None else (role.kept, self)
+        known = kept.get(id(key))
+        if known is None or known.state != state:
+            tensor = decoupled_parameter(parameter, decision, acts)
+            known = kept[id(key)] = _Decoupled(state, tensor)
+        return known.tensor
 
     # --- the place ---
 
-    def _modules(self) -> tuple[nn.Module, ...] | None:
-        """The modules whose calls are running, the innermost first; None in a graph that Dynamo captured.
-
-        Dynamo has asked about the calls of such a graph when it captured it.
-        """
-        running = tuple(running_modules(2))
-        if any(is_compiled_graph(r.module) for r in running):
+    def _modules(self, in_functions: bool = False) -> tuple[nn.Module, ...] | None:
+        """The modules whose calls are running, the innermost first; None where no call is a site."""
+        running = running_modules(2, in_functions=in_functions)
+        if running is None:
             return None
         outermost = [r.frame for r in running if self.model is None or r.module is self.model]
         if outermost and outermost[-1] is not self._thread.call_of_model:
@@ -296,15 +193,15 @@ class Observed:
             self._ran.update(map(id, modules))
         return modules
 
-    def _place(self) -> _Place | None:
-        """The place of the call that runs now; None outside of the model, and in a graph that Dynamo captured."""
-        modules = self._modules()
+    def place(self, *, in_functions: bool = False) -> Place | None:
+        """The place of the call that runs now; None outside of the model, and where no call is a site."""
+        modules = self._modules(in_functions)
         if modules is None:
             return None
         if self.model is None:
-            return _Place(modules, modules[0] if modules else None)
+            return Place(modules, modules[0] if modules else None)
         owner = next((m for m in modules if id(m) in self._paths), None)
-        return None if owner is None else _Place(modules, owner, self._paths[id(owner)])
+        return None if owner is None else Place(modules, owner, self._paths[id(owner)])
 
     def here(self) -> Here:
         """Where the thread is now."""
@@ -340,28 +237,17 @@ class Observed:
 
     # --- the report ---
 
-    def opaque(self, function: Callable[..., Any]) -> None:
-        """Note a call inside of which PyTorch computes activations."""
+    def note_call(self) -> None:
+        """Note that a function of PyTorch was called."""
         self.ran = True
-        reason = opaque_call(function)
-        if not reason:
-            return
-        place = self._place()
-        if place is None:
-            return
-        self._opaque[Opaque(place.path, spelled_function(function, False), reason, caller())] = None
 
-    def inside(self, function: Function) -> None:
-        """Note an autograd.Function whose forward computes an activation."""
-        self.ran = True
-        place = self._place()
-        if place is not None:
-            what = f"autograd.Function {function.__qualname__}"
-            self._opaque[Opaque(place.path, what, "keeps its own backward", caller())] = None
+    def note_opaque(self, place: Place, opaque: Opaque) -> None:
+        """Note a call inside of which PyTorch computes activations."""
+        self._opaque[opaque] = None
 
     def transformed(self, model: nn.Module) -> None:
         """Note a call of a model that was transformed."""
-        place = self._place()
+        place = self.place()
         if place is not None:
             name = type(model).__name__
             self._opaque[Opaque(place.path, name, _TRANSFORMED, caller())] = None
@@ -385,7 +271,8 @@ class Observed:
         parameters = dict(self.model.named_parameters())
         for names in dict.fromkeys(self._names.values()):
             if names not in seen and any(map(self._may_have_taken, names)):
-                place = self._parameter_site(parameters[names[0]], names, ())
+                holders = self._holders(names)
+                place = parameter_site(parameters[names[0]], names, holders)
                 found = also(
                     place, decide(replace(place, obstacle=_UNSEEN), self.table), self.table
                 )
@@ -399,10 +286,6 @@ class Observed:
         return id(holder) in self._ran or isinstance(holder, torch.jit.ScriptModule)
 
 
-def _module(kind: type[nn.Module], inplace: bool) -> str:
-    return f"{short_name(kind)}({'inplace=True' if inplace else ''})"
-
-
 def _names_among(parameter: Tensor, modules: tuple[nn.Module, ...]) -> tuple[str, ...]:
     """The names of a parameter in the outermost running module that holds it."""
     for module in reversed(modules):
@@ -410,12 +293,3 @@ def _names_among(parameter: Tensor, modules: tuple[nn.Module, ...]) -> tuple[str
         if found := tuple(name for name, other in named if other is parameter):
             return found
     return ("a parameter",)
-
-
-def _decoupled(parameter: Tensor, decision: Decision, acts: bool) -> Tensor:
-    value: Tensor = parameter.detach()
-    if decision.forward is not None:
-        value = replaced_forward(decision.forward, value)
-    if not acts:
-        return value
-    return parameter_by(decision, value, parameter)

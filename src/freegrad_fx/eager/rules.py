@@ -14,7 +14,7 @@ from .._torch.tensors import version
 from ..backward.hazards import warn_if_recorded
 from ..context import left_alone
 from ..core.rule import Forward, Rule
-from ..ops.checks import require_unwritten, write_count
+from ..ops.checks import require_unwritten, warn_if_native, write_count
 from ..ops.functions import apply_forward, function_key
 from ..ops.gradients import copied, decoupled_by
 from ..plan import Decision
@@ -58,14 +58,16 @@ def run(
     Args:
         operation: Calls the operation of the model with a tensor in the place of `x`.
         x: The input of the operation.
-        decision: The decision.
+        decision: The decision; without rules if they are switched off, and only its forward acts.
         inplace: Whether the operation writes its result into `x`.
         on_copy: Whether the operation may return its input, so that it has to run on a copy.
     """
     forward = decision.forward
     if forward is not None:
         operation = functools.partial(replaced_forward, forward)
-    if rules_act() and is_differentiable(x):
+    if forward is not None and not decision.rules:
+        warn_if_native(x, decision.site.name)
+    if decision.rules and rules_act() and is_differentiable(x):
         stop = copied(x.detach()) if inplace or on_copy else x.detach()
         start = x.clone() if inplace and decision.reads("x") else x
         watched = on_copy and not inplace and forward is None

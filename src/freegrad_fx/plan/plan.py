@@ -32,6 +32,7 @@ class Plan:
         lost: What the model does and the graph does not.
         verified: For a capture from example inputs: whether it was compared with the original, and how, as text.
         steps: Steps that the model computes as comparisons, which have no gradient.
+        eager: The names of the sites that a compiled program has run in Python, outside of the captured graphs.
     """
 
     model: str
@@ -41,6 +42,7 @@ class Plan:
     lost: tuple[Lost, ...] = ()
     verified: str = ""
     steps: tuple[Remark, ...] = ()
+    eager: tuple[str, ...] = ()
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -126,6 +128,7 @@ class Plan:
             "lost": [vars(o) for o in self.lost],
             "steps": [vars(s) for s in self.steps],
             "verified": self.verified,
+            "eager": list(self.eager),
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -170,6 +173,9 @@ class Plan:
         for remark in dict.fromkeys(d.remark for d in self.decisions if d.remark):
             count = sum(d.remark == remark for d in self.decisions)
             yield f"Note, {_sites(count)}: {remark}."
+        if self.eager:
+            names = ", ".join(self.eager)
+            yield f"Run in Python, outside of the captured graphs, {_sites(len(self.eager))}: {names}."
         for step in self.steps:
             yield f"Note: {step}."
         for opaque in self.opaque:

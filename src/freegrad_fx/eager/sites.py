@@ -1,0 +1,288 @@
+"""The sites of eager code: the calls that run, with what a table decides for them.
+
+Where a call is, and how often the same one has run before, is told by `Observed` for the blocks of a user, and by
+`dynamo.outside` for what a compiled program leaves to Python.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.utils.parametrize import type_before_parametrizations
+
+from .._torch.dispatch import is_transformed
+from ..graph.provenance import caller
+from ..modules import Activation
+from ..plan import Decision
+from ..sites.operations import spelled_function
+from ..sites.owners import qualified, short_name
+from ..sites.remarks import Opaque
+from ..sites.site import Located, LocatedParameter, Site
+from ..table import RuleTable
+from ..vocabulary.op import Op, Spelling
+from .opaque import opaque_call
+from .parameters import role_of
+from .rules import parameter_by, replaced_forward, rules_act
+from .running import running_function
+
+__all__ = ["EagerSites", "Place", "decoupled_parameter", "parameter_site"]
+
+_OUT = "it writes its result into an out= tensor, which autograd does not support"
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a call is.
+
+    Attributes:
+        modules: The modules that are running, the innermost first.
+        owner: The owner of the site.
+        path: The dotted path of the owner.
+        program: What the path belongs to, if that is not always the same.
+    """
+
+    modules: tuple[nn.Module, ...]
+    owner: nn.Module | None
+    path: str = ""
+    program: Any = None
+
+
+class EagerSites(ABC):
+    """The sites of the calls that run, with their decisions.
+
+    Args:
+        table: The rule table.
+
+    Attributes:
+        table: The rule table.
+        wants_parameters: Whether the table can give rules to parameters.
+    """
+
+    lines_tell_sites_apart = False
+    """Whether calls at the same place in different lines are different sites."""
+
+    def __init__(self, table: RuleTable) -> None:
+        self.table = table
+        self.wants_parameters = table.wants_parameters
+
+    # --- what a kind of sites tells ---
+
+    @abstractmethod
+    def place(self, *, in_functions: bool = False) -> Place | None:
+        """The place of the call that runs now; None if it is no place of a site.
+
+        Args:
+            in_functions: Return the place also in the forward of an autograd.Function.
+        """
+
+    @abstractmethod
+    def count(self, place: Place, op: str) -> int:
+        """Count a site, and return the number of those that ran before at this place, in this call of the model."""
+
+    @abstractmethod
+    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decision]:
+        """The decisions that are known for places like this one."""
+
+    @abstractmethod
+    def decided(self, place: Place, located: Located) -> Decision:
+        """Decide a site that is not known yet."""
+
+    @abstractmethod
+    def names(self, parameter: Tensor, place: Place) -> tuple[str, ...] | None:
+        """The names of a parameter; None if it is no site."""
+
+    @abstractmethod
+    def holders(self, parameter: Tensor, names: tuple[str, ...], place: Place) -> list[nn.Module]:
+        """The modules that hold a parameter."""
+
+    @abstractmethod
+    def in_place_of(
+        self, parameter: Tensor, decision: Decision, acts: bool, place: Place
+    ) -> Tensor:
+        """The tensor that takes the place of a parameter with a rule."""
+
+    @abstractmethod
+    def note_opaque(self, place: Place, opaque: Opaque) -> None:
+        """Note a call inside of which PyTorch computes activations."""
+
+    @abstractmethod
+    def note_call(self) -> None:
+        """Note that a function of PyTorch was called."""
+
+    # --- operations ---
+
+    def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
+        """The decision for the operation that is called now; None if it is no site."""
+        self.note_call()
+        place = self.place()
+        if place is None:
+            self._note_function()
+        if place is None or not self.takes(place):
+            return None
+        called = None
+        if place.owner is not None and place.owner is place.modules[0]:
+            kind = type_before_parametrizations(place.owner)
+            called = kind if kind in spelling.op.modules else None
+        inplace = spelling.inplace
+        spelled = _module(called, inplace) if called else spelled_function(function, inplace)
+        obstacle = _OUT if spelling.writes_out else self.obstacle(place)
+        key = (function, inplace)
+        return self._decision(key, place, spelling.op.name, spelled, obstacle, spelling.op, called)
+
+    def takes(self, place: Place) -> bool:
+        """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
+        return not (place.modules and isinstance(place.modules[0], Activation))
+
+    def obstacle(self, place: Place) -> str:
+        """The reason why no rule can act at a place; ``""`` if one can."""
+        return ""
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run a call that has been looked at."""
+        return call()
+
+    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
+        """The decision for the call of a module whose class the table selects; None if it is no site."""
+        place = self.place()
+        if place is None or place.owner is None or place.modules[0] is not module:
+            return None
+        kind = type_before_parametrizations(module)
+        spelled = _module(kind, inplace)
+        return self._decision((kind, inplace), place, kind.__name__, spelled, called=kind)
+
+    def function_call(self, function: type[Any]) -> Decision | None:
+        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
+        place = self.place()
+        if place is None:
+            return None
+        name = function.__name__
+        return self._decision((function,), place, name, f"{name}.apply", called=function)
+
+    def _decision(
+        self,
+        written: tuple[Any, ...],
+        place: Place,
+        op: str,
+        spelled: str,
+        obstacle: str = "",
+        line: Op | None = None,
+        called: type[Any] | None = None,
+    ) -> Decision:
+        """The decision for a call, which is known if the same was `written` at the same place before."""
+        call = self.count(place, op)
+        source = caller() if self.lines_tell_sites_apart else ""
+        key = (op, place.path, call, *written, type(place.owner), source)
+        known = self.decisions(place)
+        found = known.get(key)
+        if found is not None:
+            return found
+        owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
+        site = Site(
+            kind="operation",
+            op=op,
+            path=place.path,
+            call=call,
+            spelling=spelled,
+            source=source or caller(),
+            type=qualified(owners[0]) if owners else "",
+        )
+        known[key] = self.decided(place, Located(site, owners, obstacle, line, called))
+        return known[key]
+
+    def opaque(self, function: Callable[..., Any]) -> bool:
+        """Whether PyTorch computes activations inside of a call. It is noted."""
+        self.note_call()
+        reason = opaque_call(function)
+        if not reason:
+            return False
+        place = self.place()
+        if place is not None:
+            what = spelled_function(function, False)
+            self.note_opaque(place, Opaque(place.path, what, reason, caller()))
+        return True
+
+    def _note_function(self) -> None:
+        """Note the autograd.Function whose forward computes an activation now, if there is one."""
+        function = running_function()
+        place = None if function is None else self.place(in_functions=True)
+        if function is not None and place is not None:
+            what = f"autograd.Function {function.__qualname__}"
+            opaque = Opaque(place.path, what, "keeps its own backward", caller())
+            self.note_opaque(place, opaque)
+
+    # --- parameters ---
+
+    def parameter(self, parameter: Tensor) -> Tensor | None:
+        """The tensor that takes the place of a parameter in the call that runs now; None if no entry decides it."""
+        place = self.place()
+        decision = None if place is None else self._decision_for(parameter, place)
+        if place is None or decision is None or decision.entry is None:
+            return None
+        if decision.action != "rewrite" or not (decision.forward or parameter.requires_grad):
+            return parameter
+        acts = rules_act()
+        if decision.forward is None and not acts:
+            return parameter
+        swapped_in = role_of(parameter) is not None
+        if parameter.is_inference() or (is_transformed(parameter) and not swapped_in):
+            return parameter
+        return self.in_place_of(parameter, decision, acts, place)
+
+    def parameter_decision(self, parameter: Tensor) -> Decision | None:
+        """The decision for a parameter that the call that runs now takes; None if it is no site."""
+        place = self.place()
+        return None if place is None else self._decision_for(parameter, place)
+
+    def _decision_for(self, parameter: Tensor, place: Place) -> Decision | None:
+        if place.owner is None:
+            return None  # an optimizer, for example
+        names = self.names(parameter, place)
+        if names is None:
+            return None
+        identity = id(parameter) if role_of(parameter) is None else names
+        key = ("parameter", identity, parameter.requires_grad)
+        known = self.decisions(place)
+        if key not in known:
+            located = parameter_site(parameter, names, self.holders(parameter, names, place))
+            known[key] = self.decided(place, located)
+        return known[key]
+
+
+def parameter_site(
+    parameter: Tensor, names: tuple[str, ...], holders: Iterable[nn.Module]
+) -> LocatedParameter:
+    """The site of a parameter.
+
+    Args:
+        parameter: The parameter.
+        names: Its dotted names.
+        holders: The modules that hold it.
+    """
+    path, _, name = names[0].rpartition(".")
+    owners = tuple(map(type_before_parametrizations, holders))
+    site = Site(
+        kind="parameter",
+        op="parameter",
+        path=path,
+        call=0,
+        spelling=f"{short_name(owners[0])}.{name}" if owners else name,
+        type=qualified(owners[0]) if owners else "",
+        names=names,
+    )
+    return LocatedParameter(site, owners, tensor=parameter, reads=())
+
+
+def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Tensor:
+    """The tensor that takes the place of a parameter: with the forward of a decision, and, if they act, its rules."""
+    value: Tensor = parameter.detach()
+    if decision.forward is not None:
+        value = replaced_forward(decision.forward, value)
+    return parameter_by(decision, value, parameter) if acts else value
+
+
+def _module(kind: type[nn.Module], inplace: bool) -> str:
+    return f"{short_name(kind)}({'inplace=True' if inplace else ''})"

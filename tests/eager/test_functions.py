@@ -1,0 +1,133 @@
+"""The inside of autograd.Functions: no call there is a site, and a Function that a table names has its own meaning."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+import freegrad_fx as fg
+
+HEAVISIDE = fg.rules.fast_sigmoid(slope=2.0, forward="heaviside")
+
+
+class Doubled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return torch.relu(x) * 2
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        return grad * torch.sigmoid(x)
+
+
+class SetUpApart(torch.autograd.Function):
+    @staticmethod
+    def forward(x: Tensor) -> Tensor:
+        return torch.relu(x) * 2
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        ctx.save_for_backward(*inputs)
+
+    backward = Doubled.backward
+
+
+class Decorated(Doubled):
+    @staticmethod
+    @torch.no_grad()
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            return Doubled.forward(ctx, x.detach()).detach()
+
+
+def sample() -> Tensor:
+    return torch.tensor([-1.0, 0.5, 2.0], requires_grad=True)
+
+
+def both(call: Callable[[Tensor], Tensor], create_graph: bool = False) -> tuple[Tensor, Tensor]:
+    x = sample()
+    y = call(x)
+    (grad,) = torch.autograd.grad(y.sum(), x, create_graph=create_graph)
+    return y.detach(), grad.detach()
+
+
+FUNCTIONS = pytest.mark.parametrize("function", [Doubled, SetUpApart, Decorated])
+
+
+@FUNCTIONS
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_activations_in_a_function_are_no_sites(function: Any, create_graph: bool) -> None:
+    expected = both(function.apply, create_graph)
+    with fg.use({"activations": HEAVISIDE}) as block:
+        actual = both(lambda x: function.apply(x) + torch.zeros(()), create_graph)
+        torch.tanh(sample())
+    assert all(map(torch.equal, actual, expected))
+    assert [d.site.op for d in fg.report(block).decisions] == ["tanh"]
+
+
+@FUNCTIONS
+def test_a_function_that_the_table_names_runs_its_own_forward(function: Any) -> None:
+    y, _ = both(function.apply)
+    with fg.use({function: "straight_through", "relu": HEAVISIDE}) as block:
+        actual = both(function.apply)
+        torch.relu(sample())
+    assert torch.equal(actual[0], y)
+    assert torch.equal(actual[1], torch.ones(3))
+    assert sorted(d.site.op for d in fg.report(block).decisions) == sorted(
+        [function.__name__, "relu"]
+    )
+
+
+@FUNCTIONS
+def test_the_forward_of_a_function_is_replaced(function: Any) -> None:
+    with fg.use({function: HEAVISIDE}):
+        y, grad = both(function.apply)
+        with torch.no_grad():
+            assert torch.equal(function.apply(sample()), y)
+    x = sample().detach()
+    assert torch.equal(y, (x >= 0).to(x.dtype))
+    torch.testing.assert_close(grad, 1 / (1 + 2 * x.abs()) ** 2)
+
+
+def test_a_forward_that_is_called_by_hand_holds_sites() -> None:
+    with fg.use({"relu": "reverse"}):
+        x = sample()
+        (grad,) = torch.autograd.grad(SetUpApart.forward(x).sum(), x)
+    assert torch.equal(grad, torch.full((3,), -2.0))
+
+
+def test_a_reentrant_checkpoint_counts_the_sites_of_its_forward() -> None:
+    """PyTorch's own Function runs the model; what follows has the call indices that it has without a checkpoint."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.run: Callable[..., Any] = lambda block, x: block(x)
+
+        def forward(self, x: Tensor) -> Tensor:
+            for _ in range(2):
+                x = self.run(torch.tanh, x + 0.1)
+            return torch.tanh(x)
+
+    model = Net()
+    table = fg.RuleTable(
+        [fg.on("tanh", call=call).backward("scale", s=float(call + 2)) for call in range(3)]
+    )
+    found = []
+    for run in (model.run, functools.partial(checkpoint, use_reentrant=True)):
+        model.run, x = run, sample()
+        with fg.use(table, model=model) as block:
+            model(x).sum().backward()
+        found.append(x.grad)
+        names = [d.site.name for d in fg.report(block).with_action("rewrite")]
+        assert names == [f"<root>:tanh[{call}]" for call in range(3)]
+    assert torch.equal(found[0], torch.full((3,), 24.0))
+    assert torch.equal(*found)
