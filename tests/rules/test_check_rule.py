@@ -331,6 +331,15 @@ def test_a_rule_that_fails_on_ordinary_inputs_is_not_checked_further() -> None:
     assert "The other checks were not run, as they rely on these." in str(error)
 
 
+def test_what_a_compiler_says_is_in_the_failure() -> None:
+    def formula(grad: Tensor) -> Tensor:
+        return torch.from_numpy(2 * grad.numpy()).reshape(grad.shape)
+
+    found = {failure.check: failure.found for failure in failures_of(declare(formula)).failures}
+    assert "Error" in found["compiled"].partition("raised: ")[2]
+    assert "meta" in found["device"]
+
+
 def test_a_check_is_left_out_with_a_reason() -> None:
     rule = declare(clamped, "", reference="")
     reasons = {"linear": "we never use jvp", "citation": "ours"}

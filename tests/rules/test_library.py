@@ -34,7 +34,7 @@ def formula_of(name: str) -> Callable[..., Tensor]:
     return formula
 
 
-@pytest.mark.sampled(10)
+@pytest.mark.sampled(16)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_built_in_rule_passes_all_checks(name: str) -> None:
     fg.testing.check_rule(name, reference=formula_of(name), **GIVEN.get(name, {}))

@@ -52,8 +52,11 @@ def listed(failures: list[Failure]) -> list[Failure]:
 
 
 def first_line(error: BaseException) -> str:
-    """The type and the first line of an error."""
-    text = str(error).strip().partition("\n")[0]
+    """The type and the first line of an error, with the next one if the first introduces it."""
+    text, _, rest = str(error).strip().partition("\n")
+    if text.endswith(":"):
+        following = rest.strip().partition("\n")[0]
+        text = f"{text} {following}"
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
