@@ -654,7 +654,7 @@ def stochastic_round(grad: Tensor, draw: Tensor, *, bits: int = 8) -> Tensor:
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     entries = grad.reshape(-1).double().tolist()
     norm = math.sqrt(sum(g * g for g in entries))
-    factor = max_norm / (eps if norm < eps else norm)
+    factor = max_norm / (eps if norm < eps else norm) if max_norm < math.inf else 1.0
     factor = 1.0 if factor > 1 else factor
     return torch.tensor([g * factor for g in entries], dtype=torch.float64).reshape(grad.shape)
 

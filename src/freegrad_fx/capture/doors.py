@@ -35,7 +35,8 @@ def with_remedy(
     if error.__cause__ is not None and (text := _raised_natively(model, args, kwargs)):
         return CaptureError(
             f"{type(model).__name__} does not take the example inputs: called with them, it raises {text}. Give "
-            f"example inputs that the model takes in train mode and in eval mode."
+            f"example inputs that the model takes in train mode and in eval mode; or compile it with "
+            f"freegrad_fx.compile(model, rules), which needs none."
         )
     remedy = COMPILE
     if error.symbolic:

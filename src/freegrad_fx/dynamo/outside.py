@@ -258,6 +258,12 @@ class Outside(EagerSites):
             known[key] = parameter, version, tensor
         return known[key][2]
 
+    def drop(self, parameter: Tensor) -> None:
+        """Drop the tensor that takes the place of a parameter."""
+        known = self._call.decoupled if self._here is None else self._here.decoupled
+        for acts in (True, False):
+            known.pop((id(parameter), acts), None)
+
     def classes(self) -> AbstractContextManager[None]:
         """A context in which the calls of the module classes that the table selects are sites."""
         if not self._has_classes:

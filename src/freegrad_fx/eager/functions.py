@@ -93,7 +93,7 @@ def _outside_of_the_graph(
 def _with_rules(apply: Callable[..., Any], function: Function, args: tuple[Any, ...]) -> Any:
     if not function.__module__.startswith(_OF_GRAPHS):
         observing = [block.observed for block in intercepting_blocks()]
-        deciding = [observed.parameter for observed in observing if observed.wants_parameters]
+        deciding = [observed for observed in observing if observed.wants_parameters]
         with left_alone():  # the rules are Functions and functions of PyTorch, too
             args, _ = with_parameters(deciding, apply, args, {})
     return apply(*args)

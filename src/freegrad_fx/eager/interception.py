@@ -51,7 +51,7 @@ run_in_python(_Interception.__torch_function__.__code__)
 
 def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     observing: list[EagerSites] = [block.observed for block in intercepting_blocks()]
-    deciding = [observed.parameter for observed in observing if observed.wants_parameters]
+    deciding = [observed for observed in observing if observed.wants_parameters]
     if deciding:
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():

@@ -176,6 +176,10 @@ class Observed(EagerSites):
             known = kept[id(key)] = _Decoupled(state, tensor)
         return known.tensor
 
+    def drop(self, parameter: Tensor) -> None:
+        """Drop the tensor that takes the place of a parameter."""
+        self._thread.parameters.pop(id(parameter), None)
+
     # --- the place ---
 
     def _modules(self, in_functions: bool = False) -> tuple[nn.Module, ...] | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.dispatch import is_transformed
+from ..errors import RuleError
 from ..graph.provenance import caller
 from ..modules import Activation
 from ..plan import Decision
@@ -231,6 +232,31 @@ class EagerSites(ABC):
         if parameter.is_inference() or (is_transformed(parameter) and not swapped_in):
             return parameter
         return self.in_place_of(parameter, decision, acts, place)
+
+    @abstractmethod
+    def drop(self, parameter: Tensor) -> None:
+        """Drop the tensor that takes the place of a parameter."""
+
+    def forget(self, parameter: Tensor) -> None:
+        """Note that the contents of a parameter may change without a new version."""
+        decision = self.parameter_decision(parameter)
+        if decision is not None and decision.forward is not None:
+            self.drop(parameter)
+
+    def refuse_write(self, parameter: Tensor) -> None:
+        """Raise `RuleError` if the forward of a parameter is replaced, which the model writes into.
+
+        The model would compute what it writes from what the replacement returns.
+        """
+        decision = self.parameter_decision(parameter)
+        if decision is None or decision.action != "rewrite" or decision.forward is None:
+            return
+        name = decision.site.name
+        raise RuleError(
+            f"the model writes into {name!r} in its forward ({caller()}), so its own forward cannot be replaced: what "
+            f"is written would come from the replacement. Write into {name.rpartition('.')[2]}.data there, or outside "
+            f"of the forward; or leave forward= out of the entry."
+        )
 
     def parameter_decision(self, parameter: Tensor) -> Decision | None:
         """The decision for a parameter that the call that runs now takes; None if it is no site."""

@@ -59,7 +59,7 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     The peers outside of FreeGrad take one norm over all parameters; torch adds 10⁻⁶ to the norm.
 
     Args:
-        max_norm: The largest norm, at least 0.
+        max_norm: The largest norm, at least 0. Infinity leaves every gradient as it is, also one with infinite entries.
         eps: The smallest norm that is divided by, at least 0.
     """
     if not isinstance(max_norm, Tensor) and max_norm == math.inf:
