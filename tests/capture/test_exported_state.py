@@ -121,13 +121,6 @@ def only_in_training(model: Any, h: Tensor) -> Tensor:
     return model.sub.n
 
 
-def grown(model: Any, h: Tensor) -> Tensor:
-    model.sub.seen = [h]
-    for _ in range(2):
-        model.sub.seen.append(model.sub.seen[-1].tanh())
-    return sum(model.sub.seen)
-
-
 KEPT: dict[str, tuple[Callable[[Any], None], Change]] = {
     "a buffer of a submodule": (sub, count),
     "a buffer, by the table": (sub, by_the_table),
@@ -138,8 +131,6 @@ KEPT: dict[str, tuple[Callable[[Any], None], Change]] = {
     "a result, with its gradient": (sub, keep("seen", lambda _, h: h * 2)),
     "a result over None": (set_sub(seen=None), keep("seen", lambda _, h: h)),
     "results in containers": (sub, keep("seen", lambda _, h: [h, {"x": (h + 1, h.detach())}])),
-    "a list that is replaced, and grows": (set_sub(seen=[torch.zeros(1)]), grown),
-    "a dict that is replaced": (set_sub(seen={}), keep("seen", lambda _, h: {"h": h * 2})),
     "a result of another shape": (set_sub(seen=torch.ones(1)), keep("seen", lambda _, h: h)),
 }
 
@@ -478,3 +469,54 @@ def test_other_checkpoints_are_kept() -> None:
 
     gm = fg.transform(build(Checkpointed), NATIVE, example_inputs=(sample(),))
     assert not difference(build(Checkpointed), gm)
+
+
+class Pyramid(Counter):
+    """Replaces a list at each call, which grows, and a dict of another module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.levels = [torch.zeros(1)]
+        self.found: dict[str, Tensor] = {}
+
+    def build(self, h: Tensor) -> None:
+        self.levels = [h]
+        for _ in range(2):
+            self.levels.append(self.levels[-1].tanh())
+
+
+class Searches(Net):
+    def make(self) -> None:
+        self.pyramid = Pyramid()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.act(self.f(x))
+        self.pyramid.build(h)
+        self.pyramid.found = {"mean": h.mean(0)}
+        out: Tensor = sum(self.pyramid.levels) + self.pyramid.found["mean"]
+        return self.g(out)
+
+
+class ReadsItFirst(Searches):
+    def forward(self, x: Tensor) -> Tensor:
+        last: Tensor = self.pyramid.levels[-1]
+        return super().forward(x) + last.mean()
+
+
+def test_a_container_that_is_replaced_at_each_call_is_assigned() -> None:
+    model = build(Searches)
+    before = contents(model)
+    gm: Any = fg.transform(model, NATIVE, example_inputs=(sample(),))
+    assert contents(model) == before
+    for x in (sample(), sample(3)):
+        assert torch.equal(gm(x), model(x))
+        assert type(gm.pyramid.levels) is list
+        for one, other in zip(gm.pyramid.levels, model.pyramid.levels, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(gm.pyramid.found["mean"], model.pyramid.found["mean"])
+    assert fg.verify(model, gm, sample()).ok
+
+
+def test_a_container_that_is_read_before_it_is_replaced_is_refused() -> None:
+    with pytest.raises(fg.CaptureError, match=r"changes Python state .*'levels'"):
+        fg.transform(build(ReadsItFirst), NATIVE, example_inputs=(sample(),))

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.func import functional_call
 
 from .._torch import tree
 from ..errors import CaptureError
 from .copying import structural_copy
+from .outside import Outside
+from .patches.random import RandomState
 from .refusal import NotExportedError
 from .symbolic import capture_symbolically, open_arguments
 
@@ -35,8 +37,7 @@ def with_remedy(
     if error.__cause__ is not None and (text := _raised_natively(model, args, kwargs)):
         return CaptureError(
             f"{type(model).__name__} does not take the example inputs: called with them, it raises {text}. Give "
-            f"example inputs that the model takes in train mode and in eval mode; or compile it with "
-            f"freegrad_fx.compile(model, rules), which needs none."
+            f"example inputs that the model takes in train mode and in eval mode."
         )
     remedy = COMPILE
     if error.symbolic:
@@ -54,21 +55,26 @@ def with_remedy(
 
 def _raised_natively(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> str:
     """What a model itself raises when it is called with the example inputs, in either mode; ``""`` for nothing."""
-    drawn = torch.get_rng_state()
+    random, outside = RandomState(), Outside(model, model)
     try:
         for training in (True, False):
-            called = structural_copy(model).train(training)
-            buffers = {name: buffer.clone() for name, buffer in called.named_buffers()}
+            try:
+                called = copy.deepcopy(model)  # the forward can write into parameters
+            except Exception:  # as attributes can be of any class
+                return ""
+            for module in called.modules():
+                module.training = training  # not called.train(), which a model can override
             given, named = tree.map_leaves(_own, (args, dict(kwargs)))
             try:
                 with torch.no_grad():
-                    functional_call(called, buffers, given, named)
+                    called(*given, **named)
             except Exception as error:
                 mode = "train" if training else "eval"
                 text = str(error).strip().partition("\n")[0][:300].rstrip(".")
                 return f"{type(error).__name__} in {mode} mode: {text}"
     finally:
-        torch.set_rng_state(drawn)
+        random.restore()
+        outside.put_back()
     return ""
 
 

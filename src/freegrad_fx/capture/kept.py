@@ -211,15 +211,16 @@ class Assigned:
         `nn.Module.__getattr__`, by which reads are noted, is called for buffers and for attributes that do not exist.
         Those that are None are taken away, and containers that a method may replace.
         """
+        kinds: set[Any] = {type(module) for module in self._modules.values()}
+        # A module can assign an attribute of another one
+        assigned = frozenset[str]().union(*map(attributes_replaced, kinds))
         for module in self._modules.values():
-            kind: Any = type(module)
-            assigned = attributes_replaced(kind)
             for name, value in list(module.__dict__.items()):
                 is_container = type(value) in (list, tuple, dict) and name in assigned
                 if (
                     not (value is None or type(value) is Tensor or is_container)
                     or name in ATTRIBUTES_OF_EVERY_MODULE
-                    or hasattr(kind, name)
+                    or hasattr(type(module), name)
                     or exporting.is_fake(value)
                 ):
                     continue
