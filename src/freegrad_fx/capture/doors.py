@@ -66,7 +66,7 @@ def _raised_natively(model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[st
                 module.training = training  # not called.train(), which a model can override
             given, named = tree.map_leaves(_own, (args, dict(kwargs)))
             try:
-                with torch.no_grad():
+                with random.watching(), torch.no_grad():
                     called(*given, **named)
             except Exception as error:
                 mode = "train" if training else "eval"
