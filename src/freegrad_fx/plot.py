@@ -29,6 +29,7 @@ class Curve:
     Attributes:
         horizontal: The values on the horizontal axis: the input x, or the gradient of the output.
         against: What these are: ``"x"`` or ``"gradient"``.
+        operation: The name of the operation; None for none.
         forward: The output of the operation, for values of x; None if there is none to draw.
         gradient: The gradient that the rule returns; the mean, if the rule draws random numbers.
         band: For such a rule, the quantiles that 80 % of the gradients lie between.
@@ -36,6 +37,7 @@ class Curve:
 
     horizontal: Tensor
     against: str
+    operation: str | None
     forward: Tensor | None
     gradient: Tensor
     band: tuple[Tensor, Tensor] | None = None
@@ -88,7 +90,9 @@ def plot_rule(
         _, ax = pyplot.subplots(figsize=(4.0, 3.0), layout="constrained")
     x = curve.horizontal.numpy()
     if curve.forward is not None:
-        ax.plot(x, curve.forward.numpy(), color="0.6", linestyle="--", label=f"{_op(rule, op)}(x)")
+        ax.plot(
+            x, curve.forward.numpy(), color="0.6", linestyle="--", label=f"{curve.operation}(x)"
+        )
     if curve.band is not None:
         below, above = curve.band
         ax.fill_between(x, below.numpy(), above.numpy(), alpha=0.25, label="80 % of draws")
@@ -113,7 +117,8 @@ def curve_of(
         part.require_bound()
     name = _op(rule, op)
     at = torch.linspace(low, high, _POINTS, dtype=torch.float64)
-    y = at if name is None else _function(name)(at)
+    function: Any = None if name is None else OPS[name].function
+    y = at if function is None else function(at)
     by_entry = all(part.declaration.linear and not part.declaration.reducing for part in parts)
     grad = torch.ones_like(at) if by_entry else at
     if any(part.declaration.random for part in parts):
@@ -125,7 +130,7 @@ def curve_of(
     else:
         gradient, band = _applied(parts, grad, at, y), None
     shown = None if name is None or not by_entry else y
-    return Curve(at, "x" if by_entry else "gradient", shown, gradient, band)
+    return Curve(at, "x" if by_entry else "gradient", name, shown, gradient, band)
 
 
 def _applied(parts: tuple[Rule, ...], grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -145,10 +150,6 @@ def _op(rule: RuleLike, op: str | None) -> str | None:
     meant = (name for part in resolved.parts for name in part.declaration.meant_for)
     named = (name for name in (resolved.forward, *meant) if isinstance(name, str))
     return next((name for name in named if name in OPS), None)
-
-
-def _function(name: str) -> Any:
-    return OPS[name].function
 
 
 def _resolved(rule: RuleLike) -> Rule | Composition:

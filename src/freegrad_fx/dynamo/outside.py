@@ -113,6 +113,14 @@ class Outside(EagerSites):
     def _here(self) -> Here | None:
         return self._resumed.get(get_ident())
 
+    @property
+    def _calls(self) -> Calls:
+        return self._call.calls if self._here is None else self._here.calls
+
+    @property
+    def _decoupled(self) -> Decoupled:
+        return self._call.decoupled if self._here is None else self._here.decoupled
+
     def note_call(self) -> None:
         """Note that a function of PyTorch was called."""
         if self._here is None:
@@ -149,8 +157,7 @@ class Outside(EagerSites):
 
     def here(self) -> Here:
         """Where the call is now."""
-        calls = self._call.calls if self._here is None else self._here.calls
-        return Here(self._setting(), Counter(calls))
+        return Here(self._setting(), Counter(self._calls))
 
     @contextmanager
     def resumed(self, here: Here) -> Iterator[None]:
@@ -169,7 +176,7 @@ class Outside(EagerSites):
 
     def count(self, place: Place, op: str) -> int:
         """Count a site, together with those of the graphs."""
-        calls = self._call.calls if self._here is None else self._here.calls
+        calls = self._calls
         key = place.program, place.path, op
         calls[key] += 1
         return calls[key] - 1
@@ -187,17 +194,11 @@ class Outside(EagerSites):
 
     def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
         """The decision for the operation that is called now. In a `native` block it has no rules."""
-        decision = super().operation(spelling, function)
-        if decision is None or explicit_rules_act():
-            return decision
-        return replace(decision, rules=())
+        return _in_force(super().operation(spelling, function))
 
     def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
         """The decision for the call of a module whose class the table selects. In a `native` block it has no rules."""
-        decision = super().module_call(module, inplace)
-        if decision is None or explicit_rules_act():
-            return decision
-        return replace(decision, rules=())
+        return _in_force(super().module_call(module, inplace))
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site."""
@@ -246,12 +247,9 @@ class Outside(EagerSites):
                 return parameter
             warn_if_native(parameter, decision.site.name)
             return self.run(lambda: replaced_forward(forward, parameter))  # type: ignore[no-any-return]
-        here = self._here
-        if here is None and acts:
+        if self._here is None and acts:
             self._call.uses_outside(place.program, decision.site.name)
-        known = self._call.decoupled if here is None else here.decoupled
-        if function_transforms_active():
-            known = {}
+        known = {} if function_transforms_active() else self._decoupled
         key, version = (id(parameter), acts), version_of(parameter)
         if key not in known or known[key][1] != version:
             tensor = self.run(lambda: decoupled_parameter(parameter, decision, acts))
@@ -260,9 +258,8 @@ class Outside(EagerSites):
 
     def drop(self, parameter: Tensor) -> None:
         """Drop the tensor that takes the place of a parameter."""
-        known = self._call.decoupled if self._here is None else self._here.decoupled
         for acts in (True, False):
-            known.pop((id(parameter), acts), None)
+            self._decoupled.pop((id(parameter), acts), None)
 
     def classes(self) -> AbstractContextManager[None]:
         """A context in which the calls of the module classes that the table selects are sites."""
@@ -272,6 +269,11 @@ class Outside(EagerSites):
         root = self._call.root if here is None else here.setting.root
         selected = self.table.types_in(root or nn.Module())
         return calls_in_python([kind for kind in selected if issubclass(kind, nn.Module)])
+
+
+def _in_force(decision: Decision | None) -> Decision | None:
+    """A decision, without its rules in a `native` block."""
+    return decision if decision is None or explicit_rules_act() else replace(decision, rules=())
 
 
 class InPython(Block):

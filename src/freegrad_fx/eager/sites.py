@@ -52,6 +52,16 @@ class Place:
     program: Any = None
 
 
+@dataclass(frozen=True)
+class _Described:
+    """What a call is: its spelling, why no rule can act, the line of the vocabulary, and the class that is called."""
+
+    spelled: str
+    obstacle: str = ""
+    line: Op | None = None
+    called: type[Any] | None = None
+
+
 class EagerSites(ABC):
     """The sites of the calls that run, with their decisions.
 
@@ -124,15 +134,18 @@ class EagerSites(ABC):
             self._note_function()
         if place is None or not self.takes(place):
             return None
-        called = None
-        if place.owner is not None and place.owner is place.modules[0]:
-            kind = type_before_parametrizations(place.owner)
-            called = kind if kind in spelling.op.modules else None
         inplace = spelling.inplace
-        spelled = _module(called, inplace) if called else spelled_function(function, inplace)
-        obstacle = _OUT if spelling.writes_out else self.obstacle(place)
-        key = (function, inplace)
-        return self._decision(key, place, spelling.op.name, spelled, obstacle, spelling.op, called)
+
+        def described() -> _Described:
+            called = None
+            if place.owner is not None and place.owner is place.modules[0]:
+                kind = type_before_parametrizations(place.owner)
+                called = kind if kind in spelling.op.modules else None
+            spelled = _module(called, inplace) if called else spelled_function(function, inplace)
+            obstacle = _OUT if spelling.writes_out else self.obstacle(place)
+            return _Described(spelled, obstacle, spelling.op, called)
+
+        return self._decision((function, inplace), place, spelling.op.name, described)
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
@@ -152,8 +165,11 @@ class EagerSites(ABC):
         if place is None or place.owner is None or place.modules[0] is not module:
             return None
         kind = type_before_parametrizations(module)
-        spelled = _module(kind, inplace)
-        return self._decision((kind, inplace), place, kind.__name__, spelled, called=kind)
+
+        def described() -> _Described:
+            return _Described(_module(kind, inplace), called=kind)
+
+        return self._decision((kind, inplace), place, kind.__name__, described)
 
     def function_call(self, function: type[Any]) -> Decision | None:
         """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
@@ -161,19 +177,23 @@ class EagerSites(ABC):
         if place is None:
             return None
         name = function.__name__
-        return self._decision((function,), place, name, f"{name}.apply", called=function)
+
+        def described() -> _Described:
+            return _Described(f"{name}.apply", called=function)
+
+        return self._decision((function,), place, name, described)
 
     def _decision(
         self,
         written: tuple[Any, ...],
         place: Place,
         op: str,
-        spelled: str,
-        obstacle: str = "",
-        line: Op | None = None,
-        called: type[Any] | None = None,
+        described: Callable[[], _Described],
     ) -> Decision:
-        """The decision for a call, which is known if the same was `written` at the same place before."""
+        """The decision for a call, which is known if the same was `written` at the same place before.
+
+        Only a call that is not known yet is described.
+        """
         call = self.count(place, op)
         source = caller() if self.lines_tell_sites_apart else ""
         key = (op, place.path, call, *written, type(place.owner), source)
@@ -182,16 +202,18 @@ class EagerSites(ABC):
         if found is not None:
             return found
         owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
+        what = described()
         site = Site(
             kind="operation",
             op=op,
             path=place.path,
             call=call,
-            spelling=spelled,
+            spelling=what.spelled,
             source=source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
-        known[key] = self.decided(place, Located(site, owners, obstacle, line, called))
+        located = Located(site, owners, what.obstacle, what.line, what.called)
+        known[key] = self.decided(place, located)
         return known[key]
 
     def opaque(self, function: Callable[..., Any]) -> bool:
