@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 import reference
 from built_in import MASKED
+from freegrad_fx.backward.packing import pack
 from freegrad_fx.ops import decoupled, stop_gradient
 from freegrad_fx.rules import masks
 from freegrad_fx.rules.masks import positive
@@ -68,10 +69,52 @@ def same(actual: Tensor, expected: Tensor) -> None:
 @pytest.mark.parametrize("name", MASKED)
 def test_a_saved_mask_gives_the_gradient_of_a_saved_x(name: str, dtype: torch.dtype) -> None:
     rule = fg.get(name)(**WINDOWS.get(name, {}))
+    usual, compact = around(rule), [around(rule(save=save)) for save in ("mask", "bits")]
     for x in (X.to(dtype), torch.empty(0, 3, dtype=dtype), torch.tensor(0.25, dtype=dtype)):
-        usual, masked = around(rule), around(rule(save="mask"))
-        same(gradient(masked, x), gradient(usual, x))
-        same(gradient(masked, x, create_graph=True), gradient(usual, x, create_graph=True))
+        for masked in compact:
+            same(gradient(masked, x), gradient(usual, x))
+            same(gradient(masked, x, create_graph=True), gradient(usual, x, create_graph=True))
+
+
+@pytest.mark.parametrize(
+    "x",
+    [
+        torch.randn(2, 3, 5, 7).to(memory_format=torch.channels_last),
+        torch.randn(5, 3, 2).transpose(0, 2),
+        torch.randn(6, 10)[::2, 1::3],
+        torch.randn(3, 1).expand(3, 4),
+    ],
+)
+def test_bits_keep_the_layout_of_a_mask(x: Tensor) -> None:
+    """The layout of a gradient decides which kernels run after it."""
+    by_mask, by_bits = (around(fg.rules.rectangular(save=save)) for save in ("mask", "bits"))
+    (expected, other) = (gradient(function, x) for function in (by_mask, by_bits))
+    assert torch.equal(other, expected)
+    assert other.stride() == expected.stride()
+    many = {"is_grads_batched": True}
+    leaf = x.detach().requires_grad_()
+    grads = torch.randn(3, *x.shape)
+    (batched, alike) = (
+        torch.autograd.grad(f(leaf), leaf, grads, **many)[0] for f in (by_bits, by_mask)
+    )
+    assert torch.equal(batched, alike)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64])
+def test_packed_bits_are_in_order(count: int) -> None:
+    mask = torch.rand(count) > 0.5
+    (packed, _) = pack(mask)
+    written = [[*mask.tolist(), *[False] * 7][i : i + 8] for i in range(0, count, 8)]
+    assert packed.tolist() == [sum(bit << i for i, bit in enumerate(byte)) for byte in written]
+
+
+def test_a_tensor_with_a_storage_of_its_own_keeps_its_mask() -> None:
+    class Own(Tensor):
+        pass
+
+    x = torch.randn(9).as_subclass(Own)
+    rule = fg.rules.rectangular(a=-1.0, b=1.0, save="bits")
+    assert torch.equal(gradient(around(rule), x), gradient(around(rule(save="x")), x))
 
 
 @pytest.mark.parametrize("name", sorted({*MASKED} - {*reference.RANDOM}))
@@ -88,6 +131,8 @@ def test_a_mask_is_a_byte_for_each_entry(name: str) -> None:
     (mask,) = saved(function, torch.randn(5, 7))
     assert mask.dtype == torch.bool
     assert mask.untyped_storage().nbytes() == 35
+    (bits,) = saved(around(fg.get(name)(save="bits"), F.gelu), torch.randn(5, 7))
+    assert bits.untyped_storage().nbytes() == 5
 
 
 def test_x_is_let_go_also_where_the_operation_overwrites_it() -> None:
@@ -103,19 +148,22 @@ def test_saved_masks_under_vmap_and_torch_func(name: str) -> None:
         pytest.skip("random numbers under vmap are those of its randomness option")
     rule = fg.get(name)(**WINDOWS.get(name, {}))
     x = torch.randn(4, 5)
-    usual, masked = around(rule), around(rule(save="mask"))
+    usual, masked, bits = (around(rule(save=save)) for save in ("x", "mask", "bits"))
 
     def summed(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
         return torch.vmap(torch.func.grad(lambda x: function(x).square().sum()))
 
     same(summed(masked)(x), summed(usual)(x))
+    same(summed(bits)(x), summed(usual)(x))
 
 
 @pytest.mark.parametrize("name", ["rectangular", "guided", "clipped_straight_through"])
 def test_compiled_masks(name: str) -> None:
-    function = around(fg.get(name)(save="mask", **WINDOWS.get(name, {})))
-    compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
-    same(gradient(compiled, X), gradient(function, X))
+    for save in ("mask", "bits"):
+        function = around(fg.get(name)(save=save, **WINDOWS.get(name, {})))
+        compiled = torch.compile(function, backend="aot_eager", fullgraph=True)
+        for x in (X, torch.tensor(0.25)):
+            same(gradient(compiled, x), gradient(function, x))
 
 
 @pytest.mark.inductor
@@ -125,6 +173,8 @@ def test_masks_compiled_by_inductor() -> None:
     torch.testing.assert_close(
         gradient(torch.compile(function, fullgraph=True), x), gradient(function, x)
     )
+    bits = around(fg.rules.rectangular(save="bits"))
+    torch.testing.assert_close(gradient(torch.compile(bits, fullgraph=True), x), gradient(bits, x))
     by_backend = fg.compile(nn.Tanh(), fg.rules.rectangular(save="mask"))
     torch.testing.assert_close(gradient(by_backend, x), gradient(function, x))
 

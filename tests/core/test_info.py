@@ -37,6 +37,8 @@ def test_the_bytes_are_those_that_are_saved(name: str, dtype: torch.dtype) -> No
         masked = rule(save="mask")
         assert masked.info.saves == ("mask",)
         assert masked.info.saved_bytes(dtype) == saved_bytes(masked, dtype) == 1
+        bits = rule(save="bits")
+        assert bits.info.saved_bytes(dtype) == saved_bytes(bits, dtype) == 1 / 8
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

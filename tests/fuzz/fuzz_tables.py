@@ -145,7 +145,7 @@ def _entry(r: random.Random, blocks: Sequence[str]) -> Entry:
     if rules and r.random() < 0.12:
         return replace(entry, op=("relu",), forward=r.choice(FORWARDS))
     if rules and len(rules) == 1 and rules[0][0] in MASKED and r.random() < 0.5:
-        return replace(entry, save="mask")
+        return replace(entry, save=r.choice(("mask", "bits")))
     return entry
 
 

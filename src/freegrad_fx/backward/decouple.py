@@ -49,8 +49,8 @@ def decouple(
         site: The name of the site, for error messages.
         parameters: All parameters of the rule.
         save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"``, only the mask of ``x``;
-            ``"y"``, the output, which is positive exactly where ``x`` is; or ``"overwritten"``, ``x``, into which the
-            operation has written its output.
+            ``"bits"``, the mask with eight entries to a byte; ``"y"``, the output, which is positive exactly where
+            ``x`` is; or ``"overwritten"``, ``x``, into which the operation has written its output.
         compile: Whether the backward runs as one kernel in eager mode.
         read: The tensor that the rule reads as ``x``, with the values of `x`; None for `x` itself. In a composition,
             `x` is the result of the next rules, and a second derivative would go through these rules.

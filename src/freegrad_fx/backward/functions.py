@@ -12,11 +12,12 @@ from .._torch.dispatch import runs_alone
 from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from .._torch.tensors import version
-from ..core.contract import MASK
+from ..core.contract import BITS, OF_MASK
 from ..core.copies import changed_since_copied
 from ..core.rule import Rule
 from ..errors import RuleError
 from .kernels import run_compiled
+from .packing import pack, unpack
 
 __all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "explained", "rule_behind"]
 
@@ -82,7 +83,7 @@ class Composable(torch.autograd.Function):
         """Save the tensors that the rule reads."""
         _, x, read, rule, site, save, names, values = inputs
         parameters = dict(zip(names, values, strict=True))
-        save = "x" if save == MASK else save
+        save = "x" if save in OF_MASK else save
         _save(ctx, x if read is None else read, output, Call(rule, site, parameters, save, False))
 
     @staticmethod
@@ -102,8 +103,10 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
     if inputs:
         if save == "y":
             x = output
-        elif save == MASK and "x" in inputs:
+        elif save in OF_MASK and "x" in inputs:
             x = _mask(x, call)
+            if save == BITS:
+                x, ctx.order = pack(x)
         # The output is saved as `y`: a double backward then differentiates the rule, not the operation
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
@@ -178,7 +181,12 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
     if len(inputs) > count:
         values = dict(zip(ctx.tensors, inputs[count:], strict=True))
         parameters, inputs = {**parameters, **values}, inputs[:count]
-    return declaration.gate if save == MASK else declaration.function, inputs, parameters
+    if save not in OF_MASK:
+        return declaration.function, inputs, parameters
+    if save == BITS and inputs:
+        mask, *others = inputs  # it precedes `y`
+        inputs = (unpack(mask, ctx.like[0], ctx.order), *others)
+    return declaration.gate, inputs, parameters
 
 
 def _blame_parameters(ctx: Any, error: RuntimeError) -> None:
@@ -218,7 +226,7 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
             result = run_compiled(call.rule, call.site, function, grad, *inputs, **parameters)
     elif (
         declaration.fast is not None
-        and call.save != MASK
+        and call.save not in OF_MASK
         and parameters is call.parameters  # no tensors among them
         and runs_alone(grad)
     ):

@@ -13,6 +13,7 @@ from torch import Tensor
 from .._torch.dynamo import gives_up_recompiling, is_compile_error
 from ..core.rule import Rule
 from ..errors import RuleError
+from .packing import memory_order
 
 __all__ = ["run_compiled"]
 
@@ -38,7 +39,7 @@ def run_compiled(
     Raises:
         RuleError: The formula cannot be compiled.
     """
-    layouts = tuple((t.dtype, t.device.type, *_order(t)) for t in (grad, *inputs))
+    layouts = tuple((t.dtype, t.device.type, *memory_order(t)) for t in (grad, *inputs))
     kernel = _kernel(function, tuple(sorted(parameters)), layouts)
     try:
         return kernel(grad, *inputs, **parameters)
@@ -52,11 +53,6 @@ def run_compiled(
             f"compile=True: rule {rule.name!r} at site {site!r} cannot be compiled ({type(error).__name__}: "
             f"{reason}). Leave out compile=True to run the formula in eager mode."
         ) from error
-
-
-def _order(tensor: Tensor) -> list[int]:
-    """The dimensions of a tensor in the order of their strides."""
-    return sorted(range(tensor.dim()), key=tensor.stride, reverse=True)
 
 
 @functools.lru_cache(maxsize=256)

@@ -20,10 +20,12 @@ from .parameter import Parameter
 from .text import shown
 
 __all__ = [
+    "BITS",
     "INPUTS",
     "KINDS",
     "MASK",
     "NATIVE",
+    "OF_MASK",
     "OPTIONS",
     "RESERVED",
     "SAVES",
@@ -39,7 +41,13 @@ INPUTS = ("x", "y")
 MASK = "mask"
 """The argument that replaces ``x`` in a formula that reads ``x`` only through a mask."""
 
-SAVES = ("x", MASK)
+BITS = "bits"
+"""The value of the option `save` for a mask of eight entries to a byte."""
+
+OF_MASK = (MASK, BITS)
+"""The values of the option `save` that need a mask."""
+
+SAVES = ("x", *OF_MASK)
 """The values of the option `save`. The first is the default."""
 
 KINDS = ("operation", "parameter")

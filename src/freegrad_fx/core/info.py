@@ -8,11 +8,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .contract import MASK
+from .contract import BITS, MASK
 from .declaration import Declaration
 from .text import shown
 
 __all__ = ["ParameterInfo", "RuleInfo", "info_of"]
+
+
+_COMPACT: Mapping[str, float] = {MASK: 1, BITS: 1 / 8}
+"""The bytes for each entry of what is smaller than a tensor."""
 
 
 class ParameterInfo(NamedTuple):
@@ -39,9 +43,10 @@ class RuleInfo:
             the full name of its module.
         formula: The formula.
         parameters: Its parameters, by name.
-        saves: What it saves for the backward: any of ``"x"``, ``"mask"`` and ``"y"``.
+        saves: What it saves for the backward: any of ``"x"``, ``"mask"``, ``"bits"`` and ``"y"``.
         properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
-            ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` is possible.
+            ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` and
+            ``save="bits"`` are possible.
         kinds: The kinds of sites that it can serve: ``"operation"``, ``"parameter"``.
         meant_for: The operations that it is meant for; empty for all.
         source: The paper or library that the formula comes from.
@@ -59,15 +64,15 @@ class RuleInfo:
     source: str
     peers: tuple[str, ...]
 
-    def saved_bytes(self, dtype: torch.dtype = torch.float32) -> int:
-        """Return the bytes that the rule saves for each entry.
+    def saved_bytes(self, dtype: torch.dtype = torch.float32) -> float:
+        """Return the bytes that the rule saves for each entry: 1/8 for one bit.
 
         A rule that saves ``x`` or ``y`` often keeps only a tensor alive that another operation saves anyway.
 
         Args:
             dtype: The dtype of the input of the operation.
         """
-        return sum(1 if name == MASK else dtype.itemsize for name in self.saves)
+        return sum(_COMPACT.get(name, dtype.itemsize) for name in self.saves)
 
     def __str__(self) -> str:
         parameters = [

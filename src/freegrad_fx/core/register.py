@@ -62,7 +62,7 @@ def register(
         sparse: True for a rule that maps a sparse gradient entry by entry.
         mask: For a rule that reads ``x`` only through a mask: a function of ``x`` and, by keyword, of parameters of
             the rule, that returns booleans. The signature of the rule then has ``mask`` instead of ``x``, and
-            ``save="mask"`` can save the mask, one byte for each entry, instead of ``x``.
+            ``save="mask"`` can save the mask, one byte for each entry, instead of ``x``, and ``save="bits"`` one bit.
         fast: The same formula in fewer passes over memory, with the same signature (with ``x``, not ``mask``). It
             replaces the formula in eager mode, if the backward is not itself differentiated and no transform of
             torch.func is active. It can return ``NotImplemented``, and the formula is used instead.

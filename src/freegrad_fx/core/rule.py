@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..errors import RuleError, unknown
-from .contract import MASK, NATIVE, RESERVED, SAVES
+from .contract import NATIVE, OF_MASK, RESERVED, SAVES
 from .declaration import Declaration
 from .info import RuleInfo, info_of
 from .parameter import Parameter
@@ -46,7 +46,7 @@ class Rule:
         declaration: Everything that does not depend on the values of the parameters.
         bound: The values of the parameters, by name.
         forward: The replacement forward of the site: the canonical name of an operation, or a function; or None.
-        save: What is saved for the backward if the formula reads ``x``: ``"x"`` or ``"mask"``.
+        save: What is saved for the backward if the formula reads ``x``: ``"x"``, ``"mask"`` or ``"bits"``.
         compile: Whether the backward runs as one compiled kernel in eager mode.
         values: `bound` as pairs. torch.compile cannot read a mapping proxy inside `torch.func.functional_call`.
 
@@ -159,8 +159,9 @@ class Rule:
                 example ``"heaviside"`` for a surrogate gradient; one with parameters, such as
                 ``fg.forward("heaviside", value_at_zero=1.0)``; or a function of one tensor. This changes the output of
                 the model.
-            save: ``"mask"`` to save the mask, 1 byte for each entry, instead of ``x``; only for rules that read ``x``
-                only through a mask. Default: ``"x"``. The gradient is the same.
+            save: ``"mask"`` to save the mask, 1 byte for each entry, instead of ``x``, or ``"bits"`` to save it as 1
+                bit for each entry; only for rules that read ``x`` only through a mask. Default: ``"x"``. The gradient
+                is the same.
             compile: True to run the backward as one kernel in eager mode. `torch.compile` generates it from the
                 formula. The first backward waits for the compiler. The result is rounded once, whereas the formula
                 rounds at each step. The number of dtypes and layouts that are compiled is limited; the formula is used
@@ -173,7 +174,7 @@ class Rule:
 
         Raises:
             RuleError: The rule has no parameter of that name, the values do not satisfy its constraints, or `save` is
-                ``"mask"`` and the rule has no mask.
+                ``"mask"`` or ``"bits"`` and the rule has no mask.
             TypeError: A value has the wrong type, or an argument is positional.
 
         Example:
@@ -205,10 +206,10 @@ class Rule:
     def _checked_save(self, save: Any) -> str:
         if save not in SAVES:
             raise RuleError(unknown(f"value of save= for rule {self.name!r}:", save, SAVES))
-        if save == MASK and self.declaration.mask is None:
+        if save in OF_MASK and self.declaration.mask is None:
             able = ", ".join(n for n, r in _registry.items() if r.declaration.mask is not None)
             raise RuleError(
-                f"rule {self.name!r} is not registered with mask=, so there is no mask to save. Omit save='mask', or "
+                f"rule {self.name!r} is not registered with mask=, so there is no mask to save. Omit save={save!r}, or "
                 f"use a rule that has a mask: {able}."
             )
         return str(save)

@@ -131,8 +131,8 @@ def decoupled(
         ambient: ``"activations"`` or ``"params"``, instead of a rule: the rule of the `use` block of this scope that is
             in force at the call. Outside of such a block `y` itself is returned.
         site: The name of the site, for error messages.
-        save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"``, only the mask of ``x``;
-            or ``"y"``, the output, which must have the same mask. The default is the rule's own option.
+        save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"`` or ``"bits"``, only the
+            mask of ``x``; or ``"y"``, the output, which must have the same mask. The default is the rule's own option.
         compile: Whether the backward runs as one compiled kernel in eager mode.
         **parameters: The rule's parameters. Missing ones are taken from the rule.
 

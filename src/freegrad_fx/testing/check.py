@@ -46,7 +46,7 @@ CHECKS = MappingProxyType(
         "reducing": "an entry depends only on the entries at its place, or reducing=True is declared",
         "sparse": "with sparse=True, a sparse gradient gives what the dense one gives",
         "fast": "the fast form gives the bits of the formula",
-        "mask": "save='mask' gives the bits of save='x'",
+        "mask": "save='mask' and save='bits' give the gradient of save='x', bit by bit",
         "compiled": "torch.compile takes the rule in one graph, and gives the gradient of the formula",
         "func": "torch.func.vjp and torch.vmap give the gradients of the formula",
         "second_derivative": "the derivative of the rule is its finite difference, also by create_graph=True",

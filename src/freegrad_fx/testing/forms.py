@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._torch.generators import seed
+from ..core.contract import OF_MASK
 from .failure import Failure, apart, first_line
 from .subject import FLOATS, Inputs, Subject, named, pairs
 
@@ -70,21 +71,23 @@ def check_mask(subjects: list[Subject]) -> Iterator[Failure]:
         at = named(subject, inputs)
         if inputs.grad.shape != inputs.y.shape:
             continue
-        try:
-            expected = subject.run(inputs)
-            result = subject.gradient(inputs, subject.rule(save="mask"))
-        except Exception as error:
-            remedy = "let mask= return a boolean tensor of the shape of x, for example x > 0"
-            yield Failure("mask", at, "a gradient from the mask", first_line(error), remedy)
-            continue
-        if (found := apart(result, expected)) is not None:
-            yield Failure(
-                "mask",
-                at,
-                f"with save='mask' the gradient of the formula: {found[0]}",
-                found[1],
-                "let the formula read only the values True and False of the mask",
-            )
+        for save in OF_MASK:
+            try:
+                expected = subject.run(inputs)
+                result = subject.gradient(inputs, subject.rule(save=save))
+            except Exception as error:
+                remedy = "let mask= return a boolean tensor of the shape of x, for example x > 0"
+                yield Failure("mask", at, "a gradient from the mask", first_line(error), remedy)
+                break
+            if (found := apart(result, expected)) is not None:
+                yield Failure(
+                    "mask",
+                    at,
+                    f"with save={save!r} the gradient of the formula: {found[0]}",
+                    found[1],
+                    "let the formula read only the values True and False of the mask",
+                )
+                break
         if declaration.reads_sign:
             found = apart(declaration.mask_of(inputs.x, subject.rule.bound), inputs.x > 0)
             if found is not None:
