@@ -50,6 +50,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     _refuse_addresses(items)
     _skip_without_compiler(items)
     _leave_most_to_the_slow_tests(items)
+    _leave_the_rest_to_the_exhaustive_tests(items)
 
 
 def _leave_most_to_the_slow_tests(items: list[pytest.Item]) -> None:
@@ -61,6 +62,18 @@ def _leave_most_to_the_slow_tests(items: list[pytest.Item]) -> None:
             function = item.nodeid.partition("[")[0]
             if seen[function] % mark.args[0]:
                 item.add_marker(pytest.mark.slow)
+            seen[function] += 1
+
+
+def _leave_the_rest_to_the_exhaustive_tests(items: list[pytest.Item]) -> None:
+    """Of a test with `thinned(n)`, keep one slow set of parameters in n; the others are exhaustive too."""
+    seen: Counter[str] = Counter()
+    for item in items:
+        mark = item.get_closest_marker("thinned")
+        if mark is not None and item.get_closest_marker("slow"):
+            function = item.nodeid.partition("[")[0]
+            if seen[function] % mark.args[0]:
+                item.add_marker(pytest.mark.exhaustive)
             seen[function] += 1
 
 

@@ -16,7 +16,7 @@ import random
 import subprocess
 import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -70,8 +70,12 @@ def exported(model: nn.Module, rules: Any = RULE, **options: Any) -> fg.Captured
     return fg.transform(model, rules, **{"example_inputs": (sample(),), **options})
 
 
-def marked(names: Any, slow: set[str]) -> list[Any]:
-    return [pytest.param(n, marks=pytest.mark.slow if n in slow else ()) for n in names]
+def marked(names: Any, slow: set[str], exhaustive: Container[str] = ()) -> list[Any]:
+    marks = {
+        n: [pytest.mark.slow] * (n in slow) + [pytest.mark.exhaustive] * (n in exhaustive)
+        for n in names
+    }
+    return [pytest.param(n, marks=marks[n]) for n in names]
 
 
 def sites(plan: Any) -> list[tuple[str, str, int]]:
@@ -1291,11 +1295,13 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "pnasnet5large": (64, {}),
 }
 QUICK_TIMM = {"convit_tiny"}
+# Each takes a minute, and has cells like those of other models here and in test_verified.py
+LONG_TIMM = {"nasnetalarge", "pnasnet5large"}
 # It makes a table of positions in the first call, and keeps it as a buffer.
 CALLED_BEFORE = {"convit_tiny"}
 
 
-@pytest.mark.parametrize("name", marked(TIMM, {*TIMM} - QUICK_TIMM))
+@pytest.mark.parametrize("name", marked(TIMM, {*TIMM} - QUICK_TIMM, exhaustive=LONG_TIMM))
 def test_models_that_symbolic_tracing_cannot_take_keep_every_invariant(name: str) -> None:
     import timm
 

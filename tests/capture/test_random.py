@@ -29,7 +29,7 @@ from side_by_side import (
 )
 from sweep import NATIVE
 
-EXAMPLES = 120
+EXAMPLES = 60
 
 
 def sample(seed: int) -> Tensor:

@@ -52,6 +52,7 @@ CASES = [pytest.param(v, id=v.name) for v in SMALL] + [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("vision", CASES)
 def test_one_table_means_the_same_through_both_doors(vision: Vision, training: bool) -> None:

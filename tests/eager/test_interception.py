@@ -84,6 +84,7 @@ def test_native_entries_change_nothing(case: Case) -> None:
     assert_same_backward(actual, expected)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.parametrize("spell", quick(s for s in SPELLINGS if s.op not in ("glu", "identity")))
 def test_every_spelling_is_intercepted(spell: Spell) -> None:
     model, x = spell.make(), spell.sample()

@@ -609,6 +609,7 @@ def compiled_as_a_whole(model: Any, backend: str, **options: Any) -> Any:
 EAGER = [pytest.param("eager", marks=pytest.mark.slow), "aot_eager"]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.sampled(4)
 @pytest.mark.parametrize("backend", EAGER)
 @pytest.mark.parametrize("rule", BUILT_IN)

@@ -173,6 +173,7 @@ def by_id(spell: Spell) -> str:
     return spell.id
 
 
+@pytest.mark.thinned(4)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(s for s in SPELLINGS if s.op != "glu"))
 def test_a_transformed_activation_agrees_with_the_hand_written_one(spell: Spell) -> None:
@@ -243,6 +244,7 @@ HAND_WRITTEN: dict[type[Watched], Callable[[Any], Any]] = {
 }
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_in_place_is_seen_under_the_input_s_name(spell: Spell) -> None:
@@ -253,6 +255,7 @@ def test_what_is_written_in_place_is_seen_under_the_input_s_name(spell: Spell) -
 CALLED = {spell.id.partition("(")[0]: spell for spell in INPLACE}
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("surroundings", [Viewed, OnView, Later], ids=lambda kind: kind.__name__)
 @pytest.mark.parametrize("called", CALLED)
@@ -263,6 +266,7 @@ def test_what_is_written_in_place_is_seen_by_views_and_written_over(
     check(spell, surroundings(spell), HAND_WRITTEN[surroundings], FEW)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("spell", quick(INPLACE))
 def test_what_is_written_into_the_caller_s_tensor_is_seen_by_the_caller(spell: Spell) -> None:

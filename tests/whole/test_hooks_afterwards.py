@@ -216,6 +216,7 @@ def cases() -> Iterator[tuple[str, str]]:
         yield from ((name, path) for path in (INNER if name == "nested" else PATHS))
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize("kind", HOOKS)
 @pytest.mark.parametrize(("name", "path"), list(cases()))

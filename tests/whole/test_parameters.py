@@ -92,6 +92,7 @@ SLOWER_WITH_EXPORT = [
 ]
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize(("case", "export"), CAPTURES)
 def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> None:
@@ -110,6 +111,7 @@ def test_each_layer_gives_its_parameters_the_rule(case: Case, export: bool) -> N
         assert_ruled(ruled, native, model, formula)
 
 
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(6)
 @pytest.mark.parametrize(("case", "export"), SLOWER_WITH_EXPORT)
 def test_without_gradients_nothing_changes(case: Case, export: bool) -> None:

@@ -173,6 +173,7 @@ def test_the_checker_notices(broken: Any) -> None:
 # --- what can be captured ---
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
@@ -208,6 +209,7 @@ def capture_error(model: nn.Module, **options: Any) -> str:
 TOO_LARGE_TO_COMPARE = HUGE | {"vit_l_16", "vit_l_32", "convnext_large"}
 
 
+@pytest.mark.thinned(2)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CLASSIFICATION if n not in TOO_LARGE_TO_COMPARE])
 def test_a_classifier_is_verified(name: str) -> None:
@@ -244,7 +246,9 @@ def test_an_error_names_the_line_the_reason_and_the_remedy(name: str) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", FLOW)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.exhaustive if "large" in n else ()) for n in FLOW]
+)
 def test_optical_flow_is_captured_from_example_inputs(name: str) -> None:
     images: Inputs = (sample((2, 3, 128, 128)), sample((2, 3, 128, 128)).flip(0))
     check_invariants(make(name), images, {"example_inputs": images})
