@@ -26,13 +26,14 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional, testing
+    from . import functional, schedules, testing
     from .capture.captured import CapturedModule
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
     from .plot import plot_rule
+    from .schedules import RuleScheduler
     from .sites.site import Site
     from .table import RuleTable, on
     from .table.listing import list_rules
@@ -48,6 +49,7 @@ _LATER = {
     "CapturedModule": "capture.captured",
     "Decision": "plan",
     "Plan": "plan",
+    "RuleScheduler": "schedules",
     "RuleTable": "table",
     "Site": "sites.site",
     "Verification": "verification",
@@ -76,6 +78,7 @@ __all__ = [
     "Rule",
     "RuleCheckError",
     "RuleError",
+    "RuleScheduler",
     "RuleTable",
     "Site",
     "TableError",
@@ -98,6 +101,7 @@ __all__ = [
     "register",
     "report",
     "rules",
+    "schedules",
     "testing",
     "transform",
     "use",
@@ -107,7 +111,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("functional", "testing"):
+    if name in ("functional", "schedules", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -30,7 +30,7 @@ functional plot modules graph testing
 sites
 capture table
 plan
-rewrite memory
+rewrite memory schedules
 eager
 dynamo
 verification
