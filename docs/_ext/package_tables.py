@@ -167,13 +167,27 @@ class ActivationsTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         heads = ["Name", "Groups", "Elementwise", "Modules", "Functions", "Methods"]
-        return [table(heads, [self.row(name, op) for name, op in vocabulary.OPS.items()])]
-
-    def row(self, name: str, op: vocabulary.Op) -> list[nodes.Node]:
+        heads_on_demand = ["Name", "Operands", *heads[3:]]
+        listed = [op for op in vocabulary.OPS.values() if not op.on_demand]
+        on_demand = [op for op in vocabulary.OPS.values() if op.on_demand]
         return [
-            code(name),
+            table(heads, [self.row(op) for op in listed]),
+            table(heads_on_demand, [self.row_on_demand(op) for op in on_demand]),
+        ]
+
+    def row(self, op: vocabulary.Op) -> list[nodes.Node]:
+        return [
+            code(op.name),
             code(*sorted(op.groups)),
             nodes.paragraph(text="yes" if op.elementwise else "no"),
+            *self.spellings(op),
+        ]
+
+    def row_on_demand(self, op: vocabulary.Op) -> list[nodes.Node]:
+        return [code(op.name), code(*op.operands), *self.spellings(op)]
+
+    def spellings(self, op: vocabulary.Op) -> list[nodes.Node]:
+        return [
             code(*(module.__name__ for module in op.modules)),
             code(*public_names((*op.functions, *op.inplace_functions))),
             code(*(method for method in op.methods if not method.startswith("_"))),

@@ -9,12 +9,17 @@ from torch import Tensor
 
 from .releases import uses_private_names
 
-__all__ = ["empty_like_gradient", "mark_as_parameter", "version"]
+__all__ = ["empty_like_gradient", "mark_as_parameter", "version", "viewed"]
 
 
 def version(tensor: Tensor) -> int:
     """The number of writes into a tensor. Raises `RuntimeError` for tensors of inference mode."""
     return tensor._version
+
+
+def viewed(tensor: Tensor) -> Tensor | None:
+    """The tensor of which a tensor is a view that autograd tracks; None for other tensors."""
+    return tensor._base
 
 
 def mark_as_parameter(tensor: Tensor) -> None:

@@ -20,7 +20,7 @@ __all__ = ["closed_operators", "is_given_a_rule", "sites_in_closed"]
 
 
 def sites_in_closed(
-    homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules
+    homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules, table: RuleTable
 ) -> Iterator[tuple[str, Located]]:
     """The sites in nested graphs in which a rule cannot act, each with the name of the operator that runs the graph."""
     for node, home in homes.items():
@@ -34,7 +34,9 @@ def sites_in_closed(
                 )
                 where = Origin(home.program.path(owner), source_of(inner), class_of(owner))
                 inner.meta[META] = where
-            yield from ((name, place) for place in find_sites(body.graph, body))
+            yield from (
+                (name, place) for place in find_sites(body.graph, body, wanted=table.on_demand)
+            )
 
 
 def is_given_a_rule(place: Located, table: RuleTable) -> bool:

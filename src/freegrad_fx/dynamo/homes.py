@@ -131,7 +131,7 @@ def number_calls(
     sites = {
         place.node: place.site
         for module in graph_modules
-        for place in find_sites(module.graph, module, table.types_in(module))
+        for place in find_sites(module.graph, module, table.types_in(module), table.on_demand)
     }
     for node, home in homes.items():
         if node in sites:

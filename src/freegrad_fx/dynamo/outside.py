@@ -268,7 +268,8 @@ class Outside(EagerSites):
         here = self._here
         root = self._call.root if here is None else here.setting.root
         selected = self.table.types_in(root or nn.Module())
-        return calls_in_python([kind for kind in selected if issubclass(kind, nn.Module)])
+        modules = [kind for kind in selected if issubclass(kind, nn.Module)]
+        return calls_in_python(modules, self.table.on_demand)
 
 
 def _in_force(decision: Decision | None) -> Decision | None:

@@ -254,7 +254,7 @@ def _unreached(
     homes: Mapping[fx.Node, Home], setting: Setting, modules: Modules, table: RuleTable
 ) -> Iterator[str]:
     """The sites in nested graphs to which the table gives a rule that cannot act there, as text."""
-    for name, place in sites_in_closed(homes, setting, modules):
+    for name, place in sites_in_closed(homes, setting, modules, table):
         if is_given_a_rule(place, table):
             site = place.site
             yield (

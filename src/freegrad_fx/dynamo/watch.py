@@ -22,6 +22,7 @@ from ..graph.provenance import META, Origin, is_users
 from ..sites.operations import find_sites
 from ..sites.site import Located
 from ..vocabulary.activations import OPS
+from ..vocabulary.op import Op
 from .frames import frames
 
 __all__ = [
@@ -83,14 +84,19 @@ def possible_activations(func: Any) -> tuple[str, ...]:
     return operations().get(func, ())
 
 
+def _listed() -> list[Op]:
+    """The ops whose calls are looked for. PyTorch and optimizers themselves compute sums and products everywhere."""
+    return [op for op in OPS.values() if not op.on_demand]
+
+
 @functools.cache
 def operations() -> dict[Any, tuple[str, ...]]:
     """The names of the activations by operation of ATen.
 
     The first call has to be outside of dispatch modes, because operators are not decomposed inside of one.
     """
-    found: dict[Any, dict[str, None]] = {o: {op.name: None} for op in OPS.values() for o in op.aten}
-    for op in OPS.values():
+    found: dict[Any, dict[str, None]] = {o: {op.name: None} for op in _listed() for o in op.aten}
+    for op in _listed():
         if op.function is not None and not hasattr(op.function, "__code__"):
             x = torch.ones(1)
             with _Record() as record, torch.no_grad():
@@ -123,7 +129,7 @@ def _written_in_python() -> dict[int, tuple[CodeType, str]]:
     """
     return {
         id(function.__code__): (function.__code__, op.name)
-        for op in OPS.values()
+        for op in _listed()
         for function in op.functions
         if hasattr(function, "__code__")
     }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Protocol
 
@@ -32,16 +32,17 @@ class Decides(Protocol):
 
 
 def calls_of_modules(
-    kinds: Iterable[type[nn.Module]], decides: Decides
+    kinds: Iterable[type[nn.Module]], decides: Decides, on_demand: Collection[str] = ()
 ) -> AbstractContextManager[None]:
     """A context in which the calls of modules of some classes are sites of a block.
 
     The method `forward` of the classes is replaced for this thread, so that hooks run around the rule.
 
     Args:
-        kinds: The classes; classes that are derived from them count, too. The calls of spellings of an activation are
-            sites already.
+        kinds: The classes; classes that are derived from them count, too. The calls of spellings of an op are sites
+            already.
         decides: What the block sees and decides.
+        on_demand: The ops that the table names among those that are sites only then.
     """
 
     def around(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -52,14 +53,16 @@ def calls_of_modules(
 
         return run
 
-    return all_replaced((kind, "forward", around) for kind in _wanted(kinds))
+    return all_replaced((kind, "forward", around) for kind in _wanted(kinds, on_demand))
 
 
 @contextmanager
-def calls_in_python(kinds: Iterable[type[nn.Module]]) -> Iterator[None]:
+def calls_in_python(
+    kinds: Iterable[type[nn.Module]], on_demand: Collection[str] = ()
+) -> Iterator[None]:
     """`calls_of_modules` for the block of a compiled program, which acts only on the calls that run in Python."""
     with ExitStack() as stack:
-        for kind in _wanted(kinds):
+        for kind in _wanted(kinds, on_demand):
             stack.enter_context(replaced(kind, "forward", _in_python, asks_for_thread=True))
         yield
 
@@ -85,8 +88,11 @@ def _in_python(forward: Callable[..., Any]) -> Callable[..., Any]:
     return functools.wraps(forward)(run)
 
 
-def _wanted(kinds: Iterable[type[nn.Module]]) -> Iterator[type[nn.Module]]:
-    spelled = {kind for op in OPS.values() for kind in op.modules}
+def _wanted(
+    kinds: Iterable[type[nn.Module]], on_demand: Collection[str]
+) -> Iterator[type[nn.Module]]:
+    ops = [op for op in OPS.values() if not op.on_demand or op.name in on_demand]
+    spelled = {kind for op in ops for kind in op.modules}
     for kind in dict.fromkeys(each for wanted in kinds for each in _with_derived(wanted)):
         if kind not in spelled:
             yield kind

@@ -15,6 +15,7 @@ from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_
 from ..context import intercepting_blocks, left_alone, programs
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
+from .parameters import parameter_dims
 from .rules import run, with_argument
 from .running import has_rules_already, in_one_site
 from .sites import EagerSites
@@ -39,7 +40,10 @@ class _Interception(TorchFunctionMode):
         if not blocks:
             _tell_programs()
             return func(*args, **kwargs)
-        acts = may_be_recognised(func) or any(block.observed.wants_parameters for block in blocks)
+        observing = [block.observed for block in blocks]
+        acts = may_be_recognised(func, _on_demand(observing)) or any(
+            observed.wants_parameters for observed in observing
+        )
         if acts and not has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
         return func(*args, **kwargs)
@@ -52,17 +56,20 @@ run_in_python(_Interception.__torch_function__.__code__)
 def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
     observing: list[EagerSites] = [block.observed for block in intercepting_blocks()]
     deciding = [observed for observed in observing if observed.wants_parameters]
+    # What takes the place of a parameter cannot be told from other tensors
+    spelling = recognise_call(func, args, kwargs, _on_demand(observing), parameter_dims)
     if deciding:
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():
         return func(*args, **kwargs)
-    spelling = recognise_call(func, args, kwargs)
     if spelling is None:
         opaque = [observed.opaque(func) for observed in observing]
         if not any(opaque):
             return func(*args, **kwargs)
         return observing[-1].run(lambda: func(*args, **kwargs))
-    asked = (observed.operation(spelling, func) for observed in observing)
+    name = spelling.op.name
+    asking = [o for o in observing if not spelling.op.on_demand or name in o.on_demand]
+    asked = (observed.operation(spelling, func) for observed in asking)
     decision = next((d for d in asked if d is not None and d.entry is not None), None)
     if decision is None or decision.action != "rewrite":
         return observing[-1].run(lambda: func(*args, **kwargs))
@@ -70,6 +77,13 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     x = args[key] if isinstance(key, int) else kwargs[key]
     operation = with_argument(func, args, kwargs, key)
     return observing[-1].run(lambda: run(operation, x, decision, inplace=spelling.inplace))
+
+
+def _on_demand(observing: list[EagerSites]) -> frozenset[str]:
+    """The ops that the tables of some blocks name among those that are sites only then."""
+    if len(observing) == 1:
+        return observing[0].on_demand
+    return frozenset().union(*(observed.on_demand for observed in observing))
 
 
 @takes_for_constant

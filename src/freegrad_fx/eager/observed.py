@@ -116,7 +116,7 @@ class Observed(EagerSites):
                 selected = self.table.types_in(self.model or nn.Module())
                 modules = [kind for kind in selected if issubclass(kind, nn.Module)]
                 functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
-                stack.enter_context(calls_of_modules(modules, self))
+                stack.enter_context(calls_of_modules(modules, self, self.on_demand))
                 stack.enter_context(calls_of_functions(functions, self))
             yield
 

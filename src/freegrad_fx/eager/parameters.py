@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from .._torch.dynamo import is_compiling, leave_to_python
 from .._torch.modules import around_swapped_parameters, parameters_of
+from .._torch.tensors import viewed
 from ..context import intercepting_blocks
 from .running import has_rules_already
 
-__all__ = ["Role", "is_parameter", "parameters_swapped_in", "role_of"]
+__all__ = ["Role", "is_parameter", "parameter_dims", "parameters_swapped_in", "role_of"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,17 @@ def is_parameter(value: Any) -> bool:
     return isinstance(value, nn.Parameter) or (
         bool(_thread.roles) and isinstance(value, Tensor) and id(value) in _thread.roles
     )
+
+
+def parameter_dims(value: Any) -> int:
+    """The number of dimensions of a parameter, or of the transpose of one; 0 for other values."""
+    if is_parameter(value):
+        return int(value.dim())
+    source = viewed(value) if isinstance(value, Tensor) else None
+    if source is None or not is_parameter(source):
+        return 0
+    transposed = value.shape == source.shape[::-1] and value.stride() == source.stride()[::-1]
+    return value.dim() if transposed else 0
 
 
 def role_of(tensor: Tensor) -> Role | None:

@@ -71,6 +71,7 @@ class EagerSites(ABC):
     Attributes:
         table: The rule table.
         wants_parameters: Whether the table can give rules to parameters.
+        on_demand: The ops that are sites only for tables that name them, and that the table names.
     """
 
     lines_tell_sites_apart = False
@@ -79,6 +80,7 @@ class EagerSites(ABC):
     def __init__(self, table: RuleTable) -> None:
         self.table = table
         self.wants_parameters = table.wants_parameters
+        self.on_demand = table.on_demand
 
     # --- what a kind of sites tells ---
 

@@ -1,17 +1,19 @@
-"""Queries about a single node: its module, its arguments, its activation. Independent of rules and sites."""
+"""Queries about a single node: its module, its arguments, its op. Independent of rules and sites."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._torch.modules import children_of
 from ..ops.calls import call_with
 from ..ops.hooked import call_without_hooks, forward_of, run_hooks, run_pre_hooks
 from ..vocabulary.op import Spelling
 from ..vocabulary.recognition import recognise
+from .provenance import origin
 
 __all__ = [
     "argument",
@@ -20,6 +22,7 @@ __all__ = [
     "called_path",
     "first_argument",
     "hooked_module",
+    "parameter_of",
     "spelled",
     "submodule",
     "takes_parameters",
@@ -91,6 +94,45 @@ def argument(node: fx.Node, key: int | str) -> Any:
     return node.args[key] if isinstance(key, int) else node.kwargs[key]
 
 
-def spelled(node: fx.Node, root: nn.Module) -> Spelling | None:
-    """The activation that a node calls, and how; None if it calls no activation of the vocabulary."""
-    return recognise(node, called_module(node, root), first_argument(node))
+def spelled(node: fx.Node, root: nn.Module, wanted: Collection[str] = ()) -> Spelling | None:
+    """The op that a node calls, and how; None if it calls no op of the vocabulary.
+
+    Args:
+        node: The node.
+        root: The module whose submodules the graph calls.
+        wanted: The ops to recognise among those that are sites only for tables that name them.
+    """
+    module, first = called_module(node, root), first_argument(node)
+    return recognise(node, module, first, wanted, lambda argument: _dims(argument, root))
+
+
+def parameter_of(node: Any, root: nn.Module) -> Tensor | None:
+    """The parameter that is the value of a node, or its example tensor; None for other nodes."""
+    if not isinstance(node, fx.Node):
+        return None
+    if node.op == "get_attr":
+        tensor = attribute(node, root)
+        return tensor if isinstance(tensor, nn.Parameter) else None
+    if node.op == "placeholder" and origin(node).parameter:
+        example = node.meta.get("example_value", node.meta.get("val"))
+        return example if isinstance(example, Tensor) else None
+    return None
+
+
+def _dims(argument: Any, root: nn.Module) -> int:
+    """The number of dimensions of a parameter, or of the transpose of one; 0 for other values."""
+    source = argument
+    while isinstance(source, fx.Node) and _is_transpose(source):
+        source = source.args[0]
+    parameter = parameter_of(source, root)
+    return 0 if parameter is None else parameter.dim()
+
+
+_TRANSPOSES = ("t", "transpose", "swapaxes", "swapdims", "permute", "numpy_T", "adjoint", "mT")
+
+
+def _is_transpose(node: fx.Node) -> bool:
+    if node.target is getattr:
+        return node.args[1] in ("T", "mT")
+    name = node.target if node.op == "call_method" else getattr(node.target, "__name__", "")
+    return node.op != "placeholder" and str(name).partition(".")[0] in _TRANSPOSES

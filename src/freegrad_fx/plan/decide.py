@@ -59,7 +59,9 @@ def make_plan(
     types = table.types_in(capture.root)
     aliasings = [cache(partial(Aliasing, v.graph, capture.root)) for v in capture.variants]
     decided = [
-        _decide_operations(find_sites(variant.graph, capture.root, types), table, aliasing)
+        _decide_operations(
+            find_sites(variant.graph, capture.root, types, table.on_demand), table, aliasing
+        )
         for variant, aliasing in zip(capture.variants, aliasings, strict=True)
     ]
     unused: Decided = []
@@ -155,7 +157,7 @@ def _selected_in(note: Opaque, root: nn.Module, table: RuleTable) -> tuple[str, 
     if note.what != f"{type(module).__name__}, kept as one opaque call":
         return ()  # the note is on a part of the module, which is traced
     found = []
-    for place in hidden_sites(module, note.path):
+    for place in hidden_sites(module, note.path, table.on_demand):
         index = table.decide(place)
         if index is not None and table.entries[index].rules is not None:
             found.append(f"{place.site.path}:{place.site.op}")

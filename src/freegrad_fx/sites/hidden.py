@@ -8,7 +8,7 @@ from __future__ import annotations
 import ast
 import inspect
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from types import FunctionType
 from typing import Any
 
@@ -17,26 +17,35 @@ from torch import nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from ..graph.provenance import is_users
-from ..vocabulary.activations import OPS, TABLE
+from ..vocabulary.activations import OPS
 from .owners import qualified
 from .site import Located, Site
 
 __all__ = ["hidden_sites"]
 
-_MODULES = {kind: op.name for op in TABLE for kind in op.modules}
+_MODULES = {kind: op.name for op in OPS.values() for kind in op.modules}
 _FUNCTIONS = {
-    function: op.name for op in TABLE for function in (*op.functions, *op.inplace_functions)
+    function: op.name for op in OPS.values() for function in (*op.functions, *op.inplace_functions)
 }
-_METHODS = {f"{name}{end}": op.name for op in TABLE for name in op.methods for end in ("", "_")}
+_METHODS = {
+    f"{name}{end}": op.name for op in OPS.values() for name in op.methods for end in ("", "_")
+}
 
 
-def hidden_sites(module: nn.Module, path: str) -> Iterator[Located]:
+def hidden_sites(module: nn.Module, path: str, wanted: Collection[str] = ()) -> Iterator[Located]:
     """The operations that would be sites if a module were traced, as far as its modules and its source show them.
 
     Args:
         module: The module.
         path: Its dotted path in the model.
+        wanted: The ops that are sites only for tables that name them, and that the table names.
     """
+    for place in _all_sites(module, path):
+        if place.op is not None and (not place.op.on_demand or place.op.name in wanted):
+            yield place
+
+
+def _all_sites(module: nn.Module, path: str) -> Iterator[Located]:
     seen: dict[Any, tuple[str, ...]] = {}
     for name, part in module.named_modules():
         where = f"{path}.{name}" if name else path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as kinds
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,10 @@ __all__ = ["find_sites", "spelled_function", "spelling_of"]
 
 
 def find_sites(
-    graph: fx.Graph, root: nn.Module, types: Sequence[type[Any]] = ()
+    graph: fx.Graph,
+    root: nn.Module,
+    types: Sequence[type[Any]] = (),
+    wanted: Collection[str] = (),
 ) -> list[LocatedOperation]:
     """List the sites of operations in a graph, in execution order.
 
@@ -31,13 +34,14 @@ def find_sites(
         graph: A captured graph.
         root: The module whose submodules the graph calls.
         types: Classes of modules and of autograd.Functions whose calls are also sites.
+        wanted: The ops that are sites only for tables that name them, and that the table names.
     """
     found: list[LocatedOperation] = []
     calls: Counter[tuple[str, str]] = Counter()
     for node in graph.nodes:
         module = called_module(node, root)
         called = _called(node, module)
-        spelling: Spelling | _Custom | None = spelled(node, root)
+        spelling: Spelling | _Custom | None = spelled(node, root, wanted)
         if spelling is None and called is not None and issubclass(called, tuple(types)):
             spelling = _custom_spelling(node, module)
         if spelling is None:
@@ -69,6 +73,7 @@ def find_sites(
                 key=spelling.key,
                 inplace=spelling.inplace,
                 module=module,
+                arguments=spelling.operands if isinstance(spelling, Spelling) else (),
             )
         )
     return found

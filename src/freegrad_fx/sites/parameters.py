@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..graph.nodes import attribute, called_module, called_path, hooked_module
+from ..graph.nodes import called_module, called_path, hooked_module, parameter_of
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
 from ..ops.gradients import kept
@@ -32,7 +32,7 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
     uses: dict[tuple[str, ...], _Uses] = {}
     insides: dict[nn.Module, _Inside] = {}
     for node in graph.nodes:
-        tensor = _parameter_read(node, root)
+        tensor = parameter_of(node, root)
         if tensor is not None and (own := origin(node).parameter or names.get(id(tensor), ())):
             uses.setdefault(own, _Uses(tensor)).reads.append(node)
         module = called_module(node, root) or hooked_module(node, root)
@@ -116,17 +116,6 @@ def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> LocatedP
         calls=tuple(uses.calls),
         embeds=tuple(uses.embeds),
     )
-
-
-def _parameter_read(node: fx.Node, root: nn.Module) -> Tensor | None:
-    """The parameter that is the value of a node, or its example tensor; None for other nodes."""
-    if node.op == "get_attr":
-        tensor = attribute(node, root)
-        return tensor if isinstance(tensor, nn.Parameter) else None
-    if node.op == "placeholder" and origin(node).parameter:
-        example = node.meta.get("example_value", node.meta.get("val"))
-        return example if isinstance(example, Tensor) else None
-    return None
 
 
 def _held_outside(module: nn.Module) -> set[int]:

@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import argument
-from ..vocabulary.op import Op
+from ..vocabulary.op import Op, Operand
 
 __all__ = ["Located", "LocatedOperation", "LocatedParameter", "Site"]
 
@@ -84,19 +84,21 @@ class LocatedOperation(Located):
 
     Attributes:
         node: The node of the operation.
-        key: The position of the activated tensor: an index of `node.args` or a key of `node.kwargs`.
-        inplace: Whether the operation writes its result into the activated tensor.
+        key: The position of the first operand: an index of `node.args` or a key of `node.kwargs`.
+        inplace: Whether the operation writes its result into the first operand.
         module: The module that is called; None for other calls.
+        arguments: The operands that are tensors; empty for a call of a class that the table selects by type.
     """
 
     node: fx.Node
     key: int | str
     inplace: bool
     module: nn.Module | None = None
+    arguments: tuple[Operand, ...] = ()
 
     @property
     def input(self) -> fx.Node:
-        """The node of the activated tensor."""
+        """The node of the first operand."""
         node = argument(self.node, self.key)
         assert isinstance(node, fx.Node)
         return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,7 +16,7 @@ from torch import nn
 from ..core.rule import RuleLike, available
 from ..errors import RuleError, TableError, unknown
 from ..sites.site import Located
-from ..vocabulary.activations import GROUPS
+from ..vocabulary.activations import GROUPS, OPS
 from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .fields import ALL, OP_NAMES, PARAMETERS
@@ -186,6 +187,12 @@ class RuleTable:
     def wants_parameters(self) -> bool:
         """Whether an entry can select a parameter."""
         return any(entry.sites.wants_parameters for entry in self.entries)
+
+    @functools.cached_property
+    def on_demand(self) -> frozenset[str]:
+        """The ops that are sites only for tables that name them, and that this table names."""
+        named = {name for entry in self.entries for name in entry.sites.ops}
+        return frozenset(name for name in named if name in OPS and OPS[name].on_demand)
 
     def types_in(self, model: nn.Module) -> tuple[type[Any], ...]:
         """The classes whose calls are sites. A capture must not trace into the modules among them."""

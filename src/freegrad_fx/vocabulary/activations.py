@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from .op import Op, by_name, make_op
+from .operations import OPERATIONS
 from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
 
 __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
@@ -76,7 +77,7 @@ TABLE = (
 CASES = {"hardtanh": ("relu6", {"min_val": 0.0, "max_val": 6.0})}
 
 
-OPS: Mapping[str, Op] = by_name(TABLE)
+OPS: Mapping[str, Op] = by_name((*TABLE, *OPERATIONS))
 
 
 FORWARDS = tuple(op.name for op in TABLE if op.function is not None and op.keeps_shape)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from .._torch.operators import NATIVE, Overload, schema
 
-__all__ = ["Op", "Spelling", "by_name", "make_op"]
+__all__ = ["Op", "Operand", "Spelling", "by_name", "make_op"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,18 @@ class Op:
     keeps_positive: bool = False
     # Entries of a smaller magnitude become 0
     zero_below: float = 0.0
+    # The names of the operands, each with the names that PyTorch gives the argument, the preferred name first
+    reads: tuple[tuple[str, tuple[str, ...]], ...] = (("x", ()),)
+    swapped: frozenset[str] = (
+        frozenset()
+    )  # the names of functions that take the second operand first
+    # A site only for tables that name the op
+    on_demand: bool = False
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The names of the operands, in the order in which they are written."""
+        return tuple(name for name, _ in self.reads)
 
     def __reduce_ex__(self, protocol: SupportsIndex) -> Any:
         # By name: copies are identical to the original, and ATen overloads cannot be pickled.
@@ -62,13 +74,38 @@ def _line(name: str) -> Op:
 
 
 @dataclass(frozen=True)
+class Operand:
+    """Where a call has one of its operands: in an argument, or in a parameter that the called module holds.
+
+    Attributes:
+        name: The name of the operand.
+        key: The argument: an index of the positional arguments, or a keyword.
+        held: The name of the parameter in the called module; ``""`` for an argument.
+        transposed: Whether the call takes the operand with its last two dimensions exchanged.
+    """
+
+    name: str
+    key: int | str = ""
+    held: str = ""
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
 class Spelling:
     """How a node of a graph calls an op."""
 
     op: Op
-    key: int | str  # of the activated tensor: an index of node.args or a key of node.kwargs
+    key: (
+        int | str
+    )  # of the first operand that is a tensor: an index of node.args or a key of node.kwargs
     inplace: bool  # the call writes its result into that tensor
     writes_out: bool  # the call writes its result into an `out=` tensor
+    found: tuple[Operand, ...] = ()  # the operands that are tensors; empty if `key` is the only one
+
+    @property
+    def operands(self) -> tuple[Operand, ...]:
+        """The operands of the call that are tensors, in the order of `Op.operands`."""
+        return self.found or (Operand(self.op.operands[0], self.key),)
 
 
 _FUNCTIONS: tuple[Any, ...] = (F, torch, torch.special, *NATIVE)
@@ -88,6 +125,10 @@ def make_op(
     keeps_positive: bool = False,
     needs_more: bool = False,
     zero_below: float = 0.0,
+    operands: str = "",
+    swapped: str = "",
+    inplace_functions: tuple[Callable[..., Any], ...] = (),
+    on_demand: bool = False,
 ) -> Op:
     """Make a line of the vocabulary.
 
@@ -102,7 +143,13 @@ def make_op(
         keeps_positive: See `Op`.
         needs_more: Whether the op needs arguments besides the tensor.
         zero_below: See `Op`.
+        operands: The operands, separated by spaces: each a name, followed by the names that PyTorch gives the
+            argument, ``"b=mat2,other"``. The default is ``"x"``, which is the first argument.
+        swapped: Further names in PyTorch, of functions that take the second operand first, separated by spaces.
+        inplace_functions: Functions that work in place and cannot be found by name.
+        on_demand: See `Op`.
     """
+    also = f"{also} {swapped}"
     names = [name, *also.split()]
     twins = [f"{n}_" for n in names]
     functions = (*functions, *_found(names, _FUNCTIONS))
@@ -116,11 +163,19 @@ def make_op(
         zero_below=zero_below,
         modules=modules,
         functions=tuple(dict.fromkeys(functions)),
-        inplace_functions=tuple(_found(twins, _FUNCTIONS)),
+        inplace_functions=(*inplace_functions, *_found(twins, _FUNCTIONS)),
         methods=tuple(n for n in names if hasattr(Tensor, n)),
         aten=tuple(o for packet in operators for o in _tensor_overloads(packet)),
         function=None if needs_more or not functions else functions[0],
+        reads=tuple(map(_operand, operands.split())) or (("x", ()),),
+        swapped=frozenset(swapped.split()),
+        on_demand=on_demand,
     )
+
+
+def _operand(text: str) -> tuple[str, tuple[str, ...]]:
+    name, _, arguments = text.partition("=")
+    return name, tuple(arguments.split(",")) if arguments else (name,)
 
 
 def _found(names: list[str], places: tuple[Any, ...]) -> list[Any]:

@@ -1,4 +1,4 @@
-"""Recognises activations: which op a node calls, on which argument, and whether in place.
+"""Recognises operations: which op a node calls, on which arguments, and whether in place.
 
 Nodes are never changed.
 """
@@ -6,16 +6,18 @@ Nodes are never changed.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.operators import schema
-from .activations import CASES, OPS, TABLE
-from .op import Op, Spelling
+from .activations import CASES, OPS
+from .arguments import Layout, layout_of
+from .op import Op, Operand, Spelling
+from .operations import LINEAR, MATMUL
 
 __all__ = ["may_be_recognised", "recognise", "recognise_call"]
 
@@ -27,6 +29,12 @@ class _Entry:
     op: Op
     inplace: bool
     inplace_position: int | None = None  # index of the `inplace` argument
+    layout: Layout = ()  # for an op with several operands
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ops that a call of the target can be."""
+        return (self.op.name, LINEAR.name) if self.op is MATMUL else (self.op.name,)
 
 
 _Target: TypeAlias = tuple[str, Any]  # `op` and `target` of a node; for modules, the class
@@ -56,13 +64,17 @@ def _entries(op: Op) -> Iterator[tuple[_Target, _Entry]]:
 def _index(table: tuple[Op, ...]) -> dict[_Target, _Entry]:
     index: dict[_Target, _Entry] = {}
     for target, entry in (pair for op in table for pair in _entries(op)):
+        if len(entry.op.reads) > 1 and target[0] != "call_module":
+            entry = replace(entry, layout=layout_of(entry.op, target[1]))
+            if entry.inplace and entry.layout[0][1] != 0:
+                continue  # `addmm_` writes into the term that it adds, which is no operand
         first = index.setdefault(target, entry)
-        if first is not entry:
+        if first != entry:
             raise ValueError(f"{target[1]} spells both {first.op.name!r} and {entry.op.name!r}")
     return index
 
 
-_SPELLINGS = _index(TABLE)
+_SPELLINGS = _index(tuple(OPS.values()))
 
 _FUNCTIONS: dict[Any, _Entry] = {
     getattr(Tensor, target) if kind == "call_method" else target: entry
@@ -75,40 +87,75 @@ _FUNCTIONS: dict[Any, _Entry] = {
 _TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
 
 
-def recognise(node: fx.Node, module: nn.Module | None, first: int = 0) -> Spelling | None:
-    """Return how `node` calls an activation, or None if it does not call one.
+def _no_parameter(argument: Any) -> int:
+    return 0
+
+
+def recognise(
+    node: fx.Node,
+    module: nn.Module | None,
+    first: int = 0,
+    wanted: Collection[str] = (),
+    dims: Callable[[Any], int] = _no_parameter,
+) -> Spelling | None:
+    """Return how `node` calls an op, or None if it does not call one.
 
     Args:
         node: The node.
         module: The module that the node calls, or None.
         first: The index in `node.args` of the first argument of the called module or function.
+        wanted: The ops to recognise among those that are sites only for tables that name them.
+        dims: Returns the number of dimensions of a parameter, or of the transpose of one; 0 for other arguments.
     """
     called = ("call_module", type_before_parametrizations(module)) if module is not None else None
     entry = _SPELLINGS.get(called or (node.op, node.target))
-    inplace = bool(getattr(module, "inplace", False))
     # A flag that the graph computes is a node, and therefore counts as true
-    if entry is None:
+    inplace = bool(getattr(module, "inplace", False))
+    if entry is None or not _is_wanted(entry, wanted):
         return None
-    return _spelling(entry, node.args, node.kwargs, fx.Node, first, inplace)
+    spelling = _spelling(entry, node.args, node.kwargs, fx.Node, first, inplace, dims)
+    if spelling is None or (spelling.op.on_demand and spelling.op.name not in wanted):
+        return None
+    if module is None or len(entry.op.reads) == 1:
+        return spelling
+    held = {name for name, tensor in module.named_parameters(recurse=False) if tensor is not None}
+    own = (Operand(name, held=name) for name in entry.op.operands if name in held)
+    return replace(spelling, found=(*spelling.operands, *own))
 
 
-def may_be_recognised(function: Callable[..., Any]) -> bool:
-    """Whether `recognise_call` can find that a call of a function calls an activation."""
-    return function in _FUNCTIONS
+def _is_wanted(entry: _Entry, wanted: Collection[str]) -> bool:
+    return not entry.op.on_demand or any(name in wanted for name in entry.names)
+
+
+def may_be_recognised(function: Callable[..., Any], wanted: Collection[str] = ()) -> bool:
+    """Whether `recognise_call` can find that a call of a function calls an op."""
+    entry = _FUNCTIONS.get(function)
+    return entry is not None and _is_wanted(entry, wanted)
 
 
 def recognise_call(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    function: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    wanted: Collection[str] = (),
+    dims: Callable[[Any], int] = _no_parameter,
 ) -> Spelling | None:
-    """Return how a call that is about to run calls an activation, or None if it does not call one.
+    """Return how a call that is about to run calls an op, or None if it does not call one.
 
     Args:
         function: A function of PyTorch, as ``__torch_function__`` receives it.
         args: Positional arguments.
         kwargs: Keyword arguments.
+        wanted: See `recognise`.
+        dims: See `recognise`.
     """
     entry = _FUNCTIONS.get(function)
-    return None if entry is None else _spelling(entry, args, kwargs, Tensor)
+    if entry is None or not _is_wanted(entry, wanted):
+        return None
+    spelling = _spelling(entry, args, kwargs, Tensor, dims=dims)
+    if spelling is None or (spelling.op.on_demand and spelling.op.name not in wanted):
+        return None
+    return spelling
 
 
 def _spelling(
@@ -118,19 +165,53 @@ def _spelling(
     kind: type,
     first: int = 0,
     inplace: bool = False,
+    dims: Callable[[Any], int] = _no_parameter,
 ) -> Spelling | None:
+    flag = _argument(args, kwargs, entry.inplace_position, "inplace")
+    how: dict[str, Any] = {
+        "inplace": entry.inplace or inplace or bool(flag),
+        "writes_out": kwargs.get("out") is not None,
+    }
+    if entry.layout:
+        op, found = _with_operands(entry, args, kwargs, kind, dims)
+        return Spelling(op, found[0].key, **how, found=found) if found else None
     key: int | str | None = first
     if len(args) <= first:
         key = next((k for k in _TENSOR_KEYWORDS if k in kwargs), None)
     if key is None or not isinstance(_argument(args, kwargs, key, key), kind):
         return None
-    flag = _argument(args, kwargs, entry.inplace_position, "inplace")
-    return Spelling(
-        op=_narrowed(entry.op, args, kwargs),
-        key=key,
-        inplace=entry.inplace or inplace or bool(flag),
-        writes_out=kwargs.get("out") is not None,
-    )
+    return Spelling(_narrowed(entry.op, args, kwargs), key, **how)
+
+
+def _with_operands(
+    entry: _Entry,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    kind: type,
+    dims: Callable[[Any], int],
+) -> tuple[Op, tuple[Operand, ...]]:
+    """The op, and its operands that are tensors. A product with a parameter on its right is a linear layer."""
+    found = []
+    for name, position, keywords in entry.layout:
+        key = position if position is not None and position < len(args) else None
+        place = next((k for k in keywords if k in kwargs), None) if key is None else key
+        if place is not None and isinstance(_argument(args, kwargs, place, place), kind):
+            found.append(Operand(name, place))
+    if entry.op is not MATMUL:
+        return entry.op, tuple(found)
+    if len(found) < 2:  # no tensor is on one side
+        return entry.op, ()
+    a, b = found
+    if dims(_argument(args, kwargs, b.key, b.key)) != 2:
+        return entry.op, (a, b)
+    if "alpha" in kwargs or "beta" in kwargs:
+        return entry.op, (a, b)
+    operands = [replace(a, name="x"), replace(b, name="weight", transposed=True)]
+    if a.key != 0:  # `addmm` takes the bias first
+        bias = next((k for k in (0, *_TENSOR_KEYWORDS) if k in kwargs or (k == 0 and args)), None)
+        if bias is not None and dims(_argument(args, kwargs, bias, bias)) == 1:
+            operands.append(Operand("bias", bias))
+    return LINEAR, tuple(operands)
 
 
 def _narrowed(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op:
