@@ -21,18 +21,19 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from ._torch.dynamo import is_compiling, leave_to_python
+from ._torch.dynamo import is_compiling, is_traced_by_dynamo, leave_to_python
 from ._torch.functions import follow_checkpoints
 from .core.declaration import Declaration
-from .core.rule import Rule, RuleLike, compose, get, unlearned
-from .errors import FreegradWarning, RuleError, unknown
+from .core.rule import Rule, RuleLike, unlearned
+from .core.scopes import SCOPES, parts_for, scopes_of
+from .errors import FreegradWarning, RuleError
 
 __all__ = [
     "OWN_RULES",
-    "SCOPES",
     "Block",
     "ambient_rules",
     "explicit_rules_act",
+    "in_python",
     "in_the_blocks_of_now",
     "inside_of_a_block",
     "intercepted",
@@ -40,14 +41,12 @@ __all__ = [
     "left_alone",
     "native",
     "outside_of_blocks",
-    "parts_for",
     "programs",
     "surrounded",
+    "table_in_force",
+    "tables_cannot_be_traced",
     "use",
 ]
-
-SCOPES = {"operation": "activations", "parameter": "params"}
-"""The scope of an ambient rule, by the kind of the sites in it."""
 
 Called = TypeVar("Called", bound=Callable[..., Any])
 
@@ -63,11 +62,13 @@ class _State(threading.local):
         # Dynamo guards attributes of the object, not of its class
         self.explicit = True
         self.table = False
+        self.sites: Mapping[str, tuple[Rule, ...] | None] | None = None
         self.activations: tuple[Rule, ...] = ()
         self.params: tuple[Rule, ...] = ()
         self.blocks: tuple[Block, ...] = ()
         self.intercepting: tuple[Block, ...] = ()
         self.traced: tuple[Block, ...] = ()
+        self.deciding: tuple[Block, ...] = ()
         self.surroundings: tuple[_Surrounding, ...] = ()
 
 
@@ -79,19 +80,52 @@ _state = _State()
 _entered: ContextVar[tuple[Block, ...]] = ContextVar("freegrad_fx_blocks", default=())
 
 
-def ambient_rules(scope: str) -> tuple[Rule, ...]:
-    """The rules in force for ``"activations"`` or ``"params"``; empty where the backward is native.
+def ambient_rules(scope: str, site: str = "") -> tuple[Rule, ...]:
+    """The rules in force at an ambient site; empty where the backward is native.
+
+    Args:
+        scope: ``"activations"`` or ``"params"``.
+        site: The name of the site, by which a table of a block decides.
 
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
+        RuleError: A block has a table, which cannot decide the site where it runs.
     """
     _require_own_blocks()
-    if _state.table:
-        raise RuleError(
-            "this model was transformed for the rules of use() blocks, which are single rules, and runs in a block "
-            "with a table. Give use() one rule, or transform the model with the table: transform(model, rules)."
-        )
+    if _state.table and (decided := _by_table(site)) is not None:
+        return decided
     return _state.activations if scope == "activations" else _state.params
+
+
+def _by_table(site: str) -> tuple[Rule, ...] | None:
+    """The rules that the tables of blocks give to an ambient site; None if no entry decides it."""
+    if not is_compiling():
+        if _state.sites is None and _state.deciding and _state.intercepting:
+            return ()  # an `Activation`, whose operation is intercepted
+        if _state.sites is not None and site in _state.sites:
+            return _state.sites[site]
+    raise RuleError(
+        f"the table of a use() block cannot decide {site or 'an ambient site'}, which is ambient: in an export, in a "
+        f"part of a transformed model that is kept as one opaque call, in code that fg.compile runs, and in a model "
+        f"that an earlier version saved, ambient sites follow blocks with one rule. Give use() one rule, or transform "
+        f"the original model with the table: transform(model, rules)."
+    )
+
+
+def table_in_force() -> bool:
+    """Whether a block with a table is in force."""
+    return _state.table
+
+
+def tables_cannot_be_traced() -> bool:
+    """Whether Dynamo traces code whose ambient sites a table may decide, so that it has to run in Python."""
+    return is_traced_by_dynamo() and _state.table
+
+
+@leave_to_python
+def in_python(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function that Dynamo must not trace."""
+    return function(*args, **kwargs)
 
 
 def explicit_rules_act() -> bool:
@@ -138,10 +172,12 @@ def _put(blocks: tuple[Block, ...]) -> None:
     values: dict[str, Any] = {
         "explicit": True,
         "table": False,
+        "sites": None,
         **dict.fromkeys(SCOPES.values(), ()),
     }
     intercepting: tuple[Block, ...] = ()
     traced: tuple[Block, ...] = ()
+    deciding: tuple[Block, ...] = ()
     for block in blocks:
         values.update(block.changes)
         if block.ends_interception:
@@ -149,14 +185,18 @@ def _put(blocks: tuple[Block, ...]) -> None:
             # The program around a `native` block asks by itself whether its rules act
             kept = isinstance(block, native)
             intercepting = tuple(b for b in intercepting if kept and b.of_program)
+            deciding = deciding if isinstance(block, _Alone) else ()
         if block.intercepts:
             intercepting = (block, *intercepting)
             traced = traced if block.of_program else (block, *traced)
+            deciding = deciding if block.of_program else (block, *deciding)
+            values["sites"] = None
     for name, value in values.items():
         setattr(_state, name, value)
     _state.blocks = blocks
     _state.intercepting = intercepting
     _state.traced = traced
+    _state.deciding = deciding
     _entered.set(blocks)
 
 
@@ -172,20 +212,31 @@ def _in(blocks: tuple[Block, ...]) -> Iterator[None]:
 
 
 def intercepted() -> bool:
-    """Whether a block intercepts the eager code that runs now. Compiled code asks when it is traced."""
-    return not is_compiling() and bool(_state.intercepting)
+    """Whether a block intercepts the eager code that runs now, or decides its ambient sites.
+
+    Compiled code asks when it is traced.
+    """
+    return not is_compiling() and (bool(_state.intercepting) or _state.sites is not None)
 
 
 def left_alone(model: Any = None) -> AbstractContextManager[Any]:
     """A context in which no block around it intercepts plain eager code, because another table decides its sites.
 
     Args:
-        model: The model whose table that is, for the reports of the blocks; None if it belongs in none.
+        model: The model whose table that is, for the reports of the blocks; None if it belongs in none. The tables of
+            the blocks decide its ambient sites.
     """
-    if model is not None:
-        for block in _state.intercepting:
-            block.leaves_alone(model)
-    return _ALONE
+    if model is None:
+        return _ALONE
+    for block in _state.intercepting:
+        block.leaves_alone(model)
+    if not (_state.table and _state.deciding):
+        return _ALONE
+    decided: dict[str, tuple[Rule, ...] | None] = {}
+    for block in reversed(_state.deciding):
+        of_block = block.at_ambient_sites(model)
+        decided.update((s, r) for s, r in of_block.items() if r is not None or s not in decided)
+    return _Alone(sites=decided)
 
 
 def outside_of_blocks() -> Any:
@@ -291,6 +342,10 @@ class Block(ContextDecorator):
     def leaves_alone(self, model: Any) -> None:
         """Note that a model runs in the block whose own table decides its sites."""
 
+    def at_ambient_sites(self, model: Any) -> Mapping[str, tuple[Rule, ...] | None]:
+        """The rules that the block gives to the ambient sites of a model, by their names; None where it gives none."""
+        return {}
+
     def __call__(self, func: Called) -> Called:
         """Decorate `func`, so that each call of it runs in the block.
 
@@ -351,7 +406,7 @@ class use(Block):
         params: Mapping[str, Any] | None = None,
         scope: str | tuple[str, ...] = "activations",
     ) -> None:
-        scopes = _scopes(scope)
+        scopes = scopes_of(scope)
         parts = parts_for(scopes, rule, params)
         for text in unlearned(parts):
             warnings.warn(text, FreegradWarning, stacklevel=3)
@@ -379,62 +434,6 @@ class native(Block):
 
     def __init__(self) -> None:
         super().__init__(explicit=False, table=False, activations=(), params=())
-
-
-def parts_for(
-    scopes: tuple[str, ...], rule: RuleLike, params: Mapping[str, Any] | None = None
-) -> tuple[Rule, ...]:
-    """Bind parameters to a rule and return its parts, for use at all sites of some scopes.
-
-    Raises:
-        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used at every site in
-            these scopes.
-    """
-    if params:
-        rule = get(rule)(**params) if isinstance(rule, str) else rule(**params)
-    parts = compose(rule).parts
-    for part in parts:
-        _check(part, parts, scopes)
-    return parts
-
-
-def _scopes(scope: str | tuple[str, ...]) -> tuple[str, ...]:
-    asked = (scope,) if isinstance(scope, str) else tuple(scope)
-    valid = (*SCOPES.values(), "all")
-    for name in asked:
-        if name not in valid:
-            raise RuleError(unknown("scope", name, valid))
-    return tuple(s for s in SCOPES.values() if s in asked or "all" in asked)
-
-
-def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None:
-    """Raise `RuleError` if a rule cannot be used at every site in some scopes."""
-    rule.require_bound()
-    if rule.forward is not None:
-        raise RuleError(
-            f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "
-            f"forward=."
-        )
-    if not rule.keeps_shape:
-        raise RuleError(
-            f"rule {rule.name!r} changes the shape of the gradient, so it cannot be used in a block. Give it to "
-            f"single sites with transform()."
-        )
-    for kind, scope in SCOPES.items():
-        if scope not in scopes:
-            continue
-        if kind not in rule.kinds:
-            raise RuleError(
-                f"rule {rule.name!r} supports only {' and '.join(rule.kinds)} sites, so it cannot be used for scope "
-                f"{scope!r}"
-            )
-        if "y" in rule.inputs and (kind == "parameter" or rule is not parts[0]):
-            reason = (
-                "a parameter does not have one"
-                if kind == "parameter"
-                else "it must come first in a composition"
-            )
-            raise RuleError(f"rule {rule.name!r} needs the output y of an operation: {reason}")
 
 
 @functools.cache

@@ -8,8 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .context import OWN_RULES, in_the_blocks_of_now, left_alone, parts_for
+from .context import (
+    OWN_RULES,
+    in_python,
+    in_the_blocks_of_now,
+    left_alone,
+    tables_cannot_be_traced,
+)
 from .core.rule import Rule, RuleLike
+from .core.scopes import parts_for
 from .errors import RuleError, unknown
 from .ops.gradients import decoupled, stop_gradient
 from .vocabulary.activations import FORWARDS, OPS
@@ -98,11 +105,13 @@ class Activation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x)."""
+        if tables_cannot_be_traced():
+            return in_python(self.forward, x)  # type: ignore[no-any-return]
         site = f"Activation({self.name!r})"
         if _FORWARDS[self.name] == "identity":
             x = x.clone()  # a later in-place write into the result must not change x without autograd's knowledge
         if not self.rules:
-            y = self._function(stop_gradient(x, ambient="activations"))
+            y = self._function(stop_gradient(x, ambient="activations", site=site))
             return decoupled(y, x, ambient="activations", site=site)
         first, *others = self.rules
         source = x

@@ -21,8 +21,8 @@ from ._torch.graphs import grad_mode_getter, grad_mode_setter, is_erased
 from ._torch.modules import has_global_hooks, has_hooks
 from .capture.captured import sets_grad_mode
 from .capture.rule_parameters import hold
-from .context import SCOPES
 from .core.rule import Forward, Rule
+from .core.scopes import SCOPES
 from .graph.aliasing import Aliasing, of_library
 from .graph.hooked import open_call
 from .graph.marks import (
@@ -258,7 +258,7 @@ class _Surgery:
         self.graph = graph
         self.root = root
         self.site = site
-        self.ambient = {"ambient": SCOPES[site.kind]} if ambient else {}
+        self.ambient = {"ambient": SCOPES[site.kind], "site": site.name} if ambient else {}
         self.meta = {key: meta[key] for key in ("nn_module_stack", META) if key in meta}
 
     def operate(self, place: LocatedOperation, decision: Decision, memory: Memory) -> None:
@@ -380,15 +380,14 @@ class _Surgery:
     ) -> fx.Node:
         """Insert ``decoupled(y, x)`` with a rule that reads the start of its chain; ``None`` makes it ambient."""
         if rule is None:
-            kwargs: dict[str, Any] = {**self.ambient, "site": self.site.name}
-            return self.node("call_function", decoupled, (y, x), kwargs)
+            return self.node("call_function", decoupled, (y, x), self.ambient)
         read = (start,) if x is not start and "x" in rule.inputs else ()
         values = {
             name: self.tensor(value) if isinstance(value, Tensor) else value
             for name, value in rule.bound.items()
         }
         options = {**rule.options, "save": save} if save else rule.options
-        kwargs = {"rule": rule.name, "site": self.site.name, **options, **values}
+        kwargs: dict[str, Any] = {"rule": rule.name, "site": self.site.name, **options, **values}
         return self.node("call_function", decoupled, (y, x, *read), kwargs)
 
     def tensor(self, value: Tensor) -> fx.Node:

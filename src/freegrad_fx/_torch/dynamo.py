@@ -26,6 +26,7 @@ __all__ = [
     "is_compile_error",
     "is_compiling",
     "is_compiling_backward",
+    "is_traced_by_dynamo",
     "is_tracing",
     "leave_to_python",
     "looked_into",
@@ -155,6 +156,9 @@ if release() < (2, 13):
 # Before torch 2.13, the public function returns False while AOTAutograd traces
 is_compiling = torch.compiler.is_compiling if release() >= (2, 13) else _is_compiling
 """Whether `torch.compile` or `torch.export` traces the calling code."""
+
+is_traced_by_dynamo = torch.compiler.is_dynamo_compiling
+"""Whether Dynamo traces the calling code. Python that runs while a program is exported is not traced by it."""
 
 
 def is_compiling_backward() -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .._torch import graphs
-from ..context import OWN_RULES, intercepted, left_alone
+from ..context import OWN_RULES, in_python, intercepted, left_alone, tables_cannot_be_traced
 from ..ops.checks import require_specialised
 
 __all__ = ["dispatcher"]
@@ -38,12 +38,8 @@ def dispatcher(
         keyword_only: Arguments that have to be given by keyword.
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
-    arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
-    arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
-    arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
-    arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
     active = "self._active()" if several else "0"
-    call = f"return type(self)._forwards[_number][{active}]({', '.join(arguments)})"
+    call = f"return type(self)._forwards[_number][{active}]({_passed_on(signature)})"
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
     alone_in_blocks = f"with {', '.join(['_left_alone(self)', *contexts])}:\n            {call}"
@@ -52,6 +48,7 @@ def dispatcher(
     remedy = "Include the argument in the example_inputs when transforming the model."
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
     own |= {OWN_RULES: True, "_intercepted": intercepted, "_left_alone": left_alone}
+    own |= {"_tables_cannot_be_traced": tables_cannot_be_traced, "_in_python": in_python}
     own["_require_specialised"] = require_specialised
     checks = "    self._require_constants()\n" if checked else ""
     # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
@@ -60,14 +57,25 @@ def dispatcher(
         signature.kwonlyargs = signature.args[first:]
         signature.kw_defaults = [None] * len(signature.kwonlyargs)
         signature.args = signature.args[:first]
-    parameters = ast.unparse(signature)
+    parameters, again = ast.unparse(signature), _passed_on(signature)
     for number, (name, value) in enumerate(specialised.items()):
         own[f"_default_{number}"] = value
         separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
         parameters += f"{separator}{name}=_default_{number}"
         checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
     # Choosing a version can add one to the table
-    body = f"def forward({parameters}):\n{checks}    _number = _version()\n"
+    body = f"def forward({parameters}):\n{checks}"
+    body += f"    if _tables_cannot_be_traced():\n        return _in_python(type(self).forward, {again})\n"
+    body += "    _number = _version()\n"
     # A block around the call does not act on what the model's own table decides
     body += f"    if _intercepted():\n        {alone_in_blocks}\n    {call}\n"
     return graphs.forward_from_source(body, {**names, **own}, {})
+
+
+def _passed_on(signature: ast.arguments) -> str:
+    """The arguments of a call that passes on what a function with a signature was given."""
+    arguments = [a.arg for a in (*signature.posonlyargs, *signature.args)]
+    arguments += [f"*{signature.vararg.arg}"] if signature.vararg else []
+    arguments += [f"{a.arg}={a.arg}" for a in signature.kwonlyargs]
+    arguments += [f"**{signature.kwarg.arg}"] if signature.kwarg else []
+    return ", ".join(arguments)

@@ -83,9 +83,8 @@ class use(ambient_use):
             raise TypeError(f"model has to be an nn.Module, got {type(model).__name__}")
         if isinstance(given, Rule | Composition) or (isinstance(given, str) and not is_path(given)):
             super().__init__(given, params, scope)
-            table = RuleTable.of(
-                {name: _bound(self, name) for name in self.changes if name != "table"}
-            )
+            del self.changes["table"]  # that of a block around it decides where this rule does not
+            table = RuleTable.of({name: _bound(self, name) for name in self.changes})
         else:
             if params is not None or scope != "activations":
                 raise TypeError(
@@ -94,7 +93,7 @@ class use(ambient_use):
             Block.__init__(self, table=True)
             table = RuleTable.of(given)
             _require_model(table, model)
-        self._table_given = bool(self.changes["table"])
+        self._table_given = "table" in self.changes
         if model is not None and not _has_ambient_sites(model):
             self.changes = {}  # the ambient sites of other models are not those of this one
         self.observed = Observed(table, model)
@@ -123,6 +122,10 @@ class use(ambient_use):
     def leaves_alone(self, model: nn.Module) -> None:
         """Note that a model runs in the block whose own table decides its sites."""
         self.observed.transformed(model)
+
+    def at_ambient_sites(self, model: CapturedModule) -> Mapping[str, tuple[Rule, ...] | None]:
+        """The rules that the block gives to the ambient sites of a model, by their names; None where it gives none."""
+        return self.observed.at_ambient_sites(model)
 
 
 def _has_ambient_sites(model: nn.Module) -> bool:

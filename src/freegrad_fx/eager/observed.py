@@ -4,23 +4,29 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from .._torch.dispatch import dispatch_modes, function_transforms_active
 from .._torch.tensors import version
+from ..capture.captured import CapturedModule
+from ..context import table_in_force
+from ..core.rule import Rule
 from ..graph.provenance import caller
+from ..modules import Activation
 from ..plan import Decision, Plan
 from ..plan.decide import also, decide
 from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
+from .ambient import at_ambient_sites, path_in
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
 from .parameters import parameters_swapped_in, role_of
@@ -88,6 +94,9 @@ class Observed(EagerSites):
         self.ran = False
         self._paths: dict[int, str] = {}
         self._names: dict[int, tuple[str, ...]] = {}
+        self._ambient: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Rule, ...] | None]] = (
+            WeakKeyDictionary()
+        )
         if model is not None:
             for path, module in model.named_modules():
                 self._paths[id(module)] = path
@@ -129,6 +138,32 @@ class Observed(EagerSites):
     def decided(self, place: Place, located: Located) -> Decision:
         """Decide a site that is not known yet."""
         return also(located, decide(located, self.table), self.table)
+
+    def takes(self, place: Place) -> bool:
+        """Whether a call at a place is a site: that in an `Activation` is one if a table decides."""
+        innermost = place.modules[0] if place.modules else None
+        return not isinstance(innermost, Activation) or (table_in_force() and not innermost.rules)
+
+    def at_ambient_sites(self, model: CapturedModule) -> Mapping[str, tuple[Rule, ...] | None]:
+        """The rules for the ambient sites of a transformed model, by their names in it; None where no entry decides."""
+        known = self._ambient.get(model)
+        if known is None:
+            known = self._ambient[model] = self._decided_in(model)
+        self.ran = True
+        return known
+
+    def _decided_in(self, model: CapturedModule) -> Mapping[str, tuple[Rule, ...] | None]:
+        path = "" if self.model is None else path_in(self.model, model)
+        found: dict[str, tuple[Rule, ...] | None] = {}
+        for name, decision in at_ambient_sites(model, self.table, path or ""):
+            if path is None or decision.entry is None:
+                found[name] = None
+                continue
+            # Frozen parameters can be unfrozen while the block goes on
+            entry = self.table.entries[decision.entry]
+            found[name] = (entry.rules or ()) if decision.frozen else decision.rules
+            self._decisions["ambient", decision.site.key] = decision
+        return found
 
     # --- parameters ---
 

@@ -25,7 +25,7 @@ from ..core.rule import Rule, get
 __all__ = ["copied", "decoupled", "decoupled_by", "kept", "stop_gradient", "written_back"]
 
 
-def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
+def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
     """Return `x` detached from the autograd graph, sharing memory with `x`.
 
     Formula: forward x; backward 0.
@@ -36,16 +36,19 @@ def stop_gradient(x: Tensor, *, ambient: str = "") -> Tensor:
     Args:
         x: Any tensor.
         ambient: As for `decoupled`. If no rule acts, `x` itself is returned.
+        site: As for `decoupled`, if the site is ambient.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(stop_gradient, (x,), x, **_if_given(ambient=ambient))
+        return handle_torch_function(
+            stop_gradient, (x,), x, **_if_given(ambient=ambient, site=site)
+        )
     if not (torch.is_grad_enabled() or records_forward_alone()):
         return x
     # a traced function such as abs() can be called with a number
-    return x.detach() if _acts(ambient) and isinstance(x, Tensor) else x
+    return x.detach() if _acts(ambient, site) and isinstance(x, Tensor) else x
 
 
-def kept(x: Tensor, *, ambient: str = "") -> Tensor:
+def kept(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
     """Return a copy of `x` if a rule acts, else `x` itself. Used where the memory of `x` is overwritten.
 
     For the copy see `copied`.
@@ -53,10 +56,11 @@ def kept(x: Tensor, *, ambient: str = "") -> Tensor:
     Args:
         x: Any tensor.
         ambient: As for `decoupled`.
+        site: As for `decoupled`, if the site is ambient.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(kept, (x,), x, **_if_given(ambient=ambient))
-    return copied(x) if _copies(ambient) and isinstance(x, Tensor) else x
+        return handle_torch_function(kept, (x,), x, **_if_given(ambient=ambient, site=site))
+    return copied(x) if _copies(ambient, site) and isinstance(x, Tensor) else x
 
 
 def copied(x: Tensor) -> Tensor:
@@ -74,7 +78,7 @@ def copied(x: Tensor) -> Tensor:
     return x.new_empty_strided(once.shape, x.stride()).copy_(once).expand(x.shape)
 
 
-def written_back(x: Tensor, out: Tensor, *, ambient: str = "") -> Tensor:
+def written_back(x: Tensor, out: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
     """Write the result of an in-place operation into `x`, so that autograd tracks the write in all views of its memory.
 
     Formula: forward x ← out; backward ∂out = ∂x.
@@ -85,20 +89,21 @@ def written_back(x: Tensor, out: Tensor, *, ambient: str = "") -> Tensor:
         x: The tensor that the operation overwrites in the model.
         out: The result of `decoupled` for the operation, which was applied to ``kept(stop_gradient(x))``.
         ambient: As for `decoupled`.
+        site: As for `decoupled`, if the site is ambient.
     """
     if has_torch_function_variadic(x, out):
-        given = _if_given(ambient=ambient)
+        given = _if_given(ambient=ambient, site=site)
         return handle_torch_function(written_back, (x, out), x, out, **given)
-    return x.copy_(out) if _copies(ambient) else out
+    return x.copy_(out) if _copies(ambient, site) else out
 
 
-def _copies(ambient: str) -> bool:
+def _copies(ambient: str, site: str) -> bool:
     """Whether `kept` makes a copy."""
-    return torch.is_grad_enabled() and _acts(ambient)
+    return torch.is_grad_enabled() and _acts(ambient, site)
 
 
-def _acts(ambient: str) -> bool:
-    return bool(ambient_rules(ambient)) if ambient else explicit_rules_act()
+def _acts(ambient: str, site: str) -> bool:
+    return bool(ambient_rules(ambient, site)) if ambient else explicit_rules_act()
 
 
 def _if_given(**keywords: Any) -> dict[str, Any]:
@@ -130,7 +135,7 @@ def decoupled(
         rule: The name of a registered rule, or a `Rule`.
         ambient: ``"activations"`` or ``"params"``, instead of a rule: the rule of the `use` block of this scope that is
             in force at the call. Outside of such a block `y` itself is returned.
-        site: The name of the site, for error messages.
+        site: The name of the site, for error messages, and for the tables of blocks if it is ambient.
         save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"`` or ``"bits"``, only the
             mask of ``x``; or ``"y"``, the output, which must have the same mask. The default is the rule's own option.
         compile: Whether the backward runs as one compiled kernel in eager mode.
@@ -167,7 +172,7 @@ def decoupled(
             f"inside of it or around it that returns a tensor."
         )
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
-    if not _acts(ambient) or warn_if_recorded() or not torch.is_grad_enabled():
+    if not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
         return y
     if not ambient:
         found = get(rule)
@@ -175,7 +180,7 @@ def decoupled(
             parameters = {**dict(found.values), **parameters}
         save, compile = save or found.save, compile or found.compile
         return decouple(y, x, found, site, parameters, save, compile, *read)
-    return decoupled_by(ambient_rules(ambient), y, x, site)
+    return decoupled_by(ambient_rules(ambient, site), y, x, site)
 
 
 def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:

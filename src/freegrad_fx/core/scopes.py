@@ -1,0 +1,71 @@
+"""Scopes: the sites that a single rule acts on, and whether a rule can act on all of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ..errors import RuleError, unknown
+from .rule import Rule, RuleLike, compose, get
+
+__all__ = ["SCOPES", "parts_for", "scopes_of"]
+
+SCOPES = {"operation": "activations", "parameter": "params"}
+"""The scope of an ambient rule, by the kind of the sites in it."""
+
+
+def parts_for(
+    scopes: tuple[str, ...], rule: RuleLike, params: Mapping[str, Any] | None = None
+) -> tuple[Rule, ...]:
+    """Bind parameters to a rule and return its parts, for use at all sites of some scopes.
+
+    Raises:
+        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used at every site in
+            these scopes.
+    """
+    if params:
+        rule = get(rule)(**params) if isinstance(rule, str) else rule(**params)
+    parts = compose(rule).parts
+    for part in parts:
+        _check(part, parts, scopes)
+    return parts
+
+
+def scopes_of(scope: str | tuple[str, ...]) -> tuple[str, ...]:
+    """The scopes that a name, ``"all"`` or a tuple of names denotes. Raise `RuleError` if one is unknown."""
+    asked = (scope,) if isinstance(scope, str) else tuple(scope)
+    valid = (*SCOPES.values(), "all")
+    for name in asked:
+        if name not in valid:
+            raise RuleError(unknown("scope", name, valid))
+    return tuple(s for s in SCOPES.values() if s in asked or "all" in asked)
+
+
+def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None:
+    """Raise `RuleError` if a rule cannot be used at every site in some scopes."""
+    rule.require_bound()
+    if rule.forward is not None:
+        raise RuleError(
+            f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "
+            f"forward=."
+        )
+    if not rule.keeps_shape:
+        raise RuleError(
+            f"rule {rule.name!r} changes the shape of the gradient, so it cannot be used in a block. Give it to "
+            f"single sites with transform()."
+        )
+    for kind, scope in SCOPES.items():
+        if scope not in scopes:
+            continue
+        if kind not in rule.kinds:
+            raise RuleError(
+                f"rule {rule.name!r} supports only {' and '.join(rule.kinds)} sites, so it cannot be used for scope "
+                f"{scope!r}"
+            )
+        if "y" in rule.inputs and (kind == "parameter" or rule is not parts[0]):
+            reason = (
+                "a parameter does not have one"
+                if kind == "parameter"
+                else "it must come first in a composition"
+            )
+            raise RuleError(f"rule {rule.name!r} needs the output y of an operation: {reason}")

@@ -1,0 +1,100 @@
+"""What the table of a block decides for the ambient sites of a transformed model.
+
+The graphs of the model hold these sites, so their calls are not intercepted: the plan of the model tells what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from typing import Any
+
+from torch import nn
+
+from ..capture.captured import CapturedModule
+from ..errors import RuleError
+from ..plan import PLAN, Decision, Plan, also
+from ..plan.decide import decide
+from ..sites.owners import class_at, short_name
+from ..sites.site import Located, LocatedParameter
+from ..table import RuleTable
+from ..vocabulary.activations import OPS
+
+__all__ = ["at_ambient_sites", "path_in"]
+
+_NOT_AMBIENT = (
+    "the model was transformed without a rule for it, so that it follows no block; transform the original model with "
+    "the table, or call that model in the block"
+)
+
+
+def path_in(model: nn.Module, part: CapturedModule) -> str | None:
+    """The path of a transformed model in a model, also for a replica of it; None if it is no part of it."""
+    plan = part.__dict__.get(PLAN)
+    path: str
+    for path, module in model.named_modules():
+        if module is part or (plan is not None and module.__dict__.get(PLAN) is plan):
+            return path
+    return None
+
+
+def at_ambient_sites(
+    model: CapturedModule, table: RuleTable, path: str
+) -> Iterator[tuple[str, Decision]]:
+    """What a table decides for the sites of a transformed model that no entry of its own table decides.
+
+    Args:
+        model: The transformed model.
+        table: The table of the block.
+        path: The path of the transformed model, which the paths in the decisions begin with.
+
+    Returns:
+        The names of the sites in the model, each with the decision. One whose action is ``"skip"`` is not ambient.
+
+    Raises:
+        RuleError: An entry with `forward=` decides a site.
+    """
+    plan = model.__dict__.get(PLAN)
+    decisions: Sequence[Decision] = plan.decisions if isinstance(plan, Plan) else ()
+    if not any(d.action == "ambient" for d in decisions):
+        return
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    for own in decisions:
+        if own.action != "ambient" and (own.action != "native" or own.entry is not None):
+            continue
+        located = _located(model, own, parameters)
+        if own.action != "ambient":
+            located = replace(located, obstacle=located.obstacle or _NOT_AMBIENT)
+        located = _below(path, located)
+        decision = also(located, decide(located, table), table)
+        if decision.forward is not None:
+            raise RuleError(
+                f"the entry {table.entries[decision.entry or 0].selector!r} replaces the forward of "
+                f"{decision.site.name}, which is ambient: ambient sites keep their forward. Transform the original "
+                f"model with the table, transform(model, rules); or call that model in the block."
+            )
+        yield own.site.name, decision
+
+
+def _located(model: nn.Module, own: Decision, parameters: dict[str, Any]) -> Located:
+    """A site of a transformed model, from its plan."""
+    site = own.site
+    if site.kind == "parameter":
+        owners = tuple(class_at(model, name.rpartition(".")[0]) for name in site.names)
+        return LocatedParameter(site, owners, tensor=parameters[site.names[0]], reads=())
+    owner, op = class_at(model, site.path), OPS.get(site.op)
+    is_call = op is not None and owner in op.modules and site.spelling.startswith(short_name(owner))
+    obstacle = own.reason if own.action == "native" and own.reason != _UNDECIDED else ""
+    return Located(site, (owner,), obstacle, op, owner if is_call else None)
+
+
+_UNDECIDED = "no entry matches"
+
+
+def _below(path: str, located: Located) -> Located:
+    if not path:
+        return located
+    site = located.site
+    inner = f"{path}.{site.path}" if site.path else path
+    names = tuple(f"{path}.{name}" for name in site.names)
+    return replace(located, site=replace(site, path=inner, names=names))
