@@ -26,6 +26,7 @@ from ..errors import RuleError
 from .functions import OVERWRITTEN, Call, Composable, apply
 from .hazards import refuse_compiled_transform
 from .operator import operands
+from .several import Operands, answers_for_several, apply_composable, apply_several
 
 __all__ = ["decouple"]
 
@@ -39,8 +40,9 @@ def decouple(
     save: str,
     compile: bool,
     read: Tensor | None = None,
+    operation: Operands | None = None,
 ) -> Tensor:
-    """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
+    """Return the values of `y`; in the backward, the rule computes the gradient of `x`, or several gradients.
 
     Args:
         y: The output of the operation.
@@ -54,6 +56,7 @@ def decouple(
         compile: Whether the backward runs as one kernel in eager mode.
         read: The tensor that the rule reads as ``x``, with the values of `x`; None for `x` itself. In a composition,
             `x` is the result of the next rules, and a second derivative would go through these rules.
+        operation: The operation with all its operands, of which `x` is the first; None if it has only one.
 
     Raises:
         RuleError: The rule needs more of ``x`` than is saved.
@@ -63,18 +66,24 @@ def decouple(
             f"rule {rule.name!r} at site {site!r} needs more of x than where it is positive, but the graph saves only "
             f"that: the rule has been registered again since. Transform the original model again."
         )
+    several = answers_for_several(rule.declaration, parameters)
     if is_compiling():
         refuse_compiled_transform()
-        tensors, numbers, call = operands(rule, site, parameters, save)
+        tensors, numbers, call = operands(rule, site, parameters, save, operation)
         if call and all(isinstance(value, Tensor) for value in tensors):
             return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call, read)  # type: ignore[no-any-return]
     elif not function_transforms_active():
         # a tensor may be left over from a transform that has ended
         y, x = without_dead_transform(y), without_dead_transform(x)
         described = Call(rule, site, parameters, save, compile)
+        if several:
+            return apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
         if read is None:
             return apply(y, x, described)  # type: ignore[no-any-return]
         return apply(y, x, described, without_dead_transform(read))  # type: ignore[no-any-return]
+    if several:
+        described = Call(rule, site, parameters, save, compile)
+        return apply_composable(y, operation or Operands("", {"x": x}, {}), described, read)
     values = tuple(_distinct((x, read), parameters.values()))
     return Composable.apply(y, x, read, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
 

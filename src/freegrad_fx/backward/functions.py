@@ -19,7 +19,22 @@ from ..errors import RuleError
 from .kernels import run_compiled
 from .packing import pack, unpack
 
-__all__ = ["OVERWRITTEN", "Call", "Composable", "apply", "explained", "rule_behind"]
+__all__ = [
+    "OVERWRITTEN",
+    "Call",
+    "Composable",
+    "apply",
+    "blame_parameters",
+    "blame_shapes",
+    "checked",
+    "coalesced",
+    "explain",
+    "explained",
+    "parameter_versions",
+    "refuse_writes",
+    "rule_behind",
+    "versions",
+]
 
 
 OVERWRITTEN = "overwritten"
@@ -111,7 +126,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
         ctx.tensors = tensors
-        ctx.versions = _parameter_versions(call, tensors)
+        ctx.versions = parameter_versions(call, tensors)
         saved = (*saved, *map(parameters.__getitem__, tensors))
     if saved:
         ctx.save_for_backward(*saved)
@@ -120,7 +135,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
 _X = ("x",)
 
 
-def _parameter_versions(call: Call, names: list[str]) -> dict[str, int]:
+def parameter_versions(call: Call, names: list[str]) -> dict[str, int]:
     """The versions of the parameters that are tensors; empty while code is compiled.
 
     Raises:
@@ -174,7 +189,7 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
     try:
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
-        _blame_parameters(ctx, error)
+        blame_parameters(ctx.call, getattr(ctx, "versions", {}), error)
         raise
     declaration = rule.declaration
     count = len(declaration.inputs)
@@ -189,10 +204,9 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
     return declaration.gate, inputs, parameters
 
 
-def _blame_parameters(ctx: Any, error: RuntimeError) -> None:
+def blame_parameters(call: Call, versions: dict[str, int], error: RuntimeError) -> None:
     """Raise `RuleError` if a parameter of the rule has been written into since the forward."""
-    call: Call = ctx.call
-    for name, before in getattr(ctx, "versions", {}).items():
+    for name, before in versions.items():
         if version(call.parameters[name]) != before:
             raise RuleError(
                 f"the tensor {name!r} of rule {call.rule.name!r} at site {call.site!r} was changed in place between "
@@ -209,17 +223,17 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     if is_compiling():
         inputs = tuple(_after(tensor, grad) for tensor in inputs)
         if torch.compiler.is_dynamo_compiling():  # Dynamo traces the formula itself
-            return _checked(function(grad, *inputs, **parameters), grad, ctx)
+            return checked(function(grad, *inputs, **parameters), grad, ctx.like, call)
         try:
             result = function(grad, *inputs, **parameters)
         except Exception as error:
-            _explain(error, call)
+            explain(error, call)
             raise
-        return _checked(result, grad, ctx)
+        return checked(result, grad, ctx.like, call)
     if grad.layout is not torch.strided:
-        grad = _coalesced(grad, call)
+        grad = coalesced(grad, call)
     declaration = call.rule.declaration
-    before = 0 if declaration.own else _versions(grad, inputs)
+    before = 0 if declaration.own else versions(grad, inputs)
     result = NotImplemented
     if call.compile:
         if runs_alone(grad):
@@ -235,24 +249,34 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
         try:
             result = function(grad, *inputs, **parameters)
         except RuntimeError as error:
-            if not (blamed := _shaped(call)):
-                raise
-            raise RuleError(
-                f"rule {call.rule.name!r} at site {call.site!r} failed for a gradient of shape {tuple(grad.shape)}: "
-                f"{error}. {blamed}"
-            ) from error
-    if not declaration.own and before != _versions(grad, inputs):
+            blame_shapes(call, grad, error)
+            raise
+    if not declaration.own and before != versions(grad, inputs):
+        refuse_writes(call)
+    return checked(result, grad, ctx.like, call)
+
+
+def blame_shapes(call: Call, grad: Tensor, error: RuntimeError) -> None:
+    """Raise `RuleError` for an error in a formula if the shape of a parameter can be its cause."""
+    if blamed := _shaped(call):
         raise RuleError(
-            f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, but other gradients are "
-            f"computed from them. Make it a pure function, for example with grad * 2 instead of grad.mul_(2)."
-        )
-    return _checked(result, grad, ctx)
+            f"rule {call.rule.name!r} at site {call.site!r} failed for a gradient of shape {tuple(grad.shape)}: "
+            f"{error}. {blamed}"
+        ) from error
+
+
+def refuse_writes(call: Call) -> None:
+    """Raise `RuleError` for a formula that has changed its arguments."""
+    raise RuleError(
+        f"rule {call.rule.name!r} at site {call.site!r} changes its arguments in place, but other gradients are "
+        f"computed from them. Make it a pure function, for example with grad * 2 instead of grad.mul_(2)."
+    )
 
 
 _EXPLANATION = "_freegrad_fx_explanation"
 
 
-def _explain(error: Exception, call: Call) -> None:
+def explain(error: Exception, call: Call) -> None:
     """Let the text of an error name the formula that a compiler failed to trace. Compilers need its class."""
     reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
     text = (
@@ -313,7 +337,7 @@ def _after(tensor: Tensor, grad: Tensor) -> Tensor:
     return torch.where(grad == grad, tensor, tensor)
 
 
-def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
+def versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
     """The sum of the version counters of the tensors."""
     count = 0 if grad.is_inference() else version(grad)
     for tensor in inputs:
@@ -321,7 +345,7 @@ def _versions(grad: Tensor, inputs: tuple[Tensor, ...]) -> int:
     return count
 
 
-def _coalesced(grad: Tensor, call: Call) -> Tensor:
+def coalesced(grad: Tensor, call: Call) -> Tensor:
     """Coalesce a sparse gradient. Raises `RuleError` if the rule does not support sparse gradients."""
     if not call.rule.sparse or grad.layout != torch.sparse_coo:
         raise RuleError(
@@ -332,35 +356,46 @@ def _coalesced(grad: Tensor, call: Call) -> Tensor:
     return grad.coalesce()
 
 
-def _checked(result: Any, grad: Tensor, ctx: Any) -> Tensor:
-    """Return a rule's result in the dtype of `x`. Raises `RuleError` if it is not a valid gradient for `x`."""
-    shape, dtype = ctx.like
+def checked(
+    result: Any, grad: Tensor, like: tuple[torch.Size, torch.dtype], call: Call, name: str = "x"
+) -> Tensor:
+    """Return a rule's result in the dtype of a value. Raises `RuleError` if it is not a valid gradient for the value.
+
+    Args:
+        result: The result.
+        grad: The gradient that the rule got.
+        like: The shape and the dtype of the value.
+        call: The rule and its site.
+        name: The name of the value.
+    """
+    shape, dtype = like
     if type(result) is Tensor and result.dtype is dtype and result.shape == shape:
         return result
-    rule, site = ctx.call.rule, ctx.call.site
+    rule, site = call.rule, call.site
+    value = "an input" if name == "x" else repr(name)
     where = f" at site {site!r}" if site else ""
     if not isinstance(result, Tensor):
         raise RuleError(
             f"rule {rule.name!r}{where} returned {type(result).__name__}, not a tensor. "
-            f"A rule has to return the gradient for x; for a zero gradient, torch.zeros_like(grad)."
+            f"A rule has to return the gradient for {name}; for a zero gradient, torch.zeros_like(grad)."
         )
     if result.shape != shape:
-        remedy = _shaped(ctx.call)
-        if grad.shape == result.shape:
+        remedy = _shaped(call)
+        if name == "x" and grad.shape == result.shape:
             remedy = (
                 "The operation changes the shape, which the rule does not support: give it None, or a rule registered "
                 "with keeps_shape=False. To give the rule to the parameters of a module, use on(parameter=...)."
             )
         raise RuleError(
             f"rule {rule.name!r}{where} returned a gradient of shape {tuple(result.shape)} "
-            f"for an input of shape {tuple(shape)}; grad has shape {tuple(grad.shape)}. {remedy}".rstrip()
+            f"for {value} of shape {tuple(shape)}; grad has shape {tuple(grad.shape)}. {remedy}".rstrip()
         )
     if result.dtype == dtype:
         return result
     # Under autocast the dtypes of input and output can differ, and the rule can compute in either
     if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, dtype)):
         raise RuleError(
-            f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for an input of dtype "
+            f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for {value} of dtype "
             f"{dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
         )
     return result.to(dtype)

@@ -14,22 +14,30 @@ from torch import Tensor
 from .._torch.dynamo import takes_for_constant
 from ..core.rule import Rule, of_token
 from .functions import Call, apply
+from .several import Operands, answers_for_several, apply_several
 
 __all__ = ["described", "operands"]
 
 
 def operands(
-    rule: Rule, site: str, parameters: dict[str, Any], save: str
+    rule: Rule,
+    site: str,
+    parameters: dict[str, Any],
+    save: str,
+    operation: Operands | None = None,
 ) -> tuple[list[Any], list[Any], str]:
     """The arguments of ``freegrad_fx::decoupled`` after `y` and `x`, without `read`.
 
     Returns:
-        The parameters that are neither numbers nor plain values, which have to be tensors; the parameters that are
+        The parameters that are neither numbers nor plain values, which have to be tensors, and the further operands
+        of `operation`; the parameters that are
         numbers, which a compiler can make dynamic; and everything else as JSON text, ``""`` if it cannot be serialised.
     """
     token = rule.declaration.token
     if not token:
         return [], [], ""
+    if operation is not None:
+        return _with_operands(rule, site, parameters, save, operation)
     if not parameters:
         return [], [], _written(token, site, save, (), ())
     found: list[dict[str, Any]] = [{}, {}, {}]
@@ -49,6 +57,50 @@ def operands(
     return [*tensors.values()], [*numbers.values()], call
 
 
+def _with_operands(
+    rule: Rule, site: str, parameters: dict[str, Any], save: str, operation: Operands
+) -> tuple[list[Any], list[Any], str]:
+    """`operands` for an operation with several operands. They precede the parameters that are tensors."""
+    tensors, numbers, call = operands(rule, site, parameters, save)
+    further = [value for value in [*operation.values.values()][1:] if value is not None]
+    absent = tuple(name for name, value in operation.values.items() if value is None)
+    described = _written_with(
+        call,
+        operation.operation,
+        tuple(operation.values),
+        absent,
+        tuple(operation.constants.items()),
+    )
+    return [*further, *tensors], numbers, described
+
+
+@takes_for_constant
+def _written_with(
+    call: str,
+    operation: str,
+    names: tuple[str, ...],
+    absent: tuple[str, ...],
+    constants: tuple[tuple[str, Any], ...],
+) -> str:
+    """The text of a call, with its operation; ``""`` if JSON cannot represent it."""
+    try:
+        text = json.dumps([*json.loads(call), [operation, names, absent, constants]])
+    except (TypeError, ValueError):
+        return ""
+    return text if _operation_in(text) == (operation, names, absent, dict(constants)) else ""
+
+
+def _operation_in(
+    call: str,
+) -> tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any]] | None:
+    _, _, _, _, _, _, *operation = json.loads(call)
+    if not operation:
+        return None
+    name, names, absent, constants = operation[0]
+    values = {n: tuple(v) if isinstance(v, list) else v for n, v in constants}
+    return name, tuple(names), tuple(absent), values
+
+
 _PLAIN = (bool, int, str, tuple, type(None))
 
 
@@ -65,7 +117,7 @@ def _written(
 
 
 def _read(call: str) -> tuple[str, str, str, tuple[str, ...], tuple[Any, ...]]:
-    token, site, save, names, values, _ = json.loads(call)
+    token, site, save, names, values, *_ = json.loads(call)
     found = tuple(tuple(value) if isinstance(value, list) else value for value in values)
     return token, site, save, tuple(names), found
 
@@ -92,8 +144,18 @@ def _run_operator(
     read: Tensor | None = None,
 ) -> Tensor:
     token, site, save, names, values = _read(call)
+    rule, operation = of_token(token), Operands("", {"x": x}, {})
+    if found := _operation_in(call):
+        name, named, absent, constants = found
+        count = len(named) - len(absent) - 1
+        others, tensors = iter(tensors[:count]), tensors[count:]
+        given = {n: None if n in absent else next(others) for n in named[1:]}
+        operation = Operands(name, {named[0]: x, **given}, constants)
     parameters = dict(zip(names, [*tensors, *numbers, *values], strict=True))
-    return apply(y, x, Call(of_token(token), site, parameters, save, False), read)  # type: ignore[no-any-return]
+    described = Call(rule, site, parameters, save, False)
+    if answers_for_several(rule.declaration, parameters):
+        return apply_several(y, operation, described, read)
+    return apply(y, x, described, read)  # type: ignore[no-any-return]
 
 
 # Composite, so that autograd and AOTAutograd trace into it

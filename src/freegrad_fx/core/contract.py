@@ -26,6 +26,8 @@ __all__ = [
     "MASK",
     "NATIVE",
     "OF_MASK",
+    "OPERANDS",
+    "OPERATION",
     "OPTIONS",
     "RESERVED",
     "SAVES",
@@ -37,6 +39,12 @@ __all__ = [
 
 INPUTS = ("x", "y")
 """The arguments of a formula besides the gradient."""
+
+OPERANDS = ("x", "weight", "bias", "a", "b", "query", "key", "value")
+"""The names of operands, which a formula reads by these names."""
+
+OPERATION = "f"
+"""The keyword of a formula by which it gets the native operation, as a function of its operands."""
 
 MASK = "mask"
 """The argument that replaces ``x`` in a formula that reads ``x`` only through a mask."""
@@ -59,12 +67,16 @@ NATIVE = "native"
 OPTIONS = ("save", "compile")
 """The keywords of a rule that select how it runs."""
 
-RESERVED = ("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS)
+RESERVED = (
+    *("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS),
+    *(OPERATION, "operation", "operands"),
+)
 """Names that a parameter of a rule cannot have."""
 
 _VOCABULARY = (
     "The signature declares a rule: `grad` first; then any of `x` (the input of the operation; `mask` instead, if "
-    "mask= is given) and `y` (its output); then, after `*`, the parameters with their defaults. For example: "
+    f"mask= is given; or its operands by their names: {', '.join(OPERANDS[1:])}) and `y` (its output); then, after "
+    "`*`, the parameters with their defaults, and `f` for the native operation. For example: "
     "def rule(grad, x, *, slope: float = 25.0). FreeGrad's signature is accepted too: "
     "def rule(ctx, grad_out, tin, slope=25.0)."
 )
@@ -76,8 +88,9 @@ class Formula:
 
     Attributes:
         function: The formula, called as ``function(grad, [x], [y], **parameters)``.
-        inputs: Which of ``"x"`` and ``"y"`` it reads, in the order of the signature.
+        inputs: Which operands and ``"y"`` it reads, in the order of the signature.
         parameters: Its parameters, by name.
+        operation: Whether it uses the native operation, ``f``.
         gate: The formula as a function of a mask instead of ``x``; None if it does not read a mask.
         mask_parameters: The parameters that the mask depends on.
     """
@@ -85,6 +98,7 @@ class Formula:
     function: Callable[..., Tensor]
     inputs: tuple[str, ...]
     parameters: Mapping[str, Parameter]
+    operation: bool = False
     gate: Callable[..., Tensor] | None = None
     mask_parameters: tuple[str, ...] = ()
 
@@ -102,7 +116,7 @@ def read_formula(
     Raises:
         RuleError: The signature is not in the vocabulary, or it does not fit `mask`.
     """
-    inputs, parameters = _read_signature(name, function)
+    inputs, parameters, operation = _read_signature(name, function)
     if (MASK in inputs) is not (mask is not None):
         given, missing = (
             ("has the argument `mask`", "mask= is not given")
@@ -114,10 +128,15 @@ def read_formula(
             f"def rule(grad, mask)."
         )
     if mask is None:
-        return Formula(function, inputs, parameters)
+        return Formula(function, inputs, parameters, operation)
+    if operation or not {*inputs} <= {MASK, "y"}:
+        raise RuleError(
+            f"rule {name!r} is registered with mask=, which is for a formula of `x` alone: it cannot read other "
+            f"operands or `f`. Leave out mask=, and read `x`."
+        )
     names = _mask_parameters(name, mask, parameters)
     inputs = tuple("x" if argument == MASK else argument for argument in inputs)
-    return Formula(_gated(function, mask, names), inputs, parameters, function, names)
+    return Formula(_gated(function, mask, names), inputs, parameters, False, function, names)
 
 
 def arguments_of(name: str, what: str, function: Callable[..., Any]) -> list[tuple[str, Any]]:
@@ -145,14 +164,17 @@ def arguments_of(name: str, what: str, function: Callable[..., Any]) -> list[tup
 
 def _read_signature(
     name: str, function: Callable[..., Tensor]
-) -> tuple[tuple[str, ...], dict[str, Parameter]]:
-    """Return what the formula reads besides the gradient (``"x"`` or ``"mask"``, and ``"y"``), and its parameters."""
+) -> tuple[tuple[str, ...], dict[str, Parameter], bool]:
+    """Return what the formula reads besides the gradient, its parameters, and whether it uses ``f``."""
     signature = _signature(name, function)
     hints = _hints(function)
     inputs: list[str] = []
     parameters: dict[str, Parameter] = {}
+    operation = False
     for position, (argument, spec) in enumerate(signature.parameters.items()):
-        if spec.kind is spec.KEYWORD_ONLY:
+        if argument == OPERATION and spec.kind is spec.KEYWORD_ONLY and spec.default is spec.empty:
+            operation = True
+        elif spec.kind is spec.KEYWORD_ONLY:
             parameters[argument] = _parameter(name, spec, hints)
         elif spec.kind is spec.POSITIONAL_OR_KEYWORD and spec.default is spec.empty:
             _check_input(name, position, argument)
@@ -168,7 +190,7 @@ def _read_signature(
         )
     if "grad" not in signature.parameters:
         raise RuleError(f"rule {name!r} has no argument `grad`. {_VOCABULARY}")
-    return tuple(inputs), parameters
+    return tuple(inputs), parameters, operation
 
 
 def _signature(name: str, function: Callable[..., Tensor]) -> inspect.Signature:
@@ -204,7 +226,7 @@ def _check_input(name: str, position: int, argument: str) -> None:
         raise RuleError(
             f"the first argument of rule {name!r} is {argument!r}; it must be 'grad'. {_VOCABULARY}"
         )
-    if position > 0 and argument not in (*INPUTS, MASK):
+    if position > 0 and argument not in (*INPUTS, *OPERANDS, MASK):
         raise RuleError(f"rule {name!r} has the unknown argument {argument!r}. {_VOCABULARY}")
 
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import RuleError
+from .answers import Learns
 from .constraint import Constraint
-from .contract import KINDS
+from .contract import INPUTS, KINDS
 from .parameter import Parameter
 
 __all__ = ["Declaration", "tells_sign"]
@@ -24,7 +25,7 @@ class Declaration:
     Attributes:
         name: The name in the registry.
         function: The formula, called as ``function(grad, [x], [y], **parameters)``.
-        inputs: Which of ``"x"`` and ``"y"`` the formula reads. Only these are saved for the backward.
+        inputs: Which operands and ``"y"`` the formula reads. Only these are saved for the backward.
         parameters: The declared parameters, by name.
         keeps_shape: Whether the result has the shape of ``grad``.
         reference: The paper or the library that the formula comes from.
@@ -47,6 +48,11 @@ class Declaration:
         reducing: Whether an entry of the result depends on other entries of the gradient or of ``x``.
         random: Whether the result depends on random numbers.
         takes_more: Whether the rule accepts parameters that it does not declare, as rules of FreeGrad can.
+        answers: The operands that the rule gives a gradient to; empty for the first operand of the operation.
+        learns: The parameters that the rule gives a gradient to, each with the function that computes it; None if the
+            formula returns it in a dict.
+        operation: Whether the formula uses the native operation, ``f``.
+        several: Whether the formula reads or answers for other operands than the first one, or returns a dict.
     """
 
     name: str
@@ -71,6 +77,20 @@ class Declaration:
     linear: bool = True
     reducing: bool = False
     random: bool = False
+    answers: tuple[str, ...] = ()
+    learns: Learns = field(default_factory=dict)
+    operation: bool = False
+    several: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        one = not self.answers and set(self.inputs) <= {*INPUTS} and not self.operation
+        object.__setattr__(self, "several", not one or None in self.learns.values())
+
+    @property
+    def needs_operation(self) -> str:
+        """What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing."""
+        names = [n for n in (*self.inputs, *self.answers) if n not in INPUTS]
+        return f"the operand {names[0]!r}" if names else "`f`" * self.operation
 
     @property
     def formula(self) -> str:

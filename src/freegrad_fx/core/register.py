@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RuleError, unknown
+from .answers import read_answers, read_learns
 from .constraint import read_constraints
 from .contract import KINDS, NATIVE, Formula, adapted, arguments_of, read_formula
 from .declaration import Declaration
@@ -36,6 +37,8 @@ def register(
     linear: bool = True,
     reducing: bool = False,
     random: bool = False,
+    answers: str | tuple[str, ...] = (),
+    learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
     overwrite: bool = False,
 ) -> Callable[[Callable[..., Tensor]], Rule]:
     """Declare a backward rule. The decorated function becomes a `Rule`.
@@ -45,10 +48,14 @@ def register(
     - ``grad`` is the incoming gradient, ``x`` the input of the operation, ``y`` its output. Only what the signature
       names is saved for the backward.
     - Arguments after ``*`` are the parameters of the rule, with their defaults.
+    - For an operation with several operands, the names of the operands: ``x``, ``weight`` and ``bias`` of a linear
+      layer; ``a`` and ``b`` of a product. The keyword ``f`` is then the native operation: ``f(x=..., weight=...)``
+      computes it, and ``f.gradient("x", grad, weight=...)`` computes its gradient.
 
     The first line of the docstring is the formula. The function returns the gradient for ``x``, with the shape and
-    dtype of ``x``. It must be a pure function of tensors: it must not change its arguments in place, call ``.item()``,
-    or branch on the values of tensors.
+    dtype of ``x``; or a dict of gradients by the names of operands and parameters, in which a function without
+    arguments is called only if that gradient is needed. It must be a pure function of tensors: it must not change its
+    arguments in place, call ``.item()``, or branch on the values of tensors.
 
     FreeGrad's signature ``fn(ctx, grad_out, tin, **params)`` is accepted too: ``ctx`` is None, ``tin`` is ``x`` (for a
     parameter, its value), and the other arguments are parameters.
@@ -74,14 +81,20 @@ def register(
         linear: False for a rule whose result is not linear in the gradient, such as a clipping.
         reducing: True for a rule that computes an entry of the result from several entries, such as a norm.
         random: True for a rule that draws random numbers.
+        answers: The operands that the rule gives a gradient to. The others keep their native gradient. Default: the
+            first operand that the signature names.
+        learns: The parameters that the rule gives a gradient to, if they are tensors that require one. Either their
+            names, and the function returns a dict that contains their gradients; or a dict of the names and the
+            functions that compute the gradients, with the signature of the rule.
         overwrite: True to replace a rule of the same name.
 
     Returns:
         A decorator that turns the function into a `Rule` and registers it.
 
     Raises:
-        RuleError: The name is taken; the signature, `requires` or `kinds` cannot be read; `mask` or `fast` has the
-            wrong signature; or the defaults or `examples` do not satisfy `requires`.
+        RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read; `mask`
+            or `fast` has the wrong signature, or is given for a formula that returns a dict; or the defaults or
+            `examples` do not satisfy `requires`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -104,6 +117,9 @@ def register(
         formula = read_formula(name, function, mask)
         _check_fast(name, fast, formula)
         source = formula.gate or formula.function
+        learnt = read_learns(name, learns, formula)
+        answered = read_answers(name, answers, formula)
+        identity = ",".join((name, *answered, *learnt))
         declaration = Declaration(
             name=name,
             function=formula.function,
@@ -119,15 +135,19 @@ def register(
             gate=formula.gate,
             fast=fast,
             examples=tuple(examples),
-            token=_token(name, source, mask),
-            own=_is_own(source, mask),
+            token=_token(identity, source, mask, *learnt.values()),
+            own=_is_own(source, mask, *learnt.values()),
             takes_more=takes_more,
             meant_for=_several(meant_for),
             peers=_several(peers),
             linear=linear,
             reducing=reducing,
             random=random,
+            answers=answered,
+            learns=learnt,
+            operation=formula.operation,
         )
+        _check_forms(declaration)
         rule = Rule.of(declaration)
         _check_examples(rule)
         add(rule)
@@ -172,6 +192,16 @@ def _check_fast(name: str, fast: Callable[..., Tensor] | None, formula: Formula)
         )
 
 
+def _check_forms(declaration: Declaration) -> None:
+    for what, form in (("mask", declaration.mask), ("fast", declaration.fast)):
+        if form is not None and declaration.several:
+            raise RuleError(
+                f"rule {declaration.name!r} is registered with {what}=, which is for a formula that returns the "
+                f"gradient of x alone. Leave out {what}=; or let the formula return a tensor, and give the gradients "
+                f"of parameters as functions: learns={{name: function}}."
+            )
+
+
 def _check_examples(rule: Rule) -> None:
     for example in rule.declaration.examples:
         if not isinstance(example, Mapping):
@@ -182,17 +212,20 @@ def _check_examples(rule: Rule) -> None:
         rule(**example)
 
 
-def _token(name: str, formula: Callable[..., Tensor], mask: Callable[..., Tensor] | None) -> str:
+def _token(
+    identity: str, formula: Callable[..., Tensor], *others: Callable[..., Tensor] | None
+) -> str:
     """Return a text that identifies a formula in every process.
 
     Caches of compiled code, also on disk, use it as the key. ``""`` for a formula that reads variables, whose values
     can change.
     """
-    if _is_own(formula, mask):
-        places = [f"{f.__module__}.{f.__qualname__}" for f in (formula, mask) if f is not None]
-        return f"{name}@{'+'.join(places)}"
-    content = fingerprint(formula, mask)
-    return f"{name}@{content}" if content else ""
+    functions = (formula, *others)
+    if _is_own(*functions):
+        places = [f"{f.__module__}.{f.__qualname__}" for f in functions if f is not None]
+        return f"{identity}@{'+'.join(places)}"
+    content = fingerprint(*functions)
+    return f"{identity}@{content}" if content else ""
 
 
 def _is_own(*functions: Callable[..., Tensor] | None) -> bool:

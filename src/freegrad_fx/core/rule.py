@@ -14,7 +14,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 
 from ..errors import RuleError, unknown
-from .contract import NATIVE, OF_MASK, RESERVED, SAVES
+from .contract import NATIVE, OF_MASK, OPERATION, RESERVED, SAVES
 from .declaration import Declaration
 from .info import RuleInfo, info_of
 from .parameter import Parameter
@@ -219,16 +219,23 @@ class Rule:
             raise TypeError(f"compile of rule {self.name!r} must be True or False, got {compile!r}")
         return compile
 
-    def backward(self, grad: Tensor, x: Tensor | None = None, y: Tensor | None = None) -> Tensor:
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor | None = None,
+        y: Tensor | None = None,
+        **operands: Any,
+    ) -> Tensor:
         """Compute the formula.
 
         Args:
             grad: The incoming gradient, that of the output.
             x: The input of the operation. Required if the formula reads it.
             y: The output of the operation. Required if the formula reads it.
+            **operands: Further operands of the operation, by name, and ``f``, if the formula reads them.
 
         Returns:
-            The gradient for ``x``.
+            The gradient for ``x``; or what else the formula returns, a dict of gradients by name.
 
         Raises:
             RuleError: An input that the formula reads is missing, or a parameter is not bound.
@@ -239,15 +246,16 @@ class Rule:
             >>> fg.rules.rectangular(a=-1.0, b=1.0).backward(torch.ones(3), x=x)
             tensor([0., 1., 0.])
         """
-        given = {"x": x, "y": y}
-        for name in self.inputs:
-            if given[name] is None:
-                needed = ", ".join(f"{name}=..." for name in self.inputs)
+        given = {"x": x, "y": y, **operands}
+        names = (*self.inputs, OPERATION) if self.declaration.operation else self.inputs
+        for name in names:
+            if given.get(name) is None:
+                needed = ", ".join(f"{name}=..." for name in names)
                 raise RuleError(
                     f"rule {self.name!r} reads {name!r}, which is missing. Call rule.backward(grad, {needed})."
                 )
         self.require_bound()
-        return self.function(grad, **{name: given[name] for name in self.inputs}, **self.bound)
+        return self.function(grad, **{name: given[name] for name in names}, **self.bound)
 
     def require_bound(self) -> None:
         """Raise `RuleError` if a parameter has neither a default nor a value."""

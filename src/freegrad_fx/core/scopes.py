@@ -49,6 +49,8 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
             f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "
             f"forward=."
         )
+    if needed := rule.declaration.needs_operation:
+        raise RuleError(f"rule {rule.name!r} needs {needed}, which sites of one input do not have")
     if not rule.keeps_shape:
         raise RuleError(
             f"rule {rule.name!r} changes the shape of the gradient, so it cannot be used in a block. Give it to "

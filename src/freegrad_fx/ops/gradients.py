@@ -6,6 +6,7 @@ implements `decoupled`. This module does not depend on individual rules or on gr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,8 +20,10 @@ from torch.overrides import (
 from .._torch.dynamo import is_compiling
 from ..backward.decouple import decouple
 from ..backward.hazards import records_forward_alone, warn_if_recorded
+from ..backward.several import Operands
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
+from ..vocabulary.operands import operation_of
 
 __all__ = ["copied", "decoupled", "decoupled_by", "kept", "stop_gradient", "written_back"]
 
@@ -119,11 +122,17 @@ def decoupled(
     site: str = "",
     save: str = "",
     compile: bool = False,
+    operation: str = "",
+    operands: Mapping[str, Any] | None = None,
     **parameters: Any,
 ) -> Tensor:
     """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
 
     Formula: forward y; backward ∂x = rule(∂out, x, y), ∂y = ∂out.
+
+    A rule can answer for several operands. Each of these has to be detached before the operation; the others keep
+    their native gradient, which `y` receives. In a second derivative, the native gradients are constant in the operands
+    that are detached.
 
     `y` also receives its gradient. A PReLU between `stop_gradient(x)` and `y`, for example, is trained as usual.
 
@@ -139,6 +148,9 @@ def decoupled(
         save: What is saved for the backward if the rule reads ``x``: ``"x"``; ``"mask"`` or ``"bits"``, only the
             mask of ``x``; or ``"y"``, the output, which must have the same mask. The default is the rule's own option.
         compile: Whether the backward runs as one compiled kernel in eager mode.
+        operation: The canonical name of the operation; needed by rules that use ``f``, and if it has several operands.
+        operands: The further arguments of the operation: its operands by their names (``weight``, ``bias``; ``b``),
+            the others by PyTorch's names.
         **parameters: The rule's parameters. Missing ones are taken from the rule.
 
     Returns:
@@ -159,7 +171,8 @@ def decoupled(
     """
     if has_torch_function_variadic(y, x):  # `read` is computed by the same tracer as `x`
         given = _if_given(ambient=ambient) if ambient else {"rule": rule}
-        given = {**given, **_if_given(save=save, compile=compile)}
+        how = _if_given(save=save, compile=compile, operation=operation, operands=operands)
+        given = {**given, **how}
         return handle_torch_function(
             decoupled, (y, x), y, x, *read, **given, site=site, **parameters
         )
@@ -179,8 +192,18 @@ def decoupled(
         if len(parameters) < len(found.parameters):
             parameters = {**dict(found.values), **parameters}
         save, compile = save or found.save, compile or found.compile
-        return decouple(y, x, found, site, parameters, save, compile, *read)
+        used = _operands(operation, x, operands or {}) if operation else None
+        values = read[0] if read else None
+        return decouple(y, x, found, site, parameters, save, compile, values, used)
     return decoupled_by(ambient_rules(ambient, site), y, x, site)
+
+
+def _operands(operation: str, x: Tensor, others: Mapping[str, Any]) -> Operands:
+    found = operation_of(operation)
+    first, *further = ("x",) if found is None else found.operands
+    values = {name: others[name] for name in further if name in others}
+    constants = {name: value for name, value in others.items() if name not in further}
+    return Operands(operation, {first: x, **values}, constants)
 
 
 def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:

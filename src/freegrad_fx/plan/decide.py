@@ -266,6 +266,11 @@ def _check_rules(place: Located, entry: Entry) -> None:
                 f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put an entry before it that "
                 f"gives this site another rule or None."
             )
+        if needed := rule.declaration.needs_operation:
+            raise PlanError(
+                f"rule {rule.name!r} needs {needed}, which sites of one input do not have; at {where}. Call "
+                f"freegrad_fx.ops.decoupled(..., operation=..., operands=...) in the model instead."
+            )
         if place.op is not None and not place.op.keeps_shape and rule.keeps_shape:
             raise PlanError(
                 f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
