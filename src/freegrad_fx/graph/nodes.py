@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,8 +13,9 @@ from .._torch.modules import children_of
 from ..ops.calls import call_with
 from ..ops.hooked import call_without_hooks, forward_of, run_hooks, run_pre_hooks
 from ..vocabulary.op import Spelling
-from ..vocabulary.recognition import recognise
+from ..vocabulary.recognition import has_derivative, recognise
 from .provenance import origin
+from .shape_values import known_number
 
 __all__ = [
     "argument",
@@ -103,7 +105,24 @@ def spelled(node: fx.Node, root: nn.Module, wanted: Collection[str] = ()) -> Spe
         wanted: The ops to recognise among those that are sites only for tables that name them.
     """
     module, first = called_module(node, root), first_argument(node)
-    return recognise(node, module, first, wanted, lambda argument: _dims(argument, root))
+    found = recognise(node, module, first, wanted, lambda argument: _dims(argument, root))
+    if found is None or not found.op.on_demand:
+        return found
+    tensors = [o for o in found.operands if o.held or not _is_number(argument(node, o.key), root)]
+    if not tensors:
+        return None
+    key = found.key if tensors[0].held else tensors[0].key
+    return replace(found, key=key, found=tuple(tensors))
+
+
+def _is_number(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node computes a number or a tensor without a derivative, as far as it is known."""
+    example = node.meta.get("example_value", node.meta.get("val"))
+    if node.op == "get_attr":
+        example = attribute(node, root)
+    if example is None:
+        return known_number(node) is not None
+    return not has_derivative(example)
 
 
 def parameter_of(node: Any, root: nn.Module) -> Tensor | None:

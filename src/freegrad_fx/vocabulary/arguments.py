@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from .._torch.operators import Overload, schema
+from .._torch.operators import schema
 from .op import Op
 
 __all__ = ["Layout", "layout_of"]
@@ -41,7 +41,7 @@ def _name(target: Any) -> str:
 
 
 def _argument_names(target: Any) -> list[str]:
-    if isinstance(target, Overload):
+    if hasattr(target, "overloadpacket"):
         return [argument.name for argument in schema(target).arguments]
     if hasattr(target, "overloads"):
         return _argument_names(getattr(target, target.overloads()[0]))

@@ -19,7 +19,7 @@ from .arguments import Layout, layout_of
 from .op import Op, Operand, Spelling
 from .operations import LINEAR, MATMUL
 
-__all__ = ["may_be_recognised", "recognise", "recognise_call"]
+__all__ = ["has_derivative", "may_be_recognised", "recognise", "recognise_call"]
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def _entries(op: Op) -> Iterator[tuple[_Target, _Entry]]:
 def _index(table: tuple[Op, ...]) -> dict[_Target, _Entry]:
     index: dict[_Target, _Entry] = {}
     for target, entry in (pair for op in table for pair in _entries(op)):
-        if len(entry.op.reads) > 1 and target[0] != "call_module":
+        if entry.op.operands != ("x",) and target[0] != "call_module":
             entry = replace(entry, layout=layout_of(entry.op, target[1]))
             if entry.inplace and entry.layout[0][1] != 0:
                 continue  # `addmm_` writes into the term that it adds, which is no operand
@@ -85,6 +85,13 @@ _FUNCTIONS: dict[Any, _Entry] = {
 
 # The last three are NumPy's names, which torch.* also accepts.
 _TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
+
+
+def has_derivative(value: Any) -> bool:
+    """Whether a value can have a gradient; true for the nodes of a graph, of which it is not known."""
+    if isinstance(value, Tensor):
+        return value.is_floating_point() or value.is_complex()
+    return isinstance(value, fx.Node)
 
 
 def _no_parameter(argument: Any) -> int:
@@ -111,16 +118,19 @@ def recognise(
     entry = _SPELLINGS.get(called or (node.op, node.target))
     # A flag that the graph computes is a node, and therefore counts as true
     inplace = bool(getattr(module, "inplace", False))
+    if getattr(module, "return_indices", False):
+        return None
     if entry is None or not _is_wanted(entry, wanted):
         return None
     spelling = _spelling(entry, node.args, node.kwargs, fx.Node, first, inplace, dims)
     if spelling is None or (spelling.op.on_demand and spelling.op.name not in wanted):
         return None
-    if module is None or len(entry.op.reads) == 1:
+    if module is None or entry.op.operands == ("x",):
         return spelling
     held = {name for name, tensor in module.named_parameters(recurse=False) if tensor is not None}
     own = (Operand(name, held=name) for name in entry.op.operands if name in held)
-    return replace(spelling, found=(*spelling.operands, *own))
+    given = () if entry.op.operands[0] in held else spelling.operands
+    return replace(spelling, found=(*given, *own))
 
 
 def _is_wanted(entry: _Entry, wanted: Collection[str]) -> bool:
@@ -172,6 +182,8 @@ def _spelling(
         "inplace": entry.inplace or inplace or bool(flag),
         "writes_out": kwargs.get("out") is not None,
     }
+    if kwargs.get("return_indices") or kwargs.get("rounding_mode") is not None:
+        return None  # a tuple, or integers
     if entry.layout:
         op, found = _with_operands(entry, args, kwargs, kind, dims)
         return Spelling(op, found[0].key, **how, found=found) if found else None
@@ -195,7 +207,8 @@ def _with_operands(
     for name, position, keywords in entry.layout:
         key = position if position is not None and position < len(args) else None
         place = next((k for k in keywords if k in kwargs), None) if key is None else key
-        if place is not None and isinstance(_argument(args, kwargs, place, place), kind):
+        value = None if place is None else _argument(args, kwargs, place, place)
+        if place is not None and isinstance(value, kind) and has_derivative(value):
             found.append(Operand(name, place))
     if entry.op is not MATMUL:
         return entry.op, tuple(found)

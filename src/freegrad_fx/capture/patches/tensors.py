@@ -18,9 +18,9 @@ from ..._torch.graphs import grad_mode_setter
 from ..._torch.replacing import replaced
 from ...graph.aliasing import named_in_place
 from ...graph.provenance import caller, is_users
+from ...graph.shape_values import known_number
 from ...ops.checks import require_tensor
 from ..proxies import FlagProxy, RecordingProxy
-from ..shape_values import known_number
 from .recorder import Recorder, with_proxies
 
 __all__ = ["RecordMode", "answered_isinstance", "recorded_factories"]

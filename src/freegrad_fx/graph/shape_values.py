@@ -1,4 +1,4 @@
-"""Which nodes of a trace compute numbers, because they describe the shape of a tensor."""
+"""Which nodes of a graph compute numbers, because they describe the shape of a tensor."""
 
 from __future__ import annotations
 
