@@ -119,6 +119,8 @@ def curve_of(
     at = torch.linspace(low, high, _POINTS, dtype=torch.float64)
     function: Any = None if name is None else OPS[name].function
     y = at if function is None else function(at)
+    if function is not None:
+        parts = tuple(part.at_operation(function) for part in parts)
     by_entry = all(part.declaration.linear and not part.declaration.reducing for part in parts)
     grad = torch.ones_like(at) if by_entry else at
     if any(part.declaration.random for part in parts):

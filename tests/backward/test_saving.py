@@ -103,9 +103,9 @@ def test_bits_keep_the_layout_of_a_mask(x: Tensor) -> None:
 @pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64])
 def test_packed_bits_are_in_order(count: int) -> None:
     mask = torch.rand(count) > 0.5
-    (packed, _) = pack(mask)
+    (packed, _) = pack(mask, 1)
     written = [[*mask.tolist(), *[False] * 7][i : i + 8] for i in range(0, count, 8)]
-    assert packed.tolist() == [sum(bit << i for i, bit in enumerate(byte)) for byte in written]
+    assert packed[0].tolist() == [sum(bit << i for i, bit in enumerate(byte)) for byte in written]
 
 
 def test_a_tensor_with_a_storage_of_its_own_keeps_its_mask() -> None:

@@ -38,7 +38,7 @@ def test_the_bytes_are_those_that_are_saved(name: str, dtype: torch.dtype) -> No
         assert masked.info.saves == ("mask",)
         assert masked.info.saved_bytes(dtype) == saved_bytes(masked, dtype) == 1
         bits = rule(save="bits")
-        assert bits.info.saved_bytes(dtype) == saved_bytes(bits, dtype) == 1 / 8
+        assert bits.info.saved_bytes(dtype) == saved_bytes(bits, dtype) == bits.info.mask_bits / 8
 
 
 @pytest.mark.parametrize("name", BUILT_IN)

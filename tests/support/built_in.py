@@ -13,8 +13,12 @@ __all__ = ["BUILT_IN", "EXAMPLES", "MASKED", "examples_of", "saved_by"]
 
 BUILT_IN = [rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
 
-MASKED = [name for name in BUILT_IN if fg.get(name).declaration.mask is not None]
-"""The rules that read x only through a mask."""
+MASKED = [
+    name
+    for name in BUILT_IN
+    if fg.get(name).declaration.mask is not None and fg.get(name).declaration.mask_bits == 1
+]
+"""The rules that read x only through a mask of booleans."""
 
 
 def examples_of(name: str) -> list[dict[str, Any]]:

@@ -696,3 +696,44 @@ class Decoupled(torch.autograd.Function):
 def oracle(forward: Forward, rule: Backward) -> Forward:
     """The operation with `forward` as its forward and ``rule(grad, x, y)`` as its backward, written by hand."""
     return lambda x: Decoupled.apply(x, forward, rule)
+
+
+# --- few bits ---
+
+_GELU = {
+    1: ((0.0,), (0.0, 1.0)),
+    3: (
+        (-2.415516, -0.710125, -0.325949, 0.0, 0.325949, 0.710125, 2.415516),
+        (-0.000194, -0.088314, 0.125616, 0.372231, 0.627769, 0.874384, 1.088314, 1.000194),
+    ),
+}
+
+
+def _step(x: float, borders: tuple[float, ...], levels: tuple[float, ...]) -> float:
+    return levels[sum(not x <= border for border in borders)]
+
+
+@entry("few_bit")
+def few_bit(
+    g: float,
+    x: float,
+    *,
+    bits: int = 3,
+    borders: tuple[float, ...] = (),
+    levels: tuple[float, ...] = (),
+) -> float:
+    return g * _step(x, *((borders, levels) if levels else _GELU[bits]))
+
+
+@entry("regelu2")
+def regelu2(g: float, x: float) -> float:
+    a, b, c = -0.04922261145617846, 1.0979632065417297, -0.048740595085551286
+    borders = (-3.1858810036855245, -0.001178821281161997, 3.190832613414926)
+    return g * _step(x, borders, (0.0, a, a + b, a + b + c))
+
+
+@entry("resilu2")
+def resilu2(g: float, x: float) -> float:
+    a, b, c = -0.04060357190528599, 1.080925428529668, -0.040321856624382146
+    borders = (-6.3050461001646445, -0.0008684942046214787, 6.325815242089708)
+    return g * _step(x, borders, (0.0, a, a + b, a + b + c))

@@ -121,7 +121,7 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
         elif save in OF_MASK and "x" in inputs:
             x = _mask(x, call)
             if save == BITS:
-                x, ctx.order = pack(x)
+                x, ctx.order = pack(x, rule.declaration.bits_of(parameters))
         # The output is saved as `y`: a double backward then differentiates the rule, not the operation
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
@@ -172,12 +172,13 @@ def _mask(x: Tensor, call: Call) -> Tensor:
         raise RuleError(
             f"{where} has a mask function that changes x in place. Make it a pure function."
         )
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool or mask.shape != x.shape:
+    dtype = torch.bool if declaration.mask_bits == 1 else torch.uint8
+    if not isinstance(mask, Tensor) or mask.dtype != dtype or mask.shape != x.shape:
         got = type(mask).__name__
         if isinstance(mask, Tensor):
             got = f"a tensor of {mask.dtype} and shape {tuple(mask.shape)}"
         raise RuleError(
-            f"{where} has a mask function that returns {got}; it has to return a boolean tensor of the shape of x, "
+            f"{where} has a mask function that returns {got}; it has to return a tensor of {dtype} of the shape of x, "
             f"{tuple(x.shape)}."
         )
     return mask
@@ -200,7 +201,8 @@ def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[
         return declaration.function, inputs, parameters
     if save == BITS and inputs:
         mask, *others = inputs  # it precedes `y`
-        inputs = (unpack(mask, ctx.like[0], ctx.order), *others)
+        bits = declaration.bits_of(parameters)
+        inputs = (unpack(mask, ctx.like[0], ctx.order, bits), *others)
     return declaration.gate, inputs, parameters
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RuleError
 from .answers import Learns
 from .constraint import Constraint
-from .contract import INPUTS, KINDS
+from .contract import INPUTS, KINDS, SAVES
 from .parameter import Parameter
 
 __all__ = ["Declaration", "tells_sign"]
@@ -36,6 +36,10 @@ class Declaration:
         mask: For a formula that reads ``x`` only through a mask, the function that computes the mask from ``x`` and
             parameters; otherwise None.
         mask_parameters: The parameters that the mask depends on.
+        mask_bits: The bits of an entry of the mask, or the name of the parameter that says how many: 1 for booleans,
+            more for bytes.
+        save: What is saved unless an entry says something else: a value of the option `save`.
+        of_op: Computes values of parameters from the operation at a site, called as ``of_op(function, **parameters)``.
         gate: For a formula that reads a mask, the formula, called as ``gate(grad, mask, [y], **parameters)``.
         fast: The formula in fewer passes over memory, for eager mode; see `register`.
         examples: Values of the parameters that the rule is tested with, besides the defaults.
@@ -66,6 +70,9 @@ class Declaration:
     sparse: bool = False
     mask: Callable[..., Tensor] | None = None
     mask_parameters: tuple[str, ...] = ()
+    mask_bits: int | str = 1
+    save: str = SAVES[0]
+    of_op: Callable[..., Mapping[str, Any]] | None = None
     gate: Callable[..., Tensor] | None = None
     fast: Callable[..., Tensor] | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
@@ -121,6 +128,11 @@ class Declaration:
         """Compute the mask of ``x`` that the formula reads, for these parameters."""
         assert self.mask is not None
         return self.mask(x, **{name: parameters[name] for name in self.mask_parameters})
+
+    def bits_of(self, parameters: Mapping[str, Any]) -> int:
+        """The bits of an entry of the mask, for these parameters."""
+        bits = self.mask_bits
+        return int(parameters[bits]) if isinstance(bits, str) else bits
 
     def check(self, bound: Mapping[str, Any]) -> None:
         """Raise `RuleError` if values do not satisfy the constraints of the rule."""

@@ -15,10 +15,6 @@ from .text import shown
 __all__ = ["ParameterInfo", "RuleInfo", "info_of"]
 
 
-_COMPACT: Mapping[str, float] = {MASK: 1, BITS: 1 / 8}
-"""The bytes for each entry of what is smaller than a tensor."""
-
-
 class ParameterInfo(NamedTuple):
     """A parameter of a rule.
 
@@ -44,6 +40,7 @@ class RuleInfo:
         formula: The formula.
         parameters: Its parameters, by name.
         saves: What it saves for the backward: any of ``"x"``, ``"mask"``, ``"bits"`` and ``"y"``.
+        mask_bits: The bits of an entry of the mask, if the rule has one.
         properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
             ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` and
             ``save="bits"`` are possible.
@@ -58,6 +55,7 @@ class RuleInfo:
     formula: str
     parameters: Mapping[str, ParameterInfo] = field(hash=False)
     saves: tuple[str, ...]
+    mask_bits: int
     properties: tuple[str, ...]
     kinds: tuple[str, ...]
     meant_for: tuple[str, ...]
@@ -72,7 +70,8 @@ class RuleInfo:
         Args:
             dtype: The dtype of the input of the operation.
         """
-        return sum(_COMPACT.get(name, dtype.itemsize) for name in self.saves)
+        sizes: dict[str, float] = {MASK: 1, BITS: self.mask_bits / 8}
+        return sum(sizes.get(name, dtype.itemsize) for name in self.saves)
 
     def __str__(self) -> str:
         parameters = [
@@ -126,6 +125,7 @@ def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> R
         declaration.formula,
         parameters,
         saves,
+        declaration.bits_of(values),
         tuple(name for name, holds in held.items() if holds),
         declaration.kinds,
         declaration.meant_for,

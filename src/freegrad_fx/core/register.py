@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RuleError, unknown
 from .answers import read_answers, read_learns
 from .constraint import read_constraints
-from .contract import KINDS, NATIVE, Formula, adapted, arguments_of, read_formula
+from .contract import KINDS, NATIVE, SAVES, Formula, adapted, arguments_of, read_formula
 from .declaration import Declaration
 from .fingerprint import fingerprint
 from .rule import Rule, add, available
@@ -30,6 +30,9 @@ def register(
     kinds: str | tuple[str, ...] = KINDS,
     sparse: bool = False,
     mask: Callable[..., Tensor] | None = None,
+    mask_bits: int | str = 1,
+    save: str = SAVES[0],
+    of_op: Callable[..., Mapping[str, Any]] | None = None,
     fast: Callable[..., Tensor] | None = None,
     examples: Iterable[Mapping[str, Any]] = (),
     meant_for: str | tuple[str, ...] = (),
@@ -70,6 +73,13 @@ def register(
         mask: For a rule that reads ``x`` only through a mask: a function of ``x`` and, by keyword, of parameters of
             the rule, that returns booleans. The signature of the rule then has ``mask`` instead of ``x``, and
             ``save="mask"`` can save the mask, one byte for each entry, instead of ``x``, and ``save="bits"`` one bit.
+        mask_bits: The bits of an entry of the mask, at most 8. If there is more than one, the mask is a tensor of
+            unsigned bytes below 2**mask_bits, not of booleans. The name of a parameter, if that says how many.
+        save: What the rule saves unless an entry says something else: ``"x"``, ``"mask"`` or ``"bits"``.
+        of_op: For a rule that depends on the operation whose backward it replaces: a function that takes this
+            operation, as a function of one tensor, and by keyword all parameters, and returns the values of some of
+            them as a dict. It is called when a site gets the rule. It raises `RuleError` if the operation has no such
+            values; its text continues "it is not possible, as ...".
         fast: The same formula in fewer passes over memory, with the same signature (with ``x``, not ``mask``). It
             replaces the formula in eager mode, if the backward is not itself differentiated and no transform of
             torch.func is active. It can return ``NotImplemented``, and the formula is used instead.
@@ -116,6 +126,7 @@ def register(
             )
         formula = read_formula(name, function, mask)
         _check_fast(name, fast, formula)
+        _check_mask(name, mask_bits, save, formula)
         source = formula.gate or formula.function
         learnt = read_learns(name, learns, formula)
         answered = read_answers(name, answers, formula)
@@ -132,6 +143,9 @@ def register(
             sparse=sparse,
             mask=mask,
             mask_parameters=formula.mask_parameters,
+            mask_bits=mask_bits,
+            save=save,
+            of_op=of_op,
             gate=formula.gate,
             fast=fast,
             examples=tuple(examples),
@@ -200,6 +214,25 @@ def _check_forms(declaration: Declaration) -> None:
                 f"gradient of x alone. Leave out {what}=; or let the formula return a tensor, and give the gradients "
                 f"of parameters as functions: learns={{name: function}}."
             )
+
+
+def _check_mask(name: str, bits: object, save: str, formula: Formula) -> None:
+    """Raise `RuleError` if what is declared of a mask cannot be."""
+    if save not in SAVES:
+        raise RuleError(unknown(f"value of save= for rule {name!r}:", save, SAVES))
+    if formula.gate is None and (save != SAVES[0] or bits != 1):
+        raise RuleError(
+            f"rule {name!r} is registered with save= or mask_bits=, but mask= is not given. Give the function that "
+            f"computes the mask, or leave these out."
+        )
+    if isinstance(bits, str) and bits not in formula.parameters:
+        raise RuleError(
+            unknown(f"parameter in mask_bits= of rule {name!r}:", bits, formula.parameters)
+        )
+    if not isinstance(bits, str) and bits not in range(1, 9):
+        raise RuleError(
+            f"mask_bits={bits!r} of rule {name!r} must be a number from 1 to 8, or the name of a parameter."
+        )
 
 
 def _check_examples(rule: Rule) -> None:

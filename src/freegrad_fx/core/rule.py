@@ -70,7 +70,8 @@ class Rule:
     def of(cls, declaration: Declaration) -> Rule:
         """Return the rule of a declaration, with the defaults of its parameters."""
         declaration.check(declaration.defaults)
-        return cls(declaration, types.MappingProxyType(declaration.defaults))
+        bound = types.MappingProxyType(declaration.defaults)
+        return cls(declaration, bound, save=declaration.save)
 
     # -- read from the declaration
 
@@ -134,7 +135,7 @@ class Rule:
     @property
     def options(self) -> dict[str, Any]:
         """The options `save` and `compile`, without those that have the default value."""
-        found: dict[str, Any] = {} if self.save == SAVES[0] else {"save": self.save}
+        found: dict[str, Any] = {} if self.save == self.declaration.save else {"save": self.save}
         return {**found, "compile": True} if self.compile else found
 
     @property
@@ -256,6 +257,18 @@ class Rule:
                 )
         self.require_bound()
         return self.function(grad, **{name: given[name] for name in names}, **self.bound)
+
+    def at_operation(self, function: Callable[[Tensor], Tensor]) -> Rule:
+        """The rule with the values that it has at an operation.
+
+        Args:
+            function: The operation, as a function of its input alone.
+
+        Raises:
+            RuleError: The rule is not possible at this operation.
+        """
+        of_op = self.declaration.of_op
+        return self if of_op is None else self(**of_op(function, **self.bound))
 
     def require_bound(self) -> None:
         """Raise `RuleError` if a parameter has neither a default nor a value."""

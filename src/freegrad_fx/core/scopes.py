@@ -44,6 +44,12 @@ def scopes_of(scope: str | tuple[str, ...]) -> tuple[str, ...]:
 def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None:
     """Raise `RuleError` if a rule cannot be used at every site in some scopes."""
     rule.require_bound()
+    if rule.declaration.of_op is not None:
+        raise RuleError(
+            f"rule {rule.name!r} depends on the operation whose backward it replaces, and use() and Activation get it "
+            f"for any operation. Give it in a table: use({{'activations': {rule.name!r}}}, model=model), or "
+            f"transform(model, {{'activations': {rule.name!r}}})."
+        )
     if rule.forward is not None:
         raise RuleError(
             f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "

@@ -6,7 +6,7 @@ Their calls are intercepted as in a `use` block, with the names, call indices an
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from threading import get_ident
@@ -192,9 +192,15 @@ class Outside(EagerSites):
         self._backend.findings.outside(place.program, located, decision)
         return decision
 
-    def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
+    def operation(
+        self,
+        spelling: Spelling,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Decision | None:
         """The decision for the operation that is called now. In a `native` block it has no rules."""
-        return _in_force(super().operation(spelling, function))
+        return _in_force(super().operation(spelling, function, args, kwargs))
 
     def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
         """The decision for the call of a module whose class the table selects. In a `native` block it has no rules."""

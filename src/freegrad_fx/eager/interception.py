@@ -69,7 +69,7 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return observing[-1].run(lambda: func(*args, **kwargs))
     name = spelling.op.name
     asking = [o for o in observing if not spelling.op.on_demand or name in o.on_demand]
-    asked = (observed.operation(spelling, func) for observed in asking)
+    asked = (observed.operation(spelling, func, args, kwargs) for observed in asking)
     decision = next((d for d in asked if d is not None and d.entry is not None), None)
     if decision is None or decision.action != "rewrite":
         return observing[-1].run(lambda: func(*args, **kwargs))

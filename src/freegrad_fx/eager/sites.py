@@ -7,7 +7,7 @@ Where a call is, and how often the same one has run before, is told by `Observed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from ..errors import RuleError
 from ..graph.provenance import caller
 from ..modules import Activation
 from ..plan import Decision
+from ..sites.alone import Alone, call_alone, other_constants
 from ..sites.operations import spelled_function
 from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
@@ -54,12 +55,13 @@ class Place:
 
 @dataclass(frozen=True)
 class _Described:
-    """What a call is: its spelling, why no rule can act, the line of the vocabulary, and the class that is called."""
+    """What a call is: see the fields of the same names of `Located`; and its spelling."""
 
     spelled: str
     obstacle: str = ""
     line: Op | None = None
     called: type[Any] | None = None
+    alone: Alone | None = None
 
 
 class EagerSites(ABC):
@@ -81,6 +83,7 @@ class EagerSites(ABC):
         self.table = table
         self.wants_parameters = table.wants_parameters
         self.on_demand = table.on_demand
+        self._asks_for_operations = table.asks_for_operations
 
     # --- what a kind of sites tells ---
 
@@ -128,7 +131,13 @@ class EagerSites(ABC):
 
     # --- operations ---
 
-    def operation(self, spelling: Spelling, function: Callable[..., Any]) -> Decision | None:
+    def operation(
+        self,
+        spelling: Spelling,
+        function: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any],
+    ) -> Decision | None:
         """The decision for the operation that is called now; None if it is no site."""
         self.note_call()
         place = self.place()
@@ -145,9 +154,14 @@ class EagerSites(ABC):
                 called = kind if kind in spelling.op.modules else None
             spelled = _module(called, inplace) if called else spelled_function(function, inplace)
             obstacle = _OUT if spelling.writes_out else self.obstacle(place)
-            return _Described(spelled, obstacle, spelling.op, called)
+            alone = call_alone(function, args, kwargs, spelling.key)
+            return _Described(spelled, obstacle, spelling.op, called, alone)
 
-        return self._decision((function, inplace), place, spelling.op.name, described)
+        written: tuple[Any, ...] = (function, inplace)
+        if self._asks_for_operations:
+            # the other arguments decide what the operation is
+            written = (*written, *other_constants(args, kwargs, spelling.key))
+        return self._decision(written, place, spelling.op.name, described)
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
@@ -214,7 +228,7 @@ class EagerSites(ABC):
             source=source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
-        located = Located(site, owners, what.obstacle, what.line, what.called)
+        located = Located(site, owners, what.obstacle, what.line, what.called, what.alone)
         known[key] = self.decided(place, located)
         return known[key]
 

@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from ..capture import Capture
-from ..core.rule import Forward
+from ..core.rule import Forward, Rule
 from ..core.text import shown
-from ..errors import PlanError
+from ..errors import PlanError, RuleError
 from ..graph.aliasing import Aliasing, named_in_place, of_library
 from ..sites.hidden import hidden_sites
 from ..sites.opaque import find_opaque
@@ -24,6 +24,7 @@ from ..sites.remarks import Lost, Opaque
 from ..sites.site import Located, LocatedOperation, LocatedParameter
 from ..sites.steps import find_steps
 from ..table import Entry, RuleTable
+from ..vocabulary.activations import OPS
 from .decision import Decided, Decision
 from .notes import remark_on
 from .plan import Plan
@@ -239,18 +240,58 @@ def decide(place: Located, table: RuleTable) -> Decision:
         _check_replaceable(place, entry.forward)
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
         return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
+    rules = _at_operation(place, entry, entry.rules)
     return Decision(
         site,
         "rewrite",
-        entry.rules,
+        rules,
         entry.forward,
         index,
         f"matches {entry.selector}",
-        remark=remark_on(place, entry.rules, entry.forward),
+        remark=remark_on(place, rules, entry.forward),
     )
 
 
 _FROZEN = "it is frozen (requires_grad=False), so it gets no gradient; transform again after unfreezing it"
+
+
+def _at_operation(place: Located, entry: Entry, rules: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """The rules of an entry, with the values that they have at the operation of a site.
+
+    Raises:
+        PlanError: A rule has no such values.
+    """
+    if not any(rule.declaration.of_op for rule in rules):
+        return rules
+    line, function = place.op, place.alone
+    if isinstance(entry.forward, str):
+        line, function = OPS[entry.forward], OPS[entry.forward].function
+    elif entry.forward is not None:
+        line, function = None, entry.forward
+    found = []
+    for rule in rules:
+        problem = ""
+        if line is None and entry.forward is None:
+            problem = "it is no operation of the vocabulary"
+        elif line is not None and not line.elementwise:
+            problem = f"{line.name} is not elementwise"
+        elif function is None:
+            problem = (
+                "it takes other tensors besides its input, or the site is ambient, so that its arguments are not known "
+                "(then transform the original model with the table)"
+            )
+        else:
+            try:
+                found.append(rule.at_operation(function))
+            except RuleError as error:
+                problem = str(error)
+        if problem:
+            raise PlanError(
+                f"rule {rule.name!r} depends on the operation whose backward it replaces. At site {place.site.name} "
+                f"({place.site.spelling}) it is not possible, as {problem}. Give this site another rule or None in an "
+                f"entry before {entry.selector!r}."
+            )
+    return tuple(found)
 
 
 def _check_rules(place: Located, entry: Entry) -> None:

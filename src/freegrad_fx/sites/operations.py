@@ -16,6 +16,7 @@ from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
 from ..ops.gradients import kept, stop_gradient
 from ..vocabulary.op import Spelling
+from .alone import node_alone
 from .owners import ALREADY, class_at, decoupling, qualified, short_name
 from .site import LocatedOperation, Site
 
@@ -69,6 +70,7 @@ def find_sites(
                 obstacle=_obstacle(node, spelling),
                 op=spelling.op if isinstance(spelling, Spelling) else None,
                 called=called,
+                alone=node_alone(node, spelling.key, module),
                 node=node,
                 key=spelling.key,
                 inplace=spelling.inplace,

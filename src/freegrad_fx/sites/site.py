@@ -5,13 +5,14 @@ A site is identified by its place in the model (owner path, op, call index), nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import argument
 from ..vocabulary.op import Op, Operand
+from .alone import Alone
 
 __all__ = ["Located", "LocatedOperation", "LocatedParameter", "Site"]
 
@@ -69,6 +70,8 @@ class Located:
         obstacle: The reason why no rule can act at the site; ``""`` if one can.
         op: Its line in the vocabulary; None for a parameter, and for a call of a class that the table selects by type.
         called: The class of the module or `autograd.Function` that is called; None for other calls.
+        alone: The operation as a function of the activated tensor alone; None if it takes other tensors, and for a
+            parameter.
     """
 
     site: Site
@@ -76,6 +79,7 @@ class Located:
     obstacle: str = ""
     op: Op | None = None
     called: type[Any] | None = None
+    alone: Alone | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -194,6 +194,12 @@ class RuleTable:
         named = {name for entry in self.entries for name in entry.sites.ops}
         return frozenset(name for name in named if name in OPS and OPS[name].on_demand)
 
+    @property
+    def asks_for_operations(self) -> bool:
+        """Whether a rule depends on the operation at its site."""
+        rules = (rule for entry in self.entries for rule in entry.rules or ())
+        return any(rule.declaration.of_op is not None for rule in rules)
+
     def types_in(self, model: nn.Module) -> tuple[type[Any], ...]:
         """The classes whose calls are sites. A capture must not trace into the modules among them."""
         return tuple(
