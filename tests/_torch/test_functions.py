@@ -384,6 +384,7 @@ def checkpoints() -> dict[str, str]:
     return dict(line.split(": ") for line in done.stdout.splitlines())
 
 
+@pytest.mark.slow
 def test_what_a_checkpoint_runs_again_is_run_through_what_its_forward_has_recorded(
     checkpoints: dict[str, str],
 ) -> None:

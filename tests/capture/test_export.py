@@ -1264,6 +1264,7 @@ VISION: dict[str, Make] = {
 QUICK_VISION = {"squeezenet1_1", "swin"}
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("name", marked(VISION, {*VISION} - QUICK_VISION))
 def test_both_captures_agree_on_torchvisions_models(name: str) -> None:
     check_both(lambda: wake(VISION[name]()), image(2, 3, 64, 64), RULE)

@@ -140,7 +140,7 @@ def test_random_modules_have_everything_in_them() -> None:
             for arg in args:
                 names(arg) if isinstance(arg, tuple) else None
 
-    @settings(max_examples=3 * EXAMPLES, derandomize=True, deadline=None, database=None)
+    @settings(max_examples=360, derandomize=True, deadline=None, database=None)
     @given(programs)
     def collect(program: Any) -> None:
         names(program)

@@ -445,6 +445,7 @@ def names_of_everything() -> dict[str, Any]:
     return found
 
 
+@pytest.mark.slow
 def test_names_are_the_same_in_every_process() -> None:
     paths = json.dumps(IMPORTABLE)
     seed = "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1"

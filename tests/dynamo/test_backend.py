@@ -177,6 +177,7 @@ def test_inductor_compiles_what_was_rewritten(forward: Callable[[Model, Tensor],
     assert_same(gradients(compiled, model, x), by_interception(model, x))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     "options",
@@ -234,6 +235,7 @@ def test_fullgraph_and_dynamic_shapes_reach_torch_compile() -> None:
 # --- names and calls ---
 
 
+@pytest.mark.sampled(2)
 def test_recompilation_neither_counts_twice_nor_shifts_a_call() -> None:
     def forward(self: Model, x: Tensor) -> Tensor:
         return graph_breaks(self, x) if self.training else F.relu(graph_breaks(self, x))
@@ -419,6 +421,7 @@ class Swishes(nn.Module):
         return self.swish(self.layers(self.swish(self.linear(x))))
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "rules",
@@ -816,6 +819,7 @@ def in_one_graph(self: Model, x: Tensor) -> Tensor:
     return x + y
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("inner", EAGER)
 @pytest.mark.parametrize(
     "rules",

@@ -160,6 +160,7 @@ def no_warning() -> Iterator[None]:
         yield
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("make", PROGRAMS)
 def test_every_site_gets_its_rule_once(make: Callable[[], nn.Module]) -> None:
     model, x = make(), sample()

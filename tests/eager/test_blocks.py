@@ -342,6 +342,7 @@ def test_a_table_that_matches_nothing_warns_also_if_no_activation_ran() -> None:
             model(X)
 
 
+@pytest.mark.sampled(2)
 # Dynamo reads the gradients of its inputs after a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
@@ -360,6 +361,7 @@ def test_compiled_code_acts_in_a_block(backend: str) -> None:
         assert equal(gradients(compiled), [3 * g for g in NATIVE])
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_the_table_of_a_compiled_model_decides_in_it(backend: str) -> None:
     torch._dynamo.reset()

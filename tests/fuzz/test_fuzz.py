@@ -11,7 +11,8 @@ import pytest
 from fuzz_cases import Case, check, kind_of, random_case
 from fuzz_shrink import shrink
 
-# For each way in, the number of chunks and of cases in each: 200 cases. Exporting and compiling take long.
+# For each way in, the number of chunks and of cases in each: 200 cases, half of them slow tests. Exporting and
+# compiling take long.
 FAST = {"symbolic": (6, 32), "export": (1, 4), "compile": (1, 2), "backend": (1, 2), "use": (1, 32)}
 
 
@@ -64,7 +65,11 @@ def summary(kinds: Counter[str]) -> Counter[str]:
 
 @pytest.mark.parametrize(
     ("door", "chunk"),
-    [(door, chunk) for door, (chunks, _) in FAST.items() for chunk in range(chunks)],
+    [
+        pytest.param(door, chunk, marks=pytest.mark.slow if chunk > 1 else ())
+        for door, (chunks, _) in FAST.items()
+        for chunk in range(chunks)
+    ],
 )
 def test_random_programs(door: str, chunk: int) -> None:
     number = FAST[door][1]

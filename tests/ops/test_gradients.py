@@ -916,6 +916,7 @@ def test_a_function_is_imported_where_it_is_not_known(elsewhere: Path) -> None:
     assert function_key(Outer.Quadrupled) == key
 
 
+@pytest.mark.slow
 def test_a_function_is_found_in_another_process(elsewhere: Path) -> None:
     program = (
         "import torch; from freegrad_fx.ops import apply_function;"

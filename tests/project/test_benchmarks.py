@@ -140,6 +140,7 @@ BEYOND_NATIVE = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_an_activation_saves_what_its_rule_needs() -> None:
     found = dict(cases.operator_memory())
     assert found["native relu"] == 4.0
@@ -378,6 +379,7 @@ def test_every_section_with_a_compiler(section: str, monkeypatch: pytest.MonkeyP
         assert list(command.measure(section, quick=True, seconds=0))
 
 
+@pytest.mark.slow
 def test_the_command_writes_json_and_markdown_and_says_which_peers_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

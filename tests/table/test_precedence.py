@@ -224,7 +224,7 @@ def naive_decision(table: list[dict[str, Any]], site: fg.Site, model: nn.Module)
 
 
 @given(model=models, table=st.lists(fields, min_size=1, max_size=5))
-@settings(max_examples=150)
+@settings(max_examples=100)
 def test_the_entry_that_decides_is_that_of_a_naive_reading(
     model: nn.Module, table: list[dict[str, Any]]
 ) -> None:

@@ -392,7 +392,7 @@ def transform_quietly(program: Program, rule: Any) -> nn.Module:
         return fg.transform(program, {"relu": rule})
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(PROGRAM)
 def test_any_program_keeps_its_forward_and_its_true_gradients(drawn: Any) -> None:
     instructions, returned, looks_at_x = drawn

@@ -167,6 +167,7 @@ def test_each_rule_is_its_formula_on_the_native_gradient(name: str, model: str) 
     assert_ruled(ruled, native, original, formula, exact)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("export", [False, True], ids=["symbolic", "export"])
 def test_resnet18(export: bool) -> None:
     vision = Vision("resnet18")

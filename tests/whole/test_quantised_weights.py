@@ -393,6 +393,7 @@ def train(model: nn.Module, data: Data, steps: int) -> float:
     return hits.float().mean().item()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("forward", "by_hand"), [("binarize", SteSign.apply), ("ternarize", SteTern.apply)]
 )

@@ -184,6 +184,7 @@ torch.save([each.gradients for each in seen], sys.argv[3])
 """
 
 
+@pytest.mark.sampled(3)
 @BOTH
 def test_torch_load_in_another_process(pair: str, tmp_path: Path) -> None:
     original, by_hand = make(pair)
@@ -300,6 +301,7 @@ def test_a_model_with_a_transformed_part_keeps_its_rules() -> None:
 # --- compilers ---
 
 
+@pytest.mark.sampled(2)
 @BOTH
 def test_compiled_in_one_piece(pair: str) -> None:
     original, by_hand = make(pair)

@@ -254,6 +254,7 @@ def test_optical_flow_is_captured_from_example_inputs(name: str) -> None:
     check_invariants(make(name), images, {"example_inputs": images})
 
 
+@pytest.mark.slow
 def test_a_detection_model_is_refused_with_example_inputs_too() -> None:
     """It needs targets in training alone, and export captures both modes."""
     model = make("ssdlite320_mobilenet_v3_large")

@@ -438,6 +438,7 @@ class Switch(nn.Module):
         return F.relu(x + 0.5) if self.training else torch.tanh(x)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("parts", "last", "variants"),
     [(4, False, MAX_VARIANTS), (4, True, 2), (5, False, 2)],
