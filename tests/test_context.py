@@ -43,6 +43,10 @@ def rectangular(grad: Tensor, x: Tensor) -> Tensor:
     return grad * ((x >= -0.4) & (x <= 0.6))
 
 
+# `tests/eager/test_threads.py` tests the warning
+NO_RULES_IN_A_THREAD = pytest.mark.filterwarnings("ignore:the thread .* was started in a use")
+
+
 @pytest.fixture(autouse=True)
 def _every_block_is_left() -> Iterator[None]:
     yield
@@ -340,6 +344,7 @@ def unbound_rule(grad: Tensor, *, factor: float) -> Tensor:
 # --- threads, exceptions, generators, tasks, decorators ---
 
 
+@NO_RULES_IN_A_THREAD
 def test_a_thread_has_no_blocks_of_another() -> None:
     gm = fg.transform(NET)
     native = gradients(NET, X)
@@ -509,6 +514,7 @@ def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
 # --- what runs the forward elsewhere, or once more ---
 
 
+@NO_RULES_IN_A_THREAD
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
@@ -684,6 +690,7 @@ def test_compiled_code_follows_the_blocks_and_is_compiled_once_for_each(backend:
     assert seen == [True, True, True, backend == "inductor" and seen[3]] * 2
 
 
+@NO_RULES_IN_A_THREAD
 def test_compiled_code_follows_the_blocks_of_the_thread_that_calls_it() -> None:
     gm = fg.transform(NET)
     compiled = Compiled(gm)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import core, ops, rules, vocabulary
 from ._moved import find_moved
-from .context import native
+from .blocks import native
 from .core.register import register
 from .core.rule import Composition, Rule, compose, get
 from .errors import (

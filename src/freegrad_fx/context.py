@@ -1,4 +1,4 @@
-"""Ambient rules: the context managers `use` and `native`, and the state that the sites of a graph read.
+"""The blocks that are in force, and the state that the sites of a graph read. `blocks` has those of users.
 
 Independent of graphs. The state is local to the thread, like the grad mode of PyTorch.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import (
     AbstractContextManager,
@@ -24,28 +23,29 @@ from typing import Any, Self, TypeVar
 from ._torch.dynamo import is_compiling, is_traced_by_dynamo, leave_to_python
 from ._torch.functions import follow_checkpoints
 from .core.declaration import Declaration
-from .core.rule import Rule, RuleLike, unlearned
-from .core.scopes import SCOPES, parts_for, scopes_of
-from .errors import FreegradWarning, RuleError
+from .core.rule import Rule
+from .core.scopes import SCOPES
+from .errors import RuleError
 
 __all__ = [
     "OWN_RULES",
     "Block",
     "ambient_rules",
+    "deciding_blocks",
     "explicit_rules_act",
+    "in_a_block",
     "in_python",
     "in_the_blocks_of_now",
     "inside_of_a_block",
     "intercepted",
     "intercepting_blocks",
     "left_alone",
-    "native",
     "outside_of_blocks",
     "programs",
+    "require_own_blocks",
     "surrounded",
     "table_in_force",
     "tables_cannot_be_traced",
-    "use",
 ]
 
 Called = TypeVar("Called", bound=Callable[..., Any])
@@ -91,7 +91,7 @@ def ambient_rules(scope: str, site: str = "") -> tuple[Rule, ...]:
         RuntimeError: The thread is in the blocks of another asynchronous task.
         RuleError: A block has a table, which cannot decide the site where it runs.
     """
-    _require_own_blocks()
+    require_own_blocks()
     if _state.table and (decided := _by_table(site)) is not None:
         return decided
     return _state.activations if scope == "activations" else _state.params
@@ -134,7 +134,7 @@ def explicit_rules_act() -> bool:
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
     """
-    _require_own_blocks()
+    require_own_blocks()
     return _state.explicit
 
 
@@ -149,7 +149,7 @@ def intercepting_blocks() -> tuple[Any, ...]:
     if is_compiling():
         return _state.traced
     if _state.intercepting:
-        _require_own_blocks()
+        require_own_blocks()
     return _state.intercepting
 
 
@@ -158,7 +158,18 @@ def programs() -> tuple[Any, ...]:
     return tuple(block for block in _state.intercepting if block.of_program)
 
 
-def _require_own_blocks() -> None:
+def deciding_blocks() -> tuple[Any, ...]:
+    """The blocks of the user that are in force in this thread, the innermost first; none inside of `native`."""
+    return _state.deciding
+
+
+def in_a_block() -> bool:
+    """Whether this thread is in a block, also in one of `native`."""
+    return bool(_state.blocks)
+
+
+def require_own_blocks() -> None:
+    """Raise `RuntimeError` if the thread is in the blocks of another asynchronous task."""
     if not is_compiling() and _entered.get() != _state.blocks:
         raise RuntimeError(
             "the use() and native() blocks of this asynchronous task differ from those in force in its thread. A block "
@@ -182,8 +193,7 @@ def _put(blocks: tuple[Block, ...]) -> None:
         values.update(block.changes)
         if block.ends_interception:
             traced = ()
-            # The program around a `native` block asks by itself whether its rules act
-            kept = isinstance(block, native)
+            kept = block.keeps_programs
             intercepting = tuple(b for b in intercepting if kept and b.of_program)
             deciding = deciding if isinstance(block, _Alone) else ()
         if block.intercepts:
@@ -297,13 +307,16 @@ def surrounded(make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None
 
 
 class Block(ContextDecorator):
-    """The base of `use` and `native`: changes the state of the thread. Blocks are reentrant and reusable."""
+    """The base of all blocks: changes the state of the thread. Blocks are reentrant and reusable."""
 
     intercepts = False
     """Whether the block also acts on plain eager code."""
 
     ends_interception = False
     """Whether the blocks around it do not act on plain eager code in it."""
+
+    keeps_programs = False
+    """Whether compiled programs around it still intercept in it, and ask by themselves whether their rules act."""
 
     of_program = False
     """Whether the block is that of a compiled program, which intercepts only what is not in the program's graphs."""
@@ -315,7 +328,7 @@ class Block(ContextDecorator):
     @leave_to_python
     def __enter__(self) -> Self:
         _follow_checkpoints()
-        _require_own_blocks()
+        require_own_blocks()
         _put((*_state.blocks, self))
         return self
 
@@ -372,68 +385,6 @@ class _Alone(Block):
 
 
 _ALONE = _Alone()
-
-
-class use(Block):
-    """Context manager that gives every ambient site in a scope a rule.
-
-    Formula: at every ambient site y = f(x) whose forward runs in the block, ∂x = rule(∂y, x, y).
-
-    The following sites are ambient: all sites of ``transform(model)`` without rules, the sites that no entry decides
-    in ``transform(model, rules, ambient=True)``, and `Activation` layers.
-
-    The rule is bound when the forward runs, so the backward can run after the block or in another thread. Blocks can
-    be nested: the innermost block for a scope takes precedence, and rules that a table gave to a site take precedence
-    over blocks. Recomputation by `torch.utils.checkpoint` runs in the blocks of the original forward. A block applies
-    only to the thread that entered it, not to threads started inside of it. It can be entered repeatedly, and used as
-    a decorator.
-
-    Args:
-        rule: A rule name, a `Rule` or a composition.
-        params: Values for the rule's parameters.
-        scope: ``"activations"``, ``"params"``, ``"all"``, or a tuple of these.
-
-    Raises:
-        RuleError: The rule is unknown, lacks a parameter value, replaces a forward, or cannot be used in a scope; or
-            a scope is unknown.
-
-    Source: FreeGrad, ``freegrad.use``.
-    """
-
-    def __init__(
-        self,
-        rule: RuleLike,
-        params: Mapping[str, Any] | None = None,
-        scope: str | tuple[str, ...] = "activations",
-    ) -> None:
-        scopes = scopes_of(scope)
-        parts = parts_for(scopes, rule, params)
-        for text in unlearned(parts):
-            warnings.warn(text, FreegradWarning, stacklevel=3)
-        super().__init__(table=False, **dict.fromkeys(scopes, parts))
-
-
-class native(Block):
-    """Context manager that disables all rules: gradients equal those of the untransformed model, bit for bit.
-
-    Both rules from tables and ambient rules are disabled; a `use` block inside enables ambient rules again. A
-    replaced forward stays replaced, with its own derivative, which a warning says; then call the original model for
-    its gradients. Threads and nesting are handled as by `use`.
-
-    Example:
-        >>> import torch, freegrad_fx as fg
-        >>> gm = fg.transform(torch.nn.Sequential(torch.nn.ReLU()), {"relu": fg.rules.scale(s=3.0)})
-        >>> x = torch.ones(1, requires_grad=True)
-        >>> with fg.native():
-        ...     y = gm(x)
-        >>> torch.autograd.grad(y, x)
-        (tensor([1.]),)
-    """
-
-    ends_interception = True
-
-    def __init__(self) -> None:
-        super().__init__(explicit=False, table=False, activations=(), params=())
 
 
 @functools.cache

@@ -17,7 +17,7 @@ from ._torch.generators import random_state_kept, seed
 from ._torch.graphs import make_fx
 from ._torch.tensors import empty_like_gradient
 from .backward.functions import rule_behind
-from .context import use
+from .blocks import use
 from .core.rule import RuleLike
 from .errors import RuleError
 

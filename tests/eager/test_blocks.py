@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -119,15 +118,6 @@ def test_a_backward_in_a_block_gets_no_rules() -> None:
     assert torch.equal(found, torch.sigmoid(x))
     assert torch.allclose(second, torch.sigmoid(x) * (1 - torch.sigmoid(x)))
     assert len(fg.report(block).decisions) == 1
-
-
-def test_a_block_belongs_to_a_thread() -> None:
-    seen: list[list[Tensor]] = []
-    with fg.use(THREE):
-        thread = threading.Thread(target=lambda: seen.append(gradients()))
-        thread.start()
-        thread.join()
-    assert all(map(torch.equal, seen[0], NATIVE))
 
 
 def test_another_asynchronous_task_is_refused() -> None:

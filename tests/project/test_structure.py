@@ -23,7 +23,7 @@ FLOORS = """
 errors _moved
 _torch
 core
-rules context vocabulary
+rules blocks context vocabulary
 backward
 ops
 functional plot modules graph testing

@@ -41,6 +41,7 @@ __all__ = [
     "has_hooks_on_errors",
     "hooks_of",
     "is_compiled_wrapper",
+    "is_replica",
     "make_replica",
     "parameters_of",
     "run_hooks_on_errors",
@@ -352,6 +353,11 @@ def uncompiled_call(module: nn.Module) -> Any:
 def make_replica(module: nn.Module) -> None:
     """Make a copy of a module a replica, as `nn.DataParallel` does: its parameters are replaced by plain tensors."""
     module.__dict__.update({PARAMETERS: {}, "_is_replica": True})
+
+
+def is_replica(module: nn.Module) -> bool:
+    """Whether a module is a copy that `nn.DataParallel` has made for a device."""
+    return bool(module.__dict__.get("_is_replica", False))
 
 
 class ConvertsInPlace(nn.Module):

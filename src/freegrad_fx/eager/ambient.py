@@ -5,7 +5,7 @@ The graphs of the model hold these sites, so their calls are not intercepted: th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -20,12 +20,18 @@ from ..sites.site import Located, LocatedParameter
 from ..table import RuleTable
 from ..vocabulary.activations import OPS
 
-__all__ = ["at_ambient_sites", "path_in"]
+__all__ = ["at_ambient_sites", "follows_blocks", "path_in"]
 
 _NOT_AMBIENT = (
     "the model was transformed without a rule for it, so that it follows no block; transform the original model with "
     "the table, or call that model in the block"
 )
+
+
+def follows_blocks(model: CapturedModule) -> bool:
+    """Whether a transformed model has ambient sites."""
+    plan = model.__dict__.get(PLAN)
+    return isinstance(plan, Plan) and bool(plan.with_action("ambient"))
 
 
 def path_in(model: nn.Module, part: CapturedModule) -> str | None:
@@ -54,12 +60,11 @@ def at_ambient_sites(
     Raises:
         RuleError: An entry with `forward=` decides a site.
     """
-    plan = model.__dict__.get(PLAN)
-    decisions: Sequence[Decision] = plan.decisions if isinstance(plan, Plan) else ()
-    if not any(d.action == "ambient" for d in decisions):
+    if not follows_blocks(model):
         return
+    plan: Plan = model.__dict__[PLAN]
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    for own in decisions:
+    for own in plan.decisions:
         if own.action != "ambient" and (own.action != "native" or own.entry is not None):
             continue
         located = _located(model, own, parameters)

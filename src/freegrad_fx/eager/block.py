@@ -10,9 +10,9 @@ from typing import Any, Self
 from torch import nn
 
 from .._torch.dynamo import leave_to_python
+from ..blocks import use as ambient_use
 from ..capture.captured import CapturedModule
 from ..context import Block
-from ..context import use as ambient_use
 from ..core.rule import Composition, Rule, RuleLike
 from ..errors import FreegradWarning, TableError
 from ..modules import Activation
@@ -21,6 +21,7 @@ from ..table import RulesLike, RuleTable
 from ..table.table import is_path
 from .interception import enter, leave, resuming
 from .observed import Observed
+from .threads import watch_threads
 
 __all__ = ["use"]
 
@@ -37,7 +38,8 @@ class use(ambient_use):
     The rule is bound when the forward runs, so the backward can run after the block or in another thread. Blocks can
     be nested: the innermost block that decides a site takes precedence, and `native` disables all blocks around it.
     Recomputation by `torch.utils.checkpoint` runs in the blocks of the original forward. A block applies only to the
-    thread that entered it, not to threads started inside of it. It can be entered repeatedly, and used as a decorator.
+    thread that entered it. A thread that was started inside of it has no rules, and warns once where the block would
+    give some. A block can be entered repeatedly, and used as a decorator.
 
     Args:
         rules: A rule name, a `Rule` or a composition, for the sites in `scope`; or a dict, a `RuleTable` or the path of
@@ -97,23 +99,33 @@ class use(ambient_use):
         if model is not None and not _has_ambient_sites(model):
             self.changes = {}  # the ambient sites of other models are not those of this one
         self.observed = Observed(table, model)
+        self.warned = False
+        self._inside = 0
         self.__dict__[PLAN] = self.observed.plan
 
     @leave_to_python
     def __enter__(self) -> Self:
+        watch_threads()
         super().__enter__()
         enter(self)
+        self._inside += 1
         return self
 
     @leave_to_python
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)
         leave(self)
+        self._inside -= 1
         self.observed.end_call()
         if self._table_given and self.observed.ran and error[:1] in ((), (None,)):
             self._table_given = False  # the first time tells
             for problem in self.observed.unmatched():
                 warnings.warn(problem, FreegradWarning, stacklevel=2)
+
+    @property
+    def watched(self) -> bool:
+        """Whether other threads are watched: the block is entered, and has not warned of one yet."""
+        return self._inside > 0 and not self.warned
 
     def resume(self) -> Callable[[], AbstractContextManager[Any]]:
         """A function that returns a context in which code runs again as it runs now."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from .._torch.dispatch import dispatch_modes, function_transforms_active
+from .._torch.modules import is_replica
 from .._torch.tensors import version
 from ..capture.captured import CapturedModule
 from ..context import table_in_force
@@ -26,10 +27,11 @@ from ..plan.decide import also, decide
 from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
-from .ambient import at_ambient_sites, path_in
+from ..vocabulary.op import Spelling
+from .ambient import at_ambient_sites, follows_blocks, path_in
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
-from .parameters import parameters_swapped_in, role_of
+from .parameters import is_parameter, parameters_swapped_in, role_of
 from .running import running_modules
 from .sites import EagerSites, Place, decoupled_parameter, parameter_site
 
@@ -164,6 +166,38 @@ class Observed(EagerSites):
             found[name] = (entry.rules or ()) if decision.frozen else decision.rules
             self._decisions["ambient", decision.site.key] = decision
         return found
+
+    def gives_rules_to(
+        self,
+        spelling: Spelling | None,
+        function: type[Any] | None,
+        given: Iterable[Any],
+        modules: Sequence[nn.Module],
+    ) -> bool:
+        """Whether the table may give a rule to a call in another thread, where also replicas of modules run.
+
+        Args:
+            spelling: How the call calls an op; None if it calls none.
+            function: The autograd.Function whose forward makes the call, or None.
+            given: The arguments of the call.
+            modules: The modules that are running.
+        """
+        replicas = any(map(is_replica, modules))
+        if self.model is not None and not (replicas or any(id(m) in self._paths for m in modules)):
+            return False
+        captured = [m for m in modules if isinstance(m, CapturedModule)]
+        if captured:
+            return any(follows_blocks(model) for model in captured)
+        for entry in self.table.entries:
+            sites = entry.sites
+            if spelling is not None and spelling.op.name in sites.ops:
+                return entry.rules is not None
+            of_parameters = entry.rules is not None and sites.wants_parameters
+            if of_parameters and (replicas or any(map(is_parameter, given))):
+                return True  # a replica has plain tensors for parameters
+        kinds = tuple(self.table.types_in(self.model or nn.Module()))
+        of_function = function is not None and issubclass(function, kinds)
+        return of_function or any(isinstance(m, kinds) for m in modules)
 
     # --- parameters ---
 

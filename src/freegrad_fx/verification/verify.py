@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from .._torch import exporting
 from .._torch.dynamo import backend_of
 from .._torch.modules import compiled_model, is_compiled_wrapper, uncompiled_call
+from ..blocks import native
 from ..capture.outside import Outside
-from ..context import native
 from ..errors import FreegradWarning, VerificationError
 from ..plan import PLAN, Plan
 from ..sites.remarks import Cache, Lost
