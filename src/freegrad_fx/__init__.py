@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
     from .plot import plot_rule
+    from .relevance import attribute
     from .schedules import RuleScheduler
     from .sites.site import Site
     from .table import RuleTable, on
@@ -53,6 +54,7 @@ _LATER = {
     "RuleTable": "table",
     "Site": "sites.site",
     "Verification": "verification",
+    "attribute": "relevance",
     "backend": "dynamo",
     "compile": "dynamo",
     "explain": "pipeline",
@@ -85,6 +87,7 @@ __all__ = [
     "TorchVersionError",
     "Verification",
     "VerificationError",
+    "attribute",
     "backend",
     "compile",
     "compose",

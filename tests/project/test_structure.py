@@ -32,7 +32,7 @@ capture table
 plan
 rewrite memory schedules
 eager
-dynamo
+relevance dynamo
 verification
 pipeline
 compat
