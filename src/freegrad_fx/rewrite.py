@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
@@ -20,7 +21,7 @@ from ._torch import tree
 from ._torch.graphs import grad_mode_getter, grad_mode_setter, is_erased
 from ._torch.modules import has_global_hooks, has_hooks
 from .capture.captured import sets_grad_mode
-from .capture.rule_parameters import hold
+from .capture.rule_parameters import HELD, hold
 from .core.rule import Forward, Rule
 from .core.scopes import SCOPES
 from .graph.aliasing import Aliasing, of_library
@@ -383,15 +384,15 @@ class _Surgery:
             return self.node("call_function", decoupled, (y, x), self.ambient)
         read = (start,) if x is not start and "x" in rule.inputs else ()
         values = {
-            name: self.tensor(value) if isinstance(value, Tensor) else value
+            name: self.tensor(value) if isinstance(value, HELD) else value
             for name, value in rule.bound.items()
         }
         options = {**rule.options, "save": save} if save else rule.options
         kwargs: dict[str, Any] = {"rule": rule.name, "site": self.site.name, **options, **values}
         return self.node("call_function", decoupled, (y, x, *read), kwargs)
 
-    def tensor(self, value: Tensor) -> fx.Node:
-        """Insert a read of a tensor that is a parameter of a rule; register it as a non-persistent buffer if needed."""
+    def tensor(self, value: Tensor | torch.Generator) -> fx.Node:
+        """Insert a read of a tensor or a generator that is a parameter of a rule; see `hold`."""
         return self.node("get_attr", hold(self.root, value))
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:

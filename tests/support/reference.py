@@ -468,33 +468,41 @@ def n2uq(
 
 
 @entry("noise", draw=torch.randn_like)
-def noise(g: float, draw: float, *, sigma: float = 0.1) -> float:
+def noise(g: float, draw: float, *, sigma: float = 0.1, generator: None = None) -> float:
     return g + sigma * draw
 
 
 @entry("full_jam", exact=True, draw=torch.rand_like)
-def full_jam(g: float, draw: float) -> float:
+def full_jam(g: float, draw: float, *, generator: None = None) -> float:
     return g * draw
 
 
 @entry("positive_jam", exact=True, draw=torch.rand_like)
-def positive_jam(g: float, x: float, draw: float) -> float:
+def positive_jam(g: float, x: float, draw: float, *, generator: None = None) -> float:
     return g * draw if x >= 0 else 0.0
 
 
 @entry("rectangular_jam", exact=True, draw=torch.rand_like)
-def rectangular_jam(g: float, x: float, draw: float, *, a: float = -5.0, b: float = 5.0) -> float:
+def rectangular_jam(
+    g: float, x: float, draw: float, *, a: float = -5.0, b: float = 5.0, generator: None = None
+) -> float:
     return g * draw if a <= x <= b else 0.0
 
 
 @entry("dropout_gradient", draw=in_single_precision)
-def dropout_gradient(g: float, draw: float, *, p: float = 0.5) -> float:
+def dropout_gradient(g: float, draw: float, *, p: float = 0.5, generator: None = None) -> float:
     return g / (1 - p) if draw >= p else 0.0
 
 
 @entry("stochastic_spike", draw=torch.rand_like)
 def stochastic_spike(
-    g: float, x: float, draw: float, *, mean: float = 0.0, variance: float = 0.2
+    g: float,
+    x: float,
+    draw: float,
+    *,
+    mean: float = 0.0,
+    variance: float = 0.2,
+    generator: None = None,
 ) -> float:
     return g if x > 0 else g * ((draw - 0.5 + mean) * variance)
 
@@ -627,7 +635,7 @@ def quantize_int8(grad: Tensor) -> Tensor:
 
 
 @whole_tensor("stochastic_sign", draw=in_single_precision)
-def stochastic_sign(grad: Tensor, draw: Tensor) -> Tensor:
+def stochastic_sign(grad: Tensor, draw: Tensor, *, generator: None = None) -> Tensor:
     def compute(g: list[float], u: list[float]) -> list[float]:
         largest = max(map(abs, g))
         return [
@@ -639,7 +647,9 @@ def stochastic_sign(grad: Tensor, draw: Tensor) -> Tensor:
 
 
 @whole_tensor("stochastic_round", draw=in_single_precision)
-def stochastic_round(grad: Tensor, draw: Tensor, *, bits: int = 8) -> Tensor:
+def stochastic_round(
+    grad: Tensor, draw: Tensor, *, bits: int = 8, generator: None = None
+) -> Tensor:
     def compute(g: list[float], u: list[float]) -> list[float]:
         largest, n = max(map(abs, g)), 2**bits - 1
         if largest == 0:

@@ -69,6 +69,7 @@ def decouple(
     several = answers_for_several(rule.declaration, parameters)
     if is_compiling():
         refuse_compiled_transform()
+        _refuse_generator(rule, site, parameters)
         tensors, numbers, call = operands(rule, site, parameters, save, operation)
         if call and all(isinstance(value, Tensor) for value in tensors):
             return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call, read)  # type: ignore[no-any-return]
@@ -86,6 +87,15 @@ def decouple(
         return apply_composable(y, operation or Operands("", {"x": x}, {}), described, read)
     values = tuple(_distinct((x, read), parameters.values()))
     return Composable.apply(y, x, read, rule, site, save, tuple(parameters), values)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _refuse_generator(rule: Rule, site: str, parameters: dict[str, Any]) -> None:
+    for name, value in parameters.items():
+        if isinstance(value, torch.Generator):
+            raise RuleError(
+                f"rule {rule.name!r} at site {site!r} draws from a generator of its own ({name}), which compiled code "
+                f"cannot do. Leave out {name}= and seed with torch.manual_seed; or run the model without torch.compile."
+            )
 
 
 def _distinct(before: tuple[Any, ...], values: Iterable[Any]) -> Iterable[Any]:

@@ -34,11 +34,14 @@ def run_compiled(
         **parameters: The rule's parameters.
 
     Returns:
-        The gradient for ``x``; ``NotImplemented`` if the recompilation limit has been reached.
+        The gradient for ``x``; ``NotImplemented`` if the recompilation limit has been reached, or the rule draws from a
+        generator of its own, which compiled code cannot do.
 
     Raises:
         RuleError: The formula cannot be compiled.
     """
+    if any(isinstance(value, torch.Generator) for value in parameters.values()):
+        return NotImplemented
     layouts = tuple((t.dtype, t.device.type, *memory_order(t)) for t in (grad, *inputs))
     kernel = _kernel(function, tuple(sorted(parameters)), layouts)
     try:

@@ -13,6 +13,7 @@ from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 from .._torch.modules import BUFFERS, CHILDREN, COMPILED_CALL, PARAMETERS, is_compiled_wrapper
 from ..errors import CaptureError
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, collect_tensors, is_python_state
+from .rule_parameters import GENERATOR
 
 __all__ = ["check_model", "structural_copy"]
 
@@ -72,7 +73,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
         if isinstance(module, torch.jit.ScriptModule):
             shared[id(module)] = module
         for name, value in module.__dict__.items():
-            if name in _TENSORS:
+            if name.startswith(GENERATOR):
+                shared[id(value)] = value  # the caller seeds it
+            elif name in _TENSORS:
                 shared.update((id(t), t) for t in value.values() if isinstance(t, Tensor))
             elif name != CHILDREN and type(value) not in _ATOMS and value is not None:
                 collect_tensors(value, shared, set())

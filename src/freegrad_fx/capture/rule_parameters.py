@@ -17,19 +17,42 @@ from ..core.rule import Rule, get
 from ..errors import PlanError, RuleError, unknown
 from ..ops.gradients import decoupled
 
-__all__ = ["PLAN", "RuleParameters", "calls_by_site", "hold", "in_force"]
+__all__ = [
+    "GENERATOR",
+    "HELD",
+    "PLAN",
+    "RuleParameters",
+    "calls_by_site",
+    "hold",
+    "in_force",
+]
 
 PLAN = "_freegrad_fx_plan"
 """The attribute of a transformed model that holds the plan, or a function that returns it."""
 
 _HELD = "rule_parameter_"
+GENERATOR = "rule_generator_"
+"""What the names of the attributes begin with by which a model holds generators of rules."""
 
 
-def hold(root: nn.Module, tensor: Tensor) -> str:
-    """Return the name by which a model holds a tensor that is a parameter of a rule.
+HELD = (Tensor, torch.Generator)
+"""What a model holds for the rules: a graph reads it from an attribute of the model."""
 
-    The tensor becomes a non-persistent buffer, unless it already is a parameter or buffer of the model.
+
+def hold(root: nn.Module, value: Tensor | torch.Generator) -> str:
+    """Return the name by which a model holds a tensor or a generator that is a parameter of a rule.
+
+    A tensor becomes a non-persistent buffer, unless it already is a parameter or buffer of the model. A generator
+    becomes an attribute, which is copied and saved with the model.
     """
+    if isinstance(value, torch.Generator):
+        names = [name for name in vars(root) if name.startswith(GENERATOR)]
+        held_as = next((name for name in names if vars(root)[name] is value), "")
+        if not held_as:
+            held_as = f"{GENERATOR}{len(names)}"
+            setattr(root, held_as, value)
+        return held_as
+    tensor = value
     named = (*root.named_parameters(), *root.named_buffers())
     name = next((name for name, held in named if held is tensor), "")
     if not name:
@@ -107,7 +130,12 @@ class RuleParameters(ConvertsInPlace):
     recompile: Any
 
     def set_rule_parameter(
-        self, sites: str = "*", /, *, rule: str | None = None, **values: float | Tensor
+        self,
+        sites: str = "*",
+        /,
+        *,
+        rule: str | None = None,
+        **values: float | Tensor | torch.Generator | None,
     ) -> Self:
         """Set parameters of the rules of this model. It can be called at any time, also on a loaded or copied model.
 
@@ -121,7 +149,7 @@ class RuleParameters(ConvertsInPlace):
                 ``*`` matches any characters; the name of an op (``"relu"``); or an entry of the table, as the report
                 prints it (``"params"``). Default: all sites.
             rule: The name of a rule, to leave other rules at these sites unchanged.
-            **values: The new values, numbers or tensors, by the name of the parameter.
+            **values: The new values, numbers, tensors or generators, by the name of the parameter.
 
         Returns:
             The model itself.
@@ -250,7 +278,7 @@ def _require_alone(
 def _set(model: RuleParameters, call: fx.Node, name: str, value: Any) -> bool:
     """Set a parameter. Returns whether the graph was changed."""
     given = call.kwargs[name]
-    if isinstance(given, fx.Node):
+    if isinstance(given, fx.Node) and not isinstance(_tensor(model, given), torch.Generator):
         tensor = _tensor(model, given)
         with torch.no_grad():
             tensor.copy_(torch.as_tensor(value))
@@ -258,9 +286,11 @@ def _set(model: RuleParameters, call: fx.Node, name: str, value: Any) -> bool:
         return False
     if _equal(given, value):
         return False
-    if isinstance(value, Tensor):
+    if isinstance(value, HELD):
         with call.graph.inserting_before(call):
-            value = call.graph.get_attr(hold(model, value))
+            value = call.graph.create_node("get_attr", hold(model, value))
         value.meta.update(call.meta)
     call.update_kwarg(name, value)
+    if isinstance(given, fx.Node) and not given.users:
+        given.graph.erase_node(given)
     return True

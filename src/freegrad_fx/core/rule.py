@@ -11,6 +11,7 @@ from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
+import torch
 from torch import Tensor
 
 from ..errors import RuleError, unknown
@@ -304,9 +305,9 @@ class Rule:
         return _rebind, (self.name, self.given, self.forward)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Rule:
-        # a tensor can be a buffer of the model that is being copied
-        tensors: Any = {name: v for name, v in self.bound.items() if isinstance(v, Tensor)}
-        return self(**copy.deepcopy(tensors, memo)) if tensors else self
+        # a tensor can be a buffer of the model that is being copied, and a copied model draws its own numbers
+        own: Any = {n: v for n, v in self.bound.items() if isinstance(v, Tensor | torch.Generator)}
+        return self(**copy.deepcopy(own, memo)) if own else self
 
 
 def _rebind(name: str, bound: dict[str, Any], forward: Forward | None) -> Rule:

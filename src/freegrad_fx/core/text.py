@@ -16,6 +16,8 @@ def shown(value: Any) -> str:
     if isinstance(value, Tensor):
         plain = type(value) in (Tensor, torch.nn.Parameter) and not value.is_meta
         return f"tensor({value.item()})" if plain and not value.dim() else f"tensor{[*value.shape]}"
+    if isinstance(value, torch.Generator):
+        return f"generator on {value.device}"
     if type(value) is functools.partial:
         given = [*map(shown, value.args), *(f"{k}={shown(v)}" for k, v in value.keywords.items())]
         return f"partial({', '.join([shown(value.func), *given])})"

@@ -58,7 +58,7 @@ class Backend:
         self.strict = strict
         self._options = dict(options)
         self.findings = Findings(table, strict)
-        _refuse_functions(table)
+        _refuse_entries(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
         self.in_python = InPython(Outside(self))
@@ -270,9 +270,16 @@ def _table(rules: RulesLike) -> RuleTable:
     return RuleTable.of(rules)
 
 
-def _refuse_functions(table: RuleTable) -> None:
-    """Raise `PlanError` for an entry that selects the calls of a `torch.autograd.Function`."""
+def _refuse_entries(table: RuleTable) -> None:
+    """Raise `PlanError` for an entry that compiled code cannot serve."""
     for entry in table.entries:
+        for rule in entry.rules or ():
+            if any(isinstance(value, torch.Generator) for value in rule.bound.values()):
+                raise PlanError(
+                    f"the entry {entry.selector!r} gives the rule {rule.name!r} a generator of its own, which compiled "
+                    f"code cannot draw from. Leave out generator= and seed with torch.manual_seed; or use "
+                    f"freegrad_fx.transform(model, rules), or a block of freegrad_fx.use(rules, model=model)."
+                )
         for kind in entry.sites.classes_in(nn.Module()):
             if issubclass(kind, torch.autograd.Function):
                 raise PlanError(
@@ -311,7 +318,8 @@ def backend(
     Raises:
         RuleError: A rule is unknown or not fully bound.
         TableError: A key is not an op, a group or a class.
-        PlanError: An entry selects an `autograd.Function`; or, during compilation, a rule cannot act at a site.
+        PlanError: An entry selects an `autograd.Function`, or its rule has a generator; or, during compilation, a rule
+            cannot act at a site.
         TypeError: An option is not one of the above; or `rules` is None.
 
     Example:

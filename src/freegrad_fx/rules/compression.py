@@ -37,14 +37,17 @@ def sign_gradient(grad: Tensor) -> Tensor:
     reducing=True,
     random=True,
 )
-def stochastic_sign(grad: Tensor) -> Tensor:
+def stochastic_sign(grad: Tensor, *, generator: torch.Generator | None = None) -> Tensor:
     """1 with probability (1 + grad/m)/2, else −1, where m = max|grad| over the whole tensor; 0 if m = 0
 
     The mean is grad/m: unbiased up to the scale.
+
+    Args:
+        generator: What the numbers are drawn from; None for the global generator.
     """
     g = wide(grad)
     largest = g.abs().amax() if grad.numel() else g.sum()
-    drawn = torch.where(largest * (2 * uniform_like(g) - 1) < g, 1.0, -1.0)
+    drawn = torch.where(largest * (2 * uniform_like(g, generator) - 1) < g, 1.0, -1.0)
     return torch.where(largest > 0, drawn, g * 0).to(grad.dtype)
 
 
@@ -82,16 +85,19 @@ def top_k(grad: Tensor, *, fraction: float = 0.1) -> Tensor:
     requires="0 <= p < 1",
     examples=({"p": 0.0}, {"p": 0.3}),
 )
-def dropout_gradient(grad: Tensor, *, p: float = 0.5) -> Tensor:
+def dropout_gradient(
+    grad: Tensor, *, p: float = 0.5, generator: torch.Generator | None = None
+) -> Tensor:
     """grad/(1 − p) with probability 1 − p, else 0
 
     The mean is the gradient. The forward is not dropped.
 
     Args:
         p: The probability of 0, at least 0 and below 1.
+        generator: What the numbers are drawn from; None for the global generator.
     """
     # drawn in float32, as half precision has too few numbers for most probabilities
-    return torch.where(uniform_like(wide(grad)) >= p, grad / (1 - p), 0)
+    return torch.where(uniform_like(wide(grad), generator) >= p, grad / (1 - p), 0)
 
 
 @register(
@@ -103,13 +109,16 @@ def dropout_gradient(grad: Tensor, *, p: float = 0.5) -> Tensor:
     requires="bits >= 1",
     examples=({"bits": 1}, {"bits": 2}, {"bits": 4}),
 )
-def stochastic_round(grad: Tensor, *, bits: int = 8) -> Tensor:
+def stochastic_round(
+    grad: Tensor, *, bits: int = 8, generator: torch.Generator | None = None
+) -> Tensor:
     """2·m·(⌊n·(grad/(2·m) + 1/2) + U(0, 1)⌋/n − 1/2), n = 2^bits − 1, m = max|grad| over dims 1…, by sample
 
     Rounds to n + 1 levels from −m to m, unbiased. Over all entries if there are fewer than two dims.
 
     Args:
         bits: The bits of a level, at least 1.
+        generator: What the numbers are drawn from; None for the global generator.
     """
     if not grad.numel():
         return grad
@@ -117,7 +126,9 @@ def stochastic_round(grad: Tensor, *, bits: int = 8) -> Tensor:
     n: int = 2**bits - 1
     largest, divisor = _largest(g, per_row(g))
     place = n * (g / (2 * divisor) + 0.5)
-    level = (place + uniform_like(g)).floor().clamp(max=n)  # the sum can be rounded up to n + 1
+    level = (
+        (place + uniform_like(g, generator)).floor().clamp(max=n)
+    )  # the sum can be rounded up to n + 1
     return (2 * largest * (level / n - 0.5)).to(grad.dtype)
 
 

@@ -10,22 +10,44 @@ import torch
 from torch import Tensor
 
 from .._torch.dynamo import is_compiling, takes_for_constant, tracing_context
+from ..errors import RuleError
 
 __all__ = ["normal_like", "uniform_like"]
 
 
-def uniform_like(tensor: Tensor) -> Tensor:
-    """Draw from U(0, 1), with the shape and dtype of a tensor."""
+def uniform_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from U(0, 1), with the shape and dtype of a tensor.
+
+    Args:
+        tensor: The tensor.
+        generator: What to draw from; None for the global generator.
+
+    Raises:
+        RuleError: The generator is for another device.
+    """
+    if generator is not None:
+        return torch.rand(tensor.shape, generator=generator, **_like(tensor, generator))
     if not _is_slow(tensor):
         return torch.rand_like(tensor)
     return torch.ops.freegrad_fx.uniform_like(tensor, _number())  # type: ignore[no-any-return]
 
 
-def normal_like(tensor: Tensor) -> Tensor:
-    """Draw from N(0, 1), with the shape and dtype of a tensor."""
+def normal_like(tensor: Tensor, generator: torch.Generator | None = None) -> Tensor:
+    """Draw from N(0, 1), with the shape and dtype of a tensor; see `uniform_like`."""
+    if generator is not None:
+        return torch.randn(tensor.shape, generator=generator, **_like(tensor, generator))
     if not _is_slow(tensor):
         return torch.randn_like(tensor)
     return torch.ops.freegrad_fx.normal_like(tensor, _number())  # type: ignore[no-any-return]
+
+
+def _like(tensor: Tensor, generator: torch.Generator) -> dict[str, Any]:
+    if generator.device.type != tensor.device.type:
+        raise RuleError(
+            f"the generator of a rule is for {generator.device}, and the gradient is on {tensor.device}. Give the rule "
+            f"torch.Generator(device={tensor.device.type!r}), or leave out generator= to use the global one."
+        )
+    return {"dtype": tensor.dtype, "device": tensor.device}
 
 
 def _is_slow(tensor: Tensor) -> bool:

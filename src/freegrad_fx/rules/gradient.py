@@ -139,8 +139,8 @@ def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
     return -alpha * grad
 
 
-def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
-    return torch.randn_like(grad).mul_(sigma).add_(grad)
+def _fast_noise(grad: Tensor, *, sigma: float, generator: torch.Generator | None = None) -> Tensor:
+    return normal_like(grad, generator).mul_(sigma).add_(grad)
 
 
 @register(
@@ -153,15 +153,16 @@ def _fast_noise(grad: Tensor, *, sigma: float) -> Tensor:
     fast=_fast_noise,
     examples=({"sigma": 0.0}, {"sigma": 0.3}, {"sigma": 2.5}),
 )
-def noise(grad: Tensor, *, sigma: float = 0.1) -> Tensor:
+def noise(grad: Tensor, *, sigma: float = 0.1, generator: torch.Generator | None = None) -> Tensor:
     """grad + N(0, sigma²)
 
     optax, as the paper, lowers the variance at each step; set sigma with ``set_rule_parameter`` for that.
 
     Args:
         sigma: The standard deviation, at least 0.
+        generator: What the numbers are drawn from; None for the global generator.
     """
-    return grad + sigma * normal_like(grad)
+    return grad + sigma * normal_like(grad, generator)
 
 
 @register(

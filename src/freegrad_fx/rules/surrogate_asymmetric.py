@@ -185,13 +185,19 @@ def periodic_exponential(
     examples=({"mean": 0.3, "variance": 2.0}, {"mean": -1.0, "variance": 0.0}),
 )
 def stochastic_spike(
-    grad: Tensor, mask: Tensor, *, mean: float = 0.0, variance: float = 0.2
+    grad: Tensor,
+    mask: Tensor,
+    *,
+    mean: float = 0.0,
+    variance: float = 0.2,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """grad where x > 0, grad·variance·(U(0, 1) − 1/2 + mean) elsewhere
 
     Args:
         mean: The mean of the factor below the threshold, in units of variance.
         variance: The width of the interval from which the factor is drawn.
+        generator: What the numbers are drawn from; None for the global generator.
     """
-    factor = (uniform_like(grad) - 0.5 + mean) * variance
+    factor = (uniform_like(grad, generator) - 0.5 + mean) * variance
     return torch.where(mask, grad, grad * factor)
