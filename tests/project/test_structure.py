@@ -30,7 +30,7 @@ functional plot modules graph testing
 sites
 capture table
 plan
-rewrite memory schedules
+rewrite schedules
 eager
 relevance dynamo
 verification

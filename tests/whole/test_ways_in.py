@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -16,41 +15,13 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from built_in import BUILT_IN, examples_of
+from doors import DOORS
 from models import VISION, Branching, Smooth, Spellings, Vision
 from runs import Run, assert_same_forward, assert_same_gradients, close, differs, run
 from sweep import RULES, Interception, wake
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-
-Door = Callable[[nn.Module, Any, tuple[Tensor, ...]], Callable[..., Any]]
-
-
-def symbolic(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    return fg.transform(model, rules).train(model.training)
-
-
-def exported(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    return fg.transform(model, rules, example_inputs=inputs).train(model.training)
-
-
-def compiled(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    torch._dynamo.reset()
-    return fg.compile(model, rules, backend="eager")
-
-
-def in_a_block(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    def call(*args: Tensor) -> Any:
-        with fg.use(rules, model=model):
-            return model(*args)
-
-    return call
-
-
-DOORS: dict[str, Door] = {
-    "symbolic": symbolic, "exported": exported, "compiled": compiled, "in a block": in_a_block,
-}  # fmt: skip
-
 
 # --- the zoo ---
 

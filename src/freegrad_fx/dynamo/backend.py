@@ -163,9 +163,8 @@ class Backend:
         return self.findings.program(root, "" if self.session is None else self.session.name)
 
     def entry_for(self, place: Located) -> Entry | None:
-        """The table entry that decides a site."""
-        index = self.table.decide(place)
-        return None if index is None else self.table.entries[index]
+        """The table entry that gives a rule to a site, or to a place at it."""
+        return self.table.gives(place)
 
     # -- internals
 

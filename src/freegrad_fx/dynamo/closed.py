@@ -41,8 +41,7 @@ def sites_in_closed(
 
 def is_given_a_rule(place: Located, table: RuleTable) -> bool:
     """Whether the table gives a rule to a site."""
-    index = table.decide(place)
-    return index is not None and table.entries[index].rules is not None
+    return table.gives(place) is not None
 
 
 def closed_operators(homes: Mapping[fx.Node, Home]) -> Iterator[Opaque]:

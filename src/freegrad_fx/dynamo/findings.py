@@ -104,7 +104,8 @@ class Findings:
             )
         self._added.add(occurrence)
         for program, place, decision in occurrence.sites:
-            program.add(place, decision)
+            if decision.listed:
+                program.add(place, decision)
             if decision.action == "skip":
                 self._complain(f"site {place.site.name} keeps its backward: {decision.reason}")
         texts = [

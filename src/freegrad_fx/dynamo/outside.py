@@ -19,14 +19,14 @@ from .._torch.dynamo import is_tracing
 from ..context import Block, explicit_rules_act
 from ..eager.classes import calls_in_python
 from ..eager.interception import enter, leave, resuming
-from ..eager.rules import replaced_forward
+from ..eager.rules import Decisions, replaced_forward
 from ..eager.running import running_modules
 from ..eager.sites import EagerSites, Place, decoupled_parameter
 from ..modules import Activation
 from ..ops.checks import warn_if_native
 from ..plan import Decision
 from ..plan.decide import decide
-from ..sites.owners import ALREADY
+from ..sites.owners import already
 from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
@@ -181,9 +181,9 @@ class Outside(EagerSites):
         calls[key] += 1
         return calls[key] - 1
 
-    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decision]:
+    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decisions]:
         """The decisions of the program for calls in Python."""
-        known: dict[tuple[Any, ...], Decision] = place.program.outside
+        known: dict[tuple[Any, ...], Decisions] = place.program.outside
         return known
 
     def decided(self, place: Place, located: Located) -> Decision:
@@ -198,12 +198,12 @@ class Outside(EagerSites):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> Decision | None:
-        """The decision for the operation that is called now. In a `native` block it has no rules."""
+    ) -> Decisions | None:
+        """The decisions for the operation that is called now. In a `native` block they have no rules."""
         return _in_force(super().operation(spelling, function, args, kwargs))
 
-    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
-        """The decision for the call of a module whose class the table selects. In a `native` block it has no rules."""
+    def module_call(self, module: nn.Module, inplace: bool) -> Decisions | None:
+        """The decisions for the call of a module whose class the table selects, without rules in a `native` block."""
         return _in_force(super().module_call(module, inplace))
 
     def takes(self, place: Place) -> bool:
@@ -214,7 +214,7 @@ class Outside(EagerSites):
         """The reason why no rule can act at a place: an `Activation` has its own."""
         innermost = place.modules[0] if place.modules else None
         if isinstance(innermost, Activation) and innermost.rules:
-            return ALREADY.format(innermost.rules[0].name)
+            return already(innermost.rules[0].name)
         return ""
 
     def note_opaque(self, place: Place, opaque: Opaque) -> None:
@@ -278,9 +278,11 @@ class Outside(EagerSites):
         return calls_in_python(modules, self.table.on_demand)
 
 
-def _in_force(decision: Decision | None) -> Decision | None:
-    """A decision, without its rules in a `native` block."""
-    return decision if decision is None or explicit_rules_act() else replace(decision, rules=())
+def _in_force(decisions: Decisions | None) -> Decisions | None:
+    """Decisions, without their rules in a `native` block."""
+    if decisions is None or explicit_rules_act():
+        return decisions
+    return {at: replace(decision, rules=()) for at, decision in decisions.items()}
 
 
 class InPython(Block):

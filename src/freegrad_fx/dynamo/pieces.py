@@ -26,7 +26,7 @@ from ..plan import Decided, Decision, make_plan
 from ..rewrite import rewrite
 from ..sites.parameters import find_parameters
 from ..sites.remarks import Remark
-from ..sites.site import Located, LocatedOperation, LocatedParameter
+from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
 from ..table import RuleTable
 from .closed import closed_operators, is_given_a_rule, sites_in_closed
 from .folding import fold_calls
@@ -121,10 +121,11 @@ class Piece:
         self.steps: list[Remark] = []
         self.unreached = list(_unreached(homes, setting, modules, table))
         self.learnt = {id(home.parameter_or_owner) for home in homes.values()}
-        decided: dict[fx.Node, tuple[Located, Decision]] = {}
+        decided: dict[fx.Node, Decided] = {}
         for module in graph_modules:
             pairs = self._decided(module)
-            decided.update({_node(place): (place, _guarded(decision)) for place, decision in pairs})
+            for place, decision in pairs:
+                decided.setdefault(_node(place), []).append((place, _guarded(decision)))
             if module is gm and not alone:
                 pairs = self._take_out(gm, pairs)
             _rewrite(module, pairs, folded[module])
@@ -145,7 +146,7 @@ class Piece:
         self,
         gm: fx.GraphModule,
         homes: Mapping[fx.Node, Home],
-        decided: Mapping[fx.Node, tuple[Located, Decision]],
+        decided: Mapping[fx.Node, Decided],
         anchor: nn.Module | None,
     ) -> list[_Place]:
         """The sites as they were captured, relative to the module that was running."""
@@ -155,12 +156,13 @@ class Piece:
         return [
             _Place(
                 home.program,
-                *decided[node],
+                place,
+                decision,
                 names.get(id(home.parameter_or_owner)),
                 node not in outside,
             )
             for node, home in homes.items()
-            if node in decided
+            for place, decision in decided.get(node, ())
         ]
 
     def at(self, setting: Setting, before: Calls) -> Occurrence:
@@ -185,9 +187,9 @@ class Piece:
         sites, entries = [], []
         for (owner, place), key, placed in zip(named, keys, self._places, strict=True):
             if isinstance(place, LocatedOperation):
-                call = before[key] + counts[key]
+                counts[key] += place.site.at == REPLACE  # the places at an operation follow it
+                call = before[key] + counts[key] - 1
                 place = replace(place, site=replace(place.site, call=call))
-                counts[key] += 1
             sites.append((owner, place, replace(placed.decision, site=place.site)))
             entries.append(self._table.decide(place))
         parameters = {

@@ -6,7 +6,7 @@ Dynamo captures a model in pieces, and captures it again for other shapes and mo
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ class Program:
         self._lost: dict[Lost, None] = {}
         self._in_python: dict[str, None] = {}
         self._steps: dict[Remark, None] = {}
-        self.outside: dict[tuple[Any, ...], Decision] = {}
+        self.outside: dict[tuple[Any, ...], Mapping[str, Decision]] = {}
         self.refresh()
 
     def refresh(self) -> None:

@@ -45,7 +45,7 @@ class Owner(Protocol):
         """The program of a model."""
 
     def entry_for(self, place: Located) -> Entry | None:
-        """The table entry that decides a site."""
+        """The table entry that gives a rule to a site, or to a place at it."""
 
 
 class Session:
@@ -227,7 +227,7 @@ class Session:
             key = program, place.site.path, place.site.op
             place = replace(place, site=replace(place.site, call=self.calls[key]))
             entry = self._backend.entry_for(place)
-            if entry is not None and entry.rules is not None and (learning or entry.forward):
+            if entry is not None and (learning or entry.forward):
                 wanted = wanted or place
         self.calls.update((program, place.site.path, place.site.op) for place in names[:1])
         if wanted is not None:
@@ -237,7 +237,6 @@ class Session:
         """Note a parameter as missed if the table gives a rule to it."""
         holders = [program.holder(name) for name in names]
         place = parameter_site(parameter, names, [h for h in holders if h is not None])
-        entry = self._backend.entry_for(place)
-        if entry is not None and entry.rules is not None:
+        if self._backend.entry_for(place) is not None:
             place = replace(place, site=replace(place.site, source=caller()))
             self._backend.findings.missed(program, place)

@@ -27,6 +27,11 @@ _NOT_AMBIENT = (
     "the table, or call that model in the block"
 )
 
+_NO_PLACES = (
+    "the model was transformed without a rule there, and an ambient site follows a block in place of its own backward "
+    "only; transform the original model with the table, or call that model in the block"
+)
+
 
 def follows_blocks(model: CapturedModule) -> bool:
     """Whether a transformed model has ambient sites."""
@@ -79,6 +84,10 @@ def at_ambient_sites(
                 f"model with the table, transform(model, rules); or call that model in the block."
             )
         yield own.site.name, decision
+        for edge in located.edges(table.placements):
+            obstacle = edge.obstacle or _NO_PLACES
+            held = replace(edge, obstacle=obstacle)
+            yield f"{own.site.name}@{edge.site.at}", also(held, decide(held, table), table)
 
 
 def _located(model: nn.Module, own: Decision, parameters: dict[str, Any]) -> Located:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from .._torch.dynamo import is_compiling, run_in_python
 from .._torch.replacing import all_replaced, replaced
 from ..context import intercepting_blocks
-from ..plan import Decision
 from ..vocabulary.activations import OPS
 from . import rules
 from .rules import with_argument
@@ -24,8 +23,8 @@ __all__ = ["calls_in_python", "calls_of_modules"]
 class Decides(Protocol):
     """What is needed of what a block sees."""
 
-    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
-        """The decision for the call of a module that runs now."""
+    def module_call(self, module: nn.Module, inplace: bool) -> rules.Decisions | None:
+        """The decisions for the call of a module that runs now."""
 
     def run(self, call: Callable[[], Any]) -> Any:
         """Run a call that has been looked at."""
@@ -113,10 +112,11 @@ def _called(
 ) -> Any:
     """The result of a call of a module that is one site."""
     inplace = bool(getattr(module, "inplace", False))
-    decision = decides.module_call(module, inplace)
-    if decision is None or decision.action != "rewrite":
+    found = decides.module_call(module, inplace)
+    decisions = rules.to_rewrite([found])
+    if not decisions:
         # As for `transform`, the call of a class that the table names is one site, whatever is decided for it
-        if decision is None:
+        if found is None:
             return forward(module, *args, **kwargs)
         with one_site():
             return decides.run(lambda: forward(module, *args, **kwargs))
@@ -132,4 +132,4 @@ def _called(
     x: Tensor = args[key] if isinstance(key, int) else kwargs[key]
     # The module can return its input, and its result can be written into
     operation = with_argument(whole, args, kwargs, key)
-    return decides.run(lambda: rules.run(operation, x, decision, inplace=inplace, on_copy=True))
+    return decides.run(lambda: rules.run(operation, x, decisions, inplace=inplace, on_copy=True))

@@ -23,10 +23,17 @@ from .._torch.functions import (
 )
 from ..context import intercepting_blocks, left_alone
 from ..errors import RuleError
-from ..plan import Decision
+from ..sites.site import OUTPUT, REPLACE
 from .arguments import with_parameters
 from .parameters import is_parameter
-from .rules import gradient_by, is_differentiable, replaced_forward, require_tensor
+from .rules import (
+    Decisions,
+    gradient_by,
+    is_differentiable,
+    replaced_forward,
+    require_tensor,
+    to_rewrite,
+)
 from .running import has_rules_already, looks_for_sites
 
 __all__ = ["calls_of_functions", "parameters_of_functions"]
@@ -41,8 +48,8 @@ _OF_GRAPHS = (f"{_PACKAGE}.", "torch._")
 class Decides(Protocol):
     """What is needed of what a block sees."""
 
-    def function_call(self, function: Function) -> Decision | None:
-        """The decision for the `apply` that runs now."""
+    def function_call(self, function: Function) -> Decisions | None:
+        """The decisions for the `apply` that runs now."""
 
 
 def calls_of_functions(
@@ -53,17 +60,18 @@ def calls_of_functions(
     def applied(
         function: Function, inputs: Sequence[Any], compute: Callable[[], Any]
     ) -> tuple[Any, Finish | None]:
-        decision = decides.function_call(function) if looks_for_sites(decides) else None
+        looks = looks_for_sites(decides)
+        decisions = to_rewrite([decides.function_call(function) if looks else None])
         position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
-        if decision is None or decision.action != "rewrite" or position is None:
+        if not decisions or position is None:
             return compute(), None
         x = inputs[position]
-        forward = decision.forward
+        forward = decisions[REPLACE].forward if REPLACE in decisions else None
         result = compute() if forward is None else replaced_forward(forward, x)
-        require_tensor(result, decision.site.name)
+        require_tensor(result, next(iter(decisions.values())).site.name)
 
         def finish(ctx: Any) -> None:
-            with_backward(ctx, _Backward(function, decision, position, x, result, ctx))
+            with_backward(ctx, _Backward(function, decisions, position, x, result, ctx))
 
         return result, finish
 
@@ -130,32 +138,51 @@ class _Backward:
     """
 
     def __init__(
-        self, function: Function, decision: Decision, position: int, x: Tensor, y: Tensor, ctx: Any
+        self,
+        function: Function,
+        decisions: Decisions,
+        position: int,
+        x: Tensor,
+        y: Tensor,
+        ctx: Any,
     ) -> None:
-        self.function, self.decision, self.position = function, decision, position
+        self.function, self.decisions, self.position = function, decisions, position
         self.like = x.shape, x.dtype, x.device
         self.like_result = y.shape, y.dtype, y.device
         own = getattr(ctx, "to_save", None) or ()
         self.own = len(own)
-        read = [x] if decision.reads("x") else []
-        read += [y] if decision.reads("y") else []
-        self.reads = bool(read)
+        output = [decisions[OUTPUT]] if OUTPUT in decisions else []
+        of_input = [decision for at, decision in decisions.items() if at != OUTPUT]
+        self.reads_x = any(decision.reads("x") for decision in of_input)
+        self.reads_y = any(decision.reads("y") for decision in decisions.values())
+        self.reads_y = self.reads_y or any(decision.reads("x") for decision in output)
+        read = [*([x] if self.reads_x else []), *([y] if self.reads_y else [])]
         if read:
             ctx.save_for_backward(*own, *read)
 
     def __call__(self, ctx: Any, *grads: Any) -> Any:
         needed = list(ctx.needs_input_grad)
         given: list[Any] = [None] * len(needed)
+        read = list(ctx.saved_tensors[self.own :]) if self.reads_x or self.reads_y else []
+        x = read.pop(0) if self.reads_x else _absent(*self.like)
+        y = read.pop(0).detach() if self.reads_y else _absent(*self.like_result)
+        replaces = self.decisions.get(REPLACE)
+        grad, *further = grads
+        for decision in (d for at, d in self.decisions.items() if at == OUTPUT):
+            grad = gradient_by(decision.rules, y, y, grad, decision.site.name)
         others = any(need for i, need in enumerate(needed) if i != self.position)
-        if self.decision.forward is None and others:
-            own = self.function.backward(_Own(ctx, self.own), *grads)
+        if replaces is None or (replaces.forward is None and others):
+            own = self.function.backward(_Own(ctx, self.own), grad, *further)
             given = list(own) if isinstance(own, tuple) else [own]
-        if needed[self.position]:
-            read = list(ctx.saved_tensors[self.own :]) if self.reads else []
-            x = read.pop(0) if self.decision.reads("x") else _absent(*self.like)
-            y = read.pop(0).detach() if self.decision.reads("y") else _absent(*self.like_result)
-            rules, name = self.decision.rules, self.decision.site.name
-            given[self.position] = gradient_by(rules, y, x, grads[0], name)
+        if not needed[self.position]:
+            return tuple(given)
+        if replaces is not None:
+            given[self.position] = gradient_by(replaces.rules, y, x, grad, replaces.site.name)
+        for at, decision in self.decisions.items():
+            native = given[self.position]
+            if at not in (REPLACE, OUTPUT) and native is not None:
+                name = decision.site.name
+                given[self.position] = gradient_by(decision.rules, x, x, native, name)
         return tuple(given)
 
 

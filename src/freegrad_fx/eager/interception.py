@@ -16,7 +16,7 @@ from ..context import intercepting_blocks, left_alone, programs
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .parameters import parameter_dims
-from .rules import run, with_argument
+from .rules import run, to_rewrite, with_argument
 from .running import has_rules_already, in_one_site
 from .sites import EagerSites
 
@@ -70,13 +70,13 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
     name = spelling.op.name
     asking = [o for o in observing if not spelling.op.on_demand or name in o.on_demand]
     asked = (observed.operation(spelling, func, args, kwargs) for observed in asking)
-    decision = next((d for d in asked if d is not None and d.entry is not None), None)
-    if decision is None or decision.action != "rewrite":
+    decisions = to_rewrite(asked)
+    if not decisions:
         return observing[-1].run(lambda: func(*args, **kwargs))
     key = spelling.key
     x = args[key] if isinstance(key, int) else kwargs[key]
     operation = with_argument(func, args, kwargs, key)
-    return observing[-1].run(lambda: run(operation, x, decision, inplace=spelling.inplace))
+    return observing[-1].run(lambda: run(operation, x, decisions, inplace=spelling.inplace))
 
 
 def _on_demand(observing: list[EagerSites]) -> frozenset[str]:

@@ -25,13 +25,14 @@ from ..modules import Activation
 from ..plan import Decision, Plan
 from ..plan.decide import also, decide
 from ..sites.remarks import Opaque
-from ..sites.site import Located
+from ..sites.site import REPLACE, Located
 from ..table import RuleTable
 from ..vocabulary.op import Spelling
 from .ambient import at_ambient_sites, follows_blocks, path_in
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
 from .parameters import is_parameter, parameters_swapped_in, role_of
+from .rules import Decisions
 from .running import running_modules
 from .sites import EagerSites, Place, decoupled_parameter, parameter_site
 
@@ -89,7 +90,7 @@ class Observed(EagerSites):
         super().__init__(table)
         self.model = model
         self.lines_tell_sites_apart = model is None
-        self._decisions: dict[tuple[Any, ...], Decision] = {}
+        self._known: dict[tuple[Any, ...], Decisions] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
         self._ran: set[int] = set()  # the modules that were called
@@ -133,9 +134,9 @@ class Observed(EagerSites):
 
     # --- decisions ---
 
-    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decision]:
+    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decisions]:
         """The decisions of this block."""
-        return self._decisions
+        return self._known
 
     def decided(self, place: Place, located: Located) -> Decision:
         """Decide a site that is not known yet."""
@@ -164,7 +165,7 @@ class Observed(EagerSites):
             # Frozen parameters can be unfrozen while the block goes on
             entry = self.table.entries[decision.entry]
             found[name] = (entry.rules or ()) if decision.frozen else decision.rules
-            self._decisions["ambient", decision.site.key] = decision
+            self._known["ambient", decision.site.key] = {REPLACE: decision}
         return found
 
     def gives_rules_to(
@@ -328,7 +329,7 @@ class Observed(EagerSites):
     def plan(self) -> Plan:
         """The sites that were seen, with their decisions."""
         name = "The code in the block" if self.model is None else type(self.model).__name__
-        decisions = sorted(self._decisions.values(), key=lambda d: d.site.kind == "parameter")
+        decisions = sorted(self._decided(), key=lambda d: d.site.kind == "parameter")
         return Plan(
             model=name,
             decisions=tuple(dict.fromkeys((*decisions, *self._unseen()))),
@@ -336,11 +337,14 @@ class Observed(EagerSites):
             opaque=tuple(self._opaque),
         )
 
+    def _decided(self) -> list[Decision]:
+        return [decision for made in self._known.values() for decision in made.values()]
+
     def _unseen(self) -> Iterator[Decision]:
         """The parameters with a rule that no call in the block took, though their modules ran."""
         if self.model is None or not self._ran:
             return
-        seen = {d.site.names for d in self._decisions.values()}
+        seen = {d.site.names for d in self._decided()}
         parameters = dict(self.model.named_parameters())
         for names in dict.fromkeys(self._names.values()):
             if names not in seen and any(map(self._may_have_taken, names)):

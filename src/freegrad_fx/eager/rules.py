@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,9 +18,11 @@ from ..ops.checks import require_unwritten, warn_if_native, write_count
 from ..ops.functions import apply_forward, function_key
 from ..ops.gradients import copied, decoupled_by
 from ..plan import Decision
+from ..sites.site import OUTPUT, REPLACE
 from ..vocabulary.activations import OPS
 
 __all__ = [
+    "Decisions",
     "gradient_by",
     "is_differentiable",
     "parameter_by",
@@ -28,8 +30,27 @@ __all__ = [
     "require_tensor",
     "rules_act",
     "run",
+    "to_rewrite",
     "with_argument",
 ]
+
+
+Decisions: TypeAlias = Mapping[str, Decision]
+"""The decisions for the places at one operation, by placement."""
+
+
+def to_rewrite(asked: Iterable[Decisions | None]) -> Decisions:
+    """The decisions to rewrite. At each place, the first block whose table has an entry for it decides.
+
+    Args:
+        asked: The decisions of the blocks in force, the innermost first.
+    """
+    decided: dict[str, Decision] = {}
+    for decisions in asked:
+        for at, decision in decisions.items() if decisions else ():
+            if decision.entry is not None:
+                decided.setdefault(at, decision)
+    return {at: decision for at, decision in decided.items() if decision.action == "rewrite"}
 
 
 def rules_act() -> bool:
@@ -45,12 +66,12 @@ def is_differentiable(value: Any) -> bool:
 def run(
     operation: Callable[[Tensor], Any],
     x: Tensor,
-    decision: Decision,
+    decisions: Decisions,
     *,
     inplace: bool,
     on_copy: bool = False,
 ) -> Any:
-    """Run the operation of a site with the rules and the forward of a decision.
+    """Run an operation with the rules and the forward of the decisions for the places at it.
 
     An operation that works in place runs on a copy, and ``x.copy_`` writes the result back, so that autograd tracks
     all views of `x`.
@@ -58,29 +79,43 @@ def run(
     Args:
         operation: Calls the operation of the model with a tensor in the place of `x`.
         x: The input of the operation.
-        decision: The decision; without rules if they are switched off, and only its forward acts.
+        decisions: The decisions to rewrite; without rules if they are switched off, and only a forward acts.
         inplace: Whether the operation writes its result into `x`.
         on_copy: Whether the operation may return its input, so that it has to run on a copy.
     """
-    forward = decision.forward
-    if forward is not None:
+    decision = decisions.get(REPLACE)
+    forward = None if decision is None else decision.forward
+    if forward is not None and decision is not None:
         operation = functools.partial(replaced_forward, forward)
-    if forward is not None and not decision.rules:
-        warn_if_native(x, decision.site.name)
-    if decision.rules and rules_act() and is_differentiable(x):
-        stop = copied(x.detach()) if inplace or on_copy else x.detach()
-        start = x.clone() if inplace and decision.reads("x") else x
-        watched = on_copy and not inplace and forward is None
-        writes = write_count(stop) if watched else -1
-        y = require_tensor(operation(stop), decision.site.name)
-        require_unwritten(stop, writes, decision.site.name)
-        y = y.clone() if y is stop and not (inplace or on_copy) else y
-        out = decoupled_by(decision.rules, y, start, decision.site.name)
-    else:
+        if not decision.rules:
+            warn_if_native(x, decision.site.name)
+    differentiable = is_differentiable(x)
+    acting = [d for d in decisions.values() if d.rules and (differentiable or d.site.at == OUTPUT)]
+    if not acting or not rules_act():
         out = operation(x)
-        if forward is None:
-            return out
-    return x.copy_(out) if inplace else out
+        return x.copy_(out) if inplace and forward is not None else out
+    of_input = [d for d in acting if d.site.at != OUTPUT]
+    start = x.clone() if inplace and any(d.reads("x") for d in of_input) else x
+    for edge in of_input:
+        if edge.site.at != REPLACE:
+            start = decoupled_by(edge.rules, start.detach(), start, edge.site.name)
+    name = acting[0].site.name
+    replaces = decision if decision in of_input else None
+    given = start if replaces is None else start.detach()
+    given = copied(given) if inplace or on_copy else given
+    watched = bool(of_input) and on_copy and not inplace and forward is None
+    writes = write_count(given) if watched else -1
+    y = require_tensor(operation(given), name)
+    require_unwritten(given, writes, name)
+    y = y.clone() if y is given and not (inplace or on_copy) else y
+    if replaces is not None:
+        y = decoupled_by(replaces.rules, y, start, replaces.site.name)
+    output = decisions.get(OUTPUT)
+    if output is not None and output.rules and is_differentiable(y):
+        y = decoupled_by(output.rules, y.detach(), y, output.site.name)
+        # What the rules read must not change if the model writes into the result
+        y = y.clone() if output.reads("x") or output.reads("y") else y
+    return x.copy_(y) if inplace else y
 
 
 def with_argument(

@@ -23,12 +23,12 @@ from ..sites.alone import Alone, call_alone, other_constants
 from ..sites.operations import spelled_function
 from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
-from ..sites.site import Located, LocatedParameter, Site
+from ..sites.site import REPLACE, Located, LocatedParameter, Site
 from ..table import RuleTable
 from ..vocabulary.op import Op, Spelling
 from .opaque import opaque_call
 from .parameters import role_of
-from .rules import parameter_by, replaced_forward, rules_act
+from .rules import Decisions, parameter_by, replaced_forward, rules_act
 from .running import running_function
 
 __all__ = ["EagerSites", "Place", "decoupled_parameter", "parameter_site"]
@@ -100,8 +100,8 @@ class EagerSites(ABC):
         """Count a site, and return the number of those that ran before at this place, in this call of the model."""
 
     @abstractmethod
-    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decision]:
-        """The decisions that are known for places like this one."""
+    def decisions(self, place: Place) -> dict[tuple[Any, ...], Decisions]:
+        """The decisions that are known for places like this one; for each call, those for the places at it."""
 
     @abstractmethod
     def decided(self, place: Place, located: Located) -> Decision:
@@ -137,8 +137,8 @@ class EagerSites(ABC):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
-    ) -> Decision | None:
-        """The decision for the operation that is called now; None if it is no site."""
+    ) -> Decisions | None:
+        """The decisions for the operation that is called now; None if it is no site."""
         self.note_call()
         place = self.place()
         if place is None:
@@ -161,7 +161,7 @@ class EagerSites(ABC):
         if self._asks_for_operations:
             # the other arguments decide what the operation is
             written = (*written, *other_constants(args, kwargs, spelling.key))
-        return self._decision(written, place, spelling.op.name, described)
+        return self._decisions(written, place, spelling.op.name, described)
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
@@ -175,8 +175,8 @@ class EagerSites(ABC):
         """Run a call that has been looked at."""
         return call()
 
-    def module_call(self, module: nn.Module, inplace: bool) -> Decision | None:
-        """The decision for the call of a module whose class the table selects; None if it is no site."""
+    def module_call(self, module: nn.Module, inplace: bool) -> Decisions | None:
+        """The decisions for the call of a module whose class the table selects; None if it is no site."""
         place = self.place()
         if place is None or place.owner is None or place.modules[0] is not module:
             return None
@@ -185,10 +185,10 @@ class EagerSites(ABC):
         def described() -> _Described:
             return _Described(_module(kind, inplace), called=kind)
 
-        return self._decision((kind, inplace), place, kind.__name__, described)
+        return self._decisions((kind, inplace), place, kind.__name__, described)
 
-    def function_call(self, function: type[Any]) -> Decision | None:
-        """The decision for the `apply` of an autograd.Function that runs now; None if it is no site."""
+    def function_call(self, function: type[Any]) -> Decisions | None:
+        """The decisions for the `apply` of an autograd.Function that runs now; None if it is no site."""
         place = self.place()
         if place is None:
             return None
@@ -197,16 +197,16 @@ class EagerSites(ABC):
         def described() -> _Described:
             return _Described(f"{name}.apply", called=function)
 
-        return self._decision((function,), place, name, described)
+        return self._decisions((function,), place, name, described)
 
-    def _decision(
+    def _decisions(
         self,
         written: tuple[Any, ...],
         place: Place,
         op: str,
         described: Callable[[], _Described],
-    ) -> Decision:
-        """The decision for a call, which is known if the same was `written` at the same place before.
+    ) -> Decisions:
+        """The decisions for a call, which are known if the same was `written` at the same place before.
 
         Only a call that is not known yet is described.
         """
@@ -229,8 +229,12 @@ class EagerSites(ABC):
             type=qualified(owners[0]) if owners else "",
         )
         located = Located(site, owners, what.obstacle, what.line, what.called, what.alone)
-        known[key] = self.decided(place, located)
-        return known[key]
+        made = {REPLACE: self.decided(place, located)}
+        for edge in located.edges(self.table.placements):
+            if self.table.decide(edge) is not None:
+                made[edge.site.at] = self.decided(place, edge)
+        known[key] = made
+        return made
 
     def opaque(self, function: Callable[..., Any]) -> bool:
         """Whether PyTorch computes activations inside of a call. It is noted."""
@@ -312,8 +316,8 @@ class EagerSites(ABC):
         known = self.decisions(place)
         if key not in known:
             located = parameter_site(parameter, names, self.holders(parameter, names, place))
-            known[key] = self.decided(place, located)
-        return known[key]
+            known[key] = {REPLACE: self.decided(place, located)}
+        return known[key][REPLACE]
 
 
 def parameter_site(

@@ -177,7 +177,7 @@ def decoupled(
             decoupled, (y, x), y, x, *read, **given, site=site, **parameters
         )
     if not isinstance(y, Tensor):
-        if not isinstance(x, Tensor):
+        if not isinstance(x, Tensor | tuple | list | dict):  # a number
             return y
         raise TypeError(
             f"the operation at site {site!r} returned {type(y).__name__}, but a rule needs one tensor. If an entry of "

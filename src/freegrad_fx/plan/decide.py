@@ -21,11 +21,12 @@ from ..sites.operations import find_sites
 from ..sites.outputs import changes_shape, returns_several
 from ..sites.parameters import find_parameters, unused_parameters
 from ..sites.remarks import Lost, Opaque
-from ..sites.site import Located, LocatedOperation, LocatedParameter
+from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
 from ..sites.steps import find_steps
 from ..table import Entry, RuleTable
 from ..vocabulary.activations import OPS
 from .decision import Decided, Decision
+from .edges import check_edge
 from .notes import remark_on
 from .plan import Plan
 
@@ -119,7 +120,8 @@ def _merged(capture: Capture, decided: Sequence[Decided]) -> Iterator[Decision]:
     modes: dict[Decision, list[str]] = {}
     for variant, pairs in zip(capture.variants, decided, strict=True):
         for _, decision in pairs:
-            modes.setdefault(decision, []).append(variant.label)
+            if decision.listed:
+                modes.setdefault(decision, []).append(variant.label)
     for decision in sorted(modes, key=lambda decision: decision.site.kind == "parameter"):
         labels = modes[decision]
         in_all = len(labels) == len(capture.variants)
@@ -159,8 +161,7 @@ def _selected_in(note: Opaque, root: nn.Module, table: RuleTable) -> tuple[str, 
         return ()  # the note is on a part of the module, which is traced
     found = []
     for place in hidden_sites(module, note.path, table.on_demand):
-        index = table.decide(place)
-        if index is not None and table.entries[index].rules is not None:
+        if table.gives(place) is not None:
             found.append(f"{place.site.path}:{place.site.op}")
     return tuple(found)
 
@@ -170,6 +171,8 @@ def _ambient(
 ) -> Decision:
     """The decision for a site, made ambient if no entry decides the site and it has to follow `use` blocks."""
     if decision.action != "native" or decision.entry is not None or place.obstacle:
+        return decision
+    if place.site.at != REPLACE:
         return decision
     eligible, keys = True, set[fx.Node | str](place.site.names)
     if isinstance(place, LocatedOperation):
@@ -182,9 +185,10 @@ def _ambient(
 def _decide_operations(
     places: Sequence[LocatedOperation], table: RuleTable, aliasing: Callable[[], Aliasing]
 ) -> Decided:
-    """The decisions for the operations of one graph."""
+    """The decisions for the operations of one graph, each followed by those for the places at it."""
     decided: Decided = []
-    for place in places:
+    edges = table.placements
+    for place in (p for found in places for p in (found, *(edges and found.edges(edges)))):
         decision = decide(place, table)
         if decision.action == "rewrite" and (place.op is None or place.op.name == "identity"):
             # It can return the input tensor itself. Autograd would not notice that a write into the result changes it
@@ -235,7 +239,10 @@ def decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "native", entry=index, reason=reason)
     if place.obstacle:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
-    _check_rules(place, entry)
+    if site.at == REPLACE:
+        _check_rules(place, entry)
+    else:
+        check_edge(place, entry)
     if entry.forward is not None:
         _check_replaceable(place, entry.forward)
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:

@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 
 from ..core.rule import Forward, Rule
 from ..core.text import shown
-from ..sites.site import Located, Site
+from ..sites.site import REPLACE, Located, Site
 from .layout import plain
 
 __all__ = ["Decided", "Decision", "backward_of", "named", "site_as_dict"]
@@ -42,9 +42,19 @@ class Decision:
     also: tuple[int, ...] = ()
     remark: str = ""
 
+    @property
+    def listed(self) -> bool:
+        """Whether a plan lists it. A place at an operation is listed if an entry decides it."""
+        return self.site.at == REPLACE or self.entry is not None
+
     def reads(self, name: str) -> bool:
         """Whether the rules read the input ``"x"`` or the output ``"y"``; those of a `use` block can read both."""
         return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
+
+    @property
+    def acts(self) -> bool:
+        """Whether rules or a new forward are inserted at the site."""
+        return self.action in ("rewrite", "ambient")
 
 
 Decided: TypeAlias = list[tuple[Located, Decision]]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core.rule import Forward, Rule
-from ..sites.site import Located, LocatedParameter
+from ..sites.site import REPLACE, Located, LocatedParameter
 from ..vocabulary.activations import OPS
 
 __all__ = ["remark_on"]
@@ -22,7 +22,8 @@ def remark_on(place: Located, rules: Sequence[Rule], forward: Forward | None) ->
         rules: The rules that it gets.
         forward: The forward that it gets, or None.
     """
-    found = [] if place.op is None or forward is not None else _elsewhere(place.op.name, rules)
+    replaces = place.op is not None and forward is None and place.site.at == REPLACE
+    found = _elsewhere(place.op.name, rules) if replaces and place.op is not None else []
     if isinstance(place, LocatedParameter) and isinstance(forward, str):
         found += _zero(place.tensor, forward)
     return "; ".join(found)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as kinds
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,8 @@ from ..ops.functions import apply_function, function_of
 from ..ops.gradients import kept, stop_gradient
 from ..vocabulary.op import Spelling
 from .alone import node_alone
-from .owners import ALREADY, class_at, decoupling, qualified, short_name
-from .site import LocatedOperation, Site
+from .owners import already, class_at, decoupling, qualified, short_name
+from .site import OUTPUT, LocatedOperation, Site
 
 __all__ = ["find_sites", "spelled_function", "spelling_of"]
 
@@ -76,6 +76,7 @@ def find_sites(
                 inplace=spelling.inplace,
                 module=module,
                 arguments=spelling.operands if isinstance(spelling, Spelling) else (),
+                decoupled=tuple(_edges(node, spelling)),
             )
         )
     return found
@@ -110,18 +111,30 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
+def _edges(node: fx.Node, spelling: Spelling | _Custom) -> Iterator[tuple[str, str]]:
+    """The placements at which an earlier transform has put rules around a node, each with a rule."""
+    for user in node.users:
+        if user.args[1:2] == (node,) and (found := decoupling(user)):
+            yield from [(OUTPUT, found[0])] if found[1].endswith(f"@{OUTPUT}") else []
+    found = decoupling(_input(node, spelling))
+    if found is not None and "@" in found[1]:
+        yield found[1].rpartition("@")[2], found[0]
+
+
+def _input(node: fx.Node, spelling: Spelling | _Custom) -> fx.Node:
+    source: fx.Node = argument(node, spelling.key)
+    while source.target in ("clone", kept):  # an in-place operation can run on a copy of its input
+        source = source.args[0]  # type: ignore[assignment]
+    return source
+
+
 def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
-    source = argument(node, spelling.key)
-    while source.target in (
-        "clone",
-        kept,
-    ):  # an in-place operation can run on a copy of the detached input
-        source = source.args[0]
+    source = _input(node, spelling)
     rules = [
         found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
     ]
     if rules:
-        return ALREADY.format(", ".join(rules))
+        return already(*rules)
     if source.target is stop_gradient:
         return "its input is already detached from the autograd graph"
     if spelling.writes_out:

@@ -12,7 +12,7 @@ from ..backward.operator import described
 from ..graph.nodes import submodule
 from ..ops.gradients import decoupled
 
-__all__ = ["ALREADY", "class_at", "decoupling", "qualified", "short_name"]
+__all__ = ["already", "class_at", "decoupling", "qualified", "short_name"]
 
 
 def class_at(root: nn.Module, path: str) -> type[nn.Module]:
@@ -41,6 +41,7 @@ def decoupling(node: fx.Node) -> tuple[str, str] | None:
     return None
 
 
-ALREADY = (
-    "already decoupled, with the rule {!r}; transform the original model, or compose the rules"
-)
+def already(*rules: str) -> str:
+    """The obstacle at a site that already has rules."""
+    named = repr(", ".join(rules))
+    return f"already decoupled, with the rule {named}; transform the original model, or compose the rules"

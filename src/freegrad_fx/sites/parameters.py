@@ -13,7 +13,7 @@ from ..graph.nodes import called_module, called_path, hooked_module, parameter_o
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
 from ..ops.gradients import kept
-from .owners import ALREADY, class_at, decoupling, qualified, short_name
+from .owners import already, class_at, decoupling, qualified, short_name
 from .site import LocatedParameter, Site
 
 __all__ = ["find_parameters", "unused_parameters"]
@@ -140,4 +140,4 @@ def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
     sites = [f".{name}" for name in names]
     found = map(decoupling, dict.fromkeys((*users, *(u for c in copies for u in c.users))))
     rules = [rule for rule, at in filter(None, found) if any(s.endswith(f".{at}") for s in sites)]
-    return ALREADY.format(", ".join(rules)) if rules else ""
+    return already(*rules) if rules else ""

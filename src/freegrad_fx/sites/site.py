@@ -5,16 +5,24 @@ A site is identified by its place in the model (owner path, op, call index), nev
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any, Self
 
 from torch import Tensor, fx, nn
 
 from ..graph.nodes import argument
 from ..vocabulary.op import Op, Operand
 from .alone import Alone
+from .owners import already
 
-__all__ = ["Located", "LocatedOperation", "LocatedParameter", "Site"]
+__all__ = ["OUTPUT", "REPLACE", "Located", "LocatedOperation", "LocatedParameter", "Site"]
+
+REPLACE = "replace"
+"""The placement of a rule that replaces the backward of an operation, or acts on a parameter."""
+
+OUTPUT = "output"
+"""The placement of a rule on the gradient of the output of an operation. The others are the names of operands."""
 
 
 @dataclass(frozen=True)
@@ -32,6 +40,9 @@ class Site:
         source: ``file:line`` of the user code that makes the call.
         type: The qualified name of the owner's class, for example ``torch.nn.modules.activation.ReLU``.
         names: The dotted names of a parameter, for example ``layer4.0.conv1.weight``. A tied parameter has several.
+        at: Where at the operation a rule acts: ``"replace"``: it takes the place of the backward. ``"output"``: on the
+            gradient of the output, before the backward of the operation. The name of an operand: on the gradient that
+            this operation gives the operand. Each is a site of its own.
     """
 
     kind: str
@@ -42,21 +53,25 @@ class Site:
     source: str = ""
     type: str = ""
     names: tuple[str, ...] = ()
+    at: str = REPLACE
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # models saved before the kind was renamed
         kind = "operation" if state["kind"] == "activation" else state["kind"]
-        self.__dict__.update({**state, "kind": kind})
+        self.__dict__.update({"at": REPLACE, **state, "kind": kind})
 
     @property
     def name(self) -> str:
-        """``path:op[call]``, or the name of the parameter, as in reports and error messages."""
-        return self.names[0] if self.names else f"{self.path or '<root>'}:{self.op}[{self.call}]"
+        """``path:op[call]``, ``path:op[call]@output``, or the name of the parameter, as in reports and errors."""
+        if self.names:
+            return self.names[0]
+        at = "" if self.at == REPLACE else f"@{self.at}"
+        return f"{self.path or '<root>'}:{self.op}[{self.call}]{at}"
 
     @property
-    def key(self) -> tuple[str, str, str, int]:
+    def key(self) -> tuple[str, str, str, int, str]:
         """A key that is unique among the sites of the model."""
-        return (self.kind, self.name if self.names else self.path, self.op, self.call)
+        return (self.kind, self.name if self.names else self.path, self.op, self.call, self.at)
 
 
 @dataclass(frozen=True)
@@ -81,6 +96,25 @@ class Located:
     called: type[Any] | None = None
     alone: Alone | None = field(default=None, compare=False)
 
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The names of the operands of an operation. That of a call of a class is `x`, its first tensor."""
+        return ("x",) if self.op is None else self.op.operands
+
+    def edges(self, names: Iterable[str]) -> list[Self]:
+        """The sites at the output and the operands of an operation.
+
+        Args:
+            names: The placements that are wanted.
+        """
+        if self.site.kind == "parameter":
+            return []
+        return [self.edge(name) for name in names if name == OUTPUT or name in self.operands]
+
+    def edge(self, at: str) -> Self:
+        """The site at the output or an operand of an operation."""
+        return replace(self, site=replace(self.site, at=at))
+
 
 @dataclass(frozen=True, kw_only=True)
 class LocatedOperation(Located):
@@ -92,6 +126,7 @@ class LocatedOperation(Located):
         inplace: Whether the operation writes its result into the first operand.
         module: The module that is called; None for other calls.
         arguments: The operands that are tensors; empty for a call of a class that the table selects by type.
+        decoupled: The placements at which an earlier transform has put rules, each with the first rule.
     """
 
     node: fx.Node
@@ -99,6 +134,7 @@ class LocatedOperation(Located):
     inplace: bool
     module: nn.Module | None = None
     arguments: tuple[Operand, ...] = ()
+    decoupled: tuple[tuple[str, str], ...] = ()
 
     @property
     def input(self) -> fx.Node:
@@ -106,6 +142,12 @@ class LocatedOperation(Located):
         node = argument(self.node, self.key)
         assert isinstance(node, fx.Node)
         return node
+
+    def edge(self, at: str) -> Self:
+        """The site at the output or an operand of an operation."""
+        rule = dict(self.decoupled).get(at)
+        edge = super().edge(at)
+        return edge if rule is None else replace(edge, obstacle=already(rule))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,7 +26,7 @@ __all__ = ["dump_table", "load_table"]
 
 VERSION = 1
 
-_SELECTING = ("op", "module", "type", "parameter", "call")
+_SELECTING = ("op", "module", "type", "parameter", "call", "at")
 _FIELDS = (*_SELECTING, "forward", "backward", "params")
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from ..core.rule import Composition, Forward, Rule, RuleLike, get
 from ..core.text import shown
 from ..errors import RuleError, TableError, unknown
-from ..sites.site import Located, Site
+from ..sites.site import REPLACE, Located, Site
 from ..vocabulary.activations import FORWARDS
 from ..vocabulary.forwards import as_bound
 from .fields import Calls, Names, Types
@@ -50,6 +50,11 @@ class Entry:
             both = " and ".join(sorted(map(shown, named)))
             raise TableError(f"entry {str(sites)!r} and its rules name different forwards: {both}")
         replacement = _read_forward(next(iter(named), None))
+        if replacement is not None and sites.at != (REPLACE,):
+            raise TableError(
+                f"entry {str(sites)!r} replaces the forward by {shown(replacement)}, which is the operation, not a "
+                f"place at it; give the forward to an entry without at="
+            )
         return cls(sites, tuple(replace(p, forward=None) for p in rules), replacement)
 
     @functools.cached_property
@@ -147,6 +152,7 @@ def on(
     type: Types | None = None,
     parameter: Names | None = None,
     call: Calls | None = None,
+    at: Names | None = None,
     forward: Forward | None = None,
     where: Callable[[Site], Any] | None = None,
 ) -> Selection:
@@ -169,6 +175,11 @@ def on(
         parameter: Patterns for the name of a parameter, for example ``"*.weight"``. For a tied parameter, one of its
             names has to match.
         call: Selects among the sites of one op at one path: an index from 0, or a slice.
+        at: Where at the operation the rule acts. ``"replace"``, the default: it takes the place of the backward.
+            ``"output"``: it gets the gradient of the output, and the backward of the operation gets what it returns.
+            The name of an operand, ``"x"`` for an activation: it gets the gradient that this operation gives the
+            operand, and returns the gradient that flows on. Each is a site of its own, of which the first entry that
+            matches it decides.
         forward: The replacement forward of the sites: an op's name, one with parameters (see `forward`), or a function
             of one tensor. It does not take part in the selection; it is equivalent to ``rule(forward=...)``.
         where: A function that takes a `Site` and returns whether to select it. A table with such a function cannot be
@@ -185,7 +196,7 @@ def on(
         >>> fg.on("relu", module=["layer3.*", "layer4.*"]).backward("rectangular", a=-1.0, b=1.0)
         on('relu', module=['layer3.*', 'layer4.*']).backward('rectangular', a=-1.0, b=1.0)
     """
-    sites = Selector.of(op, module, type, parameter, call, where)
+    sites = Selector.of(op, module, type, parameter, call, where, at)
     return Selection(sites, _read_forward(forward))
 
 

@@ -6,18 +6,20 @@ import fnmatch
 import inspect
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeAlias
 
 import torch
 from torch import nn
 
 from ..errors import TableError, unknown
+from ..sites.site import OUTPUT, REPLACE
 from ..vocabulary.activations import GROUPS, OPS
 from .classes import Class, imported
 
 __all__ = [
     "ALL",
+    "AT",
     "OP_NAMES",
     "PARAMETERS",
     "Calls",
@@ -26,6 +28,7 @@ __all__ = [
     "brief",
     "call_text",
     "compiled",
+    "read_at",
     "read_call",
     "read_ops",
     "read_pattern",
@@ -44,6 +47,9 @@ PARAMETERS = "params"
 ALL = "all"
 OP_NAMES = (*OPS, *GROUPS, PARAMETERS, ALL)
 """The valid values of the field `op`."""
+
+AT = (REPLACE, OUTPUT)
+"""The valid values of the field `at`, besides the operands of the ops."""
 
 
 def several(field: str, given: Any, read: Callable[[str, Any], Any]) -> tuple[Any, ...]:
@@ -79,6 +85,40 @@ def _read_op(field: str, op: Any) -> str:
         remedy = f"Use `type` for a class: on(type={op.__name__})."
     name = op if isinstance(op, str) else brief(op)
     raise TableError(unknown("op or group", name, OP_NAMES, remedy))
+
+
+def read_at(given: Any, ops: Collection[str] | None) -> tuple[str, ...]:
+    """The placements to select, including the default.
+
+    Args:
+        given: One placement, or several.
+        ops: The ops that are selected; None for calls of classes, and empty for parameters.
+
+    Raises:
+        TableError: None of the ops has such an operand, or no operation is selected.
+    """
+    placements = several("at", given, _read_name)
+    if not placements or placements == (REPLACE,):
+        return (REPLACE,)
+    if ops is not None and not ops:
+        raise TableError(
+            f"at={brief(given)} is a place at an operation, and the entry selects parameters, whose gradient a rule "
+            f"gets without at=; leave out at, or select operations by op"
+        )
+    operands = ("x",) if ops is None else dict.fromkeys(n for op in ops for n in OPS[op].operands)
+    for name in placements:
+        if name not in (*AT, *operands):
+            whose = "a call of a class" if ops is None else " and ".join(sorted(ops)[:5])
+            raise TableError(unknown(f"place at {whose}:", name, (*AT, *operands)))
+    return placements
+
+
+def _read_name(field: str, name: Any) -> str:
+    if not isinstance(name, str):
+        raise TableError(
+            f"{field} has to be {OUTPUT!r}, {REPLACE!r} or the name of an operand, got {brief(name)}"
+        )
+    return name
 
 
 def read_pattern(field: str, pattern: Any) -> str:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..errors import TableError
-from ..sites.site import Located, Site
+from ..sites.site import REPLACE, Located, Site
 from ..vocabulary.activations import GROUPS
 from .classes import Class, class_name, imported, matching_classes, qualified
 from .fields import (
@@ -25,6 +25,7 @@ from .fields import (
     brief,
     call_text,
     compiled,
+    read_at,
     read_call,
     read_ops,
     read_pattern,
@@ -46,6 +47,7 @@ class Selector:
         parameter: Patterns for the names of a parameter.
         call: Indices and slices of calls.
         where: A predicate on the site.
+        at: Placements.
     """
 
     op: tuple[str, ...] = ()
@@ -54,6 +56,7 @@ class Selector:
     parameter: tuple[str, ...] = ()
     call: tuple[int | slice, ...] = ()
     where: Callable[[Site], Any] | None = None
+    at: tuple[str, ...] = (REPLACE,)
 
     @classmethod
     def of(
@@ -64,17 +67,20 @@ class Selector:
         parameter: Names | None,
         call: Calls | None,
         where: Callable[[Site], Any] | None,
+        at: Names | None = None,
     ) -> Selector:
         """Make a selector from the arguments of `on`. Raises `TableError` if one is invalid."""
         if where is not None and not callable(where):
             raise TableError(f"where has to be a function of a Site, got {brief(where)}")
+        ops = read_ops(op, by_type=type is not None, by_parameter=parameter is not None)
         return cls(
-            read_ops(op, by_type=type is not None, by_parameter=parameter is not None),
+            ops,
             several("module", module, read_pattern),
             several("type", type, read_type),
             several("parameter", parameter, read_pattern),
             several("call", call, read_call),
             where,
+            read_at(at, _ops_of(ops) if ops else None),
         )
 
     @property
@@ -85,15 +91,14 @@ class Selector:
     @functools.cached_property
     def wants_parameters(self) -> bool:
         """Whether it can select a parameter."""
-        return bool({PARAMETERS, ALL} & {*self.op})
+        return bool({PARAMETERS, ALL} & {*self.op}) and REPLACE in self.at
 
     # Every entry is matched against every site, so what does not depend on the site is cached.
 
     @functools.cached_property
     def ops(self) -> frozenset[str]:
-        """The ops that the names and groups denote. A group with the name of an op contains that op."""
-        groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: ()}
-        return frozenset(op for name in self.op for op in groups.get(name, (name,)))
+        """The ops that the names and groups denote."""
+        return _ops_of(self.op)
 
     @functools.cached_property
     def _modules(self) -> list[re.Pattern[str]]:
@@ -110,6 +115,8 @@ class Selector:
             TableError: `where` raised an exception.
         """
         site = located.site
+        if site.at not in self.at:
+            return False
         if site.kind == "parameter":
             if not self.wants_parameters:
                 return False
@@ -162,6 +169,7 @@ class Selector:
             "type": tuple(map(class_name, self.type)),
             "parameter": self.parameter,
             "call": self.call,
+            "at": () if self.at == (REPLACE,) else self.at,
         }
         given: dict[str, Any] = {
             name: values[0] if len(values) == 1 else list(values)
@@ -180,6 +188,7 @@ class Selector:
                 ("module", self.module),
                 ("parameter", self.parameter),
                 ("call", self.call),
+                ("at", () if self.at == (REPLACE,) else self.at),
             )
             if values
         ]
@@ -189,7 +198,7 @@ class Selector:
     def _key(self) -> tuple[Any, ...]:
         calls = tuple(c if isinstance(c, int) else (c.start, c.stop, c.step) for c in self.call)
         types = tuple(map(class_name, self.type))
-        return (self.op, self.module, types, self.parameter, calls, self.where)
+        return (self.op, self.module, types, self.parameter, calls, self.where, self.at)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selector) and self._key() == other._key()
@@ -227,6 +236,12 @@ class _NotSaved:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def _ops_of(names: Iterable[str]) -> frozenset[str]:
+    """The ops that names and groups denote. A group with the name of an op contains that op."""
+    groups = {**GROUPS, ALL: GROUPS["activations"], PARAMETERS: ()}
+    return frozenset(op for name in names for op in groups.get(name, (name,)))
 
 
 def _any_match(patterns: Iterable[re.Pattern[str]], names: Iterable[str]) -> bool:

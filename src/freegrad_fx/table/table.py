@@ -15,7 +15,7 @@ from torch import nn
 
 from ..core.rule import RuleLike, available
 from ..errors import RuleError, TableError, unknown
-from ..sites.site import Located
+from ..sites.site import REPLACE, Located
 from ..vocabulary.activations import GROUPS, OPS
 from .data import dump_table, load_table
 from .entry import Entry, Selection
@@ -205,6 +205,20 @@ class RuleTable:
         return tuple(
             dict.fromkeys(t for entry in self.entries for t in entry.sites.classes_in(model))
         )
+
+    @functools.cached_property
+    def placements(self) -> tuple[str, ...]:
+        """The places at operations, besides the operations themselves, that entries name."""
+        named = dict.fromkeys(at for entry in self.entries for at in entry.sites.at)
+        return tuple(at for at in named if at != REPLACE)
+
+    def gives(self, located: Located) -> Entry | None:
+        """The first entry that gives a rule to a site or to a place at it; None if there is none."""
+        for place in (located, *located.edges(self.placements)):
+            index = self.decide(place)
+            if index is not None and self.entries[index].rules is not None:
+                return self.entries[index]
+        return None
 
     def decide(self, located: Located) -> int | None:
         """The index of the first entry that selects a site, or None."""

@@ -1,4 +1,4 @@
-"""`rewrite.py`: the nodes that are inserted around a site, written out for small graphs.
+"""`rewrite`: the nodes that are inserted around a site, written out for small graphs.
 
 Other tests compare results with models written by hand. These compare the graph itself, which also shows a superfluous
 copy.

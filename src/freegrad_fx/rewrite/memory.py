@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from .backward.functions import OVERWRITTEN
-from .core.contract import SAVES
-from .core.rule import Rule
-from .graph.aliasing import Aliasing
-from .plan import Decision
-from .sites.site import LocatedOperation
+from ..backward.functions import OVERWRITTEN
+from ..core.contract import SAVES
+from ..core.rule import Rule
+from ..graph.aliasing import Aliasing
+from ..plan import Decision
+from ..sites.site import OUTPUT, REPLACE, LocatedOperation
 
 __all__ = ["Memory", "memory_at"]
 
@@ -26,6 +27,7 @@ class Memory:
             written into later.
         save: The `save` option for `decoupled`; ``""`` for the rule's own.
         watched: Whether the operation is code of the user that could write into `x` without saying so.
+        keep_y: Whether the rules at the output need a copy, because the output is overwritten before the backward.
     """
 
     keep_x: bool
@@ -33,22 +35,35 @@ class Memory:
     on_copy: bool
     save: str
     watched: bool
+    keep_y: bool = False
 
 
-def memory_at(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -> Memory:
+def memory_at(
+    place: LocatedOperation, decisions: Mapping[str, Decision], aliasing: Aliasing
+) -> Memory:
     """What a site needs because of in-place operations and shared memory.
 
     A rule that reads only where `x` is positive can read the output of some operations instead, for example of ReLU.
     The next layer usually saves the output anyway. If the operation works in place, `x` already holds the output when
     it is saved. Module calls are excluded, because forward hooks can replace the output.
+
+    Args:
+        place: The operation.
+        decisions: The decisions that act at it, by placement.
+        aliasing: The memory that the nodes of the graph share.
     """
     x, node = place.input, place.node
-    first, *others = decision.rules or (None,)
-    overwrites = place.inplace and decision.forward is None
+    replaces, output = decisions.get(REPLACE), decisions.get(OUTPUT)
+    at_x = [d for at, d in decisions.items() if at not in (REPLACE, OUTPUT)]
+    first, *others = (replaces.rules if replaces else ()) or (None,)
+    forward = None if replaces is None else replaces.forward
+    overwrites = place.inplace and forward is None
     write_back = place.inplace and aliasing.read_elsewhere_after(x, node)
-    others_read_x = first is None or any("x" in rule.inputs for rule in others)
+    ambient = replaces is not None and first is None
+    others_read_x = ambient or any(d.reads("x") for d in at_x)
+    others_read_x = others_read_x or any("x" in rule.inputs for rule in others)
     save = ""
-    if _reads_where_positive(first, place) and decision.forward is None:
+    if _reads_where_positive(first, place) and forward is None:
         if overwrites:
             save = "" if write_back or others_read_x else OVERWRITTEN
         elif node.op != "call_module" and not aliasing.written_after(node, node):
@@ -58,7 +73,10 @@ def memory_at(place: LocatedOperation, decision: Decision, aliasing: Aliasing) -
     lost = overwritten or aliasing.written_after(x, node)
     may_return_x = place.op is None or place.op.name == "identity"
     on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
-    return Memory(needs_x and lost, write_back, on_copy, save, _is_watched(place, decision))
+    watched = (replaces is not None or bool(at_x)) and forward is None and _is_watched(place)
+    reads_y = output is not None and (output.reads("x") or output.reads("y"))
+    keep_y = reads_y and aliasing.written_after(node, node)
+    return Memory(needs_x and lost, write_back, on_copy, save, watched, keep_y)
 
 
 def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
@@ -67,8 +85,8 @@ def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:
     return usual and place.op is not None and place.op.keeps_positive
 
 
-def _is_watched(place: LocatedOperation, decision: Decision) -> bool:
+def _is_watched(place: LocatedOperation) -> bool:
     called = place.called
     if called is None or called.__module__.startswith("torch."):
         return False
-    return place.op is None and not place.inplace and decision.forward is None
+    return place.op is None and not place.inplace
