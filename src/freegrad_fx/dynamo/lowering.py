@@ -15,6 +15,14 @@ from ..ops.gradients import decoupled, stop_gradient
 __all__ = ["lower"]
 
 
+_OF_RULES = (
+    stop_gradient,
+    decoupled,
+    torch.ops.aten.detach.default,
+    torch.ops.freegrad_fx.decoupled.default,
+)
+
+
 def lower(graph: fx.Graph) -> None:
     """Replace `stop_gradient` and `decoupled` by operators in a graph that Dynamo captured.
 
@@ -29,7 +37,7 @@ def lower(graph: fx.Graph) -> None:
         if node.target not in (stop_gradient, decoupled) or node.kwargs.get("ambient"):
             continue
         source = node.args[0]
-        while source.target in (stop_gradient, torch.ops.aten.detach.default):
+        while source.target in _OF_RULES:
             source = source.args[0]  # nodes that a rewrite inserted have no example value
         if not isinstance(source.meta.get("example_value"), Tensor):
             continue  # such as abs(), which also takes numbers

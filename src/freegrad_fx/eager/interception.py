@@ -16,7 +16,7 @@ from ..context import intercepting_blocks, left_alone, programs
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .parameters import parameter_dims
-from .rules import run, to_rewrite, with_argument
+from .rules import run, to_rewrite, with_argument, with_edges
 from .running import has_rules_already, in_one_site
 from .sites import EagerSites
 
@@ -75,6 +75,11 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         return observing[-1].run(lambda: func(*args, **kwargs))
     key = spelling.key
     x = args[key] if isinstance(key, int) else kwargs[key]
+    if len(spelling.found) > 1:
+        inplace = spelling.inplace
+        args, kwargs = with_edges(spelling.found, args, kwargs, decisions, inplace=inplace)
+        other = {operand.name for operand in spelling.found[1:]}
+        decisions = {at: d for at, d in decisions.items() if at not in other}
     operation = with_argument(func, args, kwargs, key)
     return observing[-1].run(lambda: run(operation, x, decisions, inplace=spelling.inplace))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -20,6 +20,7 @@ from ..ops.gradients import copied, decoupled_by
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE
 from ..vocabulary.activations import OPS
+from ..vocabulary.op import Operand
 
 __all__ = [
     "Decisions",
@@ -32,6 +33,7 @@ __all__ = [
     "run",
     "to_rewrite",
     "with_argument",
+    "with_edges",
 ]
 
 
@@ -51,6 +53,37 @@ def to_rewrite(asked: Iterable[Decisions | None]) -> Decisions:
             if decision.entry is not None:
                 decided.setdefault(at, decision)
     return {at: decision for at, decision in decided.items() if decision.action == "rewrite"}
+
+
+def with_edges(
+    operands: Sequence[Operand],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    decisions: Decisions,
+    *,
+    inplace: bool,
+) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+    """The arguments of a call with rules at the operands other than the first, which `run` is given.
+
+    Args:
+        operands: The operands that are tensors.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        decisions: The decisions to rewrite.
+        inplace: Whether the operation writes into the first operand, which can be another one, too.
+    """
+    edges = [(o, decisions[o.name]) for o in operands[1:] if o.name in decisions]
+    if not edges or not rules_act():
+        return args, kwargs
+    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    for operand, decision in edges:
+        value = given[operand.key]
+        if decision.rules and is_differentiable(value):
+            value = value.clone() if inplace and decision.reads("x") else value
+            name = decision.site.name
+            given[operand.key] = decoupled_by(decision.rules, value.detach(), value, name)
+    positional = tuple(given[index] for index in range(len(args)))
+    return positional, {name: given[name] for name in kwargs}
 
 
 def rules_act() -> bool:

@@ -161,7 +161,9 @@ class EagerSites(ABC):
         if self._asks_for_operations:
             # the other arguments decide what the operation is
             written = (*written, *other_constants(args, kwargs, spelling.key))
-        return self._decisions(written, place, spelling.op.name, described)
+        found = spelling.found
+        tensors = tuple(operand.name for operand in found) if found else None
+        return self._decisions(written, place, spelling.op.name, described, tensors)
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
@@ -205,6 +207,7 @@ class EagerSites(ABC):
         place: Place,
         op: str,
         described: Callable[[], _Described],
+        tensors: tuple[str, ...] | None = None,
     ) -> Decisions:
         """The decisions for a call, which are known if the same was `written` at the same place before.
 
@@ -212,7 +215,7 @@ class EagerSites(ABC):
         """
         call = self.count(place, op)
         source = caller() if self.lines_tell_sites_apart else ""
-        key = (op, place.path, call, *written, type(place.owner), source)
+        key = (op, place.path, call, *written, type(place.owner), source, tensors)
         known = self.decisions(place)
         found = known.get(key)
         if found is not None:
@@ -228,7 +231,8 @@ class EagerSites(ABC):
             source=source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
-        located = Located(site, owners, what.obstacle, what.line, what.called, what.alone)
+        alone = what.alone
+        located = Located(site, owners, what.obstacle, what.line, what.called, tensors, alone)
         made = {REPLACE: self.decided(place, located)}
         for edge in located.edges(self.table.placements):
             if self.table.decide(edge) is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 from .._torch.modules import children_of
 from ..ops.calls import call_with
 from ..ops.hooked import call_without_hooks, forward_of, run_hooks, run_pre_hooks
-from ..vocabulary.op import Spelling
+from ..vocabulary.op import Operand, Spelling
 from ..vocabulary.recognition import has_derivative, recognise
 from .provenance import origin
 from .shape_values import known_number
@@ -24,7 +24,9 @@ __all__ = [
     "called_path",
     "first_argument",
     "hooked_module",
+    "operand_node",
     "parameter_of",
+    "set_operand",
     "spelled",
     "submodule",
     "takes_parameters",
@@ -94,6 +96,25 @@ def first_argument(node: fx.Node) -> int:
 def argument(node: fx.Node, key: int | str) -> Any:
     """The argument of a node at a position or with a keyword."""
     return node.args[key] if isinstance(key, int) else node.kwargs[key]
+
+
+def operand_node(node: fx.Node, operand: Operand) -> fx.Node | None:
+    """The node of an operand of a call; None if the called module reads it from itself."""
+    if operand.held:
+        own = node.args[1] if takes_parameters(node) else {}
+        return own.get(operand.held)  # type: ignore[union-attr,return-value]
+    value = argument(node, operand.key)
+    return value if isinstance(value, fx.Node) else None
+
+
+def set_operand(node: fx.Node, operand: Operand, value: fx.Node) -> None:
+    """Let a call take another node as an operand. A held one is among the parameters that the call is given."""
+    if operand.held:
+        node.update_arg(1, {**node.args[1], operand.held: value})  # type: ignore[dict-item]
+    elif isinstance(operand.key, int):
+        node.update_arg(operand.key, value)
+    else:
+        node.update_kwarg(operand.key, value)
 
 
 def spelled(node: fx.Node, root: nn.Module, wanted: Collection[str] = ()) -> Spelling | None:

@@ -18,6 +18,7 @@ __all__ = [
     "require_frozen",
     "require_metadata",
     "require_open",
+    "require_result",
     "require_specialised",
     "require_tensor",
     "require_unwritten",
@@ -98,6 +99,23 @@ def require_metadata(x: Tensor, name: str, captured: Any) -> None:
             f"the forward reads the {name} of a tensor, which was {captured} when the model was captured and is {now} "
             f"in this call. Transform the original model again, with example_inputs and inside of the torch.autocast "
             f"block of the call, if there is one; or use freegrad_fx.compile(model, rules), which supports both."
+        )
+
+
+def require_result(y: Any, site: str) -> None:
+    """Raise `TypeError` unless the operation at a site returned a tensor.
+
+    Args:
+        y: What the operation returned.
+        site: The name of the site.
+    """
+    if has_torch_function((y,)):
+        handle_torch_function(require_result, (y,), y, site)
+    elif not isinstance(y, Tensor):
+        raise TypeError(
+            f"the operation at site {site!r} returned {type(y).__name__}, but a rule needs one tensor. If an entry of "
+            f"the table selects the module there by its class, give the class None, or give the rule to a module "
+            f"inside of it or around it that returns a tensor."
         )
 
 

@@ -24,6 +24,7 @@ from ..backward.several import Operands
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 from ..vocabulary.operands import operation_of
+from .checks import require_result
 
 __all__ = ["copied", "decoupled", "decoupled_by", "kept", "stop_gradient", "written_back"]
 
@@ -177,13 +178,9 @@ def decoupled(
             decoupled, (y, x), y, x, *read, **given, site=site, **parameters
         )
     if not isinstance(y, Tensor):
-        if not isinstance(x, Tensor | tuple | list | dict):  # a number
+        if not isinstance(x, Tensor):
             return y
-        raise TypeError(
-            f"the operation at site {site!r} returned {type(y).__name__}, but a rule needs one tensor. If an entry of "
-            f"the table selects the module there by its class, give the class None, or give the rule to a module "
-            f"inside of it or around it that returns a tensor."
-        )
+        require_result(y, site)
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
     if not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
         return y

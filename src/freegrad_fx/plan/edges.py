@@ -20,6 +20,11 @@ def check_edge(place: Located, entry: Entry) -> None:
                 f"rule {rule.name!r} needs the output y of an operation, and an operand has none; at {where}. Leave "
                 f"out at={site.at!r}, so that the rule replaces the backward, or choose a rule that does not read y."
             )
+        if rule.declaration.of_op:
+            raise PlanError(
+                f"rule {rule.name!r} depends on the operation whose backward it replaces, and at {site.at!r} it "
+                f"replaces none; at {where}. Leave out at={site.at!r}."
+            )
         if {"x", "y"} <= {*rule.inputs}:
             raise PlanError(
                 f"rule {rule.name!r} reads the input x and the output y of an operation, which are one tensor at its "

@@ -6,19 +6,16 @@ rewrites, every other node is unchanged, and the graph computes the same values 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 from torch import fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.graphs import grad_mode_getter, grad_mode_setter, is_erased
-from .._torch.modules import has_global_hooks, has_hooks
 from ..capture.captured import sets_grad_mode
 from ..core.scopes import SCOPES
 from ..graph.aliasing import Aliasing
-from ..graph.hooked import open_call
 from ..graph.marks import (
     Marks,
     insert_marks,
@@ -32,6 +29,7 @@ from ..ops.gradients import decoupled, kept, stop_gradient, written_back
 from ..ops.hooked import call_without_hooks
 from ..plan import Decided
 from ..sites.site import Located, LocatedOperation, LocatedParameter
+from .calls import calls_to_give, calls_to_open, with_given_parameters, with_open_calls
 from .memory import memory_at
 from .operations import at_operations, operate
 from .surgery import Surgery
@@ -79,9 +77,9 @@ def rewrite(
         The marks of the rewritten graph, also for the modules that are called at its sites.
     """
     unmarked = frozenset[str]() if marks is None else marks.unmarked
-    if to_open := _calls_to_open(root, decided):
+    if calls_to_open(root, decided) or calls_to_give(decided):
         insert_marks(graph, marks or Marks())
-        decided = _with_open_calls(to_open, decided)
+        decided = with_given_parameters(with_open_calls(root, decided))
         marks = None if marks is None else take_marks(graph)
     wanted = [pair for pair in decided if pair[1].acts]
     aliasing = Aliasing(graph, root)
@@ -134,43 +132,6 @@ def _warn_at(first: Located, count: int, graph: fx.Graph, root: nn.Module) -> No
     elif isinstance(first, LocatedParameter):
         with _at_the_beginning(graph, False):
             surgery.node("call_function", warn_if_native, (surgery.read(first), text))
-
-
-def _calls_to_open(root: nn.Module, decided: Decided) -> dict[fx.Node, int | str]:
-    """The calls of modules with hooks that get a rule, with the place of the activated tensor in each."""
-    of_all = has_global_hooks()
-    found: dict[fx.Node, int | str] = {}
-    for place, decision in decided:
-        if not decision.acts or not isinstance(place, LocatedOperation):
-            continue
-        module = called_module(place.node, root)
-        if (
-            module is not None
-            and place.node.target is not call_without_hooks
-            and (of_all or has_hooks(module))
-        ):
-            found[place.node] = place.key
-    return found
-
-
-def _with_open_calls(to_open: Mapping[fx.Node, int | str], decided: Decided) -> Decided:
-    """Open the calls of modules with hooks: a rule is around the forward alone.
-
-    Returns:
-        The sites with the nodes that they have now.
-    """
-    opened = {node: open_call(node, key) for node, key in to_open.items()}
-    return [(_at(place, opened), decision) for place, decision in decided]
-
-
-def _at(place: Located, opened: Mapping[fx.Node, tuple[fx.Node, ...]]) -> Located:
-    """A site after calls were opened."""
-    if isinstance(place, LocatedOperation) and place.node in opened:
-        return replace(place, node=opened[place.node][1], key=2)
-    if isinstance(place, LocatedParameter):
-        calls = [(part, n) for node, n in place.calls for part in opened.get(node, (node,))]
-        return replace(place, calls=tuple(calls))
-    return place
 
 
 @contextmanager

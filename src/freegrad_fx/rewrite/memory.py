@@ -5,10 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from torch import fx
+
 from ..backward.functions import OVERWRITTEN
 from ..core.contract import SAVES
 from ..core.rule import Rule
 from ..graph.aliasing import Aliasing
+from ..graph.nodes import operand_node
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
 
@@ -27,6 +30,7 @@ class Memory:
             written into later.
         save: The `save` option for `decoupled`; ``""`` for the rule's own.
         watched: Whether the operation is code of the user that could write into `x` without saying so.
+        keep_operands: The other operands of which rules need a copy, because they are overwritten before the backward.
         keep_y: Whether the rules at the output need a copy, because the output is overwritten before the backward.
     """
 
@@ -35,7 +39,8 @@ class Memory:
     on_copy: bool
     save: str
     watched: bool
-    keep_y: bool = False
+    keep_operands: frozenset[str]
+    keep_y: bool
 
 
 def memory_at(
@@ -54,7 +59,7 @@ def memory_at(
     """
     x, node = place.input, place.node
     replaces, output = decisions.get(REPLACE), decisions.get(OUTPUT)
-    at_x = [d for at, d in decisions.items() if at not in (REPLACE, OUTPUT)]
+    at_x = [d for at, d in decisions.items() if at == place.first.name]
     first, *others = (replaces.rules if replaces else ()) or (None,)
     forward = None if replaces is None else replaces.forward
     overwrites = place.inplace and forward is None
@@ -71,12 +76,25 @@ def memory_at(
     needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
     overwritten = write_back or (overwrites and save != OVERWRITTEN)
     lost = overwritten or aliasing.written_after(x, node)
-    may_return_x = place.op is None or place.op.name == "identity"
+    may_return_x = place.op is None or place.op.may_return_x
     on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
     watched = (replaces is not None or bool(at_x)) and forward is None and _is_watched(place)
     reads_y = output is not None and (output.reads("x") or output.reads("y"))
     keep_y = reads_y and aliasing.written_after(node, node)
-    return Memory(needs_x and lost, write_back, on_copy, save, watched, keep_y)
+    elsewhere = (at for at in decisions if at not in (REPLACE, OUTPUT, place.first.name))
+    overwritten_too = frozenset(
+        at
+        for at in elsewhere
+        if decisions[at].reads("x")
+        and (place.inplace or aliasing.written_after(_operand(place, at), node))
+    )
+    return Memory(needs_x and lost, write_back, on_copy, save, watched, overwritten_too, keep_y)
+
+
+def _operand(place: LocatedOperation, at: str) -> fx.Node:
+    value = operand_node(place.node, place.operand(at))
+    assert value is not None
+    return value
 
 
 def _reads_where_positive(rule: Rule | None, place: LocatedOperation) -> bool:

@@ -8,7 +8,8 @@ from typing import TypeAlias
 from torch import fx, nn
 
 from ..graph.marks import fix_arguments, is_mark, same_value
-from ..ops.checks import require_unwritten, write_count
+from ..graph.nodes import operand_node, set_operand
+from ..ops.checks import require_result, require_unwritten, write_count
 from ..ops.gradients import written_back
 from ..plan import Decided, Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
@@ -79,6 +80,13 @@ def operate(
             start, given = keep(x) if memory.keep_x else x, x
         for at in (at for at in decisions if at not in (REPLACE, OUTPUT)):
             edge = surgery_at(at)
+            operand = place.operand(at)
+            if operand != place.first:
+                value = operand_node(node, operand)
+                assert value is not None  # a held one was put among the arguments
+                copy = keep(value) if at in memory.keep_operands else value
+                set_operand(node, operand, edge.edge(value, copy, decisions[at].rules))
+                continue
             start = edge.edge(given if replaces is None else start, start, decisions[at].rules)
             given = start if replaces is None else given  # the operation can write into its memory
         if replaces is not None:
@@ -91,10 +99,8 @@ def operate(
     if forward is not None:
         node.replace_all_uses_with(operation)
         graph.erase_node(node)
-    elif isinstance(place.key, int):
-        node.update_arg(place.key, given)
     else:
-        node.update_kwarg(place.key, given)
+        set_operand(node, place.first, given)
     users = set(operation.users)
     result = operation
     with graph.inserting_before(operation.next):
@@ -104,7 +110,11 @@ def operate(
         if replaces is not None:
             result = surgery.decoupled(operation, source, start, first, memory.save)
         if OUTPUT in decisions:
-            result = surgery_at(OUTPUT).edge(result, result, decisions[OUTPUT].rules)
+            at_output = surgery_at(OUTPUT)
+            if place.op is None and "example_value" not in node.meta:  # a class can return anything
+                name = at_output.site.name
+                at_output.node("call_function", require_result, (result, name))
+            result = at_output.edge(result, result, decisions[OUTPUT].rules)
             result = keep(result) if memory.keep_y else result
         if memory.write_back and forward is not None:
             result = surgery.node("call_method", "copy_", (x, result))

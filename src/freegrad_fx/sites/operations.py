@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import types as kinds
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from torch import fx, nn
 
 from .._torch.operators import Overload
-from ..graph.nodes import argument, called_module, called_path, first_argument, spelled
+from ..graph.nodes import (
+    argument,
+    called_module,
+    called_path,
+    first_argument,
+    operand_node,
+    spelled,
+)
 from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
 from ..ops.gradients import kept, stop_gradient
-from ..vocabulary.op import Spelling
+from ..vocabulary.op import Operand, Spelling
 from .alone import node_alone
 from .owners import already, class_at, decoupling, qualified, short_name
 from .site import OUTPUT, LocatedOperation, Site
@@ -53,6 +60,9 @@ def find_sites(
         path = where.owner if own else called_path(node)
         name = spelling.op.name if isinstance(spelling, Spelling) else _class_name(called)
         owner = where.owner_type or class_at(root, path)
+        operands = (
+            spelling.operands if isinstance(spelling, Spelling) else (Operand("x", spelling.key),)
+        )
         site = Site(
             kind="operation",
             op=name,
@@ -75,8 +85,9 @@ def find_sites(
                 key=spelling.key,
                 inplace=spelling.inplace,
                 module=module,
-                arguments=spelling.operands if isinstance(spelling, Spelling) else (),
-                decoupled=tuple(_edges(node, spelling)),
+                arguments=operands,
+                tensors=tuple(operand.name for operand in operands),
+                decoupled=tuple(_edges(node, operands)),
             )
         )
     return found
@@ -111,25 +122,26 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
-def _edges(node: fx.Node, spelling: Spelling | _Custom) -> Iterator[tuple[str, str]]:
+def _edges(node: fx.Node, operands: Iterable[Operand]) -> Iterator[tuple[str, str]]:
     """The placements at which an earlier transform has put rules around a node, each with a rule."""
     for user in node.users:
         if user.args[1:2] == (node,) and (found := decoupling(user)):
             yield from [(OUTPUT, found[0])] if found[1].endswith(f"@{OUTPUT}") else []
-    found = decoupling(_input(node, spelling))
-    if found is not None and "@" in found[1]:
-        yield found[1].rpartition("@")[2], found[0]
+    for operand in operands:
+        value = operand_node(node, operand)
+        found = None if value is None else decoupling(_original(value))
+        if found is not None and found[1].endswith(f"@{operand.name}"):
+            yield operand.name, found[0]
 
 
-def _input(node: fx.Node, spelling: Spelling | _Custom) -> fx.Node:
-    source: fx.Node = argument(node, spelling.key)
+def _original(source: fx.Node) -> fx.Node:
     while source.target in ("clone", kept):  # an in-place operation can run on a copy of its input
         source = source.args[0]  # type: ignore[assignment]
     return source
 
 
 def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
-    source = _input(node, spelling)
+    source = _original(argument(node, spelling.key))
     rules = [
         found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
     ]
@@ -137,6 +149,8 @@ def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
         return already(*rules)
     if source.target is stop_gradient:
         return "its input is already detached from the autograd graph"
+    if node.kwargs.get("return_indices"):
+        return "it returns a tuple"
     if spelling.writes_out:
         return "it writes its result into an out= tensor, which autograd does not support"
     return ""

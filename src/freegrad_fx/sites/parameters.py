@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
-from ..graph.nodes import called_module, called_path, hooked_module, parameter_of
+from ..graph.nodes import called_module, called_path, hooked_module, parameter_of, takes_parameters
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
 from ..ops.gradients import kept
@@ -41,7 +41,10 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
         inside = insides.get(module) or insides.setdefault(module, _Inside(module))
         for parameter, local in inside.parameters:
             use = uses.setdefault(names[id(parameter)], _Uses(parameter))
-            use.calls.append((node, local))
+            # an earlier transform gives the call a parameter that has rules there
+            given = node.args[1] if takes_parameters(node) else ()
+            if own := tuple(name for name in local if name not in given):
+                use.calls.append((node, own))
             use.embeds += [m for m in inside.embeds if m.weight is parameter]
         for identity in names.keys() & inside.held:
             use = uses.setdefault(names[identity], _Uses(root.get_parameter(names[identity][0])))

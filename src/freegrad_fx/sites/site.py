@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 from torch import Tensor, fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..graph.nodes import argument
 from ..vocabulary.op import Op, Operand
@@ -85,6 +86,7 @@ class Located:
         obstacle: The reason why no rule can act at the site; ``""`` if one can.
         op: Its line in the vocabulary; None for a parameter, and for a call of a class that the table selects by type.
         called: The class of the module or `autograd.Function` that is called; None for other calls.
+        tensors: The operands that are tensors in this call; None if it is not known.
         alone: The operation as a function of the activated tensor alone; None if it takes other tensors, and for a
             parameter.
     """
@@ -94,11 +96,14 @@ class Located:
     obstacle: str = ""
     op: Op | None = None
     called: type[Any] | None = None
+    tensors: tuple[str, ...] | None = None
     alone: Alone | None = field(default=None, compare=False)
 
     @property
     def operands(self) -> tuple[str, ...]:
-        """The names of the operands of an operation. That of a call of a class is `x`, its first tensor."""
+        """The operands at which a rule can act. That of a call of a class is `x`, its first tensor."""
+        if self.tensors is not None:
+            return self.tensors
         return ("x",) if self.op is None else self.op.operands
 
     def edges(self, names: Iterable[str]) -> list[Self]:
@@ -143,11 +148,44 @@ class LocatedOperation(Located):
         assert isinstance(node, fx.Node)
         return node
 
+    @property
+    def first(self) -> Operand:
+        """The first operand that is a tensor. An operation that works in place writes into it."""
+        return self.arguments[0] if self.arguments else Operand("x", self.key)
+
+    def edges(self, names: Iterable[str]) -> list[Self]:
+        """The sites at the output and the operands of an operation, also at those that its module computes.
+
+        Args:
+            names: The placements that are wanted.
+        """
+        wanted = [*names]
+        found = super().edges(wanted)
+        if self.module is None or self.op is None:
+            return found
+        computed = [n for n in wanted if n in self.op.operands and _is_computed(n, self.module)]
+        return found + [replace(self.edge(n), obstacle=_COMPUTED.format(n)) for n in computed]
+
+    def operand(self, name: str) -> Operand:
+        """The operand of a name."""
+        return next((o for o in self.arguments if o.name == name), self.first)
+
     def edge(self, at: str) -> Self:
         """The site at the output or an operand of an operation."""
         rule = dict(self.decoupled).get(at)
         edge = super().edge(at)
         return edge if rule is None else replace(edge, obstacle=already(rule))
+
+
+_COMPUTED = (
+    "the call computes the {} itself, by a parametrization or a hook; give the rule to the parameters from which it is "
+    "computed: on(parameter=...)"
+)
+
+
+def _is_computed(name: str, module: nn.Module) -> bool:
+    """Whether a module computes what it reads by a name."""
+    return isinstance(vars(module).get(name), Tensor) or is_parametrized(module, name)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -69,7 +69,7 @@ TABLE = (
     make_op("clamp_min", needs_more=True),
     make_op("clamp_max", needs_more=True),
     make_op("abs", also="absolute __abs__", functions=(torch.abs, operator.abs)),
-    make_op("identity", nn.Identity, also="positive"),
+    make_op("identity", nn.Identity, also="positive", may_return_x=True),
 )  # fmt: skip
 
 

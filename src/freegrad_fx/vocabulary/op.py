@@ -40,6 +40,8 @@ class Op:
     keeps_positive: bool = False
     # Entries of a smaller magnitude become 0
     zero_below: float = 0.0
+    # It can return its input tensor itself
+    may_return_x: bool = False
     # The names of the operands, each with the names that PyTorch gives the argument, the preferred name first
     reads: tuple[tuple[str, tuple[str, ...]], ...] = (("x", ()),)
     swapped: frozenset[str] = (
@@ -125,6 +127,7 @@ def make_op(
     keeps_positive: bool = False,
     needs_more: bool = False,
     zero_below: float = 0.0,
+    may_return_x: bool = False,
     operands: str = "",
     swapped: str = "",
     inplace_functions: tuple[Callable[..., Any], ...] = (),
@@ -143,6 +146,7 @@ def make_op(
         keeps_positive: See `Op`.
         needs_more: Whether the op needs arguments besides the tensor.
         zero_below: See `Op`.
+        may_return_x: See `Op`.
         operands: The operands, separated by spaces: each a name, followed by the names that PyTorch gives the
             argument, ``"b=mat2,other"``. The default is ``"x"``, which is the first argument.
         swapped: Further names in PyTorch, of functions that take the second operand first, separated by spaces.
@@ -161,6 +165,7 @@ def make_op(
         keeps_shape=keeps_shape,
         keeps_positive=keeps_positive,
         zero_below=zero_below,
+        may_return_x=may_return_x,
         modules=modules,
         functions=tuple(dict.fromkeys(functions)),
         inplace_functions=(*inplace_functions, *_found(twins, _FUNCTIONS)),

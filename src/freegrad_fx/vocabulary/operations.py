@@ -81,5 +81,5 @@ OPERATIONS = (
         "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d",
     ),
     _op("embedding", nn.Embedding, operands="weight"),
-    _op("dropout", nn.Dropout, keeps_shape=True),
+    _op("dropout", nn.Dropout, keeps_shape=True, may_return_x=True),
 )  # fmt: skip

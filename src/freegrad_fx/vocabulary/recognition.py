@@ -211,6 +211,9 @@ def _with_operands(
         if place is not None and isinstance(value, kind) and has_derivative(value):
             found.append(Operand(name, place))
     if entry.op is not MATMUL:
+        if entry.op.name in ("add", "mul") and len(found) == 1:
+            # PyTorch writes `2 * x` as `x * 2`, and so do some graphs
+            found = [replace(found[0], name=entry.op.operands[0])]
         return entry.op, tuple(found)
     if len(found) < 2:  # no tensor is on one side
         return entry.op, ()
