@@ -272,6 +272,12 @@ def _table(rules: RulesLike) -> RuleTable:
 def _refuse_entries(table: RuleTable) -> None:
     """Raise `PlanError` for an entry that compiled code cannot serve."""
     for entry in table.entries:
+        if entry.sites.order:
+            raise PlanError(
+                f"the entry {entry.selector!r} selects the {entry.sites.order} operation, and Dynamo captures a "
+                f"program in parts, whose order is not known in advance. Compile what transform(model, rules) "
+                f"returns, or select the operation by its place: module=, call=."
+            )
         for rule in entry.rules or ():
             if any(isinstance(value, torch.Generator) for value in rule.bound.values()):
                 raise PlanError(

@@ -186,9 +186,9 @@ class Outside(EagerSites):
         known: dict[tuple[Any, ...], Decisions] = place.program.outside
         return known
 
-    def decided(self, place: Place, located: Located) -> Decision:
+    def decided(self, place: Place, located: Located, table: RuleTable) -> Decision:
         """Decide a site that is not known yet, and report it."""
-        decision = decide(located, self.table)
+        decision = decide(located, table)
         self._backend.findings.outside(place.program, located, decision)
         return decision
 

@@ -68,6 +68,12 @@ def at_ambient_sites(
     if not follows_blocks(model):
         return
     plan: Plan = model.__dict__[PLAN]
+    if table.ordered:
+        raise RuleError(
+            f"the entry {table.entries[table.ordered[0]].selector!r} selects the first operation of a call, and the "
+            f"ambient sites of a transformed model do not tell their order. Transform the original model with the "
+            f"table, transform(model, rules); or call that model in the block."
+        )
     parameters = dict(model.named_parameters(remove_duplicate=False))
     for own in plan.decisions:
         if own.action != "ambient" and (own.action != "native" or own.entry is not None):

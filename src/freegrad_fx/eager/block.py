@@ -159,7 +159,13 @@ def _one_of(rules: RulesLike | None, rule: RuleLike | None) -> RulesLike:
 
 
 def _require_model(table: RuleTable, model: nn.Module | None) -> None:
-    """Raise `TableError` if an entry refers to the places of a model, and there is none."""
+    """Raise `TableError` if an entry refers to the places of a model, and there is none, or to the end of a call."""
+    for entry in table.entries:
+        if entry.sites.order == "last":
+            raise TableError(
+                f"entry {entry.selector!r} selects the last operation, which a block cannot know before the call ends. "
+                f"Select it by its place, module= and call=, or transform the model: transform(model, rules)."
+            )
     if model is not None:
         return
     for entry in table.entries:
@@ -168,6 +174,7 @@ def _require_model(table: RuleTable, model: nn.Module | None) -> None:
             ("module=, which is a path in a model", sites.module),
             ("parameter=, which is a name in a model", sites.parameter),
             ("call=, which counts the calls of a model", sites.call),
+            ("first, which is the first in a call of a model", sites.order == "first"),
             (
                 "type= with an op, which is the class of an owner in a model",
                 sites.type and sites.op,

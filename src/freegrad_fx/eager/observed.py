@@ -38,6 +38,9 @@ from .sites import EagerSites, Place, decoupled_parameter, parameter_site
 
 __all__ = ["Here", "Observed"]
 
+_FIRST = "<first>"
+"""Takes the place of a path in the counts of what entries for the first operation have matched."""
+
 _UNSEEN = (
     "its module ran in the block, and no function of PyTorch that was called from Python took it"
 )
@@ -138,9 +141,18 @@ class Observed(EagerSites):
         """The decisions of this block."""
         return self._known
 
-    def decided(self, place: Place, located: Located) -> Decision:
-        """Decide a site that is not known yet."""
-        return also(located, decide(located, self.table), self.table)
+    def decided(self, place: Place, located: Located, table: RuleTable) -> Decision:
+        """Decide a site that is not known yet, by the table as it is in force there."""
+        return also(located, decide(located, table), table)
+
+    def passed(self, place: Place) -> tuple[int, ...]:
+        """The entries for the first operation that have matched one before, in this call of the model."""
+        calls = self._thread.calls
+        return tuple(i for i in self.table.ordered if calls[_FIRST, str(i)])
+
+    def pass_by(self, place: Place, entry: int) -> None:
+        """Note that an entry for the first operation has matched one."""
+        self._thread.calls[_FIRST, str(entry)] += 1
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site: that in an `Activation` is one if a table decides."""

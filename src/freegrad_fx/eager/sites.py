@@ -81,6 +81,8 @@ class EagerSites(ABC):
 
     def __init__(self, table: RuleTable) -> None:
         self.table = table
+        self._ordered = bool(table.ordered)
+        self._firsts: dict[tuple[Any, ...], list[int]] = {}
         self.wants_parameters = table.wants_parameters
         self.on_demand = table.on_demand
         self._asks_for_operations = table.asks_for_operations
@@ -103,9 +105,17 @@ class EagerSites(ABC):
     def decisions(self, place: Place) -> dict[tuple[Any, ...], Decisions]:
         """The decisions that are known for places like this one; for each call, those for the places at it."""
 
+    def passed(self, place: Place) -> tuple[int, ...]:
+        """The entries for the first operation that have matched one before, in this call of the model."""
+        return ()
+
+    def pass_by(self, place: Place, entry: int) -> None:
+        """Note that an entry for the first operation has matched one."""
+        raise NotImplementedError(f"{type(self).__name__} knows no calls of a model")
+
     @abstractmethod
-    def decided(self, place: Place, located: Located) -> Decision:
-        """Decide a site that is not known yet."""
+    def decided(self, place: Place, located: Located, table: RuleTable) -> Decision:
+        """Decide a site that is not known yet, by the table as it is in force there."""
 
     @abstractmethod
     def names(self, parameter: Tensor, place: Place) -> tuple[str, ...] | None:
@@ -215,10 +225,13 @@ class EagerSites(ABC):
         """
         call = self.count(place, op)
         source = caller() if self.lines_tell_sites_apart else ""
-        key = (op, place.path, call, *written, type(place.owner), source, tensors)
+        passed = self.passed(place) if self._ordered else ()
+        key = (op, place.path, call, *written, type(place.owner), source, tensors, passed)
         known = self.decisions(place)
         found = known.get(key)
         if found is not None:
+            for index in self._firsts[key] if self._ordered else ():
+                self.pass_by(place, index)
             return found
         owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
         what = described()
@@ -233,11 +246,16 @@ class EagerSites(ABC):
         )
         alone = what.alone
         located = Located(site, owners, what.obstacle, what.line, what.called, tensors, alone)
-        made = {REPLACE: self.decided(place, located)}
-        for edge in located.edges(self.table.placements):
-            if self.table.decide(edge) is not None:
-                made[edge.site.at] = self.decided(place, edge)
+        table = self.table.only(dict.fromkeys(passed, frozenset())) if passed else self.table
+        made = {REPLACE: self.decided(place, located, table)}
+        for edge in located.edges(table.placements):
+            if table.decide(edge) is not None:
+                made[edge.site.at] = self.decided(place, edge, table)
         known[key] = made
+        if table.ordered:
+            self._firsts[key] = [i for i in table.ordered if table.matches_at(i, located)]
+            for index in self._firsts[key]:
+                self.pass_by(place, index)
         return made
 
     def opaque(self, function: Callable[..., Any]) -> bool:
@@ -320,7 +338,7 @@ class EagerSites(ABC):
         known = self.decisions(place)
         if key not in known:
             located = parameter_site(parameter, names, self.holders(parameter, names, place))
-            known[key] = {REPLACE: self.decided(place, located)}
+            known[key] = {REPLACE: self.decided(place, located, self.table)}
         return known[key][REPLACE]
 
 

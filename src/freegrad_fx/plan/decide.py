@@ -60,19 +60,19 @@ def make_plan(
     """
     types = table.types_in(capture.root)
     aliasings = [cache(partial(Aliasing, v.graph, capture.root)) for v in capture.variants]
+    found = [find_sites(v.graph, capture.root, types, table.on_demand) for v in capture.variants]
+    tables = [table.among(places) for places in found]
     decided = [
-        _decide_operations(
-            find_sites(variant.graph, capture.root, types, table.on_demand), table, aliasing
-        )
-        for variant, aliasing in zip(capture.variants, aliasings, strict=True)
+        _decide_operations(places, own, aliasing)
+        for places, own, aliasing in zip(found, tables, aliasings, strict=True)
     ]
     unused: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
         decided, unused = _with_parameters(capture, table, decided, aliasings)
     decided = [
-        [(p, also(p, _ambient(p, d, ambient, ambient_before), table)) for p, d in pairs]
-        for pairs in decided
+        [(p, also(p, _ambient(p, d, ambient, ambient_before), own)) for p, d in pairs]
+        for pairs, own in zip(decided, tables, strict=True)
     ]
     opaque, lost = _remarks(capture, types, leaf_modules)
     opaque = tuple(replace(note, holds=_selected_in(note, capture.root, table)) for note in opaque)

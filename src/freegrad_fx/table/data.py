@@ -26,7 +26,7 @@ __all__ = ["dump_table", "load_table"]
 
 VERSION = 1
 
-_SELECTING = ("op", "module", "type", "parameter", "call", "at")
+_SELECTING = ("op", "module", "type", "parameter", "call", "at", "first", "last")
 _FIELDS = (*_SELECTING, "forward", "backward", "params")
 
 

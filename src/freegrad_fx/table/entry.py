@@ -153,6 +153,8 @@ def on(
     parameter: Names | None = None,
     call: Calls | None = None,
     at: Names | None = None,
+    first: bool = False,
+    last: bool = False,
     forward: Forward | None = None,
     where: Callable[[Site], Any] | None = None,
 ) -> Selection:
@@ -180,6 +182,9 @@ def on(
             The name of an operand, ``"x"`` for an activation: it gets the gradient that this operation gives the
             operand, and returns the gradient that flows on. Each is a site of its own, of which the first entry that
             matches it decides.
+        first: Selects only the first operation that matches the other fields, in the order in which the forward calls
+            them: in each graph of a transformed model, and in each call of the model in a `use` block.
+        last: Selects only the last one. A `use` block cannot know it, and `compile` and `backend` refuse both.
         forward: The replacement forward of the sites: an op's name, one with parameters (see `forward`), or a function
             of one tensor. It does not take part in the selection; it is equivalent to ``rule(forward=...)``.
         where: A function that takes a `Site` and returns whether to select it. A table with such a function cannot be
@@ -196,7 +201,7 @@ def on(
         >>> fg.on("relu", module=["layer3.*", "layer4.*"]).backward("rectangular", a=-1.0, b=1.0)
         on('relu', module=['layer3.*', 'layer4.*']).backward('rectangular', a=-1.0, b=1.0)
     """
-    sites = Selector.of(op, module, type, parameter, call, where, at)
+    sites = Selector.of(op, module, type, parameter, call, where, at, first, last)
     return Selection(sites, _read_forward(forward))
 
 

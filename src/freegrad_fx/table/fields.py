@@ -31,6 +31,7 @@ __all__ = [
     "read_at",
     "read_call",
     "read_ops",
+    "read_order",
     "read_pattern",
     "read_type",
     "several",
@@ -111,6 +112,31 @@ def read_at(given: Any, ops: Collection[str] | None) -> tuple[str, ...]:
             whose = "a call of a class" if ops is None else " and ".join(sorted(ops)[:5])
             raise TableError(unknown(f"place at {whose}:", name, (*AT, *operands)))
     return placements
+
+
+def read_order(first: Any, last: Any, parameters: bool) -> str:
+    """Which of the operations that match is selected: ``"first"``, ``"last"``, or ``""`` for all.
+
+    Args:
+        first: The argument `first` of `on`.
+        last: The argument `last` of `on`.
+        parameters: Whether parameters are selected.
+
+    Raises:
+        TableError: Both are true, one is no boolean, or parameters are selected, which have no order.
+    """
+    for field, value in (("first", first), ("last", last)):
+        if not isinstance(value, bool):
+            raise TableError(f"{field} has to be True or False, got {brief(value)}")
+    if first and last:
+        raise TableError("first and last exclude each other; make an entry for each")
+    order = "first" if first else "last" if last else ""
+    if order and parameters:
+        raise TableError(
+            f"{order} selects an operation by the order in which operations run, and the entry selects parameters; "
+            f"select parameters by name: on(parameter='layer1.*')"
+        )
+    return order
 
 
 def _read_name(field: str, name: Any) -> str:

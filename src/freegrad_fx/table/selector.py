@@ -28,12 +28,13 @@ from .fields import (
     read_at,
     read_call,
     read_ops,
+    read_order,
     read_pattern,
     read_type,
     several,
 )
 
-__all__ = ["Selector"]
+__all__ = ["Selector", "operation_key"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,8 @@ class Selector:
         call: Indices and slices of calls.
         where: A predicate on the site.
         at: Placements.
+        order: ``"first"`` or ``"last"``, to select the first or the last of the operations that match; ``""`` for all.
+        only: The operations among which `order` has chosen, by their keys; None if it has not been asked.
     """
 
     op: tuple[str, ...] = ()
@@ -57,6 +60,8 @@ class Selector:
     call: tuple[int | slice, ...] = ()
     where: Callable[[Site], Any] | None = None
     at: tuple[str, ...] = (REPLACE,)
+    order: str = ""
+    only: frozenset[Any] | None = None
 
     @classmethod
     def of(
@@ -68,6 +73,8 @@ class Selector:
         call: Calls | None,
         where: Callable[[Site], Any] | None,
         at: Names | None = None,
+        first: bool = False,
+        last: bool = False,
     ) -> Selector:
         """Make a selector from the arguments of `on`. Raises `TableError` if one is invalid."""
         if where is not None and not callable(where):
@@ -81,6 +88,7 @@ class Selector:
             several("call", call, read_call),
             where,
             read_at(at, _ops_of(ops) if ops else None),
+            read_order(first, last, PARAMETERS in ops or ALL in ops),
         )
 
     @property
@@ -135,6 +143,8 @@ class Selector:
             return False
         if self.call and not any(_is_call(call, site.call) for call in self.call):
             return False
+        if self.only is not None and operation_key(site) not in self.only:
+            return False
         return self.where is None or self._asks(self.where, site)
 
     def _is_of_type(self, kind: Class) -> bool:
@@ -176,6 +186,7 @@ class Selector:
             for name, values in found.items()
             if values
         }
+        given |= {self.order: True} if self.order else {}
         return given if self.where is None else {**given, "where": self.where}
 
     def __str__(self) -> str:
@@ -192,13 +203,23 @@ class Selector:
             )
             if values
         ]
+        parts += [self.order] * bool(self.order)
         parts += [f"where={getattr(self.where, '__qualname__', self.where)}"] if self.where else []
         return ", ".join(parts)
 
     def _key(self) -> tuple[Any, ...]:
         calls = tuple(c if isinstance(c, int) else (c.start, c.stop, c.step) for c in self.call)
         types = tuple(map(class_name, self.type))
-        return (self.op, self.module, types, self.parameter, calls, self.where, self.at)
+        return (
+            self.op,
+            self.module,
+            types,
+            self.parameter,
+            calls,
+            self.where,
+            self.at,
+            self.order,
+        )
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Selector) and self._key() == other._key()
@@ -236,6 +257,11 @@ class _NotSaved:
 
     def __repr__(self) -> str:
         return self.name
+
+
+def operation_key(site: Site) -> Any:
+    """A key of the operation to which a site belongs: the same for all places at it."""
+    return site.key[:-1]
 
 
 def _ops_of(names: Iterable[str]) -> frozenset[str]:

@@ -6,7 +6,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -20,7 +20,7 @@ from ..vocabulary.activations import GROUPS, OPS
 from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .fields import ALL, OP_NAMES, PARAMETERS
-from .selector import Selector
+from .selector import Selector, operation_key
 from .toml import dumps, entry_place, loads
 
 __all__ = ["RuleTable", "RulesLike", "is_path"]
@@ -211,6 +211,46 @@ class RuleTable:
         """The places at operations, besides the operations themselves, that entries name."""
         named = dict.fromkeys(at for entry in self.entries for at in entry.sites.at)
         return tuple(at for at in named if at != REPLACE)
+
+    @functools.cached_property
+    def ordered(self) -> tuple[int, ...]:
+        """The indices of the entries that select the first or the last operation."""
+        return tuple(index for index, entry in enumerate(self.entries) if entry.sites.order)
+
+    def among(self, places: Iterable[Located]) -> RuleTable:
+        """The table for the operations of one run, of which its entries may select the first or the last.
+
+        Args:
+            places: The operations, in the order in which they run.
+        """
+        if not self.ordered:
+            return self
+        chosen: dict[int, Any] = {}
+        for place in places:
+            for index in self.ordered:
+                entry = self.entries[index]
+                if (entry.sites.order == "last" or index not in chosen) and self.matches_at(
+                    index, place
+                ):
+                    chosen[index] = operation_key(place.site)
+        return self.only({i: frozenset([chosen[i]] if i in chosen else ()) for i in self.ordered})
+
+    def matches_at(self, index: int, place: Located) -> bool:
+        """Whether an entry selects an operation, or a place at it."""
+        entry = self.entries[index]
+        return any(map(entry.matches, (place, *place.edges(self.placements))))
+
+    def only(self, operations: Mapping[int, frozenset[Any]]) -> RuleTable:
+        """The table whose entries select only some operations.
+
+        Args:
+            operations: For the index of an entry, the keys of the operations.
+        """
+        entries = list(self.entries)
+        for index, keys in operations.items():
+            entry = entries[index]
+            entries[index] = replace(entry, sites=replace(entry.sites, only=keys))
+        return RuleTable(entries)
 
     def gives(self, located: Located) -> Entry | None:
         """The first entry that gives a rule to a site or to a place at it; None if there is none."""
