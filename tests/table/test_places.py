@@ -142,3 +142,18 @@ def test_sites_and_selectors_that_were_saved_before_places_existed() -> None:
     selector = object.__new__(type(entry.sites))
     selector.__dict__.update({k: v for k, v in vars(entry.sites).items() if k != "at"})
     assert selector == entry.sites
+
+
+def test_an_optional_entry_may_match_nothing() -> None:
+    entry = fg.on("silu", at="output", optional=True).backward("stop")
+    table = fg.RuleTable([entry, fg.on("relu").backward("stop")])
+    assert fg.RuleTable.from_toml(table.to_toml()) == table
+    assert "optional=True" in repr(entry)
+    gm = fg.transform(MODEL, table, strict=True)
+    assert not fg.report(gm).unmatched
+    assert "Entry 1, 'silu, at=output': 0 sites." in fg.report(gm).to_text(0)
+    with fg.use(table, model=MODEL):
+        MODEL(torch.ones(1))
+    fg.compile(MODEL, table, backend="eager")(torch.ones(1))
+    with pytest.raises(fg.TableError, match="optional has to be True or False"):
+        fg.on("silu", optional="yes")  # type: ignore[arg-type]

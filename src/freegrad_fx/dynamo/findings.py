@@ -204,7 +204,7 @@ class Findings:
         names = ", ".join(plan.model for plan in plans)
         ops = sorted({d.site.op for plan in plans for d in plan.decisions})
         for index, entry in enumerate(self._table.entries):
-            if not any(plan.meant[index] for plan in plans):
+            if not entry.optional and not any(plan.meant[index] for plan in plans):
                 self._complain(
                     f"the entry {entry.selector!r} matched nothing in the first call of {names}; the ops found "
                     f"there are: {', '.join(ops) or 'none'}"

@@ -57,10 +57,9 @@ class Plan:
 
     @property
     def unmatched(self) -> tuple[Entry, ...]:
-        """The entries that match no site."""
-        return tuple(
-            e for e, sites in zip(self.table.entries, self.meant, strict=True) if not sites
-        )
+        """The entries that match no site, though they are not optional."""
+        counted = zip(self.table.entries, self.meant, strict=True)
+        return tuple(entry for entry, sites in counted if not (sites or entry.optional))
 
     @property
     def shadowed(self) -> tuple[Entry, ...]:
@@ -74,7 +73,8 @@ class Plan:
         found, entries, hits = dict[int, str](), self.table.entries, self.hits
         for index, (own, taken) in enumerate(self._counted()):
             first = min(taken, default=-1)
-            if not own and len(taken) == 1 and hits[first] > taken[first]:
+            optional = entries[index].optional
+            if not own and not optional and len(taken) == 1 and hits[first] > taken[first]:
                 found[index] = (
                     f"the entry {entries[index].selector!r} has no effect: the entry {entries[first].selector!r} comes "
                     f"before it and decides all its sites. Put the narrower entry first"
@@ -165,8 +165,9 @@ class Plan:
 
     def _remarks(self) -> Iterable[str]:
         for number, (hits, taken) in enumerate(self._counted(), start=1):
-            selector = self.table.entries[number - 1].selector
-            yield f"Entry {number}, {selector!r}: {_effect(hits, taken)}."
+            entry = self.table.entries[number - 1]
+            optional = entry.optional
+            yield f"Entry {number}, {entry.selector!r}: {_effect(hits, taken, optional)}."
         for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
             count = sum(d.forward == forward for d in self.decisions)
             yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."
@@ -191,10 +192,10 @@ class Plan:
             yield f"{self.verified}."
 
 
-def _effect(hits: int, taken: Counter[int]) -> str:
+def _effect(hits: int, taken: Counter[int], optional: bool) -> str:
     """What an entry does: how many sites it decides, and which entries, numbered from 1, decide its others."""
     if not taken:
-        return _sites(hits) if hits else "MATCHES NOTHING"
+        return _sites(hits) if hits or optional else "MATCHES NOTHING"
     numbers = ", ".join(str(index + 1) for index in sorted(taken))
     by = f"decided by {'entry' if len(taken) == 1 else 'entries'} {numbers}"
     if not hits:

@@ -27,7 +27,7 @@ __all__ = ["dump_table", "load_table"]
 VERSION = 1
 
 _SELECTING = ("op", "module", "type", "parameter", "call", "at", "first", "last")
-_FIELDS = (*_SELECTING, "forward", "backward", "params")
+_FIELDS = (*_SELECTING, "optional", "forward", "backward", "params")
 
 
 # --- reading ---
@@ -76,7 +76,7 @@ def _load_entry(data: Any, allow_imports: bool) -> Entry:
     if not isinstance(data, Mapping):
         raise TableError(f"an entry has to be a table of fields, got {brief(data)}")
     _refuse_unknown("field", data, _FIELDS)
-    fields = {name: data[name] for name in _SELECTING if name in data}
+    fields = {name: data[name] for name in (*_SELECTING, "optional") if name in data}
     if "call" in fields:
         calls = fields["call"]
         fields["call"] = [*map(_load_call, calls)] if isinstance(calls, list) else _load_call(calls)
@@ -241,6 +241,8 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
     if "call" in fields:
         calls = [call_text(c) if isinstance(c, slice) else c for c in _as_list(fields["call"])]
         fields["call"] = calls if isinstance(fields["call"], list) else calls[0]
+    if entry.optional:
+        fields["optional"] = True
     if isinstance(entry.forward, BoundForward):
         fields["forward"] = _dump_bound(entry.forward)
     elif entry.forward is not None:

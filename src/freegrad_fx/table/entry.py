@@ -28,14 +28,22 @@ class Entry:
         sites: The selector of the sites.
         rules: The rules; the first receives the incoming gradient. None keeps the native backward.
         forward: The replacement forward: the canonical name of an operation, or a function. None keeps the forward.
+        optional: Whether the entry may match nothing.
     """
 
     sites: Selector
     rules: tuple[Rule, ...] | None
     forward: Forward | None = None
+    optional: bool = False
 
     @classmethod
-    def of(cls, sites: Selector, rule: RuleLike | None, forward: Forward | None = None) -> Entry:
+    def of(
+        cls,
+        sites: Selector,
+        rule: RuleLike | None,
+        forward: Forward | None = None,
+        optional: bool = False,
+    ) -> Entry:
         """Make an entry from a rule in any form that `Selection.backward` accepts."""
         if rule is None:
             if forward is not None:
@@ -43,7 +51,7 @@ class Entry:
                     f"entry {str(sites)!r} replaces the forward by {shown(forward)} but has no rule; a replaced "
                     f"forward needs one, for example 'straight_through'"
                 )
-            return cls(sites, None)
+            return cls(sites, None, optional=optional)
         rules = _rules(rule)
         named = {forward, *(part.forward for part in rules)} - {None}
         if len(named) > 1:
@@ -55,7 +63,8 @@ class Entry:
                 f"entry {str(sites)!r} replaces the forward by {shown(replacement)}, which is the operation, not a "
                 f"place at it; give the forward to an entry without at="
             )
-        return cls(sites, tuple(replace(p, forward=None) for p in rules), replacement)
+        own = tuple(replace(part, forward=None) for part in rules)
+        return cls(sites, own, replacement, optional)
 
     @functools.cached_property
     def selector(self) -> str:
@@ -72,6 +81,7 @@ class Entry:
         given = [repr(op)] if op is not None else []
         given += [f"{name}={_source(value)}" for name, value in fields.items()]
         given += [f"forward={_source(self.forward)}"] if self.forward is not None else []
+        given += ["optional=True"] if self.optional else []
         return f"on({', '.join(given)}).backward({_backward(self.rules)})"
 
 
@@ -112,10 +122,12 @@ class Selection:
     Attributes:
         sites: The selector of the sites.
         forward: The replacement forward, or None.
+        optional: Whether the entry may match nothing.
     """
 
     sites: Selector
     forward: Forward | None = None
+    optional: bool = False
 
     def backward(self, rule: RuleLike | None, /, **parameters: Any) -> Entry:
         """Complete the entry with a rule.
@@ -142,7 +154,7 @@ class Selection:
                 rule = get(rule)(**parameters)
             elif isinstance(rule, Composition):
                 rule = rule(**parameters)  # raises, and explains where its parameters go
-        return Entry.of(self.sites, rule, self.forward)
+        return Entry.of(self.sites, rule, self.forward, self.optional)
 
 
 def on(
@@ -157,6 +169,7 @@ def on(
     last: bool = False,
     forward: Forward | None = None,
     where: Callable[[Site], Any] | None = None,
+    optional: bool = False,
 ) -> Selection:
     """Select sites for an entry of a `RuleTable`: ``on("relu", module="layer4.*").backward("rectangular")``.
 
@@ -189,6 +202,7 @@ def on(
             of one tensor. It does not take part in the selection; it is equivalent to ``rule(forward=...)``.
         where: A function that takes a `Site` and returns whether to select it. A table with such a function cannot be
             written to a file.
+        optional: Whether the entry may match nothing. Otherwise that is a warning, and an error under `strict`.
 
     Returns:
         The selected sites; call its method `backward` to complete the entry.
@@ -202,7 +216,9 @@ def on(
         on('relu', module=['layer3.*', 'layer4.*']).backward('rectangular', a=-1.0, b=1.0)
     """
     sites = Selector.of(op, module, type, parameter, call, where, at, first, last)
-    return Selection(sites, _read_forward(forward))
+    if not isinstance(optional, bool):
+        raise TableError(f"optional has to be True or False, got {optional!r}")
+    return Selection(sites, _read_forward(forward), optional)
 
 
 def _read_forward(forward: Any) -> Forward | None:
