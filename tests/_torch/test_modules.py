@@ -379,8 +379,8 @@ def test_every_such_base_has_modules() -> None:
 
 
 def test_some_buffers_are_converted_in_place() -> None:
-    class Model(modules.ConvertsInPlace):
-        converted_in_place = "kept"
+    class Model(modules.HoldsForRules):
+        _freegrad_fx_buffers = "kept"
 
         def __init__(self) -> None:
             super().__init__()

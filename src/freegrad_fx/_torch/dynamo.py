@@ -191,7 +191,7 @@ def name_sources(gm: fx.GraphModule) -> None:
     if sources is None:
         return
     constant = lookup("torch._dynamo.source.ConstantSource", _COMPILED)
-    for name, _ in gm.named_buffers():
+    for name, _ in (*gm.named_parameters(), *gm.named_buffers()):
         sources.setdefault(name, constant(f"freegrad_fx_{name}"))
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "FRESH_BASES",
     "HOOKS_OF_ALL",
     "PARAMETERS",
-    "ConvertsInPlace",
+    "HoldsForRules",
     "after_hooks",
     "after_pre_hooks",
     "around_swapped_parameters",
@@ -44,6 +44,7 @@ __all__ = [
     "is_replica",
     "make_replica",
     "parameters_of",
+    "parameters_of_rules",
     "run_hooks_on_errors",
     "uncompiled_call",
     "watch_backward",
@@ -360,18 +361,42 @@ def is_replica(module: nn.Module) -> bool:
     return bool(module.__dict__.get("_is_replica", False))
 
 
-class ConvertsInPlace(nn.Module):
-    """A module that converts some of its buffers in place, as PyTorch does with parameters; it replaces other buffers.
+class HoldsForRules(nn.Module):
+    """A module that holds tensors which are not part of the model: parameters and buffers.
+
+    These buffers are converted in place, as PyTorch does with parameters; it replaces other buffers. These parameters
+    are not in the state_dict.
 
     Attributes:
-        converted_in_place: How the names of these buffers begin.
+        _freegrad_fx_buffers: How the names of these buffers begin.
+        _freegrad_fx_parameters: The names of these parameters.
     """
 
-    converted_in_place: ClassVar[str]
+    _freegrad_fx_buffers: ClassVar[str]
+    _freegrad_fx_parameters: tuple[str, ...] = ()
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name in self._freegrad_fx_parameters:
+            destination.pop(prefix + name, None)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: Any,
+        prefix: str,
+        local_metadata: Any,
+        strict: bool,
+        missing_keys: list[str],
+        *lists: Any,
+    ) -> None:
+        missing: list[str] = []
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, strict, missing, *lists)
+        own = {prefix + name for name in self._freegrad_fx_parameters}
+        missing_keys += [name for name in missing if name not in own]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         before = buffers_of(self)
-        before = {n: b for n, b in before.items() if n.startswith(self.converted_in_place)}
+        before = {n: b for n, b in before.items() if n.startswith(self._freegrad_fx_buffers)}
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, tensor in before.items():
             converted = buffers_of(self)[name]
@@ -382,3 +407,13 @@ class ConvertsInPlace(nn.Module):
                 tensor.data = tensor.detach().to(converted.device, converted.dtype)
                 buffers_of(self)[name] = tensor
         return self
+
+
+def parameters_of_rules(root: nn.Module) -> set[int]:
+    """The ids of the parameters that belong to the rules of a module or of its submodules."""
+    return {
+        id(module._parameters[name])
+        for module in root.modules()
+        if isinstance(module, HoldsForRules)
+        for name in module._freegrad_fx_parameters
+    }

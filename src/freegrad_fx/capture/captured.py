@@ -38,7 +38,7 @@ from .dispatcher import dispatcher
 from .hooking import TRACED, Versions
 from .methods import warn_in_methods
 from .questions import Question, reader
-from .rule_parameters import RuleParameters
+from .rule_parameters import LEARNT, RuleParameters
 
 __all__ = [
     "KEYWORD_ONLY",
@@ -343,6 +343,7 @@ def _no_graph(name: str, variants: Sequence[Variant]) -> str:
 def _check_names(root: nn.Module) -> None:
     """Raise `CaptureError` if a member of a model has a name that GraphModule reserves."""
     needed = (set(dir(CapturedModule)) - set(dir(nn.Module))) | _MACHINERY
+    needed.discard(LEARNT)  # of the rules that a rewrite has inserted
     members = {
         *modules.children_of(root),
         *modules.parameters_of(root),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any, Self
@@ -11,26 +11,32 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch.modules import ConvertsInPlace, buffers_of
+from .._torch.modules import HoldsForRules, buffers_of, parameters_of
+from .._torch.tensors import mark_as_parameter
+from ..core.contract import RULE_PARAMETER
 from ..core.copies import forget, remember
 from ..core.rule import Rule, get
 from ..errors import PlanError, RuleError, unknown
-from ..ops.gradients import decoupled
+from ..ops.gradients import decoupled, stop_gradient
 
 __all__ = [
     "GENERATOR",
     "HELD",
+    "LEARNT",
     "PLAN",
     "RuleParameters",
     "calls_by_site",
     "hold",
+    "hold_beside",
     "in_force",
 ]
 
 PLAN = "_freegrad_fx_plan"
 """The attribute of a transformed model that holds the plan, or a function that returns it."""
 
-_HELD = "rule_parameter_"
+LEARNT = "_freegrad_fx_parameters"
+"""The attribute of a model that holds the names of the parameters which belong to its rules."""
+
 GENERATOR = "rule_generator_"
 """What the names of the attributes begin with by which a model holds generators of rules."""
 
@@ -39,11 +45,18 @@ HELD = (Tensor, torch.Generator)
 """What a model holds for the rules: a graph reads it from an attribute of the model."""
 
 
-def hold(root: nn.Module, value: Tensor | torch.Generator) -> str:
+def hold(
+    root: nn.Module, value: Tensor | torch.Generator, *, learnt: bool = False
+) -> str:
     """Return the name by which a model holds a tensor or a generator that is a parameter of a rule.
 
-    A tensor becomes a non-persistent buffer, unless it already is a parameter or buffer of the model. A generator
-    becomes an attribute, which is copied and saved with the model.
+    A tensor becomes a non-persistent buffer, or a parameter that is not in the state_dict, unless it already is a
+    parameter or buffer of the model. A generator becomes an attribute, which is copied and saved with the model.
+
+    Args:
+        root: The model.
+        value: The tensor or the generator.
+        learnt: Whether the tensor gets a gradient. A leaf of the autograd graph becomes a parameter.
     """
     if isinstance(value, torch.Generator):
         names = [name for name in vars(root) if name.startswith(GENERATOR)]
@@ -55,11 +68,46 @@ def hold(root: nn.Module, value: Tensor | torch.Generator) -> str:
     tensor = value
     named = (*root.named_parameters(), *root.named_buffers())
     name = next((name for name, held in named if held is tensor), "")
-    if not name:
-        number = sum(n.startswith(_HELD) for n in buffers_of(root))
-        name = f"{_HELD}{number}"
+    learnt = learnt and tensor.requires_grad and tensor.is_leaf
+    if name and not (learnt and name in buffers_of(root) and name.startswith(RULE_PARAMETER)):
+        return name
+    if name:  # another rule, which does not learn it, was first
+        del buffers_of(root)[name]
+    else:
+        numbers = (n for n in range(len(named) + 1) if not hasattr(root, f"{RULE_PARAMETER}{n}"))
+        name = f"{RULE_PARAMETER}{next(numbers)}"
+    if learnt:
+        mark_as_parameter(tensor)
+        root.register_parameter(name, tensor)  # type: ignore[arg-type]
+        root.__dict__[LEARNT] = (*root.__dict__.get(LEARNT, ()), name)
+    else:
         root.register_buffer(name, tensor, persistent=False)
     return name
+
+
+def hold_beside(wrapper: nn.Module, tensors: Iterable[Tensor]) -> None:
+    """Let the wrapper of a compiled model have tensors among its parameters, but not in its state_dict."""
+    names = {}
+    for number, tensor in enumerate(t for t in tensors if t.is_leaf):
+        if all(tensor is not own for own in wrapper.parameters()):
+            mark_as_parameter(tensor)
+            names[f"{RULE_PARAMETER}{number}"] = tensor
+    parameters_of(wrapper).update(names)  # type: ignore[arg-type]
+    if names:
+        wrapper.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
+        wrapper.register_load_state_dict_pre_hook(_leave_in_place)  # type: ignore[no-untyped-call]
+
+
+def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in parameters_of(module):
+        if name.startswith(RULE_PARAMETER):
+            state.pop(prefix + name, None)
+
+
+def _leave_in_place(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for name, tensor in parameters_of(module).items():
+        if name.startswith(RULE_PARAMETER) and tensor is not None:
+            state.setdefault(prefix + name, tensor.detach())
 
 
 def calls_by_site(model: RuleParameters) -> dict[str, list[list[fx.Node]]]:
@@ -121,11 +169,11 @@ def _calls(model: RuleParameters) -> Iterator[fx.Node]:
                 yield node
 
 
-class RuleParameters(ConvertsInPlace):
+class RuleParameters(HoldsForRules):
     """The part of `CapturedModule` that concerns the parameters of rules."""
 
     # PyTorch replaces buffers. Those of rules stay the tensors that the caller gave
-    converted_in_place = _HELD
+    _freegrad_fx_buffers = RULE_PARAMETER
     variants: Any
     recompile: Any
 
@@ -206,12 +254,109 @@ class RuleParameters(ConvertsInPlace):
             self.recompile()
         return self
 
+    def rule_state_dict(self) -> dict[str, Tensor]:
+        """Return the tensors that are parameters of the rules of this model, and not of the model itself.
+
+        They are not in the model's ``state_dict()``. Save both, and load them with `load_rule_state_dict`.
+
+        Returns:
+            The tensors, detached, by ``site/rule.parameter``, for example ``"fc.weight/lsq.step"``; those of a
+            replacement forward by ``site/forward.argument``. One that several sites share has the name of the first.
+
+        Example:
+            >>> import torch, freegrad_fx as fg
+            >>> alpha = torch.nn.Parameter(torch.tensor(2.0))
+            >>> table = {"heaviside": fg.rules.arctan(alpha=alpha)}
+            >>> gm = fg.transform(torch.nn.Sequential(fg.Activation("heaviside")), table)
+            >>> gm.rule_state_dict()
+            {'0:heaviside[0]/arctan.alpha': tensor(2.)}
+        """
+        return {key: tensor.detach() for key, tensor in self._tensors_of_rules().items()}
+
+    def load_rule_state_dict(self, state: Mapping[str, Tensor], strict: bool = True) -> Self:
+        """Copy tensors into those that are parameters of the rules of this model.
+
+        Args:
+            state: The tensors, as `rule_state_dict` returns them.
+            strict: Whether the names must be the same as those of `rule_state_dict`.
+
+        Returns:
+            The model itself.
+
+        Raises:
+            RuleError: A name is missing or unknown, and `strict`; or a tensor has another shape. Nothing is loaded.
+        """
+        own = self._tensors_of_rules()
+        problems = [
+            f"{key!r} has the shape {[*state[key].shape]}, and in the model {[*tensor.shape]}"
+            for key, tensor in own.items()
+            if key in state and state[key].shape != tensor.shape
+        ]
+        if strict:
+            problems += [f"{key!r} is missing" for key in own if key not in state]
+            problems += [f"{key!r} is not in the model" for key in state if key not in own]
+        if problems:
+            raise RuleError(
+                f"load_rule_state_dict: {'; '.join(problems)}. The rules of {type(self).__name__} have: "
+                f"{', '.join(own) or 'no tensors'}. strict=False loads only what both have."
+            )
+        with torch.no_grad():
+            for key, tensor in own.items():
+                if key in state:
+                    tensor.copy_(state[key])
+                    forget(tensor)
+        return self
+
+    def _tensors_of_rules(self) -> dict[str, Tensor]:
+        """The tensors that this model holds for its rules, by their names in `rule_state_dict`."""
+        found: dict[str, Tensor] = {}
+        known: set[int] = set()
+
+        def add(key: str, value: Any) -> None:
+            if not isinstance(value, fx.Node) or not _is_held(self, value):
+                return
+            tensor = _tensor(self, value)
+            if id(tensor) not in known:
+                known.add(id(tensor))
+                found[key] = tensor
+
+        for site, graphs in calls_by_site(self).items():
+            for calls in graphs:
+                names = [str(call.kwargs["rule"]) for call in calls]
+                for number, call in enumerate(calls):
+                    again = names[:number].count(names[number])
+                    rule = f"{names[number]}#{again + 1}" if again else names[number]
+                    for name, value in call.kwargs.items():
+                        add(f"{site}/{rule}.{name}", value)
+                for name, value in _arguments(calls[0].args[0]):
+                    add(f"{site}/forward.{name}", value)
+        return found
+
     def _remember_sources(self, source: nn.Module) -> None:
         """Note that this model was copied from another one."""
         for name, tensor in buffers_of(self).items():
             original = buffers_of(source).get(name)
-            if name.startswith(_HELD) and tensor is not None and original is not None:
+            if name.startswith(RULE_PARAMETER) and tensor is not None and original is not None:
                 remember(tensor, original)
+
+
+def _is_held(model: nn.Module, node: fx.Node) -> bool:
+    """Whether a node reads a tensor that a model holds for its rules."""
+    name = str(node.target)
+    return node.op == "get_attr" and (
+        name in model.__dict__.get(LEARNT, ())
+        or (name.startswith(RULE_PARAMETER) and name in buffers_of(model))
+    )
+
+
+def _arguments(call: Any) -> Iterator[tuple[str, Any]]:
+    """The arguments of a replacement forward by name or position, without `stop_gradient` around them."""
+    if not isinstance(call, fx.Node):
+        return
+    for name, value in (*enumerate(call.args), *call.kwargs.items()):
+        while isinstance(value, fx.Node) and value.target is stop_gradient:
+            value = value.args[0]
+        yield str(name), value
 
 
 def _sites_of_entry(plan: Any, selector: str) -> set[str]:
@@ -288,7 +433,8 @@ def _set(model: RuleParameters, call: fx.Node, name: str, value: Any) -> bool:
         return False
     if isinstance(value, HELD):
         with call.graph.inserting_before(call):
-            value = call.graph.create_node("get_attr", hold(model, value))
+            learnt = name in get(str(call.kwargs["rule"])).declaration.learns
+            value = call.graph.create_node("get_attr", hold(model, value, learnt=learnt))
         value.meta.update(call.meta)
     call.update_kwarg(name, value)
     if isinstance(given, fx.Node) and not given.users:

@@ -30,6 +30,7 @@ __all__ = [
     "OPERATION",
     "OPTIONS",
     "RESERVED",
+    "RULE_PARAMETER",
     "SAVES",
     "Formula",
     "adapted",
@@ -72,6 +73,9 @@ RESERVED = (
     *(OPERATION, "operation", "operands"),
 )
 """Names that a parameter of a rule cannot have."""
+
+RULE_PARAMETER = "rule_parameter_"
+"""How the names begin by which a model holds the tensors that are parameters of its rules."""
 
 _VOCABULARY = (
     "The signature declares a rule: `grad` first; then any of `x` (the input of the operation; `mask` instead, if "

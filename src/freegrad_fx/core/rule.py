@@ -30,6 +30,7 @@ __all__ = [
     "available",
     "compose",
     "get",
+    "learnt_by",
     "of_token",
     "unlearned",
     "with_names_of_now",
@@ -100,6 +101,14 @@ class Rule:
     def kinds(self) -> tuple[str, ...]:
         """The kinds of sites that the rule can serve: ``"operation"``, ``"parameter"``."""
         return self.declaration.kinds
+
+    @property
+    def learnt(self) -> dict[str, Tensor]:
+        """The parameters that get a gradient from the rule, by name: tensors that require one."""
+        names = self.declaration.learns
+        return {
+            n: v for n, v in self.values if n in names and isinstance(v, Tensor) and v.requires_grad
+        }
 
     @property
     def keeps_shape(self) -> bool:
@@ -345,6 +354,11 @@ class Composition:
         return f"compose({', '.join(map(repr, self.parts))})"
 
 
+def learnt_by(rules: Iterable[Rule]) -> tuple[Tensor, ...]:
+    """The tensors to which some rules give a gradient, each once."""
+    return tuple({id(t): t for rule in rules for t in rule.learnt.values()}.values())
+
+
 def unlearned(rules: Iterable[Rule], learnt: Container[int] = ()) -> list[str]:
     """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one.
 
@@ -353,11 +367,14 @@ def unlearned(rules: Iterable[Rule], learnt: Container[int] = ()) -> list[str]:
         learnt: The ids of tensors that get a gradient elsewhere, because the forward of the model uses them.
     """
     return [
-        f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule: rules compute "
-        f"only the gradient of their input. To silence this, give a tensor with requires_grad=False"
+        f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule, which "
+        f"does not define one. To silence this, give a tensor with requires_grad=False"
         for rule in rules
         for name, value in rule.values
-        if isinstance(value, Tensor) and value.requires_grad and id(value) not in learnt
+        if isinstance(value, Tensor)
+        and value.requires_grad
+        and name not in rule.declaration.learns
+        and id(value) not in learnt
     ]
 
 

@@ -16,8 +16,9 @@ from torch import fx, nn
 from .._torch import dynamo as torch_dynamo
 from .._torch.releases import warn_if_untested
 from ..backward.functions import explained
+from ..capture.rule_parameters import hold_beside
 from ..context import explicit_rules_act
-from ..core.rule import get
+from ..core.rule import get, learnt_by
 from ..errors import FreegradWarning, PlanError, RuleError
 from ..plan import PLAN, Plan
 from ..sites.site import Located
@@ -367,7 +368,8 @@ def compile(
         **others: Other arguments of `torch.compile`: `fullgraph`, `dynamic`, ...
 
     Returns:
-        The result of `torch.compile`. `report` returns its plan, which grows as graphs are captured.
+        The result of `torch.compile`. `report` returns its plan, which grows as graphs are captured. For a module,
+        the parameters that its rules learn are among its ``parameters()``, and not in its ``state_dict()``.
 
     Raises:
         RuleError: As for `backend`.
@@ -384,4 +386,7 @@ def compile(
     compiled = torch.compile(model, backend=compiler, **others)
     # Not with setattr, which would set an attribute of the model
     compiled.__dict__[PLAN] = compiler.report
+    if isinstance(compiled, nn.Module):
+        given = [rule for entry in compiler.table.entries for rule in entry.rules or ()]
+        hold_beside(compiled, learnt_by(given))
     return compiled

@@ -36,6 +36,8 @@ def lower(graph: fx.Graph) -> None:
             graph.erase_node(node)
         if node.target not in (stop_gradient, decoupled) or node.kwargs.get("ambient"):
             continue
+        if node.kwargs.get("operation"):
+            continue  # its operands are arguments of the function
         source = node.args[0]
         while source.target in _OF_RULES:
             source = source.args[0]  # nodes that a rewrite inserted have no example value

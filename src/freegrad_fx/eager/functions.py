@@ -23,12 +23,13 @@ from .._torch.functions import (
 )
 from ..context import intercepting_blocks, left_alone
 from ..errors import RuleError
+from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE
 from .arguments import with_parameters
 from .parameters import is_parameter
 from .rules import (
     Decisions,
-    gradient_by,
+    gradients_by,
     is_differentiable,
     replaced_forward,
     require_tensor,
@@ -65,6 +66,8 @@ def calls_of_functions(
         position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
         if not decisions or position is None:
             return compute(), None
+        for decision in decisions.values():
+            _refuse_learning(decision, function)
         x = inputs[position]
         forward = decisions[REPLACE].forward if REPLACE in decisions else None
         result = compute() if forward is None else replaced_forward(forward, x)
@@ -76,6 +79,18 @@ def calls_of_functions(
         return result, finish
 
     return with_results(functions, applied)
+
+
+def _refuse_learning(decision: Decision, function: Function) -> None:
+    """Raise `RuleError` for a rule that gives a gradient to its parameters, which are no inputs of the Function."""
+    for rule in decision.rules:
+        if rule.learnt:
+            raise RuleError(
+                f"rule {rule.name!r} at site {decision.site.name!r} gives a gradient to its parameter "
+                f"{', '.join(rule.learnt)}, but a block replaces only the backward of {function.__name__}, which has "
+                f"no such input. Transform the model, transform(model, rules); or give a tensor with "
+                f"requires_grad=False."
+            )
 
 
 def parameters_of_functions() -> AbstractContextManager[None]:
@@ -169,7 +184,7 @@ class _Backward:
         replaces = self.decisions.get(REPLACE)
         grad, *further = grads
         for decision in (d for at, d in self.decisions.items() if at == OUTPUT):
-            grad = gradient_by(decision.rules, y, y, grad, decision.site.name)
+            grad = gradients_by(decision.rules, y, y, grad, decision.site.name)[0]
         others = any(need for i, need in enumerate(needed) if i != self.position)
         if replaces is None or (replaces.forward is None and others):
             own = self.function.backward(_Own(ctx, self.own), grad, *further)
@@ -177,12 +192,12 @@ class _Backward:
         if not needed[self.position]:
             return tuple(given)
         if replaces is not None:
-            given[self.position] = gradient_by(replaces.rules, y, x, grad, replaces.site.name)
+            given[self.position] = gradients_by(replaces.rules, y, x, grad, replaces.site.name)[0]
         for at, decision in self.decisions.items():
             native = given[self.position]
             if at not in (REPLACE, OUTPUT) and native is not None:
                 name = decision.site.name
-                given[self.position] = gradient_by(decision.rules, x, x, native, name)
+                given[self.position] = gradients_by(decision.rules, x, x, native, name)[0]
         return tuple(given)
 
 

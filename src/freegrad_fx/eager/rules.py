@@ -9,11 +9,12 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._torch import tree
 from .._torch.dispatch import function_transforms_active
 from .._torch.tensors import version
 from ..backward.hazards import warn_if_recorded
 from ..context import left_alone
-from ..core.rule import Forward, Rule
+from ..core.rule import Forward, Rule, learnt_by
 from ..ops.checks import require_unwritten, warn_if_native, write_count
 from ..ops.functions import apply_forward, function_key
 from ..ops.gradients import copied, decoupled_by
@@ -24,7 +25,7 @@ from ..vocabulary.op import Operand
 
 __all__ = [
     "Decisions",
-    "gradient_by",
+    "gradients_by",
     "is_differentiable",
     "parameter_by",
     "replaced_forward",
@@ -119,7 +120,8 @@ def run(
     decision = decisions.get(REPLACE)
     forward = None if decision is None else decision.forward
     if forward is not None and decision is not None:
-        operation = functools.partial(replaced_forward, forward)
+        rules = decision.rules if is_differentiable(x) and rules_act() else ()
+        operation = functools.partial(replaced_forward, forward, rules=rules)
         if not decision.rules:
             warn_if_native(x, decision.site.name)
     differentiable = is_differentiable(x)
@@ -173,24 +175,31 @@ def require_tensor(y: Any, site: str) -> Tensor:
     return y
 
 
-def gradient_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, grad: Tensor, site: str) -> Tensor:
-    """The gradient that the rules give `x`, in a backward. It can be differentiated if the backward is recorded."""
+def gradients_by(
+    rules: tuple[Rule, ...], y: Tensor, x: Tensor, grad: Tensor, site: str
+) -> tuple[Tensor | None, ...]:
+    """The gradients that the rules give `x` and the tensors that they learn, in a backward.
+
+    They can be differentiated if the backward is recorded.
+    """
     recorded = torch.is_grad_enabled()
     with torch.enable_grad(), left_alone():
         x = x if recorded and x.requires_grad else x.detach().requires_grad_()
         out = decoupled_by(rules, y, x, site)
-        (result,) = torch.autograd.grad(out, x, grad, create_graph=recorded)
-    return result
+        wanted = (x, *learnt_by(rules))
+        return torch.autograd.grad(out, wanted, grad, create_graph=recorded, allow_unused=True)
 
 
 class _OfParameter(torch.autograd.Function):
-    """Returns a value; in the backward, the rules compute the gradient of the parameter.
+    """Returns a value; in the backward, the rules compute the gradients of the parameter and of what they learn.
 
     It saves nothing, so that several backwards can go through one node, and a checkpoint counts nothing.
     """
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, parameter: Tensor, decision: Decision) -> Tensor:
+    def forward(
+        ctx: Any, value: Tensor, parameter: Tensor, decision: Decision, *learnt: Tensor
+    ) -> Tensor:
         ctx.value, ctx.parameter, ctx.decision = value.detach(), parameter, decision
         ctx.version = version(parameter)
         return value.view_as(value)
@@ -204,25 +213,43 @@ class _OfParameter(torch.autograd.Function):
                 f"backward before the optimizer's step."
             )
         name = decision.site.name
-        return None, gradient_by(decision.rules, ctx.value, ctx.parameter, grads[0], name), None
+        first, *others = gradients_by(decision.rules, ctx.value, ctx.parameter, grads[0], name)
+        return None, first, None, *others
 
 
 def parameter_by(decision: Decision, value: Tensor, parameter: Tensor) -> Tensor:
     """Return the values of `value`; in the backward, the rules of a decision compute the gradient of the parameter."""
     if function_transforms_active():
         return decoupled_by(decision.rules, value, parameter, decision.site.name)
-    return _OfParameter.apply(value, parameter, decision)  # type: ignore[no-any-return, no-untyped-call]
+    learnt = learnt_by(decision.rules)
+    return _OfParameter.apply(value, parameter, decision, *learnt)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def replaced_forward(forward: Forward, x: Tensor) -> Tensor:
+def replaced_forward(forward: Forward, x: Tensor, rules: tuple[Rule, ...] = ()) -> Tensor:
     """The value of a replacement forward.
+
+    Args:
+        forward: The forward.
+        x: The input.
+        rules: The rules that act. The tensors to which they give a gradient get none from the forward.
 
     Raises:
         TypeError: It did not return a tensor of the shape of `x`.
         RuleError: It changed `x` in place.
     """
     function: Any = OPS[forward].function if isinstance(forward, str) else forward
-    return apply_forward(x, _key(function))
+    learnt = {id(tensor) for tensor in learnt_by(rules)}
+    before: tuple[Any, ...] = ()
+    keywords: dict[str, Any] = {}
+    while learnt and isinstance(function, functools.partial):
+        before, keywords = (*function.args, *before), {**function.keywords, **keywords}
+        function = function.func
+
+    def alone(tensor: Tensor) -> Tensor:
+        return tensor.detach() if id(tensor) in learnt else tensor
+
+    before, keywords = tree.map_only(Tensor, alone, (before, keywords))
+    return apply_forward(x, _key(function), *before, **keywords)
 
 
 @functools.cache

@@ -370,7 +370,7 @@ def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Te
     """The tensor that takes the place of a parameter: with the forward of a decision, and, if they act, its rules."""
     value: Tensor = parameter.detach()
     if decision.forward is not None:
-        value = replaced_forward(decision.forward, value)
+        value = replaced_forward(decision.forward, value, decision.rules if acts else ())
     return parameter_by(decision, value, parameter) if acts else value
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -245,6 +246,7 @@ def decide(place: Located, table: RuleTable) -> Decision:
         check_edge(place, entry)
     if entry.forward is not None:
         _check_replaceable(place, entry.forward)
+        _check_learnt(place, entry)
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
         return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
     rules = _at_operation(place, entry, entry.rules)
@@ -364,6 +366,34 @@ def _check_module(place: LocatedOperation, entry: Entry, where: str) -> None:
             f"{gives} {keeping!r} to the call of {kind}. The rule returns a gradient of the shape of the output, but "
             f"{kind} changes the shape; at {where}. {remedy}"
         )
+
+
+def _check_learnt(place: Located, entry: Entry) -> None:
+    """Raise `PlanError` if a forward uses a tensor that a rule learns, in a way that cannot be separated from the rule.
+
+    The tensor would get the gradient of the forward in addition to that of the rule. Arguments that are bound with
+    `functools.partial` are detached.
+    """
+    function: Any = entry.forward
+    while isinstance(function, functools.partial):
+        function = function.func
+    code, held = getattr(function, "__code__", None), getattr(function, "__self__", None)
+    values = [
+        *(getattr(function, "__defaults__", None) or ()),
+        *(getattr(function, "__kwdefaults__", None) or {}).values(),
+        *(cell.cell_contents for cell in getattr(function, "__closure__", None) or ()),
+        *(function.__globals__.get(name) for name in (code.co_names if code else ())),
+        *vars(held if hasattr(held, "__dict__") else types.SimpleNamespace()).values(),
+    ]
+    for rule in entry.rules or ():
+        for name, tensor in rule.learnt.items():
+            if any(value is tensor for value in values):
+                raise PlanError(
+                    f"rule {rule.name!r} gives a gradient to its parameter {name!r}, and the forward "
+                    f"{shown(function)} uses the same tensor as a variable, which would give it a second one, at site "
+                    f"{place.site.name}. Let the forward take the tensor as an argument: "
+                    f"forward=functools.partial(function, {name}=tensor)."
+                )
 
 
 def _works_in_place(forward: Callable[..., Tensor]) -> bool:

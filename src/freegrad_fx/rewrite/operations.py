@@ -93,7 +93,9 @@ def operate(
             source, given = surgery.chain(start, others), surgery.stop(given)
         if memory.on_copy or (memory.write_back and forward is None):
             given = keep(given)
-        operation = node if forward is None else surgery.forward(given, forward)
+        operation = node
+        if forward is not None and replaces is not None:
+            operation = surgery.forward(given, replaces)
         if memory.watched:
             writes = surgery.node("call_function", write_count, (given,))
     if forward is not None:

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from .._torch import tree
 from ..capture.rule_parameters import HELD, hold
-from ..core.rule import Forward, Rule
+from ..core.rule import Rule, learnt_by
 from ..core.scopes import SCOPES
 from ..graph.aliasing import of_library
 from ..graph.provenance import META
@@ -71,7 +71,7 @@ class Surgery:
         source = self.chain(start, others)
         value = self.stop(parameter)
         if decision.forward is not None:
-            value = self.forward(value, decision.forward)
+            value = self.forward(value, decision)
         result = self.decoupled(value, source, start, first)
         return result, set(parameter.users) - before
 
@@ -97,8 +97,14 @@ class Surgery:
         """Insert a copy of x, which is made only while a rule acts."""
         return self.node("call_function", kept, (x,), self.ambient)
 
-    def forward(self, x: fx.Node, forward: Forward) -> fx.Node:
-        """Insert the call of a replacement forward on x."""
+    def forward(self, x: fx.Node, decision: Decision) -> fx.Node:
+        """Insert the call of the replacement forward of a decision on x.
+
+        A tensor to which a rule gives a gradient gets none from the forward.
+        """
+        forward = decision.forward
+        assert forward is not None
+        learnt = {id(tensor) for tensor in learnt_by(decision.rules)}
         function: Any = OPS[forward].function if isinstance(forward, str) else forward
         before: tuple[Any, ...] = ()
         keywords: dict[str, Any] = {}
@@ -108,7 +114,12 @@ class Surgery:
             function = function.func
         if not all(map(can_be_written, tree.leaves((before, keywords)))):
             function, before, keywords = forward, (), {}
-        before, keywords = tree.map_only(Tensor, self.tensor, (before, keywords))
+
+        def read(tensor: Tensor) -> fx.Node:
+            node = self.tensor(tensor, learnt=True)
+            return self.stop(node) if id(tensor) in learnt else node
+
+        before, keywords = tree.map_only(Tensor, read, (before, keywords))
         if isinstance(function, types.MethodDescriptorType):  # Tensor.sign
             return self.node("call_method", function.__name__, (*before, x), keywords)
         if of_library(function) and not isinstance(function, functools.partial):
@@ -124,16 +135,18 @@ class Surgery:
             return self.node("call_function", decoupled, (y, x), self.ambient)
         read = (start,) if x is not start and "x" in rule.inputs else ()
         values = {
-            name: self.tensor(value) if isinstance(value, HELD) else value
+            name: self.tensor(value, learnt=name in rule.learnt)
+            if isinstance(value, HELD)
+            else value
             for name, value in rule.bound.items()
         }
         options = {**rule.options, "save": save} if save else rule.options
         kwargs: dict[str, Any] = {"rule": rule.name, "site": self.site.name, **options, **values}
         return self.node("call_function", decoupled, (y, x, *read), kwargs)
 
-    def tensor(self, value: Tensor | torch.Generator) -> fx.Node:
+    def tensor(self, value: Tensor | torch.Generator, learnt: bool) -> fx.Node:
         """Insert a read of a tensor or a generator that is a parameter of a rule; see `hold`."""
-        return self.node("get_attr", hold(self.root, value))
+        return self.node("get_attr", hold(self.root, value, learnt=learnt))
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:
         """Insert a node with the origin of the site."""

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.modules import parameters_of_rules
 from ..graph.nodes import called_module, called_path, hooked_module, parameter_of, takes_parameters
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
@@ -16,7 +17,7 @@ from ..ops.gradients import kept
 from .owners import already, class_at, decoupling, qualified, short_name
 from .site import LocatedParameter, Site
 
-__all__ = ["find_parameters", "unused_parameters"]
+__all__ = ["find_parameters", "named_parameters", "unused_parameters"]
 
 
 def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
@@ -27,7 +28,7 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
         root: The module whose submodules and parameters the graph uses.
     """
     names: dict[int, tuple[str, ...]] = {}
-    for name, parameter in root.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(root):
         names[id(parameter)] = (*names.get(id(parameter), ()), name)
     uses: dict[tuple[str, ...], _Uses] = {}
     insides: dict[nn.Module, _Inside] = {}
@@ -40,6 +41,8 @@ def find_parameters(graph: fx.Graph, root: nn.Module) -> list[LocatedParameter]:
             continue
         inside = insides.get(module) or insides.setdefault(module, _Inside(module))
         for parameter, local in inside.parameters:
+            if id(parameter) not in names:
+                continue
             use = uses.setdefault(names[id(parameter)], _Uses(parameter))
             # an earlier transform gives the call a parameter that has rules there
             given = node.args[1] if takes_parameters(node) else ()
@@ -63,13 +66,21 @@ def unused_parameters(root: nn.Module, used: Iterable[LocatedParameter]) -> list
     """List the parameters of a model that none of its graphs uses."""
     found = {id(place.tensor) for place in used}
     names: dict[int, list[str]] = defaultdict(list)
-    for name, parameter in root.named_parameters(remove_duplicate=False):
+    for name, parameter in named_parameters(root):
         names[id(parameter)].append(name)
     return [
         _parameter(root, tuple(names[id(p)]), _Uses(p, obstacle="no graph of the model uses it"))
         for p in root.parameters()
-        if id(p) not in found
+        if id(p) not in found and id(p) in names
     ]
+
+
+def named_parameters(root: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """The parameters of a model with all their names, without those that belong to its rules."""
+    of_rules = parameters_of_rules(root)
+    for name, parameter in root.named_parameters(remove_duplicate=False):
+        if id(parameter) not in of_rules:
+            yield name, parameter
 
 
 @dataclass

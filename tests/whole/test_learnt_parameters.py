@@ -1,0 +1,330 @@
+"""Parameters of rules that get a gradient: in every way in they have the gradient of a hand-edited model."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+
+X = torch.linspace(-2, 2, 15).reshape(5, 3)
+
+
+def by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * x
+
+
+@fg.register("test: learns alpha", learns={"alpha": by_alpha})
+def scaled(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
+    return grad * alpha
+
+
+@fg.register("test: learns step", learns="step")
+def rounded(grad: Tensor, x: Tensor, *, step: float = 1.0) -> Any:
+    return {"x": grad, "step": lambda: grad * ((x / step).round() - x / step)}
+
+
+def quantise(x: Tensor, step: Any) -> Tensor:
+    return (x / step).round() * step
+
+
+def mlp() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = (nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
+    return nn.Sequential(*layers)
+
+
+class Learnt(NamedTuple):
+    alpha: Tensor
+    step: Tensor
+
+    @property
+    def table(self) -> fg.RuleTable:
+        forward = functools.partial(quantise, step=self.step)
+        return fg.RuleTable(
+            [
+                fg.on("relu").backward(scaled(alpha=self.alpha)),
+                fg.on(parameter="*.weight").backward(rounded(step=self.step), forward=forward),
+            ]
+        )
+
+
+def learnt() -> Learnt:
+    """A parameter, and a tensor that requires a gradient."""
+    return Learnt(nn.Parameter(torch.tensor(0.7)), torch.tensor(0.1, requires_grad=True))
+
+
+class _Scaled(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, alpha: Tensor) -> Tensor:
+        ctx.save_for_backward(x, alpha)
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, alpha = ctx.saved_tensors
+        return grads[0] * alpha, (grads[0] * x).sum()
+
+
+class _Rounded(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, step: Tensor) -> Tensor:
+        ctx.save_for_backward(x, step)
+        return quantise(x, step)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, step = ctx.saved_tensors
+        return grads[0], (grads[0] * ((x / step).round() - x / step)).sum()
+
+
+@functools.cache
+def expected() -> list[Tensor]:
+    """The gradients in a model that is edited by hand."""
+    model, (alpha, step) = mlp(), learnt()
+    h = X
+    for layer in model:
+        if isinstance(layer, nn.Linear):
+            h = F.linear(h, _Rounded.apply(layer.weight, step), layer.bias)  # type: ignore[no-untyped-call]
+        else:
+            h = _Scaled.apply(h, alpha)  # type: ignore[no-untyped-call]
+    return gradients(h, model, Learnt(alpha, step))
+
+
+def gradients(out: Tensor, model: nn.Module, of: Learnt) -> list[Tensor]:
+    out.square().sum().backward()
+    return [tensor.grad for tensor in (*of, *model.parameters())]
+
+
+def are_expected(found: list[Tensor]) -> bool:
+    return all(map(torch.allclose, found, expected()))
+
+
+def transformed(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    return fg.transform(model, table)(X)
+
+
+def exported(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    return fg.transform(model, table, example_inputs=(X,))(X)
+
+
+def in_a_block(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    with fg.use(table, model=model):
+        return model(X)
+
+
+def compiled(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    return fg.compile(model, table, backend="aot_eager")(X)
+
+
+def transformed_and_compiled(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    return torch.compile(fg.transform(model, table), backend="aot_eager", fullgraph=True)(X)
+
+
+def by_inductor(model: nn.Module, table: fg.RuleTable) -> Tensor:
+    return torch.compile(model, backend=fg.backend(table))(X)
+
+
+WAYS = [transformed, exported, in_a_block, compiled, transformed_and_compiled]
+
+
+@pytest.fixture(autouse=True)
+def no_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", fg.FreegradWarning)
+        yield
+
+
+@pytest.mark.parametrize("way", [*WAYS, pytest.param(by_inductor, marks=pytest.mark.slow)])
+def test_every_way_in_gives_the_gradient(way: Callable[..., Tensor]) -> None:
+    model, of = mlp(), learnt()
+    assert are_expected(gradients(way(model, of.table), model, of))
+
+
+def test_an_ambient_rule_gives_the_gradient() -> None:
+    gm, alpha = fg.transform(mlp()), nn.Parameter(torch.tensor(0.7))
+    with fg.use(scaled(alpha=alpha)):
+        gm(X).sum().backward()
+    other = nn.Parameter(torch.tensor(0.7))
+    fg.transform(mlp(), {"relu": scaled(alpha=other)})(X).sum().backward()
+    assert alpha.grad is not None
+    assert torch.equal(alpha.grad, other.grad)
+
+
+# --- the transformed model ---
+
+
+def test_the_model_has_each_parameter_once_and_not_in_its_state() -> None:
+    model, of = mlp(), learnt()
+    gm = fg.transform(model, of.table)
+    named = dict(gm.named_parameters())
+    assert {id(t) for t in of} <= {id(p) for p in named.values()}
+    assert [n for n in named if not n.startswith("rule_parameter_")] == list(
+        dict(model.named_parameters())
+    )
+    assert len(named) == len([*model.parameters()]) + 2
+    assert list(gm.state_dict()) == list(model.state_dict())
+    gm.load_state_dict(model.state_dict())
+    nested = nn.Sequential(gm)
+    assert list(nested.state_dict()) == [f"0.{name}" for name in model.state_dict()]
+    nested.load_state_dict(nested.state_dict())
+
+
+def test_rules_have_a_state_of_their_own() -> None:
+    gm = fg.transform(mlp(), (of := learnt()).table)
+    saved = {name: tensor.clone() for name, tensor in gm.rule_state_dict().items()}
+    assert list(saved) == ["0.weight/test: learns step.step", "1:relu[0]/test: learns alpha.alpha"]
+    with torch.no_grad():
+        of.alpha.add_(1)
+    gm.load_rule_state_dict(saved)
+    assert of.alpha.item() == pytest.approx(0.7)
+    (name, *_) = saved
+    with pytest.raises(fg.RuleError, match=f"'{name}' is missing; 'other' is not in the model"):
+        gm.load_rule_state_dict({**{n: saved[n] for n in saved if n != name}, "other": X})
+    with pytest.raises(fg.RuleError, match=r"has the shape \[2\], and in the model \[\]"):
+        gm.load_rule_state_dict({name: torch.ones(2)}, strict=False)
+    gm.load_rule_state_dict({name: torch.tensor(0.25)}, strict=False)
+    assert of.step.item() == 0.25
+
+
+def test_tensors_that_are_not_learnt_and_those_of_forwards_are_in_the_state_of_the_rules() -> None:
+    slope, threshold = torch.tensor(2.0), torch.tensor(0.5)
+    first = fg.rules.scale(s=slope, forward=functools.partial(quantise, step=threshold))
+    chain = fg.compose(first, fg.rules.scale(s=torch.tensor(3.0)))
+    gm = fg.transform(mlp(), fg.RuleTable([fg.on("relu", call=0, module="1").backward(chain)]))
+    names = ["scale.s", "scale#2.s", "forward.step"]
+    assert list(gm.rule_state_dict()) == [f"1:relu[0]/{name}" for name in names]
+
+
+def test_copies_and_saved_models_have_parameters_of_their_own() -> None:
+    model, of = mlp(), learnt()
+    gm = fg.transform(model, of.table)
+    buffer = io.BytesIO()
+    torch.save(gm, buffer)
+    buffer.seek(0)
+    for other in (copy.deepcopy(gm), torch.load(buffer, weights_only=False)):
+        assert list(other.rule_state_dict()) == list(gm.rule_state_dict())
+        assert list(other.state_dict()) == list(model.state_dict())
+        assert not {id(p) for p in other.parameters()} & {id(p) for p in gm.parameters()}
+        other(X).square().sum().backward()
+        own = dict(other.named_parameters())
+        found = [own[f"rule_parameter_{n}"].grad for n in (0, 1)]
+        assert all(map(torch.allclose, found, expected()))
+        with torch.no_grad():
+            of.alpha.add_(1)  # as an optimizer does
+        other(X)
+
+
+def test_conversions_and_optimizers_reach_the_parameters() -> None:
+    gm = fg.transform(mlp(), (of := learnt()).table)
+    optimizer = torch.optim.SGD(gm.parameters(), lr=0.01)
+    before = [tensor.detach().clone() for tensor in of]
+    gm(X).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, before, of))
+    gm.double()
+    assert [tensor.dtype for tensor in of] == [torch.double] * 2
+    gm(X.double()).sum().backward()
+
+
+def test_functional_calls_and_a_second_transform() -> None:
+    model, of = mlp(), learnt()
+    gm = fg.transform(model, of.table)
+    given = {name: p.detach() for name, p in gm.named_parameters()}
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(gm, parameters, (X,)).square().sum()
+
+    found = torch.func.grad(loss)(given)
+    own = [found[f"rule_parameter_{n}"] for n in (0, 1)]
+    assert are_expected([*own, *(found[name] for name in dict(model.named_parameters()))])
+    again = fg.transform(gm, fg.RuleTable([fg.on(parameter="*.bias").backward("scale")]))
+    assert len(fg.report(again).decisions) == len(fg.report(gm).decisions)
+    assert list(again.rule_state_dict()) == list(gm.rule_state_dict())
+    assert list(again.state_dict()) == list(model.state_dict())
+
+
+def test_native_blocks_give_the_gradient_of_the_forward() -> None:
+    gm = fg.transform(mlp(), (of := learnt()).table)
+    with fg.native(), pytest.warns(fg.FreegradWarning, match="forward"):
+        gm(X).sum().backward()
+    assert of.alpha.grad is None
+    assert of.step.grad is not None
+
+
+def test_a_parameter_of_the_model_itself_stays_where_it_is() -> None:
+    model = mlp()
+    model.alpha = nn.Parameter(torch.tensor(0.7))
+    gm = fg.transform(model, {"relu": scaled(alpha=model.alpha)})
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert gm.rule_state_dict() == {}
+    gm(X).sum().backward()
+    assert model.alpha.grad is not None
+
+
+def test_the_wrapper_of_a_compiled_model_has_the_parameters() -> None:
+    model, of = mlp(), learnt()
+    wrapper = fg.compile(model, of.table, backend="eager")
+    assert {id(tensor) for tensor in of} <= {id(p) for p in wrapper.parameters()}
+    assert len([*wrapper.parameters()]) == len([*model.parameters()]) + 2
+    assert list(wrapper.state_dict()) == [f"_orig_mod.{name}" for name in model.state_dict()]
+    wrapper.load_state_dict(wrapper.state_dict())
+
+
+# --- what is refused ---
+
+
+def test_a_forward_with_the_tensor_as_a_variable_is_refused() -> None:
+    step = nn.Parameter(torch.tensor(0.1))
+    table = fg.RuleTable(
+        [
+            fg.on(parameter="*.weight").backward(
+                rounded(step=step), forward=lambda w: quantise(w, step)
+            )
+        ]
+    )
+    with pytest.raises(fg.PlanError, match=r"a second one, at site 0.weight.*functools.partial"):
+        fg.transform(mlp(), table)
+
+
+class Identity(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.relu()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return grads[0]
+
+
+class CallsFunction(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return Identity.apply(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def test_a_block_refuses_a_learning_rule_at_a_function_and_transform_takes_it() -> None:
+    alpha = nn.Parameter(torch.tensor(0.7))
+    table = {Identity: scaled(alpha=alpha)}
+    x = X.clone().requires_grad_()
+    with (
+        pytest.raises(fg.RuleError, match=r"transform\(model, rules\)"),
+        fg.use(table, model=(model := CallsFunction())),
+    ):
+        model(x)
+    fg.transform(CallsFunction(), table)(x).sum().backward()
+    assert torch.allclose(alpha.grad, x.sum())
+
+
+def test_a_rule_that_does_not_learn_still_warns() -> None:
+    with pytest.warns(fg.FreegradWarning, match="gets none from the rule, which does not define"):
+        gm = fg.transform(mlp(), {"relu": fg.rules.scale(s=nn.Parameter(torch.tensor(2.0)))})
+    assert len([*gm.parameters()]) == 6
