@@ -213,6 +213,49 @@ def fast_sigmoid(g: float, x: float, *, slope: float = 25.0) -> float:
     return g / (d * d)
 
 
+def _levels(bits: int, signed: bool) -> tuple[int, int]:
+    return (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1) if signed else (0, 2**bits - 1)
+
+
+@entry("lsq")
+def lsq(
+    g: float,
+    x: float,
+    *,
+    step: float = 0.1,
+    bits: int = 4,
+    signed: bool = True,
+    per_sample: bool = False,
+) -> float:
+    low, high = _levels(bits, signed)
+    return g if low <= x / step <= high else 0.0
+
+
+@entry("lsq_plus")
+def lsq_plus(
+    g: float,
+    x: float,
+    *,
+    step: float = 0.1,
+    offset: float = 0.0,
+    bits: int = 4,
+    signed: bool = False,
+    per_sample: bool = False,
+) -> float:
+    low, high = _levels(bits, signed)
+    return g if low <= (x - offset) / step <= high else 0.0
+
+
+@entry("pact")
+def pact(g: float, x: float, *, bound: float = 10.0) -> float:
+    return g if 0 <= x < bound else 0.0
+
+
+@entry("jump_relu")
+def jump_relu(g: float, x: float, *, threshold: float = 0.0, bandwidth: float = 0.001) -> float:
+    return g if x > threshold else 0.0
+
+
 @entry("arctan")
 def arctan(g: float, x: float, *, alpha: float = 2.0) -> float:
     z = math.pi * alpha * x / 2

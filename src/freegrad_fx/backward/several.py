@@ -321,9 +321,11 @@ def _fitted(
     result: Any, grad: Tensor, like: tuple[torch.Size, torch.dtype], call: Call, name: str
 ) -> Tensor:
     """A gradient, summed over the dimensions in which its value was broadcast, as autograd does it."""
-    shape = like[0]
+    shape, dtype = like
     if isinstance(result, Tensor) and result.shape != shape and _broadcasts(shape, result.shape):
         result = result.sum_to_size(shape)
+    if name in call.rule.declaration.learns and isinstance(result, Tensor):
+        result = result.to(dtype)  # a sum is computed in at least single precision
     return checked(result, grad, like, call, name)
 
 

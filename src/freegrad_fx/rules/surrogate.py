@@ -1,6 +1,9 @@
 """Surrogate gradients for spiking networks: smooth replacements for the derivative of the Heaviside step.
 
 They are meant for a Heaviside forward. For a network with other activations, ``forward="heaviside"`` replaces them.
+
+A surrogate is the derivative of a smooth step, its primitive function. A parameter that is learnt gets the derivative
+of the primitive with respect to it.
 """
 
 from __future__ import annotations
@@ -39,12 +42,18 @@ def _in_one_buffer_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Any:
     return torch.div(grad, root, out=torch.empty_like(grad)).div_(root)
 
 
+def _fast_sigmoid_by_slope(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
+    root = 1 + slope * wide(x).abs()
+    return -grad * wide(x) * wide(x).abs() / root / root
+
+
 @register(
     "fast_sigmoid",
     reference="Zenke & Ganguli 2018, doi:10.1162/neco_a_01086",
     peers=("snnTorch fast_sigmoid", "Norse superspike"),
     requires="slope >= 0",
     fast=_in_one_buffer_sigmoid,
+    learns={"slope": _fast_sigmoid_by_slope},
     examples=({"slope": 0.0}, {"slope": 0.3}, {"slope": 5.0}, {"slope": 100.0}),
 )
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
@@ -66,12 +75,17 @@ def _in_one_buffer_arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
     return torch.div(grad, denominator, out=denominator)
 
 
+def _arctan_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) / (2 + (math.pi * alpha * wide(x)).square() / 2)
+
+
 @register(
     "arctan",
     reference="Fang et al. 2021, arXiv:2007.05785",
     peers=("snnTorch atan", "SpikingJelly ATan"),
     requires="alpha > 0",
     fast=_in_one_buffer_arctan,
+    learns={"alpha": _arctan_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 1.0}, {"alpha": 5.0}),
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -84,11 +98,17 @@ def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     return grad / (math.pi**2 * alpha / 2 * x.square() + 2 / alpha)
 
 
+def _softsign_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    root = 1 + alpha * wide(x).abs()
+    return grad * wide(x) / 2 / root / root
+
+
 @register(
     "softsign",
     reference="Zenke & Ganguli 2018, doi:10.1162/neco_a_01086",
     peers="SpikingJelly SoftSign",
     requires="alpha > 0",
+    learns={"alpha": _softsign_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 1.0}, {"alpha": 50.0}),
 )
 def softsign(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -101,11 +121,16 @@ def softsign(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     return times(grad, alpha / 2 / root / root, x)
 
 
+def _superspike_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) / (1 + wide(x).abs())
+
+
 @register(
     "superspike",
     reference="Zenke & Ganguli 2018, doi:10.1162/neco_a_01086",
     peers="SpikingJelly SuperSpike",
     requires="alpha >= 0",
+    learns={"alpha": _superspike_by_alpha},
     examples=({"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 7.0}),
 )
 def superspike(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -120,11 +145,16 @@ def superspike(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return times(grad, alpha / root / root, x)
 
 
+def _sigmoid_derivative_by_slope(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
+    return grad * wide(x) * bump(slope * wide(x))
+
+
 @register(
     "sigmoid_derivative",
     reference="Neftci et al. 2019, arXiv:1901.09948",
     peers=("snnTorch sigmoid", "SpikingJelly Sigmoid"),
     requires="slope >= 0",
+    learns={"slope": _sigmoid_derivative_by_slope},
     examples=({"slope": 0.0}, {"slope": 0.3}, {"slope": 25.0}),
 )
 def sigmoid_derivative(grad: Tensor, x: Tensor, *, slope: float = 4.0) -> Tensor:
@@ -138,11 +168,16 @@ def sigmoid_derivative(grad: Tensor, x: Tensor, *, slope: float = 4.0) -> Tensor
     return times(grad, slope * bump(slope * wide(x)), x)
 
 
+def _piecewise_quadratic_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) * (1 - alpha * wide(x).abs()).clamp(min=0)
+
+
 @register(
     "piecewise_quadratic",
     reference="Esser et al. 2016, arXiv:1603.08270; Bellec et al. 2018, arXiv:1803.09574",
     peers="SpikingJelly PiecewiseQuadratic",
     requires="alpha > 0",
+    learns={"alpha": _piecewise_quadratic_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 4.0}),
 )
 def piecewise_quadratic(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -156,11 +191,16 @@ def piecewise_quadratic(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tenso
     return times(grad, alpha * (1 - alpha * wide(x).abs()).clamp(min=0), x)
 
 
+def _piecewise_exponential_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) / 2 * torch.exp(-alpha * wide(x).abs())
+
+
 @register(
     "piecewise_exponential",
     reference="Shrestha & Orchard 2018, arXiv:1810.08646",
     peers=("SpikingJelly PiecewiseExp", "sinabs SingleExponential"),
     requires="alpha > 0",
+    learns={"alpha": _piecewise_exponential_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 4.0}),
 )
 def piecewise_exponential(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -174,11 +214,16 @@ def piecewise_exponential(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Ten
     return times(grad, alpha / 2 * torch.exp(-alpha * wide(x).abs()), x)
 
 
+def _gaussian_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) / math.sqrt(math.pi) * torch.exp(-(alpha * wide(x)).square())
+
+
 @register(
     "gaussian",
     reference="Wu et al. 2018, doi:10.3389/fnins.2018.00331 (STBP)",
     peers=("SpikingJelly Erf", "Norse heavi_erfc", "sinabs Gaussian"),
     requires="alpha > 0",
+    learns={"alpha": _gaussian_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 10.0}),
 )
 def gaussian(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
@@ -243,12 +288,21 @@ def _inside(x: Tensor, *, width: float) -> Tensor:
     return x.abs() < width
 
 
+def _piecewise_leaky_by_width(grad: Tensor, x: Tensor, *, width: float, leak: float) -> Tensor:
+    return grad * torch.where(x.abs() < width, -x / (2 * width**2), -leak * x.sign())
+
+
+def _piecewise_leaky_by_leak(grad: Tensor, x: Tensor, *, width: float, leak: float) -> Tensor:
+    return grad * x.sign() * (wide(x).abs() - width).clamp(min=0)
+
+
 @register(
     "piecewise_leaky",
     reference="Wu et al. 2018, doi:10.3389/fnins.2018.00331 (STBP)",
     peers="SpikingJelly PiecewiseLeakyReLU",
     requires="width > 0",
     mask=_inside,
+    learns={"width": _piecewise_leaky_by_width, "leak": _piecewise_leaky_by_leak},
     examples=({"width": 0.3, "leak": 0.0}, {"width": 5.0, "leak": -0.5}),
 )
 def piecewise_leaky(
@@ -263,11 +317,16 @@ def piecewise_leaky(
     return torch.where(mask, grad / (2 * width), leak * grad)
 
 
+def _log_abs_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x) / (1 + alpha * wide(x).abs())
+
+
 @register(
     "log_abs",
     reference="SpikingJelly",
     peers="SpikingJelly NonzeroSignLogAbs",
     requires="alpha > 0",
+    learns={"alpha": _log_abs_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 20.0}),
 )
 def log_abs(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
@@ -279,11 +338,18 @@ def log_abs(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     return times(grad, 1 / (1 / alpha + wide(x).abs()), x)
 
 
+def _q_pseudo_spike_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    tail = 2 / (alpha - 1) * wide(x).abs()
+    change = torch.log1p(tail) - tail / (1 + tail)
+    return grad * x.sign() / 2 * (1 + tail).pow(1 - alpha) * change
+
+
 @register(
     "q_pseudo_spike",
     reference="Herranz-Celotti & Rouat 2022, arXiv:2202.00282",
     peers="SpikingJelly QPseudoSpike",
     requires="alpha > 1",
+    learns={"alpha": _q_pseudo_spike_by_alpha},
     examples=({"alpha": 1.25}, {"alpha": 7.0}),
 )
 def q_pseudo_spike(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:

@@ -69,11 +69,20 @@ def sparse_fast_sigmoid(
     return times(grad, passed, x)
 
 
+def _leaky_by_leak(grad: Tensor, x: Tensor, *, leak: float, slope: float) -> Tensor:
+    return grad * wide(x).clamp(max=0)
+
+
+def _leaky_by_slope(grad: Tensor, x: Tensor, *, leak: float, slope: float) -> Tensor:
+    return grad * wide(x).clamp(min=0)
+
+
 @register(
     "leaky_relu_derivative",
     reference="Maas et al. 2013, Rectifier nonlinearities improve neural network acoustic models",
     peers=("SpikingJelly LeakyKReLU", "snnTorch LSO"),
     mask=masks.nonnegative,
+    learns={"leak": _leaky_by_leak, "slope": _leaky_by_slope},
     examples=({"leak": 0.1}, {"leak": 0.3, "slope": -2.0}, {"leak": -1.0, "slope": 0.0}),
 )
 def leaky_relu_derivative(
@@ -90,11 +99,21 @@ def leaky_relu_derivative(
     return torch.where(mask, slope * grad, leak * grad)
 
 
+def _s2nn_by_alpha(grad: Tensor, x: Tensor, *, alpha: float, beta: float) -> Tensor:
+    below = wide(x).clamp(max=0)
+    return grad * below * bump(alpha * below)
+
+
+def _s2nn_by_beta(grad: Tensor, x: Tensor, *, alpha: float, beta: float) -> Tensor:
+    return grad * torch.log1p(wide(x).clamp(min=0))
+
+
 @register(
     "s2nn",
     reference="Suetake et al. 2022, arXiv:2201.10879",
     peers="SpikingJelly S2NN",
     requires="alpha >= 0",
+    learns={"alpha": _s2nn_by_alpha, "beta": _s2nn_by_beta},
     examples=({"alpha": 0.0, "beta": 0.3}, {"alpha": 10.0, "beta": -1.0}),
 )
 def s2nn(grad: Tensor, x: Tensor, *, alpha: float = 4.0, beta: float = 1.0) -> Tensor:
@@ -134,10 +153,15 @@ def squarewave_fourier(grad: Tensor, x: Tensor, *, n: int = 2, period: float = 8
     return times(grad, 4 / period * sum(terms, torch.zeros_like(turns)), x)
 
 
+def _log_tailed_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
+    return grad * wide(x).clamp(max=0)
+
+
 @register(
     "log_tailed_relu",
     reference="Cai et al. 2017, arXiv:1702.00953 (half-wave Gaussian quantization)",
     peers="SpikingJelly LogTailedReLU",
+    learns={"alpha": _log_tailed_by_alpha},
     examples=({"alpha": 0.1}, {"alpha": -2.0}),
 )
 def log_tailed_relu(grad: Tensor, x: Tensor, *, alpha: float = 0.0) -> Tensor:

@@ -6,6 +6,7 @@ functions that this package adds, and `forwards` binds parameters. Independent o
 
 from .activations import FORWARDS, GROUPS, OPS
 from .forwards import BoundForward, forward
+from .learnt import clip_quantize, jump, step_quantize
 from .op import Op, Spelling
 from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
 from .recognition import recognise
@@ -18,10 +19,13 @@ __all__ = [
     "Op",
     "Spelling",
     "binarize",
+    "clip_quantize",
     "forward",
     "heaviside",
+    "jump",
     "jump_relu",
     "quantize",
     "recognise",
+    "step_quantize",
     "ternarize",
 ]
