@@ -45,9 +45,7 @@ HELD = (Tensor, torch.Generator)
 """What a model holds for the rules: a graph reads it from an attribute of the model."""
 
 
-def hold(
-    root: nn.Module, value: Tensor | torch.Generator, *, learnt: bool = False
-) -> str:
+def hold(root: nn.Module, value: Tensor | torch.Generator, *, learnt: bool = False) -> str:
     """Return the name by which a model holds a tensor or a generator that is a parameter of a rule.
 
     A tensor becomes a non-persistent buffer, or a parameter that is not in the state_dict, unless it already is a
