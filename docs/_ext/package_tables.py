@@ -149,6 +149,9 @@ class RulesReference(SphinxDirective):
         facts = [
             f"Registered as ``{rule.name!r}``. It is {', '.join(properties)}, and saves "
             f"{info.saved_bytes()} bytes for each float32 entry.",
+            f"It gives a gradient to {' and '.join(f'``{name}``' for name in info.learns)}, if learnt."
+            if info.learns
+            else "",
             f"Reference: {escaped(info.source)}." if info.source else "",
             f"Also in: {escaped(', '.join(info.peers))}." if info.peers else "",
         ]

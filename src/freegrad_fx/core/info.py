@@ -48,6 +48,8 @@ class RuleInfo:
         meant_for: The operations that it is meant for; empty for all.
         source: The paper or library that the formula comes from.
         peers: The libraries that have it, each with its name there.
+        learns: The parameters that it gives a gradient to, if they are tensors that require one.
+        answers: The operands that it gives a gradient to.
     """
 
     name: str
@@ -61,6 +63,8 @@ class RuleInfo:
     meant_for: tuple[str, ...]
     source: str
     peers: tuple[str, ...]
+    learns: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ("x",)
 
     def saved_bytes(self, dtype: torch.dtype = torch.float32) -> float:
         """Return the bytes that the rule saves for each entry: 1/8 for one bit.
@@ -84,6 +88,8 @@ class RuleInfo:
             "saves": f"{' and '.join(self.saves)}, {self.saved_bytes()} bytes for each float32 entry"
             if self.saves
             else "nothing",
+            "answers for": " and ".join(self.answers) if self.answers != ("x",) else "",
+            "learns": ", ".join(self.learns),
             "properties": ", ".join(self.properties),
             "sites": " and ".join(self.kinds),
             "meant for": ", ".join(self.meant_for),
@@ -131,4 +137,6 @@ def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> R
         declaration.meant_for,
         declaration.reference,
         declaration.peers,
+        tuple(declaration.learns),
+        declaration.answers or ("x",),
     )

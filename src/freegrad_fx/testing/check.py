@@ -18,6 +18,7 @@ from ..vocabulary import OPS
 from .declared import check_linear, check_reducing, check_sparse, check_texts
 from .failure import Failure, first_line, listed
 from .forms import check_compiled, check_fast, check_func, check_mask
+from .learnt import check_learnt, check_learnt_reference, check_primitive
 from .numbers import check_reference, check_rounding, check_second_derivative, check_unbounded
 from .results import (
     basics,
@@ -53,7 +54,9 @@ CHECKS = MappingProxyType(
         "half_precision": "float16 and bfloat16 give the values of double precision up to rounding",
         "extreme_values": "large, small and zero x give finite gradients, in single precision those of double",
         "non_finite": "an infinite x gives no NaN, and NaN and infinity raise no error",
+        "learnt": "a parameter that is learnt gets a finite gradient, summed over the entries it is for",
         "reference": "the result is that of the given reference",
+        "primitive": "the result is the derivative of the given primitive function, also by parameters",
     }
 )
 """The checks of `check_rule` by name, each with what it asserts."""
@@ -73,6 +76,7 @@ _ORDER: tuple[tuple[tuple[str, ...], Callable[[list[Subject]], Iterator[Failure]
     (("second_derivative",), check_second_derivative),
     (("half_precision", "extreme_values"), check_rounding),
     (("extreme_values", "non_finite"), check_unbounded),
+    (("learnt",), check_learnt),
 )
 
 
@@ -80,6 +84,7 @@ def check_rule(
     rule: str | Rule,
     *,
     reference: Callable[..., Any] | None = None,
+    primitive: Callable[..., Any] | None = None,
     op: str | Callable[[Tensor], Tensor] | None = None,
     skip: Mapping[str, str] | None = None,
     device: torch.device | str = "cpu",
@@ -97,6 +102,11 @@ def check_rule(
         reference: A function that computes the expected gradient, called as ``reference(grad, [x], [y])`` with the
             tensors that the rule reads, and, by keyword, the parameters of the rule that it takes. It returns a tensor
             or an array. To compute in NumPy, convert first: ``lambda grad, x: formula(grad.numpy(), x.numpy())``.
+            For a rule that gives a gradient to its parameters, it can return a dict: the gradient of ``"x"``, and those
+            of parameters by their names, which are summed.
+        primitive: The function of which a surrogate is the derivative, called as ``primitive(x)`` with the parameters
+            of the rule that it takes by keyword. Finite differences of it by x, and by the parameters that are learnt,
+            are compared with the rule.
         op: The operation whose backward the rule replaces: a canonical name such as ``"relu"``, or a function of one
             tensor. It gives the ``y`` that the rule reads. Default: the rule's own forward, the first operation that
             the rule is meant for, or tanh.
@@ -109,7 +119,8 @@ def check_rule(
         RuleCheckError: Checks fail. The message lists each with its input, what was expected, what was found, and a
             remedy; the attribute `failures` has the same as data.
         RuleError: The rule, the operation, or a name in `skip` is unknown; or a parameter has no value.
-        TypeError: `rule` is a composition; a parameter is a tensor with dimensions; or a reason is no text.
+        TypeError: `rule` is a composition, or needs other operands than ``x`` or the native operation; a parameter is a
+            tensor with dimensions; or a reason is no text.
 
     Example:
         >>> import torch, freegrad_fx as fg
@@ -129,7 +140,7 @@ def check_rule(
         if not basic:
             random = subjects[0].rule.declaration.random or any(map(draws, subjects))
             subjects = [replace(subject, random=random) for subject in subjects]
-            found += _further(subjects, reference, left_out)
+            found += _further(subjects, reference, primitive, left_out)
     found = listed([failure for failure in found if failure.check not in left_out])
     if found:
         message = _message(subjects[0].rule, found, left_out, basic)
@@ -162,6 +173,11 @@ def _subjects(
             f"check_rule checks one rule, got a composition. Check its parts one by one: {parts}."
         )
     given = get(rule)(save=SAVES[0], compile=False)
+    if needed := given.declaration.needs_operation:
+        raise TypeError(
+            f"check_rule gives a rule the input and the output of an operation with one operand; rule {given.name!r} "
+            f"needs {needed}. Compare it with your own formula at freegrad_fx.ops.decoupled(..., operation=...)."
+        )
     for name, value in given.values:
         if isinstance(value, Tensor) and value.dim():
             raise TypeError(
@@ -200,6 +216,7 @@ def _operation(
 def _further(
     subjects: list[Subject],
     reference: Callable[..., Any] | None,
+    primitive: Callable[..., Any] | None,
     left_out: Mapping[str, str],
 ) -> Iterator[Failure]:
     for names, check in _ORDER:
@@ -208,6 +225,9 @@ def _further(
             yield from _guarded(wanted[0], check, subjects)
     if "reference" not in left_out:
         yield from check_reference(subjects, reference)
+        yield from check_learnt_reference(subjects, reference)
+    if "primitive" not in left_out:
+        yield from check_primitive(subjects, primitive)
 
 
 def _guarded(

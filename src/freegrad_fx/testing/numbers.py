@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .._torch.generators import seed
 from .failure import Failure, apart, first_line
-from .subject import Inputs, Subject, named, pairs
+from .subject import Inputs, Subject, named, of_input, pairs
 
 __all__ = ["check_reference", "check_rounding", "check_second_derivative", "check_unbounded"]
 
@@ -195,7 +195,7 @@ def _range(subject: Subject, inputs: Inputs, width: float) -> tuple[Tensor, Tens
     # the parameters as numbers of the dtype, as which it compares them with x
     bound = {name: _rounded_to(inputs.x.dtype, value) for name, value in subject.rule.values}
     exact = Inputs("", inputs.grad.double(), inputs.x.double(), inputs.y.double())
-    found.append(subject.rule.function(exact.grad, *subject.read(exact), **bound))
+    found.append(of_input(subject.rule.function(exact.grad, *subject.read(exact), **bound)))
     stacked = torch.stack(found)
     return stacked.amin(0), stacked.amax(0)
 
@@ -306,7 +306,7 @@ def _referred(
     at, actual, copy = named(subject, inputs), subject.run(inputs), inputs.copy()
     seed(subject.device, subject.seed)
     try:
-        answer = reference(copy.grad, *subject.read(copy), **keywords)
+        answer = of_input(reference(copy.grad, *subject.read(copy), **keywords))
         expected = torch.as_tensor(answer, dtype=actual.dtype, device=actual.device)
     except Exception as error:
         yield Failure(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from .._torch.generators import seed
 from ..core.rule import Rule
 from ..ops import decoupled, stop_gradient
 
-__all__ = ["FLOATS", "Inputs", "Subject", "named"]
+__all__ = ["FLOATS", "Inputs", "Subject", "named", "of_input", "pairs"]
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
@@ -78,7 +78,7 @@ class Subject:
 
     def run(self, inputs: Inputs, *, seeded: int | None = None) -> Tensor:
         """The result of the formula."""
-        result: Tensor = self.call(self.rule.function, inputs, seeded=seeded)
+        result: Tensor = of_input(self.call(self.rule.function, inputs, seeded=seeded))
         return result
 
     def call(
@@ -192,6 +192,14 @@ class Subject:
     def _given(inputs: Inputs | None) -> Iterator[Inputs]:
         if inputs is not None:
             yield inputs
+
+
+def of_input(result: Any) -> Any:
+    """The gradient of the input, of what a formula returned: a tensor, or a dict of gradients by name."""
+    if not isinstance(result, Mapping):
+        return result
+    found = result.get("x")
+    return found() if callable(found) else found
 
 
 def named(subject: Subject, inputs: Inputs | str) -> str:
