@@ -28,6 +28,7 @@ from .vocabulary.forwards import forward
 if TYPE_CHECKING:
     from . import functional, schedules, testing
     from .capture.captured import CapturedModule
+    from .compared import Comparison, compare
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .pipeline import explain, transform
@@ -48,6 +49,7 @@ find_moved()
 _LATER = {
     "Backend": "dynamo",
     "CapturedModule": "capture.captured",
+    "Comparison": "compared",
     "Decision": "plan",
     "Plan": "plan",
     "RuleScheduler": "schedules",
@@ -56,6 +58,7 @@ _LATER = {
     "Verification": "verification",
     "attribute": "relevance",
     "backend": "dynamo",
+    "compare": "compared",
     "compile": "dynamo",
     "explain": "pipeline",
     "list_rules": "table.listing",
@@ -72,6 +75,7 @@ __all__ = [
     "Backend",
     "CaptureError",
     "CapturedModule",
+    "Comparison",
     "Composition",
     "Decision",
     "FreegradWarning",
@@ -89,6 +93,7 @@ __all__ = [
     "VerificationError",
     "attribute",
     "backend",
+    "compare",
     "compile",
     "compose",
     "core",

@@ -32,7 +32,7 @@ capture table
 plan
 rewrite schedules
 eager
-relevance dynamo
+relevance compared dynamo
 verification
 pipeline
 compat
