@@ -1,12 +1,15 @@
-"""Parameters and buffers that a forward compares by `is` or `id` with those that it finds in another way."""
+"""Tensors that a forward compares by `is`, by `id`, or by the hash that sets and dicts ask for."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import freegrad_fx as fg
 from side_by_side import TWICE, Make, Net, check_capture, sample
 
 CASES: list[Make] = []
@@ -84,3 +87,116 @@ class ComparesAndChangesABuffer(Net):
 def test_tensors_of_the_model_are_compared_as_in_the_model(make: Make, exported: bool) -> None:
     options = {"example_inputs": (sample(),)} if exported else {}
     check_capture(make, *TWICE, **options)
+
+
+# --- results that are an argument ---
+
+RESULTS: list[Make] = []
+
+
+def result(kind: type[Net]) -> type[Net]:
+    RESULTS.append(kind)
+    return kind
+
+
+@result
+class WritesInPlace(Net):
+    def make(self) -> None:
+        self.inplace = nn.Hardtanh(-0.5, 0.5, inplace=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        first, second = h.add_(0.1), F.relu(h, inplace=True)
+        x = h * (2 if first is h else 3) * (5 if second is first else 7)
+        return x * (2 if self.inplace(x) is x else 3)
+
+
+@result
+class CountsObjects(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        seen = [h, h.mul_(2), h.relu_(), self.g(h)]
+        return torch.tanh(h) * len({id(tensor) for tensor in seen})
+
+
+@result
+class HashesTensors(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        known = {h: 2, self.g(x): 3}
+        scale = known[h.add_(1)] * len({*known, h})
+        return torch.tanh(h) * scale
+
+
+@result
+class ParametersAreKeys(Net):
+    def make(self) -> None:
+        self.scales = {self.f.weight: 2, self.g.bias: 3}
+        self.frozen = {self.g.weight}
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.f(x)) * self.scales[self.f.weight]
+        return torch.tanh(self.g(y)) * (5 if self.g.weight in self.frozen else 7)
+
+
+@result
+class ComparesOtherThings(Net):
+    """That `float` may return its argument makes no difference."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = x.dtype
+        x = self.f(x).float().contiguous()
+        x += 1
+        return F.relu(x) * (2 if self.act is self.act and dtype is not self else 3)
+
+
+@pytest.mark.parametrize("make", RESULTS, ids=lambda m: m.__name__)
+def test_a_result_is_the_argument_if_the_call_works_in_place(make: Make) -> None:
+    check_capture(make, *TWICE)
+
+
+class Branches(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        h = x.mul_(2)
+        return h * 2 if x.sum() > 0 and h is x else h * 3
+
+
+class HasAPartThatCannotBeTraced(Net):
+    def make(self) -> None:
+        self.part = Branches()
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.f(x)
+        y = self.part(h)
+        return torch.tanh(h + y) * (2 if h.add_(1) is h else 3)
+
+
+def test_a_part_that_cannot_be_traced_leaves_the_objects_as_they_were() -> None:
+    check_capture(HasAPartThatCannotBeTraced, *TWICE, whole=["part"])
+
+
+@pytest.mark.parametrize(
+    "convert",
+    [
+        lambda h: h.contiguous(),
+        lambda h: h.to(torch.float32),
+        lambda h: F.dropout(h, 0.5, training=False),
+        nn.Flatten(),
+    ],
+)
+@pytest.mark.parametrize("how", ["is", "hash"])
+def test_whether_a_call_returns_its_argument_is_not_guessed(convert: Any, how: str) -> None:
+    class Converts(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.f(x)
+            c = convert(h)
+            same = c is h if how == "is" else len({c, h}) == 1
+            return F.relu(c) * (2 if same else 3)
+
+    model = Converts()
+    with pytest.raises(fg.CaptureError, match="returns x itself or a new tensor"):
+        fg.transform(model, {"relu": "reverse"})
+    x = sample()
+    with fg.use({"relu": "reverse"}, model=model):
+        y = model(x)
+    assert torch.equal(y, model(x))

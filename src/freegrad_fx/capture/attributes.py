@@ -54,6 +54,7 @@ class AttributeTracer(graphs.Tracer):
         tensors_themselves: Whether the forward reads parameters and buffers themselves, because it may compare one by
             `is` or `id` with one that it got otherwise, for example from `parameters()`. Operations on a tensor of the
             model are recorded, too.
+        moved: The proxies that have become the results of calls, with the nodes that they had before.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class AttributeTracer(graphs.Tracer):
         self.read_first: dict[Attribute, None] = {}  # in the order of the reads
         self.described: set[str] = set()
         self.made: list[weakref.ref[Proxy]] = []
+        self.moved: list[tuple[Proxy, fx.Node]] = []
         self._attributes: dict[str, Proxy] = {}
         self._tensor_names: dict[int, str] = {}
         self._held: set[int] = set()
@@ -87,6 +89,7 @@ class AttributeTracer(graphs.Tracer):
     def forget_proxies(self) -> None:
         """Drop the proxies of a finished trace. The names in `assigned` remain."""
         self._attributes.clear()
+        self.moved.clear()
         self.assigned = dict.fromkeys(self.assigned)
 
     def set_by_the_trace(self) -> set[Attribute]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from torch.fx.proxy import Attribute, Proxy, TraceError
 
 from .._torch.graphs import assertion
+from ..graph.provenance import is_users
 
 __all__ = ["IN_PLACE", "FlagProxy", "RecordingProxy", "TensorProxy", "any_proxy"]
 
@@ -44,6 +45,12 @@ class RecordingProxy(Proxy):
                 f"an assignment to the attribute {name!r} of a tensor cannot be traced"
             )
         super().__setattr__(name, value)
+
+    def __hash__(self) -> int:
+        if is_users(sys._getframe(1).f_code):
+            tracer: Any = self.tracer
+            tracer.note_hash(self)
+        return object.__hash__(self)
 
     def __setitem__(self, key: Any, value: Any) -> None:
         self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})

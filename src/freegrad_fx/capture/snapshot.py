@@ -32,6 +32,7 @@ class Snapshot:
         self.notes = (list(tracer.opaque), list(tracer.lost))
         self.refusals = tracer.refusals
         self.reads = len(tracer.read_first)
+        self.moved = len(tracer.moved)
 
     def new_nodes(self) -> Iterator[fx.Node]:
         """The nodes that were recorded after the snapshot, the last first."""
@@ -44,6 +45,9 @@ class Snapshot:
         """Remove what was recorded after the snapshot."""
         for node in list(self.new_nodes()):
             self.tracer.graph.erase_node(node)
+        while len(self.tracer.moved) > self.moved:
+            proxy, node = self.tracer.moved.pop()
+            proxy.node = node
         self.tracer.module_stack = copy.copy(self.module_stack)
         self.tracer.num_calls = dict(self.num_calls)
         self.tracer.flags = dict(self.flags)

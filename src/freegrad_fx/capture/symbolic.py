@@ -27,6 +27,7 @@ from .captured import Variant
 from .constants import CONSTANTS, constants_read
 from .decorated import is_decorated
 from .holders import still_held
+from .identity import Identities, traced_as_it_compares
 from .outside import Outside, is_proxy, keeps_state, refuse_own_modules
 from .patches.random import RandomState
 from .proxies import any_proxy
@@ -195,6 +196,23 @@ def _trace(
     model: nn.Module,
     root: nn.Module,
     outside: Outside,
+    *rest: Any,
+    **options: Any,
+) -> _Traced:
+    """Trace one variant. The arguments are those of `_trace_assuming`, without `identities`."""
+    may_compare = outside.compares_variables or outside.asks_identity
+
+    def trace(identities: Identities) -> _Traced:
+        return _trace_assuming(identities, model, root, outside, *rest, **options)
+
+    return traced_as_it_compares(trace, may_compare, root)
+
+
+def _trace_assuming(
+    identities: Identities,
+    model: nn.Module,
+    root: nn.Module,
+    outside: Outside,
     state: PythonState,
     leaf_types: tuple[type[nn.Module], ...],
     specialised: dict[str, Any],
@@ -206,7 +224,14 @@ def _trace(
     random = RandomState()
     with LOCK, random.watching():
         make = partial(
-            Tracer, leaf_types, assumed, specialised, concrete_flags, verifies, outside=outside
+            Tracer,
+            leaf_types,
+            assumed,
+            specialised,
+            concrete_flags,
+            verifies,
+            outside=outside,
+            identities=identities,
         )
         tracer = make()
         graph = _traced(tracer, root, outside)

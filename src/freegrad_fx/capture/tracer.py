@@ -31,12 +31,13 @@ from ..vocabulary.recognition import recognise
 from .arguments import Constant, as_argument, decided, flag_path, refuse_unbuildable
 from .attributes import AttributeTracer, KeepsState
 from .decorated import call_of, is_decorated
+from .identity import Identities
 from .inventory import compares_identity, kept_whole
 from .marking import begin_call, end_call
 from .outside import Outside, is_proxy
 from .patches.random import RandomState
 from .patches.symbolic import patched
-from .proxies import FlagProxy, RecordingProxy
+from .proxies import FlagProxy, RecordingProxy, TensorProxy
 from .python_state import Attribute
 from .questions import Question
 from .snapshot import Snapshot
@@ -61,6 +62,7 @@ class Tracer(AttributeTracer):
         whole: The paths of modules to keep as one opaque call, with the reason.
         outside: What the forward can reach outside of the model. It is restored where a part of the trace is removed.
         watch_outside: Keep a module as one opaque call if it stores a tensor outside of the model.
+        identities: Which results are the proxies of arguments.
 
     Attributes:
         siteless: The paths of modules that are kept as one opaque call because they branch on their mode and contain
@@ -87,6 +89,7 @@ class Tracer(AttributeTracer):
         whole: Mapping[str, str] = MappingProxyType({}),
         outside: Outside | None = None,
         watch_outside: bool = False,
+        identities: Identities | None = None,
     ) -> None:
         # All functions of `math` are recorded; FX does so by default for some of them
         super().__init__(watched, reshaped, autowrap_modules=(math,))
@@ -108,6 +111,7 @@ class Tracer(AttributeTracer):
         self.marks = Marks()
         self.unmarked: set[str] = set()
         self.compares_identity = False
+        self.identities = identities or Identities()
 
     # -- methods that torch.fx calls
 
@@ -115,8 +119,8 @@ class Tracer(AttributeTracer):
         """Trace a module. Attributes that it reads and does not use are not in the graph."""
         self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
         outside = self.outside
-        self.tensors_themselves = outside is not None and (
-            outside.compares_variables or outside.asks_identity
+        self.tensors_themselves = self.identities.tensors_themselves or (
+            outside is not None and (outside.compares_variables or outside.asks_identity)
         )
         self.look_up(root)
         with torch.set_grad_enabled(True), patched(self):
@@ -160,7 +164,21 @@ class Tracer(AttributeTracer):
         if any(type(a) is FlagProxy for a in (*args, *kwargs.values())):
             args, kwargs = decided(target, args, kwargs)
         proxy: Proxy = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        given = args[0] if args else None
+        if (
+            type(given) is RecordingProxy
+            and type(proxy) is RecordingProxy
+            and self.identities.note(proxy.node, given.node, self.root)
+        ):
+            self.moved.append((given, given.node))
+            given.node = proxy.node
+            return given
         return proxy
+
+    def note_hash(self, proxy: Proxy) -> None:
+        """Note that the forward asks for the hash of a proxy."""
+        self.identities.hashed = True
+        self.identities.hashed_own |= type(proxy) is TensorProxy
 
     def create_arg(self, a: Any) -> Any:
         """Make an argument of a node from a value. Subclasses of dict and list are preserved."""
