@@ -91,7 +91,8 @@ def decouple(
 
 def _refuse_generator(rule: Rule, site: str, parameters: dict[str, Any]) -> None:
     for name, value in parameters.items():
-        if isinstance(value, torch.Generator):
+        # Dynamo of PyTorch 2.15 cannot ask whether a tensor is a generator
+        if not isinstance(value, Tensor) and isinstance(value, torch.Generator):
             raise RuleError(
                 f"rule {rule.name!r} at site {site!r} draws from a generator of its own ({name}), which compiled code "
                 f"cannot do. Leave out {name}= and seed with torch.manual_seed; or run the model without torch.compile."
