@@ -171,12 +171,12 @@ def conformance(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run every script of examples/ with ``--quick``, and the code in the README."""
     install_project(session, "examples")
-    tour = Path(session.create_tmp()).resolve() / "readme_tour.py"
+    program = Path(session.create_tmp()).resolve() / "readme.py"
     blocks = re.findall(
         r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE
     )
-    tour.write_text("\n".join(blocks), "utf-8")
-    session.run("python", str(tour))
+    program.write_text("\n".join(blocks), "utf-8")
+    session.run("python", str(program))
     for script in sorted(Path("examples").glob("[!_]*.py")):
         session.run("python", str(script), "--quick", *session.posargs)
 

@@ -174,7 +174,7 @@ def as_text(rows: list[Row]) -> str:
 
 
 def as_markdown(rows: Iterable[Row], about: Mapping[str, Any]) -> str:
-    """All rows, a table for each section, for docs/performance.md."""
+    """All rows, a table for each section, for docs/measurements.md."""
     lines = [
         "<!-- Written by `python -m benchmarks.compare --markdown`: measure again instead of editing. -->",
         "",

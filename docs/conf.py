@@ -16,6 +16,7 @@ extensions = [
     "myst_parser",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
+    "sphinx_copybutton",
     "package_tables",
     "rule_gallery",
 ]
@@ -50,6 +51,10 @@ nitpick_ignore_regex = [
     ("py:.*", r"(collections|inspect|typing|types|os|pathlib)\..*"),
     ("py:.*", r"(Any|Axes|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
 ]
+
+# The button copies the commands of a console, without the prompt and the output.
+copybutton_prompt_text = "$ "
+copybutton_only_copy_prompt_lines = True
 
 html_theme = "furo"
 html_title = f"freegrad_fx {release}"

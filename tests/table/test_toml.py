@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from places import ROOT
+from places import DOCS
 from tables import tables
 
 EXAMPLE = """\
@@ -558,12 +558,12 @@ def test_no_file_raises_anything_but_the_one_error(content: bytes, tmp_path: Pat
         fg.RuleTable.from_toml(path)
 
 
-# --- the README ---
+# --- the tutorial ---
 
 
-def test_the_readme_shows_the_same_table_in_python_and_in_toml() -> None:
-    readme = (ROOT / "README.md").read_text("utf-8")
-    section = readme.partition("<!-- table -->")[2].partition("<!-- end of table -->")[0]
+def test_the_tutorial_shows_the_same_table_in_python_and_in_toml() -> None:
+    page = (DOCS / "tutorial.md").read_text("utf-8")
+    section = page.partition("<!-- table -->")[2].partition("<!-- end of table -->")[0]
     blocks = dict(re.findall(r"^```(\w+)\n(.*?)^```$", section, re.DOTALL | re.MULTILINE))
     names: dict[str, Any] = {
         "fg": fg,
