@@ -57,6 +57,7 @@ copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True
 
 html_theme = "furo"
+pygments_dark_style = "one-dark"
 html_title = f"freegrad_fx {release}"
 html_static_path = ["_static"]
 html_css_files = ["tables.css"]
