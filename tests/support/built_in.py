@@ -9,9 +9,15 @@ from torch import Tensor
 
 import freegrad_fx as fg
 
-__all__ = ["BUILT_IN", "EXAMPLES", "MASKED", "examples_of", "saved_by"]
+__all__ = ["BUILT_IN", "EXAMPLES", "MASKED", "OF_OPERANDS", "examples_of", "saved_by"]
 
-BUILT_IN = [rule.name for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
+_RULES = [rule for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
+
+BUILT_IN = [rule.name for rule in _RULES if not rule.declaration.needs_operation]
+"""The rules of one input."""
+
+OF_OPERANDS = [rule.name for rule in _RULES if rule.declaration.needs_operation]
+"""The rules that use the operands of an operation."""
 
 MASKED = [
     name

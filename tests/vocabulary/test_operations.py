@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from freegrad_fx.plan import Plan
+from freegrad_fx.core import rule as registry
 from freegrad_fx.vocabulary import OPS
 
 
@@ -106,13 +107,15 @@ class Everything(nn.Module):
         h *= 0.5
         h = torch.mul(h, other=e) / self.scale
         h = torch.true_divide(h.div(2), 2)
+        h = h.tanh()
         h = h.softmax(-1) * torch.log_softmax(h, 0)
         h = (h**2).sqrt() + torch.rsqrt(h.pow(2)) + h.square() + torch.exp(h)
         h = h + h.mean(-1, keepdim=True) + torch.mean(h, (1, 2), True)
         q = F.scaled_dot_product_attention(h, h, h, is_causal=True)
         q = F.scaled_dot_product_attention(query=q, key=h, value=h)
         rows = x.shape[0] * x.shape[1]  # a product of numbers is no site
-        q = F.dropout(self.drop(q.reshape(rows, 4).view_as(h)), 0.5, self.training)
+        q = F.dropout(q, 0.5, self.training)
+        q = self.drop(q.reshape(rows, 4)).view_as(h)
         return self.inner(q.transpose(1, 2)[:, :2]), self.products(x[..., 0])
 
 
@@ -135,47 +138,89 @@ NUMBERS = {
 }  # fmt: skip
 
 
-def transformed(model: nn.Module, table: dict[str, None], x: Tensor) -> Plan:
-    return fg.explain(model, table)
+WAYS = ("transform", "export", "compile", "use")
 
 
-def exported(model: nn.Module, table: dict[str, None], x: Tensor) -> Plan:
-    return fg.explain(model, table, example_inputs=(x,))
+def in_way(way: str, model: nn.Module, table: dict[str, Any], x: Tensor) -> tuple[Any, Any]:
+    """A function that runs the model with the table, and what `report` takes after it ran."""
+    if way == "use":
+        block = fg.use(table, model=model)
+
+        def run(x: Tensor) -> Any:
+            with block:
+                return model(x)
+
+        return run, block
+    if way == "compile":
+        result: Any = fg.compile(model, table, backend="aot_eager")
+    else:
+        result = fg.transform(model, table, example_inputs=(x,) if way == "export" else None)
+    return result, result
 
 
-def compiled(model: nn.Module, table: dict[str, None], x: Tensor) -> Plan:
-    result = fg.compile(model, table, backend="eager")
-    result(x)
-    return fg.report(result)
+def natively(*operands: str) -> fg.Rule:
+    """A rule that gives all operands their native gradients."""
+    named: dict[str, Any] = {}
+    answers = ", ".join(f"{name!r}: lambda: f.gradient({name!r}, grad)" for name in operands)
+    exec(f"def rule(grad, {', '.join(operands)}, *, f): return {{{answers}}}", named)
+    return fg.register(f"natively_{'_'.join(operands)}", answers=operands)(named["rule"])
 
 
-def in_block(model: nn.Module, table: dict[str, None], x: Tensor) -> Plan:
-    with fg.use(table, model=model) as block:
-        model(x)
-    return fg.report(block)
+@pytest.fixture
+def own_rules() -> Iterator[None]:
+    before = dict(registry._registry)
+    yield
+    registry._registry.clear()
+    registry._registry.update(before)
 
 
-WAYS = (transformed, exported, compiled, in_block)
+def gradients(run: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> list[Tensor]:
+    """The outputs, and the gradients of the input and of all parameters, in train mode."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    torch.manual_seed(1)
+    leaf = x.clone().requires_grad_()
+    outputs = run(leaf)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    loss = sum((out * torch.linspace(1, 2, out.numel()).view(out.shape)).sum() for out in outputs)
+    found = torch.autograd.grad(loss, [leaf, *model.parameters()], allow_unused=True)
+    for name, buffer in model.named_buffers():
+        buffer.data.copy_(buffers[name])
+    return [*outputs, *(g for g in found if g is not None)]
 
 
-@pytest.mark.parametrize("way", [transformed, in_block])
-def test_only_the_operations_that_a_table_names_are_sites(
-    way: Callable[[nn.Module, dict[str, None], Tensor], Plan],
-) -> None:
-    plan = way(Products(), {"matmul": None}, torch.randn(2, 3))
-    assert [d.site.name for d in plan.decisions] == [f"<root>:matmul[{i}]" for i in range(5)]
-
-
+@pytest.mark.usefixtures("own_rules")
 @pytest.mark.parametrize("way", WAYS)
-def test_every_way_in_finds_every_spelling(
-    way: Callable[[nn.Module, dict[str, None], Tensor], Plan],
-) -> None:
+def test_every_spelling_is_found_and_its_native_gradients_are_bit_identical(way: str) -> None:
     names = [name for name, op in OPS.items() if op.on_demand]
-    table = dict.fromkeys([*names, "softmax", "log_softmax"])
-    found: dict[str, Counter[str]] = {}
-    for decision in way(Everything(), table, torch.randn(2, 3, 4)).decisions:
-        found.setdefault(decision.site.path, Counter())[decision.site.op] += 1
-    assert found == NUMBERS
+    table: dict[str, Any] = dict.fromkeys([*names, "softmax", "log_softmax"])
+    rules = {operands: natively(*operands) for operands in {OPS[name].operands for name in table}}
+    for name in table:
+        # A dropout draws again, a batch norm counts again, and an embedding takes integers
+        if name not in ("dropout", "batch_norm", "embedding"):
+            table[name] = rules[OPS[name].operands]
+    torch.manual_seed(0)
+    model, x = Everything(), torch.randn(2, 3, 4)
+    expected = gradients(model, model, x)
+    run, reported = in_way(way, model, table, x)
+    found = gradients(run, model, x)
+    assert len(found) == len(expected)
+    assert all(map(torch.equal, found, expected))
+    numbers: dict[str, Counter[str]] = {}
+    for decision in fg.report(reported).decisions:
+        if decision.site.op not in table:  # an activation
+            continue
+        numbers.setdefault(decision.site.path, Counter())[decision.site.op] += 1
+        assert decision.action == ("native" if table[decision.site.op] is None else "rewrite")
+    assert numbers == NUMBERS
+
+
+@pytest.mark.parametrize("way", ["transform", "use"])
+def test_only_the_operations_that_a_table_names_are_sites(way: str) -> None:
+    model, x = Products(), torch.randn(2, 3)
+    run, reported = in_way(way, model, {"matmul": None}, x)
+    run(x)
+    sites = [decision.site.name for decision in fg.report(reported).decisions]
+    assert sites == [f"<root>:matmul[{i}]" for i in range(5)]
 
 
 def test_no_group_contains_them() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -15,7 +15,21 @@ from .constraint import Constraint
 from .contract import INPUTS, KINDS, SAVES
 from .parameter import Parameter
 
-__all__ = ["Declaration", "tells_sign"]
+__all__ = ["Declaration", "Uses", "tells_sign"]
+
+
+class Uses(NamedTuple):
+    """What a rule uses of the operands of a call.
+
+    Attributes:
+        reads: The operands whose values it reads.
+        answers: The operands that it gives a gradient to.
+        takes: The operands that it has to be given.
+    """
+
+    reads: frozenset[str]
+    answers: frozenset[str]
+    takes: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,6 +106,20 @@ class Declaration:
     def __post_init__(self) -> None:
         one = not self.answers and set(self.inputs) <= {*INPUTS} and not self.operation
         object.__setattr__(self, "several", not one or None in self.learns.values())
+
+    def uses(self, operands: tuple[str, ...]) -> Uses | None:
+        """What the rule uses of an operation; None if only its first operand and its output.
+
+        Args:
+            operands: The operands of the call, the first one first: ``x`` stands for that.
+        """
+        if not self.needs_operation:
+            return None
+        first = operands[0]
+        reads = {first if name == "x" else name for name in self.inputs}
+        answers = {first if name == "x" else name for name in self.answers or ("x",)}
+        takes = {*operands} if self.operation else {*operands} & (reads | answers)
+        return Uses(frozenset(reads), frozenset(answers), frozenset(takes))
 
     @property
     def needs_operation(self) -> str:

@@ -10,7 +10,7 @@ from ..capture.captured import sets_grad_mode
 from ..context import explicit_rules_act
 from ..core.rule import get
 from ..ops.checks import warn_if_native
-from ..ops.gradients import decoupled, stop_gradient
+from ..ops.gradients import decoupled, operands_by_name, stop_gradient
 
 __all__ = ["lower"]
 
@@ -49,7 +49,9 @@ def lower(graph: fx.Graph) -> None:
             kwargs = dict(node.kwargs)
             rule, site = get(kwargs.pop("rule")), kwargs.pop("site")
             save, _ = kwargs.pop("save", rule.save), kwargs.pop("compile", None)
-            tensors, numbers, call = operands(rule, site, kwargs, save)
+            named, given = kwargs.pop("operation", ""), kwargs.pop("operands", {})
+            used = operands_by_name(named, node.args[1], given) if named else None
+            tensors, numbers, call = operands(rule, site, kwargs, save, used)
             if call and all(isinstance(value, fx.Node) for value in tensors):
                 node.target = torch.ops.freegrad_fx.decoupled.default
                 y, x, *read = node.args

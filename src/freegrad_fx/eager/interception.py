@@ -13,10 +13,12 @@ from torch.overrides import TorchFunctionMode
 from .._torch.dispatch import function_mode_active, innermost_function_mode
 from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_for_constant
 from ..context import intercepting_blocks, left_alone, programs
+from ..sites.site import REPLACE
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
+from .operands import used_call
 from .parameters import parameter_dims
-from .rules import run, to_rewrite, with_argument, with_edges
+from .rules import rules_act, run, to_rewrite, with_argument, with_edges
 from .running import has_rules_already, in_one_site
 from .sites import EagerSites
 
@@ -80,8 +82,12 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         args, kwargs = with_edges(spelling.found, args, kwargs, decisions, inplace=inplace)
         other = {operand.name for operand in spelling.found[1:]}
         decisions = {at: d for at, d in decisions.items() if at not in other}
+    used = used_call(spelling, func, args, kwargs, decisions.get(REPLACE)) if rules_act() else None
+    if used is not None:
+        args, kwargs = used.args, used.kwargs
     operation = with_argument(func, args, kwargs, key)
-    return observing[-1].run(lambda: run(operation, x, decisions, inplace=spelling.inplace))
+    inplace = spelling.inplace
+    return observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
 
 
 def _on_demand(observing: list[EagerSites]) -> frozenset[str]:

@@ -16,7 +16,14 @@ from .._torch.tensors import viewed
 from ..context import intercepting_blocks
 from .running import has_rules_already
 
-__all__ = ["Role", "is_parameter", "parameter_dims", "parameters_swapped_in", "role_of"]
+__all__ = [
+    "Role",
+    "is_parameter",
+    "mark_in_place",
+    "parameter_dims",
+    "parameters_swapped_in",
+    "role_of",
+]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,13 +60,27 @@ def is_parameter(value: Any) -> bool:
 
 def parameter_dims(value: Any) -> int:
     """The number of dimensions of a parameter, or of the transpose of one; 0 for other values."""
-    if is_parameter(value):
+    if _has_values_of_parameter(value):
         return int(value.dim())
     source = viewed(value) if isinstance(value, Tensor) else None
-    if source is None or not is_parameter(source):
+    if source is None or not _has_values_of_parameter(source):
         return 0
     transposed = value.shape == source.shape[::-1] and value.stride() == source.stride()[::-1]
     return value.dim() if transposed else 0
+
+
+_IN_PLACE = "_freegrad_fx_in_place_of_parameter"
+
+
+def mark_in_place(tensor: Tensor) -> None:
+    """Mark a tensor that takes the place of a parameter with a rule, so that it is known as an operand."""
+    for marked in (tensor, viewed(tensor)):
+        if marked is not None:
+            setattr(marked, _IN_PLACE, True)
+
+
+def _has_values_of_parameter(value: Any) -> bool:
+    return is_parameter(value) or hasattr(value, _IN_PLACE)
 
 
 def role_of(tensor: Tensor) -> Role | None:

@@ -22,6 +22,7 @@ from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE
 from ..vocabulary.activations import OPS
 from ..vocabulary.op import Operand
+from .operands import UsedCall
 
 __all__ = [
     "Decisions",
@@ -104,6 +105,7 @@ def run(
     *,
     inplace: bool,
     on_copy: bool = False,
+    used: UsedCall | None = None,
 ) -> Any:
     """Run an operation with the rules and the forward of the decisions for the places at it.
 
@@ -116,6 +118,7 @@ def run(
         decisions: The decisions to rewrite; without rules if they are switched off, and only a forward acts.
         inplace: Whether the operation writes its result into `x`.
         on_copy: Whether the operation may return its input, so that it has to run on a copy.
+        used: What the rule that replaces the backward uses of the call besides `x`.
     """
     decision = decisions.get(REPLACE)
     forward = None if decision is None else decision.forward
@@ -130,13 +133,15 @@ def run(
         out = operation(x)
         return x.copy_(out) if inplace and forward is not None else out
     of_input = [d for d in acting if d.site.at != OUTPUT]
-    start = x.clone() if inplace and any(d.reads("x") for d in of_input) else x
+    read = used is not None or any(d.reads("x") for d in of_input)
+    start = x.clone() if inplace and read else x
     for edge in of_input:
         if edge.site.at != REPLACE:
             start = decoupled_by(edge.rules, start.detach(), start, edge.site.name)
     name = acting[0].site.name
     replaces = decision if decision in of_input else None
-    given = start if replaces is None else start.detach()
+    stops = replaces is not None and (used is None or used.answers_first)
+    given = start.detach() if stops else start
     given = copied(given) if inplace or on_copy else given
     watched = bool(of_input) and on_copy and not inplace and forward is None
     writes = write_count(given) if watched else -1
@@ -144,7 +149,8 @@ def run(
     require_unwritten(given, writes, name)
     y = y.clone() if y is given and not (inplace or on_copy) else y
     if replaces is not None:
-        y = decoupled_by(replaces.rules, y, start, replaces.site.name)
+        call = () if used is None else (used.operation, used.operands)
+        y = decoupled_by(replaces.rules, y, start, replaces.site.name, *call)
     output = decisions.get(OUTPUT)
     if output is not None and output.rules and is_differentiable(y):
         y = decoupled_by(output.rules, y.detach(), y, output.site.name)

@@ -27,7 +27,7 @@ from ..sites.site import REPLACE, Located, LocatedParameter, Site
 from ..table import RuleTable
 from ..vocabulary.op import Op, Spelling
 from .opaque import opaque_call
-from .parameters import role_of
+from .parameters import mark_in_place, role_of
 from .rules import Decisions, parameter_by, replaced_forward, rules_act
 from .running import running_function
 
@@ -371,7 +371,9 @@ def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Te
     value: Tensor = parameter.detach()
     if decision.forward is not None:
         value = replaced_forward(decision.forward, value, decision.rules if acts else ())
-    return parameter_by(decision, value, parameter) if acts else value
+    result = parameter_by(decision, value, parameter) if acts else value
+    mark_in_place(result)
+    return result
 
 
 def _module(kind: type[nn.Module], inplace: bool) -> str:

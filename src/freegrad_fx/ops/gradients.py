@@ -26,7 +26,15 @@ from ..core.rule import Rule, get
 from ..vocabulary.operands import operation_of
 from .checks import require_result
 
-__all__ = ["copied", "decoupled", "decoupled_by", "kept", "stop_gradient", "written_back"]
+__all__ = [
+    "copied",
+    "decoupled",
+    "decoupled_by",
+    "kept",
+    "operands_by_name",
+    "stop_gradient",
+    "written_back",
+]
 
 
 def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
@@ -151,7 +159,7 @@ def decoupled(
         compile: Whether the backward runs as one compiled kernel in eager mode.
         operation: The canonical name of the operation; needed by rules that use ``f``, and if it has several operands.
         operands: The further arguments of the operation: its operands by their names (``weight``, ``bias``; ``b``),
-            the others by PyTorch's names.
+            the others by PyTorch's names. An operand that the call leaves out, or that is a number, is None.
         **parameters: The rule's parameters. Missing ones are taken from the rule.
 
     Returns:
@@ -189,30 +197,52 @@ def decoupled(
         if len(parameters) < len(found.parameters):
             parameters = {**dict(found.values), **parameters}
         save, compile = save or found.save, compile or found.compile
-        used = _operands(operation, x, operands or {}) if operation else None
+        used = operands_by_name(operation, x, operands or {}) if operation else None
         values = read[0] if read else None
         return decouple(y, x, found, site, parameters, save, compile, values, used)
     return decoupled_by(ambient_rules(ambient, site), y, x, site)
 
 
-def _operands(operation: str, x: Tensor, others: Mapping[str, Any]) -> Operands:
+def operands_by_name(operation: str, x: Tensor, others: Mapping[str, Any]) -> Operands:
+    """The operands of a call, given the arguments `x`, `operation` and `operands` of `decoupled`."""
     found = operation_of(operation)
-    first, *further = ("x",) if found is None else found.operands
-    values = {name: others[name] for name in further if name in others}
-    constants = {name: value for name, value in others.items() if name not in further}
+    names = ("x",) if found is None else found.operands
+    first = next(name for name in names if name not in others)  # numbers are given as None
+    values = {name: others[name] for name in names if name in others}
+    constants = {name: value for name, value in others.items() if name not in names}
     return Operands(operation, {first: x, **values}, constants)
 
 
-def decoupled_by(rules: tuple[Rule, ...], y: Tensor, x: Tensor, site: str) -> Tensor:
-    """Return the values of `y`; in the backward, the rules compute the gradient of `x`, the first from that of `y`."""
+def decoupled_by(
+    rules: tuple[Rule, ...],
+    y: Tensor,
+    x: Tensor,
+    site: str,
+    operation: str = "",
+    operands: Mapping[str, Any] | None = None,
+) -> Tensor:
+    """Return the values of `y`; in the backward, the rules compute the gradient of `x`, the first from that of `y`.
+
+    Args:
+        rules: The rules.
+        y: The output of the operation.
+        x: The input of the operation, or its first operand.
+        site: The name of the site.
+        operation: As for `decoupled`, for the first rule.
+        operands: As for `decoupled`, for the first rule.
+    """
     first, *others = rules
     # All rules except the first act around identities; the last rule is nearest to x
     source = x
     for other in reversed(others):
         source = _decoupled_by(other, source.detach(), source, x, site)
-    return _decoupled_by(first, y, source, x, site)
+    used = operands_by_name(operation, source, operands or {}) if operation else None
+    return _decoupled_by(first, y, source, x, site, used)
 
 
-def _decoupled_by(rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str) -> Tensor:
+def _decoupled_by(
+    rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str, used: Operands | None = None
+) -> Tensor:
     read = None if source is x else x
-    return decouple(y, source, rule, site, dict(rule.values), rule.save, rule.compile, read)
+    values = dict(rule.values)
+    return decouple(y, source, rule, site, values, rule.save, rule.compile, read, used)

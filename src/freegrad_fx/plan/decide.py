@@ -29,6 +29,7 @@ from ..vocabulary.activations import OPS
 from .decision import Decided, Decision
 from .edges import check_edge
 from .notes import remark_on
+from .operands import check_operands
 from .plan import Plan
 
 __all__ = ["also", "decide", "make_plan"]
@@ -242,6 +243,8 @@ def decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
     if site.at == REPLACE:
         _check_rules(place, entry)
+        if obstacle := _computed_operand(place, entry.rules[0]):
+            return Decision(site, "skip", entry=index, reason=obstacle)
     else:
         check_edge(place, entry)
     if entry.forward is not None:
@@ -259,6 +262,14 @@ def decide(place: Located, table: RuleTable) -> Decision:
         f"matches {entry.selector}",
         remark=remark_on(place, rules, entry.forward),
     )
+
+
+def _computed_operand(place: Located, rule: Rule) -> str:
+    """The reason why a rule cannot be given an operand that it uses; ``""`` if it can."""
+    uses = rule.declaration.uses(place.op.operands) if place.op is not None else None
+    if uses is None or not isinstance(place, LocatedOperation):
+        return ""
+    return next(filter(None, map(place.computed, sorted(uses.takes))), "")
 
 
 _FROZEN = "it is frozen (requires_grad=False), so it gets no gradient; transform again after unfreezing it"
@@ -316,12 +327,10 @@ def _check_rules(place: Located, entry: Entry) -> None:
                 f"it to the {place.site.kind} {place.site.name}. Narrow the entry, or put an entry before it that "
                 f"gives this site another rule or None."
             )
-        if needed := rule.declaration.needs_operation:
-            raise PlanError(
-                f"rule {rule.name!r} needs {needed}, which sites of one input do not have; at {where}. Call "
-                f"freegrad_fx.ops.decoupled(..., operation=..., operands=...) in the model instead."
-            )
-        if place.op is not None and not place.op.keeps_shape and rule.keeps_shape:
+        several = bool(rule.declaration.needs_operation)
+        if several:
+            check_operands(place, entry, rule, where)
+        if place.op is not None and not (place.op.keeps_shape or several) and rule.keeps_shape:
             raise PlanError(
                 f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
                 f"the shape, at {where}. Keep its native backward ({{{place.op.name!r}: None}}), or give it a rule "

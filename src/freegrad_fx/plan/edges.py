@@ -20,6 +20,11 @@ def check_edge(place: Located, entry: Entry) -> None:
                 f"rule {rule.name!r} needs the output y of an operation, and an operand has none; at {where}. Leave "
                 f"out at={site.at!r}, so that the rule replaces the backward, or choose a rule that does not read y."
             )
+        if needed := rule.declaration.needs_operation:
+            raise PlanError(
+                f"rule {rule.name!r} needs {needed}, and at {site.at!r} it acts around an identity; at {where}. Leave "
+                f"out at={site.at!r}, so that the rule replaces the backward."
+            )
         if rule.declaration.of_op:
             raise PlanError(
                 f"rule {rule.name!r} depends on the operation whose backward it replaces, and at {site.at!r} it "

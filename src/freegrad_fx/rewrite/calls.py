@@ -13,8 +13,9 @@ from ..graph.nodes import called_module, called_path, takes_parameters
 from ..ops.calls import call_with
 from ..ops.hooked import call_without_hooks
 from ..plan import Decided
-from ..sites.site import Located, LocatedOperation, LocatedParameter
+from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
 from ..vocabulary.op import Operand
+from .operands import uses_at
 
 __all__ = ["calls_to_give", "calls_to_open", "with_given_parameters", "with_open_calls"]
 
@@ -70,9 +71,13 @@ def calls_to_give(decided: Decided) -> dict[fx.Node, list[str]]:
     found: dict[fx.Node, list[str]] = {}
     for place, decision in decided:
         if isinstance(place, LocatedOperation) and decision.acts:
-            held = next((o.held for o in place.arguments if o.name == place.site.at), "")
+            wanted = {place.site.at}
+            if place.site.at == REPLACE:
+                uses = uses_at(place, decision.rules[0] if decision.rules else None)
+                wanted = {place.first.name, *(uses.takes if uses else ())}
+            held = [o.held for o in place.arguments if o.held and o.name in wanted]
             if held:
-                found.setdefault(place.node, []).append(held)
+                found.setdefault(place.node, []).extend(held)
     return found
 
 

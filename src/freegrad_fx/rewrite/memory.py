@@ -14,6 +14,7 @@ from ..graph.aliasing import Aliasing
 from ..graph.nodes import operand_node
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
+from .operands import uses_at
 
 __all__ = ["Memory", "memory_at"]
 
@@ -73,7 +74,10 @@ def memory_at(
             save = "" if write_back or others_read_x else OVERWRITTEN
         elif node.op != "call_module" and not aliasing.written_after(node, node):
             save = "y"
-    needs_x = others_read_x or (first is not None and "x" in first.inputs and save != "y")
+    uses = uses_at(place, first)
+    read = frozenset({"x"} & {*first.inputs} if first else ()) if uses is None else uses.reads
+    reads_first = "x" in read if uses is None else place.first.name in read
+    needs_x = others_read_x or (reads_first and save != "y")
     overwritten = write_back or (overwrites and save != OVERWRITTEN)
     lost = overwritten or aliasing.written_after(x, node)
     may_return_x = place.op is None or place.op.may_return_x
@@ -81,11 +85,12 @@ def memory_at(
     watched = (replaces is not None or bool(at_x)) and forward is None and _is_watched(place)
     reads_y = output is not None and (output.reads("x") or output.reads("y"))
     keep_y = reads_y and aliasing.written_after(node, node)
-    elsewhere = (at for at in decisions if at not in (REPLACE, OUTPUT, place.first.name))
+    elsewhere = {at for at in decisions if at not in (REPLACE, OUTPUT, place.first.name)}
+    elsewhere |= {o.name for o in place.arguments[1:] if uses is not None and o.name in read}
     overwritten_too = frozenset(
         at
         for at in elsewhere
-        if decisions[at].reads("x")
+        if (decisions[at].reads("x") if at in decisions else at in read)
         and (place.inplace or aliasing.written_after(_operand(place, at), node))
     )
     return Memory(needs_x and lost, write_back, on_copy, save, watched, overwritten_too, keep_y)

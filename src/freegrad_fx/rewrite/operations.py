@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 from torch import fx, nn
 
@@ -14,6 +14,7 @@ from ..ops.gradients import written_back
 from ..plan import Decided, Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
 from .memory import Memory
+from .operands import given_operands, uses_at
 from .surgery import Surgery
 
 __all__ = ["Decisions", "at_operations", "operate"]
@@ -71,6 +72,9 @@ def operate(
         return value
 
     first, *others = (replaces.rules if replaces else ()) or (None,)
+    uses = uses_at(place, first)
+    answers_first = uses is None or place.first.name in uses.answers
+    call: dict[str, Any] = {}
     with graph.inserting_before(node):
         if memory.write_back and forward is not None:
             start = given = surgery.node(
@@ -89,8 +93,13 @@ def operate(
                 continue
             start = edge.edge(given if replaces is None else start, start, decisions[at].rules)
             given = start if replaces is None else given  # the operation can write into its memory
+        if uses is not None and first is not None:
+            copied = (o for o in place.arguments[1:] if o.name in memory.keep_operands)
+            copies = {o.name: keep(n) for o in copied if (n := operand_node(node, o)) is not None}
+            call = given_operands(place, uses, first, surgery, copies)
         if replaces is not None:
-            source, given = surgery.chain(start, others), surgery.stop(given)
+            source = surgery.chain(start, others)
+            given = surgery.stop(given) if answers_first else given
         if memory.on_copy or (memory.write_back and forward is None):
             given = keep(given)
         operation = node
@@ -110,7 +119,7 @@ def operate(
             name = place.site.name
             surgery.node("call_function", require_unwritten, (given, writes, name))
         if replaces is not None:
-            result = surgery.decoupled(operation, source, start, first, memory.save)
+            result = surgery.decoupled(operation, source, start, first, memory.save, call)
         if OUTPUT in decisions:
             at_output = surgery_at(OUTPUT)
             if place.op is None and "example_value" not in node.meta:  # a class can return anything

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -128,9 +129,24 @@ class Surgery:
         return self.node("call_function", apply_forward, (x, key, *before), keywords)
 
     def decoupled(
-        self, y: fx.Node, x: fx.Node, start: fx.Node, rule: Rule | None, save: str = ""
+        self,
+        y: fx.Node,
+        x: fx.Node,
+        start: fx.Node,
+        rule: Rule | None,
+        save: str = "",
+        call: Mapping[str, Any] = MappingProxyType({}),
     ) -> fx.Node:
-        """Insert ``decoupled(y, x)`` with a rule that reads the start of its chain; ``None`` makes it ambient."""
+        """Insert ``decoupled(y, x)`` with a rule that reads the start of its chain; ``None`` makes it ambient.
+
+        Args:
+            y: The output of the operation.
+            x: What the gradient goes to.
+            start: What the rule reads.
+            rule: The rule.
+            save: As for `decoupled`.
+            call: The arguments of `decoupled` that describe the operation.
+        """
         if rule is None:
             return self.node("call_function", decoupled, (y, x), self.ambient)
         read = (start,) if x is not start and "x" in rule.inputs else ()
@@ -141,7 +157,13 @@ class Surgery:
             for name, value in rule.bound.items()
         }
         options = {**rule.options, "save": save} if save else rule.options
-        kwargs: dict[str, Any] = {"rule": rule.name, "site": self.site.name, **options, **values}
+        kwargs: dict[str, Any] = {
+            "rule": rule.name,
+            "site": self.site.name,
+            **options,
+            **call,
+            **values,
+        }
         return self.node("call_function", decoupled, (y, x, *read), kwargs)
 
     def tensor(self, value: Tensor | torch.Generator, learnt: bool) -> fx.Node:

@@ -12,7 +12,9 @@ from typing import Any, Self
 from torch import Tensor, fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from ..graph.nodes import argument
+from ..graph.nodes import argument, first_argument, operand_node
+from ..ops.hooked import call_without_hooks
+from ..vocabulary.calls import constants_of
 from ..vocabulary.op import Op, Operand
 from .alone import Alone
 from .owners import already
@@ -144,9 +146,19 @@ class LocatedOperation(Located):
     @property
     def input(self) -> fx.Node:
         """The node of the first operand."""
-        node = argument(self.node, self.key)
+        node = operand_node(self.node, self.first)
+        node = argument(self.node, self.key) if node is None else node
         assert isinstance(node, fx.Node)
         return node
+
+    def constants(self) -> dict[str, Any] | None:
+        """The arguments of the call besides its operands, by PyTorch's names; None if it cannot be computed again."""
+        if self.op is None:
+            return None
+        node, first = self.node, first_argument(self.node)
+        # With hooks, what follows the first operand describes the call
+        args = node.args[first:3] if node.target is call_without_hooks else node.args[first:]
+        return constants_of(self.op, self.arguments, node.target, args, node.kwargs, self.module)
 
     @property
     def first(self) -> Operand:
@@ -161,10 +173,14 @@ class LocatedOperation(Located):
         """
         wanted = [*names]
         found = super().edges(wanted)
-        if self.module is None or self.op is None:
-            return found
-        computed = [n for n in wanted if n in self.op.operands and _is_computed(n, self.module)]
-        return found + [replace(self.edge(n), obstacle=_COMPUTED.format(n)) for n in computed]
+        computed = ((n, self.computed(n)) for n in wanted)
+        return found + [replace(self.edge(n), obstacle=why) for n, why in computed if why]
+
+    def computed(self, name: str) -> str:
+        """The reason why no rule can reach an operand, because the called module computes it; ``""`` otherwise."""
+        if self.module is None or self.op is None or name not in self.op.operands:
+            return ""
+        return _COMPUTED.format(name) if _is_computed(name, self.module) else ""
 
     def operand(self, name: str) -> Operand:
         """The operand of a name."""

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import OPS
+from .functions import convolution, divided, multiplied, pool, power, product, total
 
 __all__ = ["Operation", "operation_of"]
 
@@ -24,12 +25,16 @@ class Operation:
         function: The function of PyTorch.
         arguments: For each operand, by name, the argument of the function.
         additive: The operands that are only added, so that they do not change the gradients of the others.
+        accepts: The further arguments of the function.
+        apart: Arguments of calls that add something to the result of the function.
     """
 
     name: str
     function: Callable[..., Tensor]
     arguments: Mapping[str, str]
     additive: tuple[str, ...] = ()
+    accepts: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -39,17 +44,64 @@ class Operation:
     def __call__(self, operands: Mapping[str, Any], constants: Mapping[str, Any]) -> Tensor:
         """Compute the operation. `constants` are the further arguments of the function, by PyTorch's names."""
         given = {self.arguments[name]: value for name, value in operands.items()}
-        return self.function(**given, **constants)
+        return self.function(**{**given, **constants})  # a number is among the constants
 
 
 _AFFINE = {"x": "input", "weight": "weight", "bias": "bias"}
 _TWO = {"a": "input", "b": "other"}
 
-_OPERATIONS = {
-    "linear": Operation("linear", F.linear, _AFFINE, ("bias",)),
-    "matmul": Operation("matmul", torch.matmul, _TWO),
-    "mul": Operation("mul", torch.mul, _TWO),
-}
+_ONE = {"x": "input"}
+
+
+def _operation(
+    name: str,
+    function: Callable[..., Tensor],
+    arguments: Mapping[str, str] = _ONE,
+    accepts: str = "",
+    additive: str = "",
+    apart: str = "",
+) -> tuple[str, Operation]:
+    given = (tuple(names.split()) for names in (additive, accepts, apart))
+    return name, Operation(name, function, arguments, *given)
+
+
+_CONVOLUTION = "kind stride padding dilation groups padding_mode output_padding transposed"
+_POOL = "kind kernel_size stride padding dilation ceil_mode count_include_pad divisor_override"
+
+_OPERATIONS = dict(
+    (
+        _operation("linear", F.linear, _AFFINE, additive="bias"),
+        _operation("conv", convolution, _AFFINE, _CONVOLUTION, additive="bias"),
+        _operation("matmul", product, _TWO, "alpha", apart="input self beta"),
+        _operation("mul", multiplied, _TWO),
+        _operation("add", total, _TWO, "kind alpha"),
+        _operation("sub", total, _TWO, "kind alpha"),
+        _operation("div", divided, _TWO),
+        _operation(
+            "scaled_dot_product_attention",
+            F.scaled_dot_product_attention,
+            {"query": "query", "key": "key", "value": "value"},
+            "attn_mask dropout_p is_causal scale enable_gqa",
+        ),
+        _operation("pow", power, accepts="exponent"),
+        _operation("exp", torch.exp),
+        _operation("sqrt", torch.sqrt),
+        _operation("rsqrt", torch.rsqrt),
+        _operation("mean", torch.mean, accepts="dim keepdim dtype"),
+        _operation("softmax", torch.softmax, accepts="dim dtype"),
+        _operation("log_softmax", torch.log_softmax, accepts="dim dtype"),
+        _operation("layer_norm", F.layer_norm, _AFFINE, "normalized_shape eps", additive="bias"),
+        _operation(
+            "rms_norm",
+            F.rms_norm,
+            {"x": "input", "weight": "weight"},
+            "normalized_shape eps",
+        ),
+        _operation("group_norm", F.group_norm, _AFFINE, "num_groups eps", additive="bias"),
+        _operation("max_pool", pool, accepts=_POOL),
+        _operation("avg_pool", pool, accepts=f"{_POOL} output_size"),
+    )
+)
 
 
 def operation_of(name: str) -> Operation | None:

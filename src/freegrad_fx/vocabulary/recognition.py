@@ -15,7 +15,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.operators import schema
 from .activations import CASES, OPS
-from .arguments import Layout, layout_of
+from .arguments import FIRST, Layout, layout_of
 from .op import Op, Operand, Spelling
 from .operations import LINEAR, MATMUL
 
@@ -81,10 +81,6 @@ _FUNCTIONS: dict[Any, _Entry] = {
     for (kind, target), entry in _SPELLINGS.items()
     if kind != "call_module"
 }
-
-
-# The last three are NumPy's names, which torch.* also accepts.
-_TENSOR_KEYWORDS = ("input", "self", "x", "a", "x1")
 
 
 def has_derivative(value: Any) -> bool:
@@ -189,7 +185,7 @@ def _spelling(
         return Spelling(op, found[0].key, **how, found=found) if found else None
     key: int | str | None = first
     if len(args) <= first:
-        key = next((k for k in _TENSOR_KEYWORDS if k in kwargs), None)
+        key = next((k for k in FIRST if k in kwargs), None)
     if key is None or not isinstance(_argument(args, kwargs, key, key), kind):
         return None
     return Spelling(_narrowed(entry.op, args, kwargs), key, **how)
@@ -224,7 +220,7 @@ def _with_operands(
         return entry.op, (a, b)
     operands = [replace(a, name="x"), replace(b, name="weight", transposed=True)]
     if a.key != 0:  # `addmm` takes the bias first
-        bias = next((k for k in (0, *_TENSOR_KEYWORDS) if k in kwargs or (k == 0 and args)), None)
+        bias = next((k for k in (0, *FIRST) if k in kwargs or (k == 0 and args)), None)
         if bias is not None and dims(_argument(args, kwargs, bias, bias)) == 1:
             operands.append(Operand("bias", bias))
     return LINEAR, tuple(operands)

@@ -1,0 +1,51 @@
+"""Checks the rules that use operands of an operation besides the first one."""
+
+from __future__ import annotations
+
+from ..core.contract import INPUTS
+from ..core.rule import Rule
+from ..errors import PlanError
+from ..sites.site import Located, LocatedOperation
+from ..table import Entry
+from ..vocabulary.operands import operation_of
+
+__all__ = ["check_operands"]
+
+
+def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None:
+    """Raise `PlanError` if a rule that uses operands of an operation cannot act at a site.
+
+    Args:
+        place: The site.
+        entry: The entry that gives it the rule.
+        rule: The rule.
+        where: The site, as text.
+    """
+    declaration, op = rule.declaration, place.op
+    needed = declaration.needs_operation
+    if op is None:
+        raise PlanError(
+            f"rule {rule.name!r} needs {needed} of an operation of the vocabulary, which {where} is not. Give it to "
+            f"the operation inside, such as on('linear'), with module= or type= to narrow it."
+        )
+    names = [n for n in (*declaration.inputs, *declaration.answers) if n not in INPUTS]
+    missing = [name for name in names if name not in op.operands]
+    if missing:
+        raise PlanError(
+            f"rule {rule.name!r} needs the operand {missing[0]!r}, which {op.name} does not have, at {where}. Its "
+            f"operands: {', '.join(op.operands)}. Give the rule to an operation with this operand."
+        )
+    if len(entry.rules or ()) > 1 or entry.forward is not None:
+        what = "a composition" if entry.forward is None else "an entry with forward="
+        raise PlanError(
+            f"rule {rule.name!r} uses the operands of an operation, so {what} cannot contain it, at {where}. Give the "
+            f"other rules to the edges of the operation, in entries with at='output' or at={op.operands[0]!r}."
+        )
+    if not declaration.operation:
+        return
+    known = operation_of(op.name) is not None
+    if not known or (isinstance(place, LocatedOperation) and place.constants() is None):
+        raise PlanError(
+            f"rule {rule.name!r} computes the operation at other operands, which is not possible for this call of "
+            f"{op.name}, at {where}. Give it None in an entry before {entry.selector!r}, or a rule without `f`."
+        )
