@@ -44,10 +44,10 @@ class RulesGallery(SphinxDirective):
 
 
 def drawn(rule: rules.Rule, operation: str | None, folder: Path, name: str) -> str:
-    """Draw a rule into a file, and return the name of the file; ``""`` for a rule that needs a value."""
+    """Draw a rule into a file, and return the name of the file; ``""`` for one that needs a value or operands."""
     from matplotlib import pyplot
 
-    if rule.parameters.keys() - rule.bound.keys():
+    if rule.parameters.keys() - rule.bound.keys() or rule.declaration.needs_operation:
         return ""
     meant = rule.declaration.meant_for
     axes = freegrad_fx.plot_rule(rule, None if meant else operation)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 import operator
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -16,7 +17,8 @@ from ..errors import RuleError, unknown
 
 __all__ = ["Constraint", "read_constraints"]
 
-_Operand: TypeAlias = str | float
+_Operand: TypeAlias = str | float | tuple[str, float]
+"""A parameter, a number, or a parameter plus a number."""
 
 _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Lt: operator.lt,
@@ -24,10 +26,11 @@ _COMPARISONS: dict[type[ast.cmpop], Callable[[Any, Any], bool]] = {
     ast.Gt: operator.gt,
     ast.GtE: operator.ge,
     ast.NotEq: operator.ne,
+    ast.Eq: math.isclose,
 }
 
 _FORM = (
-    'A constraint compares parameters and numbers with <, <=, >, >= or !=, for example requires="a <= b" or '
+    'A constraint compares parameters and numbers with <, <=, >, >=, == or !=, for example requires="a <= b" or '
     'requires="0 <= p < 1, eps > 0".'
 )
 
@@ -54,9 +57,15 @@ class Constraint:
         """
         if not all(isinstance(values.get(name), int | float) for name in self.names):
             return True
-        operands = [values[o] if isinstance(o, str) else o for o in self._operands]
+        operands = [_value(operand, values) for operand in self._operands]
         pairs = itertools.pairwise(operands)
         return all(c(*pair) for c, pair in zip(self._comparisons, pairs, strict=True))
+
+
+def _value(operand: _Operand, values: Mapping[str, Any]) -> Any:
+    if isinstance(operand, tuple):
+        return values[operand[0]] + operand[1]
+    return values[operand] if isinstance(operand, str) else operand
 
 
 def read_constraints(rule: str, text: str, parameters: Collection[str]) -> tuple[Constraint, ...]:
@@ -87,7 +96,8 @@ def _read_chain(rule: str, chain: ast.expr, parameters: Collection[str]) -> Cons
     if not isinstance(chain, ast.Compare) or any(type(c) not in _COMPARISONS for c in chain.ops):
         raise RuleError(f"requires={text!r} of rule {rule!r} cannot be read. {_FORM}")
     operands = tuple(_read_operand(rule, text, o) for o in (chain.left, *chain.comparators))
-    names = tuple(dict.fromkeys(o for o in operands if isinstance(o, str)))
+    found = (o[0] if isinstance(o, tuple) else o for o in operands)
+    names = tuple(dict.fromkeys(o for o in found if isinstance(o, str)))
     for name in names:
         if name not in parameters:
             raise RuleError(unknown(f"parameter in requires= of rule {rule!r}:", name, parameters))
@@ -97,6 +107,10 @@ def _read_chain(rule: str, chain: ast.expr, parameters: Collection[str]) -> Cons
 def _read_operand(rule: str, text: str, node: ast.expr) -> _Operand:
     if isinstance(node, ast.Name):
         return node.id
+    if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+        left, right = (_read_operand(rule, text, side) for side in (node.left, node.right))
+        if isinstance(left, str) and isinstance(right, int | float):
+            return left, right
     try:
         value = ast.literal_eval(node)
     except ValueError:
