@@ -93,6 +93,9 @@ class Native:
         (name,) = self._named({operand: None})
         additive = self._operation.additive
         self._require(given, [n for n in self._present if n == name or n not in additive])
+        found = self._product(name, grad, given)
+        if found is not None:
+            return found
         others = {n: v for n, v in given.items() if n != name}
 
         def function(value: Tensor) -> Tensor:
@@ -101,6 +104,20 @@ class Native:
         with self._as_in_forward():
             result, pull, *_ = torch.func.vjp(function, given[name])
             return pull(grad.to(result.dtype))[0]  # type: ignore[no-any-return]
+
+    def _product(self, name: str, grad: Tensor, given: Mapping[str, Any]) -> Tensor | None:
+        """The gradient of an operand of a bilinear operation; None if it has to be computed from the operation."""
+        product = (self._operation.products or {}).get(name)
+        dtypes = {value.dtype for value in (grad, *given.values()) if isinstance(value, Tensor)}
+        if product is None or (len(dtypes) > 1 and self._autocast is None):
+            return None
+        like = given[name]
+        with self._as_in_forward():
+            found = product(grad, given, self._constants)
+        if found is None:
+            return None
+        found = found if found.shape == like.shape else found.sum_to_size(like.shape)
+        return found.to(like.dtype)
 
     def _named(self, operands: Mapping[str, Any]) -> dict[str, Any]:
         """The operands by the names that the operation has; ``x`` is the first one."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import OPS
 from .functions import convolution, divided, multiplied, pool, power, product, total
+from .products import OF_CONV, OF_LINEAR, OF_MATMUL, OF_MUL, Products
 
 __all__ = ["Operation", "operation_of"]
 
@@ -27,6 +28,7 @@ class Operation:
         additive: The operands that are only added, so that they do not change the gradients of the others.
         accepts: The further arguments of the function.
         apart: Arguments of calls that add something to the result of the function.
+        products: For operands of bilinear operations, functions that compute their gradients faster.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Operation:
     additive: tuple[str, ...] = ()
     accepts: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    products: Products | None = None
 
     @property
     def operands(self) -> tuple[str, ...]:
@@ -60,9 +63,10 @@ def _operation(
     accepts: str = "",
     additive: str = "",
     apart: str = "",
+    products: Products | None = None,
 ) -> tuple[str, Operation]:
-    given = (tuple(names.split()) for names in (additive, accepts, apart))
-    return name, Operation(name, function, arguments, *given)
+    added, accepted, aside = (tuple(names.split()) for names in (additive, accepts, apart))
+    return name, Operation(name, function, arguments, added, accepted, aside, products)
 
 
 _CONVOLUTION = "kind stride padding dilation groups padding_mode output_padding transposed"
@@ -70,10 +74,10 @@ _POOL = "kind kernel_size stride padding dilation ceil_mode count_include_pad di
 
 _OPERATIONS = dict(
     (
-        _operation("linear", F.linear, _AFFINE, additive="bias"),
-        _operation("conv", convolution, _AFFINE, _CONVOLUTION, additive="bias"),
-        _operation("matmul", product, _TWO, "alpha", apart="input self beta"),
-        _operation("mul", multiplied, _TWO),
+        _operation("linear", F.linear, _AFFINE, additive="bias", products=OF_LINEAR),
+        _operation("conv", convolution, _AFFINE, _CONVOLUTION, additive="bias", products=OF_CONV),
+        _operation("matmul", product, _TWO, "alpha", apart="input self beta", products=OF_MATMUL),
+        _operation("mul", multiplied, _TWO, products=OF_MUL),
         _operation("add", total, _TWO, "kind alpha"),
         _operation("sub", total, _TWO, "kind alpha"),
         _operation("div", divided, _TWO),
