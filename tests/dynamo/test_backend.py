@@ -510,6 +510,41 @@ def test_an_autograd_function_keeps_its_backward_and_is_reported() -> None:
     ]
 
 
+class Clip(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.relu(x) + 1
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad
+
+
+def test_what_a_function_computes_is_no_site_also_if_nothing_needs_a_gradient() -> None:
+    """Dynamo then traces into the Function."""
+    model, x = (
+        Model(lambda self, x: torch.relu(self.a(Clip.apply(x)))),
+        sample().requires_grad_(False),
+    )
+    rules = fg.RuleTable(
+        [
+            fg.on("relu", call=0).backward("straight_through", forward="heaviside"),
+            fg.on("relu").backward(None),
+        ]
+    )
+    compiled = fg.compile(model, rules, backend="eager")
+    with fg.use(rules, model=model) as block:
+        expected = model(x)
+    assert torch.equal(compiled(x), expected)
+    for plan in (fg.report(compiled), fg.report(block)):
+        assert [d.site.call for d in plan.decisions] == [0]
+        assert [(o.what, o.reason) for o in plan.opaque] == [
+            ("autograd.Function Clip", "keeps its own backward")
+        ]
+    with torch.no_grad():
+        assert torch.equal(compiled(x), expected)
+
+
 # --- never in silence ---
 
 

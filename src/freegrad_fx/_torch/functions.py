@@ -23,6 +23,7 @@ __all__ = [
     "base_apply",
     "direct_apply",
     "follow_checkpoints",
+    "forwards_by_line",
     "function_of",
     "functions_answered_by",
     "is_recorded",
@@ -237,6 +238,24 @@ def function_of(code: CodeType) -> Function | None:
             users = not function.__module__.startswith("torch.")
             return function if users and (own or code.co_argcount > 0) else None
     return None
+
+
+def forwards_by_line() -> Callable[[str, int], Function | None]:
+    """A function that returns the Function of users whose forward has a line of a file; None if there is none."""
+    found: dict[str, list[tuple[int, int, Function]]] = {}
+    for function in _subclasses(torch.autograd.Function):
+        defined = vars(function).get("forward")
+        forward: Any = inspect.unwrap(getattr(defined, "__func__", defined)) if defined else None
+        code = getattr(forward, "__code__", None)
+        if code is not None and function_of(code) is function:
+            lines = [line for _, _, line in code.co_lines() if line]
+            found.setdefault(code.co_filename, []).append((min(lines), max(lines), function))
+
+    def at(file: str, line: int) -> Function | None:
+        known = found.get(file, ())
+        return next((function for first, last, function in known if first <= line <= last), None)
+
+    return at
 
 
 def is_running_for_apply(frame: FrameType) -> bool:

@@ -11,6 +11,7 @@ from ..sites.operations import find_sites
 from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
+from ..vocabulary.recognition import recognise
 from .frames import Setting
 from .homes import Home, Modules, source_of
 from .nested import OPEN, all_bodies, graph_operator
@@ -45,8 +46,15 @@ def is_given_a_rule(place: Located, table: RuleTable) -> bool:
 
 
 def closed_operators(homes: Mapping[fx.Node, Home]) -> Iterator[Opaque]:
-    """The operators that run nested graphs in which a rule cannot act, if these compute activations."""
+    """The operators that run nested graphs in which a rule cannot act, if these compute activations.
+
+    Also the autograd.Functions that Dynamo has traced into, if they do.
+    """
     for node, home in homes.items():
+        inside = origin(node)
+        if inside.function and recognise(node, None) is not None:
+            what, reason = f"autograd.Function {inside.function}", "keeps its own backward"
+            yield Opaque(inside.owner, what, reason, inside.source)
         name = graph_operator(node)
         if not name or name in OPEN:
             continue

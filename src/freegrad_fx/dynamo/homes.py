@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from .._torch.functions import forwards_by_line
 from ..graph.provenance import META, Origin, is_users_file, origin
 from ..sites.operations import find_sites
 from ..table import RuleTable
@@ -30,6 +31,7 @@ class Home:
     program: Program
     owner: nn.Module | None
     parameter: Tensor | None = None
+    function: str = ""  # the autograd.Function whose forward made it
 
     @property
     def parameter_or_owner(self) -> Any:
@@ -39,7 +41,8 @@ class Home:
     def origin(self, node: fx.Node) -> Origin:
         """The origin to write on a node."""
         names = () if self.parameter is None else self.program.names(self.parameter)
-        return Origin(self.program.path(self.owner), source_of(node), class_of(self.owner), names)
+        path, kind = self.program.path(self.owner), class_of(self.owner)
+        return Origin(path, source_of(node), kind, names, function=self.function)
 
 
 def find_homes(
@@ -50,11 +53,12 @@ def find_homes(
 ) -> dict[fx.Node, Home]:
     """The homes of all nodes, in the order in which the nodes run."""
     homes: dict[fx.Node, Home] = {}
+    forward_at = forwards_by_line()
     for node, graph_module in nodes_in_order(gm):
         called = modules.of(node)
         program = program_of(setting.top(*called))
         owner = program.owner((*setting.modules, *called))
-        homes[node] = Home(graph_module, program, owner)
+        homes[node] = Home(graph_module, program, owner, function=_function_of(node, forward_at))
     programs = dict.fromkeys(home.program for home in homes.values())
     for node in homes:
         if (example := _example(node)) is None:
@@ -110,6 +114,16 @@ def source_of(node: fx.Node) -> str:
     frames = _FRAME.findall(node.meta.get("stack_trace") or "")
     users = [f"{file}:{line}" for file, line in frames if is_users_file(file)]
     return users[-1] if users else ""
+
+
+def _function_of(node: fx.Node, forward_at: Callable[[str, int], type[Any] | None]) -> str:
+    """The name of the autograd.Function that Dynamo has traced into, because nothing in it needs a gradient."""
+    value = node.meta.get("example_value")
+    if isinstance(value, Tensor) and value.requires_grad:
+        return ""  # its forward is called, without `apply`
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    found = (forward_at(file, int(line)) for file, line in frames)
+    return next((function.__qualname__ for function in found if function is not None), "")
 
 
 def names_inside(anchor: nn.Module | None) -> dict[int, str]:

@@ -49,6 +49,8 @@ class Origin:
         parameter: For a graph input that is a parameter of the model: its dotted names, the canonical name first.
         call: The number of sites with the same op and owner that come before the node, if the graph is only a part of
             the program; else None.
+        function: The name of the autograd.Function whose forward made the node, and whose backward is its own;
+            ``""`` for other nodes.
     """
 
     owner: str = ""
@@ -56,6 +58,7 @@ class Origin:
     owner_type: type | None = None
     parameter: tuple[str, ...] = ()
     call: int | None = None
+    function: str = ""
 
 
 def origin(node: fx.Node) -> Origin:

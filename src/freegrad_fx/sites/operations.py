@@ -47,6 +47,8 @@ def find_sites(
     found: list[LocatedOperation] = []
     calls: Counter[tuple[str, str]] = Counter()
     for node in graph.nodes:
+        if origin(node).function:
+            continue
         module = called_module(node, root)
         called = _called(node, module)
         spelling: Spelling | _Custom | None = spelled(node, root, wanted)
