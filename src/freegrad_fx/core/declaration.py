@@ -53,6 +53,7 @@ class Declaration:
         mask_bits: The bits of an entry of the mask, or the name of the parameter that says how many: 1 for booleans,
             more for bytes.
         save: What is saved unless an entry says something else: a value of the option `save`.
+        of_site: Computes values of parameters from the name of a site, called as ``of_site(name, **parameters)``.
         of_op: Computes values of parameters from the operation at a site, called as ``of_op(function, **parameters)``.
         gate: For a formula that reads a mask, the formula, called as ``gate(grad, mask, [y], **parameters)``.
         fast: The formula in fewer passes over memory, for eager mode; see `register`.
@@ -87,6 +88,7 @@ class Declaration:
     mask_bits: int | str = 1
     save: str = SAVES[0]
     of_op: Callable[..., Mapping[str, Any]] | None = None
+    of_site: Callable[..., Mapping[str, Any]] | None = None
     gate: Callable[..., Tensor] | None = None
     fast: Callable[..., Tensor] | None = None
     examples: tuple[Mapping[str, Any], ...] = ()

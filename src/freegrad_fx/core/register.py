@@ -33,6 +33,7 @@ def register(
     mask_bits: int | str = 1,
     save: str = SAVES[0],
     of_op: Callable[..., Mapping[str, Any]] | None = None,
+    of_site: Callable[..., Mapping[str, Any]] | None = None,
     fast: Callable[..., Tensor] | None = None,
     examples: Iterable[Mapping[str, Any]] = (),
     meant_for: str | tuple[str, ...] = (),
@@ -80,6 +81,8 @@ def register(
             operation, as a function of one tensor, and by keyword all parameters, and returns the values of some of
             them as a dict. It is called when a site gets the rule. It raises `RuleError` if the operation has no such
             values; its text continues "it is not possible, as ...".
+        of_site: For a rule that differs from site to site, such as one with a random matrix: a function that takes the
+            name of the site, and by keyword all parameters, and returns the values of some of them as a dict.
         fast: The same formula in fewer passes over memory, with the same signature (with ``x``, not ``mask``). It
             replaces the formula in eager mode, if the backward is not itself differentiated and no transform of
             torch.func is active. It can return ``NotImplemented``, and the formula is used instead.
@@ -146,6 +149,7 @@ def register(
             mask_bits=mask_bits,
             save=save,
             of_op=of_op,
+            of_site=of_site,
             gate=formula.gate,
             fast=fast,
             examples=tuple(examples),

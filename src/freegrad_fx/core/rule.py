@@ -280,6 +280,15 @@ class Rule:
         of_op = self.declaration.of_op
         return self if of_op is None else self(**of_op(function, **self.bound))
 
+    def at_site(self, name: str) -> Rule:
+        """The rule with the values that it has at a site.
+
+        Args:
+            name: The name of the site.
+        """
+        of_site = self.declaration.of_site
+        return self if of_site is None else self(**of_site(name, **self.bound))
+
     def require_bound(self) -> None:
         """Raise `RuleError` if a parameter has neither a default nor a value."""
         missing = [name for name in self.parameters if name not in self.bound]

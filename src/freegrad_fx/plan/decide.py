@@ -253,6 +253,8 @@ def decide(place: Located, table: RuleTable) -> Decision:
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
         return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
     rules = _at_operation(place, entry, entry.rules)
+    if any(rule.declaration.of_site for rule in rules):
+        rules = tuple(rule.at_site(site.name) for rule in rules)
     return Decision(
         site,
         "rewrite",
