@@ -252,3 +252,28 @@ def test_in_a_transformed_model_its_own_rule_stays() -> None:
         gm = fg.transform(model, {"relu": "scale"})
     assert torch.equal(gradient(gm), gradient(model))
     assert torch.equal(gradient(fg.transform(model)), gradient(model))
+
+
+def test_what_the_rule_of_a_layer_learns_is_a_parameter_of_the_layer() -> None:
+    x, alpha = torch.randn(5, 3), nn.Parameter(torch.tensor(2.0))
+    model = nn.Sequential(fg.Activation("heaviside", rule=fg.rules.arctan(alpha=alpha)))
+    x.requires_grad_()
+
+    def gradient(module: nn.Module) -> Tensor:
+        module.zero_grad()
+        module(x).sum().backward()
+        (parameter,) = module.parameters()
+        assert parameter.grad is not None
+        return parameter.grad
+
+    expected = gradient(model)
+    assert list(model.state_dict()) == ["0.alpha"]
+    for other in (fg.transform(model, {"heaviside": None}), copy.deepcopy(model)):
+        assert list(other.state_dict()) == ["0.alpha"]
+        assert torch.equal(gradient(other), expected)
+
+    def loss(parameters: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(model, parameters, (x,)).sum()
+
+    given = {"0.alpha": alpha.detach()}
+    assert torch.allclose(torch.func.grad(loss)(given)["0.alpha"], expected)

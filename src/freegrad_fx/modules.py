@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ._torch.tensors import mark_as_parameter
 from .context import (
     OWN_RULES,
     in_python,
@@ -51,6 +52,8 @@ class Activation(nn.Module):
 
     The layer's own rule takes precedence over ambient rules; `native` disables both. In a transformed model the layer
     is a site: a table entry takes precedence over ambient rules, but not over the layer's own rule.
+
+    A parameter that the layer's own rule learns is a parameter of the layer, under the same name.
 
     Args:
         forward: One of FreeGrad's names, ``"Linear"``, ``"ReLU"``, ``"ReLU6"``, ``"LeakyReLU"``, ``"ELU"``,
@@ -102,6 +105,10 @@ class Activation(nn.Module):
                 "params requires a rule: Activation(..., rule='scale', params={'s': 2.0})"
             )
         self.rules = () if rule is None else parts_for(("activations",), rule, params)
+        # For each rule the parameters that it learns, with their names in the layer
+        self._learnt = tuple(
+            {name: self._hold(name, t) for name, t in r.learnt.items()} for r in self.rules
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         """Return f(x)."""
@@ -113,16 +120,38 @@ class Activation(nn.Module):
         if not self.rules:
             y = self._function(stop_gradient(x, ambient="activations", site=site))
             return decoupled(y, x, ambient="activations", site=site)
-        first, *others = self.rules
         source = x
         # All rules except the first act around identities; the last rule is nearest to x
-        for other in reversed(others):
-            cut = stop_gradient(source)
-            read = _read(other, source, x)
-            source = decoupled(cut, source, *read, rule=other.name, site=site, **other.given)
-        y = self._function(stop_gradient(x))
-        read = _read(first, source, x)
-        return decoupled(y, source, *read, rule=first.name, site=site, **first.given)
+        for number in range(len(self.rules) - 1, -1, -1):
+            rule = self.rules[number]
+            y = self._function(stop_gradient(x)) if number == 0 else stop_gradient(source)
+            given = {**rule.given, **self._learnt_values(number)}
+            read = _read(rule, source, x)
+            source = decoupled(y, source, *read, rule=rule.name, site=site, **given)
+        return source
+
+    def _hold(self, name: str, tensor: Tensor) -> str:
+        """Register a tensor as a parameter. Returns the name by which the layer has it."""
+        for own, held in self.named_parameters():
+            if held is tensor:
+                return own
+        if not tensor.is_leaf:
+            return ""
+        own, number = name, 1
+        while hasattr(self, own):
+            number += 1
+            own = f"{name}_{number}"
+        mark_as_parameter(tensor)
+        self.register_parameter(own, tensor)  # type: ignore[arg-type]
+        return own
+
+    def _learnt_values(self, number: int) -> dict[str, Tensor]:
+        """The parameters that a rule learns, as the layer has them now: a functional call swaps them."""
+        if not (
+            names := self.__dict__.get("_learnt")
+        ):  # a layer that an earlier release saved has none
+            return {}
+        return {name: getattr(self, own) for name, own in names[number].items() if own}
 
     def _function(self, x: Tensor) -> Tensor:
         function: Any = OPS[_FORWARDS[self.name]].function
