@@ -36,6 +36,8 @@ relevance compared dynamo
 verification
 pipeline
 compat
+cli
+__main__
 """
 FLOOR = {name: number for number, line in enumerate(FLOORS.split("\n")) for name in line.split()}
 

@@ -35,6 +35,8 @@ _OURS = (
     "<eval_with_key>",  # torch.fx
     "<frozen ",  # Python's own modules
 )
+# What calls the command line is no code of the user's
+_COMMANDS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "cli") + os.sep
 _MODULES = os.path.join(os.path.dirname(torch.__file__), "nn") + os.sep
 
 
@@ -88,7 +90,7 @@ def caller() -> str:
     """``file:line`` of the innermost frame on the stack that is user code; ``""`` if there is none."""
     frame: FrameType | None = sys._getframe(1)
     while frame is not None and not is_users(frame.f_code):
-        frame = frame.f_back
+        frame = None if frame.f_code.co_filename.startswith(_COMMANDS) else frame.f_back
     return f"{frame.f_code.co_filename}:{frame.f_lineno}" if frame is not None else ""
 
 

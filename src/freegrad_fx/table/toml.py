@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import TableError
 
-__all__ = ["dumps", "entry_place", "loads"]
+__all__ = ["dumps", "entry_lines", "entry_place", "loads"]
 
 
 def loads(text: str) -> dict[str, Any]:
@@ -29,16 +29,21 @@ def loads(text: str) -> dict[str, Any]:
         raise TableError(f"invalid TOML: {error}") from error
 
 
-def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
-    """How to name entries in error messages: by number, and by line if the lines of all entries can be found."""
+def entry_lines(text: str, table: Mapping[str, Any]) -> list[int]:
+    """The lines in which the entries of a table begin, from 1; empty unless the lines of all entries can be found."""
     head = re.compile(r"\s*\[\[\s*rule\s*]]")
     # not splitlines(), which also splits at characters that do not end a line in TOML
     lines = [number for number, line in enumerate(text.split("\n"), 1) if head.match(line)]
     entries = table.get("rule")
-    certain = isinstance(entries, list) and len(entries) == len(lines)
+    return lines if isinstance(entries, list) and len(entries) == len(lines) else []
+
+
+def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
+    """How to name entries in error messages: by number, and by line if the lines of all entries can be found."""
+    lines = entry_lines(text, table)
 
     def place(number: int) -> str:
-        return f"entry {number} (line {lines[number - 1]})" if certain else f"entry {number}"
+        return f"entry {number} (line {lines[number - 1]})" if lines else f"entry {number}"
 
     return place
 

@@ -1,0 +1,314 @@
+"""The commands of ``freegrad-fx``."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from ..core.info import RuleInfo
+from ..core.rule import Rule, get
+from ..core.text import shown
+from ..errors import CaptureError, unknown
+from ..table import Entry
+from ..table.listing import list_rules
+from ..vocabulary.activations import FORWARDS, GROUPS, OPS
+from .check import check_table
+from .doctor import as_rows, examine, version_of
+from .models import model_of, read_entry, read_inputs, read_table
+from .output import Commands, UserError, file_error, print_json, print_rows, print_text
+
+__all__ = ["app"]
+
+app = typer.Typer(
+    cls=Commands,
+    name="freegrad-fx",
+    no_args_is_help=True,
+    # a traceback that remains is for a bug report, where plain text is best
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+rules = typer.Typer(help="List the rules, or show one.")
+app.add_typer(rules, name="rules")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Param = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--param", "-p", metavar="NAME=VALUE", help="A parameter of the rule; several times."
+    ),
+]
+Imports = Annotated[
+    bool,
+    typer.Option("--allow-imports", help="Import the rules and functions that the file names."),
+]
+
+
+def _names(incomplete: str) -> list[str]:
+    """The rules for the completion of the shell."""
+    return [name for name in list_rules() if name.startswith(incomplete)]
+
+
+RuleName = Annotated[
+    str,
+    typer.Argument(metavar="NAME", help="A rule, or package.module:name.", autocompletion=_names),
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"freegrad_fx {version_of('freegrad_fx')}, torch {torch.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    traceback: Annotated[
+        bool, typer.Option("--traceback", help="Show the traceback of an error.")
+    ] = False,
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    """Decoupled backward passes for PyTorch models: rules, tables, and what they do to a model.
+
+    Exit codes: 0; 1 for an error, which is printed as one line; 2 for a wrong command or option.
+    """
+
+
+# --- rules and operations ---
+
+
+@rules.callback(invoke_without_command=True)
+def list_the_rules(
+    context: typer.Context,
+    family: Annotated[str | None, typer.Option(help="Only this family, such as surrogate.")] = None,
+    op: Annotated[
+        str | None,
+        typer.Option(help="Only rules for this operation or group; params for parameters."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the rules, or show one."""
+    if context.invoked_subcommand is not None:
+        return
+    infos = [get(name).info for name in list_rules(family, op)]
+    if as_json:
+        print_json([_info(info) for info in infos])
+        return
+    rows = [("rule", "family", "gradient of x", "parameters")]
+    for info in infos:
+        given = ", ".join(f"{name}={shown(p.value)}" for name, p in info.parameters.items())
+        rows.append((info.name, info.family, info.formula, given))
+    print_rows(rows)
+
+
+@rules.command("show")
+def show_a_rule(name: RuleName, as_json: Json = False) -> None:
+    """Show a rule: its formula, parameters with their ranges, what it saves, its source, its names elsewhere."""
+    info = _rule(read_entry(name, ())).info
+    if as_json:
+        print_json(_info(info))
+    else:
+        print_text(str(info))
+
+
+def _rule(entry: Entry) -> Rule:
+    """The rule of an entry that was made from a name."""
+    if not entry.rules:
+        raise UserError(
+            "native is not a rule but the backward of PyTorch, which is not described here"
+        )
+    return entry.rules[0]
+
+
+def _info(info: RuleInfo) -> dict[str, Any]:
+    parameters = {
+        name: {"value": p.value, "types": p.types, "range": p.range}
+        for name, p in info.parameters.items()
+    }
+    return {**vars(info), "parameters": parameters, "saved_bytes": info.saved_bytes()}
+
+
+@app.command()
+def ops(
+    group: Annotated[str | None, typer.Option(help="Only the operations of this group.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the operations that rules can be given to, and how PyTorch calls them."""
+    if group is not None and group not in GROUPS:
+        raise UserError(unknown("group", group, GROUPS))
+    found = [
+        {
+            "op": op.name,
+            "groups": sorted(op.groups),
+            "modules": [f"nn.{kind.__name__}" for kind in op.modules],
+            "functions": _public(function.__name__ for function in op.functions),
+            "methods": list(op.methods),
+            "operands": list(op.operands),
+            "elementwise": op.elementwise,
+            "replaces_forwards": op.name in FORWARDS,
+            "only_if_named": not op.groups,
+        }
+        for op in OPS.values()
+        if group is None or group in op.groups
+    ]
+    if as_json:
+        print_json(found)
+        return
+    columns = ("op", "groups", "modules", "functions", "operands")
+    texts = [[", ".join(_listed(line[column])) for column in columns] for line in found]
+    print_rows([columns, *texts])
+
+
+def _public(names: Iterable[str]) -> list[str]:
+    return [name for name in dict.fromkeys(names) if not name.startswith("_")]
+
+
+def _listed(value: Any) -> list[str]:
+    return value if isinstance(value, list) else [value]
+
+
+# --- models and tables ---
+
+
+@app.command()
+def explain(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="torchvision:NAME, timm:NAME, hf:CONFIG.json or package.module:NAME; built without weights.",
+        ),
+    ],
+    table: Annotated[
+        str | None,
+        typer.Option(
+            "--rules", "-r", metavar="FILE|NAME", help="A table, or a rule for all activations."
+        ),
+    ] = None,
+    param: Param = None,
+    inputs: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--input",
+            "-i",
+            metavar="[NAME=][int:]SHAPE",
+            help="An example input, such as 1,3,224,224 or input_ids=int:1,16; several times. "
+            "With inputs, torch.export captures the model.",
+        ),
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Fail if an entry or a rule has no effect.")
+    ] = False,
+    meta: Annotated[
+        bool, typer.Option("--meta", help="Build the model without memory for its weights.")
+    ] = False,
+    allow_imports: Imports = False,
+    as_json: Json = False,
+) -> None:
+    """Show which sites of a model get which backward; without rules, the sites of the model."""
+    # imported here, because the other commands do not need the capture
+    from ..pipeline import explain as explain_model
+
+    rules = read_table(table, param or (), allow_imports)
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        built = model_of(model)
+        examples = read_inputs(inputs or ())
+        try:
+            plan = explain_model(built, rules, strict=strict, example_inputs=examples)
+        except CaptureError as error:
+            if examples is not None:
+                raise
+            raise UserError(
+                f"{error} On the command line, --input gives example inputs."
+            ) from error
+    if as_json:
+        print_json(plan.to_dict())
+    else:
+        print_text(str(plan))
+
+
+@app.command()
+def check(
+    file: Annotated[str, typer.Argument(metavar="FILE", help="A table in TOML.")],
+    allow_imports: Imports = False,
+    as_json: Json = False,
+) -> None:
+    """Check a table, without a model. All faults are listed, each with its line."""
+    table, lines, faults = check_table(file, allow_imports)
+    entries = [
+        {
+            "line": line,
+            "sites": entry.selector,
+            "backward": "native" if entry.rules is None else " → ".join(map(repr, entry.rules)),
+            "forward": "" if entry.forward is None else shown(entry.forward),
+        }
+        for line, entry in zip(lines, table.entries, strict=True)
+    ]
+    if as_json:
+        print_json({"file": file, "entries": entries, "faults": [vars(fault) for fault in faults]})
+    elif faults:
+        for fault in faults:
+            place = f"{file}:{fault.line}" if fault.line else file
+            print_text(f"{place}: {fault.text}")
+    else:
+        print_text(f"{file} is valid.")
+        columns = ("line", "sites", "backward", "forward")
+        print_rows([columns, *([str(entry[name] or "") for name in columns] for entry in entries)])
+    if faults:
+        raise typer.Exit(1)
+
+
+# --- pictures ---
+
+
+@app.command()
+def plot(
+    name: RuleName,
+    output: Annotated[
+        str,
+        typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg, .pdf."),
+    ],
+    param: Param = None,
+    op: Annotated[
+        str | None, typer.Option(help="The operation that the rule is drawn for.")
+    ] = None,
+    low: Annotated[float, typer.Option(help="The smallest x.")] = -3.0,
+    high: Annotated[float, typer.Option(help="The largest x.")] = 3.0,
+) -> None:
+    """Draw what a rule does to the gradient of an operation."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("plot needs matplotlib: pip install matplotlib") from None
+    from ..plot import plot_rule
+
+    entry = read_entry(name, param or ())
+    figure = Figure(figsize=(4.0, 3.0), layout="constrained")
+    replaced = entry.forward if isinstance(entry.forward, str) else None
+    plot_rule(_rule(entry), op or replaced, low=low, high=high, ax=figure.subplots())
+    try:
+        figure.savefig(output, dpi=150)
+    except OSError as error:
+        raise file_error(output, "written", error) from error
+    except ValueError as error:  # of an ending that matplotlib does not write
+        raise UserError(f"{output} cannot be written: {error}") from error
+    print_text(f"wrote {output}")
+
+
+# --- the installation ---
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Show versions, what is available on this machine, and the releases that were tested; for bug reports."""
+    found = examine()
+    if as_json:
+        print_json(found)
+    else:
+        print_rows(as_rows(found))
