@@ -1,4 +1,4 @@
-"""Backwards in low precision, emulated: operands are rounded, and the precision of the products is that of the model."""
+"""Backwards in low precision, emulated: operands are rounded, and products have the precision of the model."""
 
 from __future__ import annotations
 
