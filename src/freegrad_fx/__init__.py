@@ -26,7 +26,7 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional, schedules, testing
+    from . import functional, schedules, tables, testing
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
     from .dynamo.backend import Backend, backend, compile
@@ -110,6 +110,7 @@ __all__ = [
     "report",
     "rules",
     "schedules",
+    "tables",
     "testing",
     "transform",
     "use",
@@ -119,7 +120,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("functional", "schedules", "testing"):
+    if name in ("functional", "schedules", "tables", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

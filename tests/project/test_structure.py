@@ -29,7 +29,7 @@ ops
 functional plot modules graph testing
 sites
 capture table
-plan
+plan tables
 rewrite schedules
 eager
 relevance compared dynamo

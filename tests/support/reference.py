@@ -180,6 +180,11 @@ def triangular(g: float, x: float, *, width: float = 1.0) -> float:
     return g * (0.0 if slope < 0 else slope)
 
 
+@entry("half", exact=True)
+def half(g: float) -> float:
+    return g / 2
+
+
 @entry("scale", exact=True)
 def scale(g: float, *, s: float = 1.0) -> float:
     return s * g

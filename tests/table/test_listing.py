@@ -29,7 +29,7 @@ def test_an_op_lists_what_can_serve_it_and_is_not_meant_for_others() -> None:
     assert "adaptive_clip" in of_parameters
     assert "adaptive_clip" not in of_relu
     assert "identity_rule" not in of_parameters
-    assert fg.list_rules("attribution", op="gelu") == ["identity_rule"]
+    assert fg.list_rules("attribution", op="gelu") == ["identity_rule", "half"]
 
 
 def test_a_rule_of_the_user_s_is_listed_by_its_module() -> None:

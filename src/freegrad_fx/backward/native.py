@@ -64,6 +64,16 @@ class Native:
         self._where = where
         self._known = self._named(known)
 
+    @property
+    def operation(self) -> str:
+        """The canonical name of the operation."""
+        return self._operation.name
+
+    @property
+    def constants(self) -> Mapping[str, Any]:
+        """The further arguments of the operation, by PyTorch's names."""
+        return self._constants
+
     def __call__(self, **operands: Tensor) -> Tensor:
         """Compute the operation.
 
