@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from .context import Block
-from .core.rule import RuleLike, unlearned
-from .core.scopes import parts_for, scopes_of
+from .core.rule import RuleLike
+from .core.scopes import parts_for, scopes_of, unlearned
 from .errors import FreegradWarning
 
 __all__ = ["native", "use"]

@@ -18,7 +18,7 @@ from .capture import Capture, capture, check_model
 from .capture.captured import CapturedModule
 from .capture.export import inputs_of
 from .context import inside_of_a_block, outside_of_blocks
-from .core.rule import unlearned
+from .core.scopes import unlearned
 from .errors import FreegradWarning, PlanError, VerificationError
 from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan

@@ -193,6 +193,12 @@ FAULTS = {
     "says that it reduces": Fault(
         "reducing", r"registered with reducing=True", doubled, {"reducing": True}
     ),
+    "depends on the shape, and is declared joint": Fault(
+        "joint",
+        r"flattened[^§]*register the rule without joint=True",
+        lambda grad: grad - grad.mean(-1, keepdim=True) if grad.dim() else grad * 0,
+        {"reducing": True, "joint": True},
+    ),
     "takes no sparse gradient": Fault(
         "sparse",
         r"register the rule without sparse=True",

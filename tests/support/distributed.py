@@ -109,6 +109,7 @@ def sharded_before(rank: int) -> dict[str, Any]:
     return {"gradients": gradients(gm, gm, rank)}
 
 
+TOGETHER: dict[str, Any] = {"params": fg.rules.clip_norm(max_norm=1.0, over="all")}
 ACTIVATIONS = {"relu": TABLE["relu"]}
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "DDP": lambda rank: ddp(rank, None),
@@ -121,11 +122,14 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "FSDP of parts": lambda rank: fsdp(rank, True, None),
     "FSDP of parts, compiled": lambda rank: fsdp(rank, True, "aot_eager"),
     "FSDP, then transform": sharded_before,
+    "DDP, together": lambda rank: ddp(rank, None, TOGETHER),
+    "FSDP, together": lambda rank: fsdp(rank, False, None, TOGETHER),
 }
 
 
 # Most of the compiled ones: together they take as long as all others
 SLOW = {"DDP, eager back end", "DDP, compiled", "FSDP, compiled", "FSDP of parts, compiled"}
+SLOW |= {"DDP, together", "FSDP, together"}
 
 
 def main(rank: int, folder: Path, slow: bool) -> None:

@@ -175,3 +175,21 @@ def test_what_sharding_would_let_learn_natively_is_refused(
 ) -> None:
     for result in results_of(scenario, request):
         assert re.search(remedy, result[scenario]["error"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("scenario", ["DDP, together", "FSDP, together"])
+def test_a_joint_norm_is_that_of_the_gradients_of_a_process(
+    found_slowly: list[dict[str, Any]], scenario: str
+) -> None:
+    model = distributed.make()
+    each = []
+    for rank in range(distributed.WORLD):
+        found = distributed.gradients(model, model, rank)
+        norm = torch.cat([g.flatten() for g in found.values()]).norm()
+        assert norm > 1
+        each.append({name: g / norm for name, g in found.items()})
+    mean = {name: torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
+    for result in found_slowly:
+        assert "error" not in result[scenario], result[scenario]["error"]
+        torch.testing.assert_close(result[scenario]["gradients"], mean)

@@ -18,6 +18,7 @@ from ..core.copies import forget, remember
 from ..core.rule import Rule, get
 from ..errors import PlanError, RuleError, unknown
 from ..ops.gradients import decoupled, stop_gradient
+from ..ops.joint import scattered
 
 __all__ = [
     "GENERATOR",
@@ -113,7 +114,8 @@ def calls_by_site(model: RuleParameters) -> dict[str, list[list[fx.Node]]]:
     found: dict[str, dict[fx.Graph, list[fx.Node]]] = {}
     for node in _calls(model):
         # the chain of the further rules precedes the node of the first one
-        found.setdefault(str(node.kwargs["site"]), {}).setdefault(node.graph, []).insert(0, node)
+        for site in sites_of(node):
+            found.setdefault(site, {}).setdefault(node.graph, []).insert(0, node)
     return {site: [*graphs.values()] for site, graphs in found.items()}
 
 
@@ -165,6 +167,15 @@ def _calls(model: RuleParameters) -> Iterator[fx.Node]:
         for node in variant.graph.nodes:
             if node.target is decoupled and "rule" in node.kwargs:
                 yield node
+
+
+def sites_of(call: fx.Node) -> tuple[str, ...]:
+    """The names of the sites of a node that applies a rule; there are several if it acts on them together."""
+    for user in call.users:
+        if user.target is scattered:
+            found: tuple[str, ...] = tuple(map(str, user.kwargs["sites"]))  # type: ignore[arg-type]
+            return found
+    return (str(call.kwargs["site"]),)
 
 
 class RuleParameters(HoldsForRules):
@@ -223,7 +234,7 @@ class RuleParameters(HoldsForRules):
         chosen = [
             c
             for c in calls
-            if c.kwargs["site"] in of_entry or _selects(sites, str(c.kwargs["site"]))
+            if any(site in of_entry or _selects(sites, site) for site in sites_of(c))
         ]
         chosen = [c for c in chosen if rule in (None, c.kwargs["rule"])]
         if not chosen:

@@ -29,6 +29,7 @@ __all__ = [
     "OPERANDS",
     "OPERATION",
     "OPTIONS",
+    "OVER",
     "RESERVED",
     "RULE_PARAMETER",
     "SAVES",
@@ -65,7 +66,10 @@ KINDS = ("operation", "parameter")
 NATIVE = "native"
 """The name that stands for the native backward in a table file. No rule can have this name."""
 
-OPTIONS = ("save", "compile")
+OVER = ("parameter", "module", "all")
+"""The values of the option `over`. The first is the default."""
+
+OPTIONS = ("save", "compile", "over")
 """The keywords of a rule that select how it runs."""
 
 RESERVED = (

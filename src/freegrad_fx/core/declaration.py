@@ -63,6 +63,8 @@ class Declaration:
         own: Whether this package defines the formula. Such formulas are tested not to change their arguments.
         meant_for: The canonical names of the operations that the formula is meant for; empty for all.
         peers: The libraries that have the rule, each with its name there: ``"snnTorch atan"``.
+        joint: Whether the formula can act on several gradients that are joined into one: it reads nothing else, and
+            regards the gradient as a list of numbers, without dimensions.
         linear: Whether the result is linear in the gradient.
         reducing: Whether an entry of the result depends on other entries of the gradient or of ``x``.
         random: Whether the result depends on random numbers.
@@ -100,6 +102,7 @@ class Declaration:
     linear: bool = True
     reducing: bool = False
     random: bool = False
+    joint: bool = False
     answers: tuple[str, ...] = ()
     learns: Learns = field(default_factory=dict)
     operation: bool = False

@@ -41,6 +41,7 @@ def register(
     linear: bool = True,
     reducing: bool = False,
     random: bool = False,
+    joint: bool = False,
     answers: str | tuple[str, ...] = (),
     learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
     overwrite: bool = False,
@@ -94,6 +95,8 @@ def register(
         linear: False for a rule whose result is not linear in the gradient, such as a clipping.
         reducing: True for a rule that computes an entry of the result from several entries, such as a norm.
         random: True for a rule that draws random numbers.
+        joint: True for a rule that reads only the gradient, and whose formula does not depend on its shape, such as one
+            with a norm over the whole tensor. The option ``over`` can then join the gradients of several parameters.
         answers: The operands that the rule gives a gradient to. The others keep their native gradient. Default: the
             first operand that the signature names.
         learns: The parameters that the rule gives a gradient to, if they are tensors that require one. Either their
@@ -130,6 +133,7 @@ def register(
         formula = read_formula(name, function, mask)
         _check_fast(name, fast, formula)
         _check_mask(name, mask_bits, save, formula)
+        _check_joint(name, joint, formula)
         source = formula.gate or formula.function
         learnt = read_learns(name, learns, formula)
         answered = read_answers(name, answers, formula)
@@ -161,6 +165,7 @@ def register(
             linear=linear,
             reducing=reducing,
             random=random,
+            joint=joint,
             answers=answered,
             learns=learnt,
             operation=formula.operation,
@@ -218,6 +223,14 @@ def _check_forms(declaration: Declaration) -> None:
                 f"gradient of x alone. Leave out {what}=; or let the formula return a tensor, and give the gradients "
                 f"of parameters as functions: learns={{name: function}}."
             )
+
+
+def _check_joint(name: str, joint: bool, formula: Formula) -> None:
+    if joint and formula.inputs:
+        raise RuleError(
+            f"rule {name!r} is registered with joint=True, but its formula reads {formula.inputs[0]!r}. Only a rule of "
+            f"the gradient alone can act on several gradients together; leave out joint=True."
+        )
 
 
 def _check_mask(name: str, bits: object, save: str, formula: Formula) -> None:

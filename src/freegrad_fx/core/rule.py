@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import types
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..errors import RuleError, unknown
-from .contract import NATIVE, OF_MASK, OPERATION, RESERVED, SAVES
+from .contract import NATIVE, OF_MASK, OPERATION, OVER, RESERVED, SAVES
 from .declaration import Declaration
 from .info import RuleInfo, info_of
 from .parameter import Parameter
@@ -32,7 +32,6 @@ __all__ = [
     "get",
     "learnt_by",
     "of_token",
-    "unlearned",
     "with_names_of_now",
 ]
 
@@ -50,6 +49,7 @@ class Rule:
         forward: The replacement forward of the site: the canonical name of an operation, or a function; or None.
         save: What is saved for the backward if the formula reads ``x``: ``"x"``, ``"mask"`` or ``"bits"``.
         compile: Whether the backward runs as one compiled kernel in eager mode.
+        over: What the rule acts on: each ``"parameter"``; together, those of a ``"module"`` or ``"all"`` of an entry.
         values: `bound` as pairs. torch.compile cannot read a mapping proxy inside `torch.func.functional_call`.
 
     Example:
@@ -63,6 +63,7 @@ class Rule:
     forward: Forward | None = None
     save: str = SAVES[0]
     compile: bool = False
+    over: str = OVER[0]
     values: tuple[tuple[str, Any], ...] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -144,9 +145,10 @@ class Rule:
 
     @property
     def options(self) -> dict[str, Any]:
-        """The options `save` and `compile`, without those that have the default value."""
+        """The options `save`, `compile` and `over`, without those that have the default value."""
         found: dict[str, Any] = {} if self.save == self.declaration.save else {"save": self.save}
-        return {**found, "compile": True} if self.compile else found
+        found.update({"compile": True} if self.compile else {})
+        return found if self.over == OVER[0] else {**found, "over": self.over}
 
     @property
     def given(self) -> dict[str, Any]:
@@ -160,6 +162,7 @@ class Rule:
         forward: Forward | None = None,
         save: str | None = None,
         compile: bool | None = None,
+        over: str | None = None,
         **values: Any,
     ) -> Rule:
         """Return the rule with other values for some of its parameters.
@@ -177,6 +180,9 @@ class Rule:
                 formula. The first backward waits for the compiler. The result is rounded once, whereas the formula
                 rounds at each step. The number of dtypes and layouts that are compiled is limited; the formula is used
                 for further ones.
+            over: For parameters, and rules of a norm over the whole gradient: ``"module"`` to join the gradients of all
+                parameters of a module that an entry selects, or ``"all"`` to join all that it selects. Default:
+                ``"parameter"``, each by itself.
             **values: Values of parameters. A tensor is accepted in place of a number; it is not checked against
                 the constraints of the rule, and rules compare it by identity.
 
@@ -185,7 +191,7 @@ class Rule:
 
         Raises:
             RuleError: The rule has no parameter of that name, the values do not satisfy its constraints, or `save` is
-                ``"mask"`` or ``"bits"`` and the rule has no mask.
+                ``"mask"`` or ``"bits"`` and the rule has no mask, or `over` joins gradients and the rule cannot.
             TypeError: A value has the wrong type, or an argument is positional.
 
         Example:
@@ -212,6 +218,7 @@ class Rule:
             forward=self.forward if forward is None else forward,
             save=self.save if save is None else self._checked_save(save),
             compile=self.compile if compile is None else self._checked_compile(compile),
+            over=self.over if over is None else self._checked_over(over),
         )
 
     def _checked_save(self, save: Any) -> str:
@@ -229,6 +236,17 @@ class Rule:
         if not isinstance(compile, bool):
             raise TypeError(f"compile of rule {self.name!r} must be True or False, got {compile!r}")
         return compile
+
+    def _checked_over(self, over: Any) -> str:
+        if over not in OVER:
+            raise RuleError(unknown(f"value of over= for rule {self.name!r}:", over, OVER))
+        if over != OVER[0] and not self.declaration.joint:
+            able = ", ".join(n for n, r in _registry.items() if r.declaration.joint)
+            raise RuleError(
+                f"rule {self.name!r} is not registered with joint=True, so it cannot act on several gradients "
+                f"together. Omit over=, or use a rule that can: {able}."
+            )
+        return str(over)
 
     def backward(
         self,
@@ -304,7 +322,7 @@ class Rule:
             (name, id(value) if isinstance(value, Tensor) else value, isinstance(value, Tensor))
             for name, value in sorted(self.bound.items())
         )
-        return (self.name, self.function, values, self.forward, self.save, self.compile)
+        return (self.name, self.function, values, self.forward, self.save, self.compile, self.over)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Rule) and self._key() == other._key()
@@ -366,25 +384,6 @@ class Composition:
 def learnt_by(rules: Iterable[Rule]) -> tuple[Tensor, ...]:
     """The tensors to which some rules give a gradient, each once."""
     return tuple({id(t): t for rule in rules for t in rule.learnt.values()}.values())
-
-
-def unlearned(rules: Iterable[Rule], learnt: Container[int] = ()) -> list[str]:
-    """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one.
-
-    Args:
-        rules: The rules.
-        learnt: The ids of tensors that get a gradient elsewhere, because the forward of the model uses them.
-    """
-    return [
-        f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule, which "
-        f"does not define one. To silence this, give a tensor with requires_grad=False"
-        for rule in rules
-        for name, value in rule.values
-        if isinstance(value, Tensor)
-        and value.requires_grad
-        and name not in rule.declaration.learns
-        and id(value) not in learnt
-    ]
 
 
 RuleLike: TypeAlias = str | Rule | Composition

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Container, Iterable, Mapping
 from typing import Any
 
+from torch import Tensor
+
 from ..errors import RuleError, unknown
+from .contract import OVER
 from .rule import Rule, RuleLike, compose, get
 
-__all__ = ["SCOPES", "parts_for", "scopes_of"]
+__all__ = ["SCOPES", "parts_for", "scopes_of", "unlearned"]
 
 SCOPES = {"operation": "activations", "parameter": "params"}
 """The scope of an ambient rule, by the kind of the sites in it."""
@@ -50,6 +53,11 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
             f"for any operation. Give it in a table: use({{'activations': {rule.name!r}}}, model=model), or "
             f"transform(model, {{'activations': {rule.name!r}}})."
         )
+    if rule.over != OVER[0]:
+        raise RuleError(
+            f"{rule!r} acts on the parameters of an entry together, and a block of a single rule has no entries. Give "
+            f"it in a table: use({{'params': rule}}, model=model), or transform(model, {{'params': rule}})."
+        )
     if rule.forward is not None:
         raise RuleError(
             f"{rule!r} replaces a forward, which only transform() supports: pass the rule to transform(), or leave out "
@@ -77,3 +85,22 @@ def _check(rule: Rule, parts: tuple[Rule, ...], scopes: tuple[str, ...]) -> None
                 else "it must come first in a composition"
             )
             raise RuleError(f"rule {rule.name!r} needs the output y of an operation: {reason}")
+
+
+def unlearned(rules: Iterable[Rule], learnt: Container[int] = ()) -> list[str]:
+    """What to warn of: parameters of rules that are tensors which require a gradient, as no rule gives them one.
+
+    Args:
+        rules: The rules.
+        learnt: The ids of tensors that get a gradient elsewhere, because the forward of the model uses them.
+    """
+    return [
+        f"the tensor {name!r} of rule {rule.name!r} requires a gradient, but gets none from the rule, which "
+        f"does not define one. To silence this, give a tensor with requires_grad=False"
+        for rule in rules
+        for name, value in rule.values
+        if isinstance(value, Tensor)
+        and value.requires_grad
+        and name not in rule.declaration.learns
+        and id(value) not in learnt
+    ]

@@ -18,6 +18,7 @@ from .._torch.releases import warn_if_untested
 from ..backward.functions import explained
 from ..capture.rule_parameters import hold_beside
 from ..context import explicit_rules_act
+from ..core.contract import OVER
 from ..core.rule import get, learnt_by
 from ..errors import FreegradWarning, PlanError, RuleError
 from ..plan import PLAN, Plan
@@ -280,6 +281,12 @@ def _refuse_entries(table: RuleTable) -> None:
                 f"returns, or select the operation by its place: module=, call=."
             )
         for rule in entry.rules or ():
+            if rule.over != OVER[0]:
+                raise PlanError(
+                    f"the entry {entry.selector!r} gives {rule!r}, which acts on several parameters together, and "
+                    f"Dynamo can split them among several graphs. Compile the transformed model: "
+                    f"torch.compile(freegrad_fx.transform(model, rules))."
+                )
             if any(isinstance(value, torch.Generator) for value in rule.bound.values()):
                 raise PlanError(
                     f"the entry {entry.selector!r} gives the rule {rule.name!r} a generator of its own, which compiled "
@@ -324,8 +331,8 @@ def backend(
     Raises:
         RuleError: A rule is unknown or not fully bound.
         TableError: A key is not an op, a group or a class.
-        PlanError: An entry selects an `autograd.Function`, or its rule has a generator; or, during compilation, a rule
-            cannot act at a site.
+        PlanError: An entry selects an `autograd.Function`, or its rule has a generator or `over`; or, during
+            compilation, a rule cannot act at a site.
         TypeError: An option is not one of the above; or `rules` is None.
 
     Example:

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from ..core.rule import unlearned
+from ..core.scopes import unlearned
 from ..errors import FreegradWarning, PlanError
 from ..graph.provenance import is_users
 from ..plan import Decision, Plan

@@ -15,6 +15,7 @@ from ..capture.captured import CapturedModule
 from ..errors import RuleError
 from ..plan import PLAN, Decision, Plan, also
 from ..plan.decide import decide
+from ..plan.groups import acts_together
 from ..sites.owners import class_at, short_name
 from ..sites.site import Located, LocatedParameter
 from ..table import RuleTable
@@ -63,7 +64,7 @@ def at_ambient_sites(
         The names of the sites in the model, each with the decision. One whose action is ``"skip"`` is not ambient.
 
     Raises:
-        RuleError: An entry with `forward=` decides a site.
+        RuleError: An entry with `forward=`, or with a rule for several parameters together, decides a site.
     """
     if not follows_blocks(model):
         return
@@ -88,6 +89,12 @@ def at_ambient_sites(
                 f"the entry {table.entries[decision.entry or 0].selector!r} replaces the forward of "
                 f"{decision.site.name}, which is ambient: ambient sites keep their forward. Transform the original "
                 f"model with the table, transform(model, rules); or call that model in the block."
+            )
+        if acts_together(decision.rules):
+            raise RuleError(
+                f"the entry {table.entries[decision.entry or 0].selector!r} gives a rule for several parameters "
+                f"together (over=...) to {decision.site.name}, which is ambient. Transform the original model with the "
+                f"table, transform(model, rules); or call that model in the block."
             )
         yield own.site.name, decision
         for edge in located.edges(table.placements):

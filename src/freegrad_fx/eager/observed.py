@@ -17,13 +17,16 @@ from torch import Tensor, nn
 from .._torch.dispatch import dispatch_modes, function_transforms_active
 from .._torch.modules import is_replica
 from .._torch.tensors import version
+from ..backward.joint import recomputations, require_whole
 from ..capture.captured import CapturedModule
 from ..context import table_in_force
 from ..core.rule import Rule
+from ..errors import RuleError
 from ..graph.provenance import caller
 from ..modules import Activation
 from ..plan import Decision, Plan
 from ..plan.decide import also, decide
+from ..plan.groups import acts_together
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
 from ..table import RuleTable
@@ -35,6 +38,7 @@ from .parameters import is_parameter, parameters_swapped_in, role_of
 from .rules import Decisions
 from .running import running_modules
 from .sites import EagerSites, Place, decoupled_parameter, parameter_site
+from .together import decoupled_together
 
 __all__ = ["Here", "Observed"]
 
@@ -244,19 +248,48 @@ class Observed(EagerSites):
         self, parameter: Tensor, decision: Decision, acts: bool, place: Place
     ) -> Tensor:
         """The tensor that takes the place of a parameter: the same one while the parameter does not change."""
-        if function_transforms_active():
+        together = acts and acts_together(decision.rules)
+        if function_transforms_active() and not together:
             return decoupled_parameter(parameter, decision, acts)
-        state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
-        if decision.forward is not None:
-            state = (*state, self._thread.call)  # a write through `.data` changes no version
+        state = self._state_of(parameter, decision, acts)
         # What a tensor that is swapped in was decoupled into must not outlive the swap
         role = role_of(parameter)
         kept, key = (self._thread.parameters, parameter) if role is None else (role.kept, self)
         known = kept.get(id(key))
         if known is None or known.state != state:
+            if together:
+                return self._in_place_of_all(parameter, decision, place)
             tensor = decoupled_parameter(parameter, decision, acts)
             known = kept[id(key)] = _Decoupled(state, tensor)
         return known.tensor
+
+    def _state_of(self, parameter: Tensor, decision: Decision, acts: bool) -> tuple[Any, ...]:
+        """What changes if another tensor has to take the place of a parameter."""
+        state: tuple[Any, ...] = (version(parameter), parameter.data_ptr(), acts, dispatch_modes())
+        # a write through `.data` changes no version
+        return state if decision.forward is None else (*state, self._thread.call)
+
+    def _in_place_of_all(self, parameter: Tensor, decision: Decision, place: Place) -> Tensor:
+        """The tensor that takes the place of a parameter, which is made with those of all parameters of its entry."""
+        if self.model is None or role_of(parameter) is not None:
+            raise RuleError(
+                f"{', '.join(map(repr, decision.rules))} acts on several parameters together, but "
+                f"{decision.site.name!r} is swapped in by torch.func.functional_call in a use() block. Transform the "
+                f"model with the table: transform(model, rules)."
+            )
+        if recomputations() and all(r.module is not self.model for r in running_modules(1) or ()):
+            require_whole(-1)  # the recomputation is that of a part
+        all_of_model = [(p, self._decision_for(p, place)) for p in self.model.parameters()]
+        chosen = [
+            (p, d)
+            for p, d in all_of_model
+            if d is not None and d.entry == decision.entry and d.action == "rewrite"
+        ]
+        tensors = decoupled_together([p for p, _ in chosen], [d for _, d in chosen])
+        for (other, its), tensor in zip(chosen, tensors, strict=True):
+            state = self._state_of(other, its, True)
+            self._thread.parameters[id(other)] = _Decoupled(state, tensor)
+        return self._thread.parameters[id(parameter)].tensor
 
     def drop(self, parameter: Tensor) -> None:
         """Drop the tensor that takes the place of a parameter."""

@@ -34,6 +34,7 @@ from .hooked import (
     run_hooks,
     run_pre_hooks,
 )
+from .joint import gathered, scattered
 
 __all__ = [
     "apply_forward",
@@ -45,6 +46,7 @@ __all__ = [
     "forward_of",
     "function_key",
     "function_of",
+    "gathered",
     "kept",
     "leave_call",
     "require_frozen",
@@ -56,6 +58,7 @@ __all__ = [
     "require_unwritten",
     "run_hooks",
     "run_pre_hooks",
+    "scattered",
     "stop_gradient",
     "warn_if_native",
     "write_count",

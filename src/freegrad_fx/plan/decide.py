@@ -28,6 +28,7 @@ from ..table import Entry, RuleTable
 from ..vocabulary.activations import OPS
 from .decision import Decided, Decision
 from .edges import check_edge
+from .groups import acts_together
 from .notes import remark_on
 from .operands import check_operands
 from .plan import Plan
@@ -241,6 +242,11 @@ def decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "native", entry=index, reason=reason)
     if place.obstacle:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
+    if acts_together(entry.rules) and site.kind != "parameter":
+        raise PlanError(
+            f"entry {entry.selector!r} gives a rule that acts on several parameters together to the {site.kind} "
+            f"{site.name}: {', '.join(map(repr, entry.rules))}. Leave out over=, or select parameters: on('params')."
+        )
     if site.at == REPLACE:
         _check_rules(place, entry)
         if obstacle := _computed_operand(place, entry.rules[0]):

@@ -32,6 +32,7 @@ from ..sites.site import Located, LocatedOperation, LocatedParameter
 from .calls import calls_to_give, calls_to_open, with_given_parameters, with_open_calls
 from .memory import memory_at
 from .operations import at_operations, operate
+from .parameters import decouple
 from .surgery import Surgery
 
 __all__ = ["rewrite", "without_ambient"]
@@ -110,10 +111,7 @@ def rewrite(
     with _at_the_beginning(
         graph, any(_enables_gradients(place, root) for place, _, _ in parameters)
     ):
-        results = [
-            Surgery(graph, root, p.site, {}, d.action == "ambient").decouple(p, d, written)
-            for p, d, written in parameters
-        ]
+        results = decouple(graph, root, parameters)
         for unlearned in frozen:
             surgery = Surgery(graph, root, unlearned.site, {})
             name = unlearned.site.name

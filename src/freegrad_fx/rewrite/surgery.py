@@ -55,27 +55,6 @@ class Surgery:
         first, *others = rules
         return self.decoupled(self.stop(value), self.chain(start, others), start, first)
 
-    def decouple(
-        self, place: LocatedParameter, decision: Decision, written: bool
-    ) -> tuple[fx.Node, set[fx.Node]]:
-        """Insert the rules for a parameter.
-
-        Returns:
-            The node to use instead of the parameter, and the inserted nodes that read the parameter itself.
-        """
-        first, *others = decision.rules or (None,)
-        parameter = self.read(place)
-        before = set(parameter.users)
-        # A rule reads the value that the parameter has at the beginning of the forward
-        copied = written and decision.reads("x")
-        start = self.keep(parameter) if copied else parameter
-        source = self.chain(start, others)
-        value = self.stop(parameter)
-        if decision.forward is not None:
-            value = self.forward(value, decision)
-        result = self.decoupled(value, source, start, first)
-        return result, set(parameter.users) - before
-
     def read(self, place: LocatedParameter) -> fx.Node:
         """A node that reads the parameter: its graph input, or a new get_attr node."""
         for node in place.reads:
@@ -156,7 +135,8 @@ class Surgery:
             else value
             for name, value in rule.bound.items()
         }
-        options = {**rule.options, "save": save} if save else rule.options
+        options = {n: v for n, v in rule.options.items() if n != "over"}
+        options |= {"save": save} if save else {}
         kwargs: dict[str, Any] = {
             "rule": rule.name,
             "site": self.site.name,

@@ -44,6 +44,7 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
     peers=("FreeGrad clip_norm", "torch.nn.utils.clip_grad_norm_", "optax clip_by_global_norm"),
     linear=False,
     reducing=True,
+    joint=True,
     requires="max_norm >= 0, eps >= 0",
     examples=(
         {"max_norm": 0.0},
@@ -56,7 +57,7 @@ def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
 def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Tensor:
     """grad·min(1, max_norm/max(‖grad‖₂, eps)), the norm taken over the whole tensor
 
-    The peers outside of FreeGrad take one norm over all parameters; torch adds 10⁻⁶ to the norm.
+    The peers outside of FreeGrad take one norm over all parameters, as ``over="all"`` does; torch adds 10⁻⁶ to it.
 
     Args:
         max_norm: The largest norm, at least 0. Infinity leaves every gradient as it is, also one with infinite entries.
@@ -76,6 +77,7 @@ def clip_norm(grad: Tensor, *, max_norm: float = 1.0, eps: float = 1e-12) -> Ten
     peers="optax clip_by_block_rms",
     linear=False,
     reducing=True,
+    joint=True,
     requires="target > 0",
     examples=({"target": 0.3}, {"target": 50.0}, {"target": math.inf}),
 )
@@ -143,6 +145,7 @@ def adaptive_clip(grad: Tensor, x: Tensor, *, clipping: float = 0.01, eps: float
     peers="optax normalize_by_update_norm",
     linear=False,
     reducing=True,
+    joint=True,
     requires="eps > 0",
     examples=({"eps": 0.3}, {"eps": 5.0}),
 )

@@ -35,6 +35,7 @@ def sign_gradient(grad: Tensor) -> Tensor:
     reference="Jin et al. 2020, arXiv:2002.10940 (sto-sign)",
     linear=False,
     reducing=True,
+    joint=True,
     random=True,
 )
 def stochastic_sign(grad: Tensor, *, generator: torch.Generator | None = None) -> Tensor:

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import type_before_parametrizations
 from ..backward.operator import described
 from ..graph.nodes import submodule
 from ..ops.gradients import decoupled
+from ..ops.joint import scattered
 
 __all__ = ["already", "class_at", "decoupling", "qualified", "short_name"]
 
@@ -34,6 +35,8 @@ def short_name(kind: type[Any]) -> str:
 
 def decoupling(node: fx.Node) -> tuple[str, str] | None:
     """The rule and the site of a node that decouples, for reports; None for any other node."""
+    if node.target is scattered:
+        return decoupling(node.args[0])  # type: ignore[arg-type]
     if node.target is decoupled:
         return str(node.kwargs.get("rule", "an ambient one")), str(node.kwargs.get("site"))
     if node.target is torch.ops.freegrad_fx.decoupled:  # what Dynamo makes of it

@@ -14,6 +14,7 @@ from ..graph.nodes import called_module, called_path, hooked_module, parameter_o
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
 from ..ops.gradients import kept
+from ..ops.joint import gathered
 from .owners import already, class_at, decoupling, qualified, short_name
 from .site import LocatedParameter, Site
 
@@ -154,4 +155,10 @@ def _decoupled_already(reads: Sequence[fx.Node], names: Sequence[str]) -> str:
     sites = [f".{name}" for name in names]
     found = map(decoupling, dict.fromkeys((*users, *(u for c in copies for u in c.users))))
     rules = [rule for rule, at in filter(None, found) if any(s.endswith(f".{at}") for s in sites)]
+    rules += [rule for user in users if user.target is gathered for rule in _joint_rules(user)]
     return already(*rules) if rules else ""
+
+
+def _joint_rules(gathering: fx.Node) -> list[str]:
+    """The rules that act on several parameters together."""
+    return [found[0] for user in gathering.users if (found := decoupling(user)) is not None]

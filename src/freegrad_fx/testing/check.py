@@ -15,7 +15,7 @@ from ..core.contract import SAVES
 from ..core.rule import Composition, Rule, get
 from ..errors import RuleCheckError, RuleError, unknown
 from ..vocabulary import OPS
-from .declared import check_linear, check_reducing, check_sparse, check_texts
+from .declared import check_joint, check_linear, check_reducing, check_sparse, check_texts
 from .failure import Failure, first_line, listed
 from .forms import check_compiled, check_fast, check_func, check_mask
 from .learnt import check_learnt, check_learnt_reference, check_primitive
@@ -45,6 +45,7 @@ CHECKS = MappingProxyType(
         "citation": "reference= names the source",
         "linear": "the result is linear in grad, or linear=False is declared",
         "reducing": "an entry depends only on the entries at its place, or reducing=True is declared",
+        "joint": "with joint=True, the result does not depend on the shape of grad",
         "sparse": "with sparse=True, a sparse gradient gives what the dense one gives",
         "fast": "the fast form gives the bits of the formula",
         "mask": "save='mask' and save='bits' give the gradient of save='x', bit by bit",
@@ -68,6 +69,7 @@ _ORDER: tuple[tuple[tuple[str, ...], Callable[[list[Subject]], Iterator[Failure]
     (("random",), check_randomness),
     (("linear",), check_linear),
     (("reducing",), check_reducing),
+    (("joint",), check_joint),
     (("sparse",), check_sparse),
     (("fast",), check_fast),
     (("mask",), check_mask),

@@ -11,7 +11,7 @@ from torch import Tensor
 from .failure import Failure, apart, first_line
 from .subject import Inputs, Subject, named, pairs
 
-__all__ = ["check_linear", "check_reducing", "check_sparse", "check_texts"]
+__all__ = ["check_joint", "check_linear", "check_reducing", "check_sparse", "check_texts"]
 
 
 def check_texts(subjects: list[Subject]) -> Iterator[Failure]:
@@ -136,6 +136,24 @@ def _neighbours(subject: Subject, inputs: Inputs) -> Iterator[Failure]:
                     found[1],
                     remedy,
                 )
+
+
+def check_joint(subjects: list[Subject]) -> Iterator[Failure]:
+    """A rule that declares joint=True does not depend on the shape of the gradient."""
+    if not subjects[0].rule.declaration.joint:
+        return
+    for subject, inputs in pairs(subjects, lambda s: [s.usual(torch.float64)]):
+        parts = (t.reshape(-1) for t in (inputs.grad, inputs.x, inputs.y))
+        flat = Inputs(f"{inputs.label}, flattened", *parts)
+        found = apart(subject.run(flat), subject.run(inputs).reshape(-1))
+        if found is not None:
+            yield Failure(
+                "joint",
+                named(subject, flat),
+                f"what the gradient with its dimensions gives: {found[0]}",
+                found[1],
+                "register the rule without joint=True; or let the formula regard all entries alike, whatever the shape",
+            )
 
 
 def check_sparse(subjects: list[Subject]) -> Iterator[Failure]:
