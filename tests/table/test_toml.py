@@ -217,7 +217,7 @@ def test_a_file_that_is_no_table_is_an_error(text: str, words: str) -> None:
         ("backward = []", "compose() needs at least one rule"),
         (
             "backward = 'scale'\nparams = { t = 1 }",
-            "unknown parameter of rule 'scale': 't'. Valid: compile, s, save",
+            "unknown parameter of rule 'scale': 't'. Valid: compile, over, s, save",
         ),
         ("backward = 'scale'\nparams = { s = 'a' }", "parameter 's' of rule 'scale' must be float"),
         ("backward = 'scale'\nparams = { s = true }", "must be float, got True"),

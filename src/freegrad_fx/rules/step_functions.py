@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from .._torch.dispatch import runs_alone
 from .._torch.dynamo import is_compiling
 from ..errors import RuleError
 from .precision import wide
@@ -23,7 +24,8 @@ Steps: TypeAlias = tuple[tuple[float, ...], tuple[float, ...]]
 def segment(x: Tensor, borders: tuple[float, ...]) -> Tensor:
     """The number of borders that each entry is above, as bytes. NaN is above all."""
     x = wide(x)
-    if is_compiling():  # a compiler joins operations on single entries
+    # a compiler joins operations on single entries; bucketize warns of the strides that vmap hides
+    if is_compiling() or not runs_alone(x):
         code = torch.zeros_like(x, dtype=torch.uint8)
         for border in borders:
             code = code + ~(x <= border)  # NaN is above all borders, as in bucketize
