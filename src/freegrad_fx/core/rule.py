@@ -331,7 +331,11 @@ class Rule:
         return hash((self.name, self.function, tuple(sorted(self.bound)), self.forward))
 
     def __repr__(self) -> str:
-        values = [f"{name}={shown(value)}" for name, value in self.given.items()]
+        defaults = self.declaration.defaults
+        given = {
+            n: v for n, v in self.given.items() if v is not None or defaults.get(n, 0) is not None
+        }
+        values = [f"{name}={shown(value)}" for name, value in given.items()]
         if self.forward is not None:
             values.append(f"forward={shown(self.forward)}")
         head = self.name if self.name.isidentifier() else f"get({self.name!r})"
