@@ -168,3 +168,24 @@ def test_mistakes_are_named() -> None:
         jvp(act, X, DX, params={"s": 1.0})
     with pytest.raises(fg.RuleError, match="Did you mean 'scale'"):
         vjp(act, X, rule="scael")
+
+
+def test_jvp_sees_rules_that_learn() -> None:
+    def by_t(grad: Tensor, x: Tensor, *, t: float) -> Tensor:
+        return grad * x
+
+    for name, formula in {
+        "scaled": lambda grad, x, *, t: grad * t,
+        "clamped": lambda grad, x, *, t: grad.clamp(-0.1, 0.1) * t,
+    }.items():
+        fg.register(f"test: {name}, learnt", learns={"t": by_t}, overwrite=True)(formula)
+    x, v = torch.randn(3), torch.randn(3)
+    for t in (2.0, torch.tensor(2.0, requires_grad=True)):
+        found = fg.functional.jvp(
+            fg.Activation("relu"), x, v, rule="test: scaled, learnt", params={"t": t}
+        )
+        assert torch.equal(found, 2 * v)
+        with pytest.raises(fg.RuleError, match=r"'test: clamped, learnt'.* is not linear"):
+            fg.functional.jvp(
+                fg.Activation("relu"), x, v, rule="test: clamped, learnt", params={"t": t}
+            )

@@ -17,6 +17,7 @@ from ._torch.generators import random_state_kept, seed
 from ._torch.graphs import make_fx
 from ._torch.tensors import empty_like_gradient
 from .backward.functions import rule_behind
+from .backward.several import several_behind
 from .blocks import use
 from .core.rule import RuleLike
 from .errors import RuleError
@@ -103,7 +104,7 @@ def jvp(
                 f"jvp cannot find the rules in the function, because {node.name()} hides them: the function is "
                 f"compiled, or uses vmap or a reentrant checkpoint. Pass a function that does not."
             )
-        if (found := rule_behind(node)) is not None:
+        if (found := rule_behind(node) or several_behind(node)) is not None:
             rule_found, site, apply = found
             _require_linear(
                 f"rule {rule_found.name!r}" + (f" at site {site!r}" if site else ""),

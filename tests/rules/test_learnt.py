@@ -169,6 +169,22 @@ def test_lsq_plus_equals_the_detach_spelling() -> None:
     assert same(found, by_autograd(lsq_plus, AWAY, values))
 
 
+def soft_quantized(x: Tensor, alpha: Tensor) -> Tensor:
+    """The curves of DSQ for two bits from −1 to 2."""
+    width = 3 / 3
+    inside = x.clamp(-1, 2 - 1e-12)
+    number = ((inside + 1) / width).floor()
+    middle = -1 + width * (number + 0.5)
+    curve = torch.tanh((2 / alpha - 1).log() / width * (inside - middle)) / (1 - alpha)
+    return torch.where((x < -1) | (x > 2), 0, -1 + width * (number + (curve + 1) / 2))
+
+
+def test_dsq_learns_alpha_as_the_parameter_of_its_curves() -> None:
+    rule, values = fg.rules.dsq(bits=2, low=-1.0, high=2.0), learnt(alpha=0.3)
+    found = of_rule(rule, lambda x, **_: x.round(), AWAY, values)
+    assert same(found, by_autograd(soft_quantized, AWAY, values))
+
+
 def test_pact_equals_the_formula_of_its_paper() -> None:
     def pact(x: Tensor, bound: Tensor) -> Tensor:
         return (x.abs() - (x - bound).abs() + bound) / 2

@@ -6,7 +6,8 @@ operation. Rules that answer for one operand take the faster way of `functions`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import types
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ from .functions import (
 )
 from .native import Native, autocast_of_now
 
-__all__ = ["Operands", "answers_for_several", "apply_composable", "apply_several"]
+__all__ = ["Operands", "answers_for_several", "apply_composable", "apply_several", "several_behind"]
 
 
 class Operands(NamedTuple):
@@ -291,6 +292,26 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     if counts and before != versions(grad, saved):
         refuse_writes(call)
     return found
+
+
+def several_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:
+    """`rule_behind` for the nodes of this module. The function returns the gradients of all operands as one vector."""
+    layout = getattr(node, "layout", None)
+    if not isinstance(layout, _Layout):
+        return None
+    count = len(layout.answers)
+    needs = tuple(node.needs_input_grad)
+    if not any(needs[2 : 2 + count]):
+        return None
+    alone = types.SimpleNamespace(**vars(node))
+    alone.saved_tensors = [tensor.detach() for tensor in node.saved_tensors]
+    alone.needs_input_grad = (*needs[: 2 + count], *(False for _ in needs[2 + count :]))
+
+    def gradients(grad: Tensor) -> Tensor:
+        found = _gradients(alone, grad)
+        return torch.cat([gradient.flatten() for gradient in found if gradient is not None])
+
+    return layout.rule, layout.site, gradients
 
 
 def _results(returned: Any, layout: _Layout, call: Call) -> dict[str, Any]:

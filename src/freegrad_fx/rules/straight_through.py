@@ -209,10 +209,25 @@ def reste(
     return times(grad, torch.where(x.abs() <= bound, slope, 0), x)
 
 
+def _dsq_by_alpha(
+    grad: Tensor, x: Tensor, *, bits: int, low: float, high: float, alpha: float
+) -> Tensor:
+    step = (high - low) / (2**bits - 1)
+    logarithm = torch.log if isinstance(alpha, Tensor) else math.log
+    place = (wide(x) - low) / step
+    from_middle = place - place.floor() - 0.5
+    curve = torch.tanh(logarithm(2 / alpha - 1) * from_middle) / (1 - alpha)
+    # of s and of k, times 1 − alpha
+    of_width = 2 / (alpha * (2 - alpha)) * from_middle * (1 - ((1 - alpha) * curve).square())
+    change = step / 2 * (curve - of_width) / (1 - alpha)
+    return grad * torch.where((x >= low) & (x <= high), change, 0)
+
+
 @register(
     "dsq",
     reference="Gong et al. 2019, arXiv:1908.05033 (differentiable soft quantization)",
     requires="bits >= 1, low < high, 0 < alpha, alpha < 1",
+    learns={"alpha": _dsq_by_alpha},
     examples=(
         {"bits": 1, "alpha": 0.5},
         {"bits": 2, "low": 0.0, "high": 2.0},
@@ -237,7 +252,8 @@ def dsq(
         bits: The bits of the quantizer, at least 1.
         low: The lower end of its range.
         high: The upper end of its range.
-        alpha: How far the curve is from the steps, above 0 and below 1. The paper learns it.
+        alpha: How far the curve is from the steps, above 0 and below 1. The paper learns it, as an ``nn.Parameter`` is
+            here: it gets the derivative of the chain of curves.
     """
     step = (high - low) / (2**bits - 1)
     logarithm = torch.log if isinstance(alpha, Tensor) else math.log
