@@ -110,6 +110,24 @@ def sharded_before(rank: int) -> dict[str, Any]:
 
 
 TOGETHER: dict[str, Any] = {"params": fg.rules.clip_norm(max_norm=1.0, over="all")}
+
+
+def learnt(rank: int, wrap: Callable[[nn.Module], nn.Module]) -> dict[str, Any]:
+    """A slope that the rule learns: its gradient, and the mean of those that each sample gives in one process."""
+
+    def transformed() -> nn.Module:
+        slope = nn.Parameter(
+            torch.tensor([2.0])
+        )  # fully_shard takes no parameter without dimensions
+        return fg.transform(make(), {"relu": fg.rules.fast_sigmoid(slope=slope)})
+
+    gm = transformed()
+    each = [gradients(gm, gm, r) for r in range(WORLD)]
+    mean = {name: torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
+    sharded = transformed()
+    return {"gradients": gradients(wrap(sharded), sharded, rank), "expected": mean}
+
+
 ACTIVATIONS = {"relu": TABLE["relu"]}
 SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "DDP": lambda rank: ddp(rank, None),
@@ -122,13 +140,18 @@ SCENARIOS: dict[str, Callable[[int], dict[str, Any]]] = {
     "FSDP of parts": lambda rank: fsdp(rank, True, None),
     "FSDP of parts, compiled": lambda rank: fsdp(rank, True, "aot_eager"),
     "FSDP, then transform": sharded_before,
+    "DDP, learnt": lambda rank: learnt(rank, DistributedDataParallel),
+    "FSDP, learnt": lambda rank: learnt(rank, fully_shard),
     "DDP, together": lambda rank: ddp(rank, None, TOGETHER),
     "FSDP, together": lambda rank: fsdp(rank, False, None, TOGETHER),
 }
 
 
 # Most of the compiled ones: together they take as long as all others
-SLOW = {"DDP, eager back end", "DDP, compiled", "FSDP, compiled", "FSDP of parts, compiled"}
+SLOW = {
+    *("DDP, eager back end", "DDP, compiled", "FSDP, compiled", "FSDP of parts, compiled"),
+    *("DDP, learnt", "FSDP, learnt"),
+}
 SLOW |= {"DDP, together", "FSDP, together"}
 
 

@@ -154,6 +154,17 @@ def test_a_sharded_model_keeps_the_rules_of_its_parameters(
     assert_found(results_of(scenario, request), scenario)
 
 
+@pytest.mark.parametrize("scenario", scenarios("DDP, learnt", "FSDP, learnt"))
+def test_what_a_rule_learns_gets_the_mean_of_the_gradients(
+    request: pytest.FixtureRequest, scenario: str
+) -> None:
+    for result in results_of(scenario, request):
+        assert "error" not in result[scenario], result[scenario]["error"]
+        found, expected = result[scenario]["gradients"], result[scenario]["expected"]
+        assert found["rule_parameter_0"].abs() > 1e-3
+        torch.testing.assert_close(found, expected)
+
+
 def test_parts_may_be_sharded_where_rules_are_on_activations(found: list[dict[str, Any]]) -> None:
     assert_found(found, "FSDP of parts, activations", parameters="none")
 
