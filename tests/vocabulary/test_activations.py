@@ -75,9 +75,11 @@ def test_every_activation_of_the_contract_has_a_line() -> None:
 def test_groups_hold_what_users_were_promised() -> None:
     no_group = {"glu", "clamp", "clamp_min", "clamp_max", "abs", "identity"}
     softmax = {"softmax", "log_softmax", "softmin"}
+    heaviside = {"heaviside", "comparison"}
     quantizers = {"sign", "binarize", "ternarize", "quantize", "round", "floor", "ceil", "trunc"}
     assert dict(GROUPS) == {
         "activations": frozenset(NAMES) - no_group - softmax - quantizers,
+        "heaviside": heaviside,
         "softmax": softmax,
         "quantizers": quantizers,
     }

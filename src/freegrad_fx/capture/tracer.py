@@ -27,6 +27,7 @@ from ..graph.marks import Marks, settle, take_marks
 from ..graph.provenance import META, Origin, caller, innermost
 from ..ops.checks import require_open, require_specialised
 from ..sites.remarks import Lost, Opaque, add_once
+from ..vocabulary.comparisons import step_at
 from ..vocabulary.recognition import recognise
 from .arguments import Constant, as_argument, decided, flag_path, refuse_unbuildable
 from .attributes import AttributeTracer, KeepsState
@@ -374,7 +375,7 @@ class Tracer(AttributeTracer):
     def _sites_since(self, before: Snapshot) -> bool:
         for node in before.new_nodes():
             module = self.root.get_submodule(str(node.target)) if node.op == "call_module" else None
-            if recognise(node, module) is not None or isinstance(module, self.leaf_types):
+            if recognise(node, module) or step_at(node) or isinstance(module, self.leaf_types):
                 return True
         return False
 

@@ -8,14 +8,18 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from .._torch.dispatch import function_mode_active, innermost_function_mode
 from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_for_constant
 from ..context import intercepting_blocks, left_alone, programs
+from ..ops.comparisons import input_of_step
 from ..sites.site import REPLACE
+from ..vocabulary.op import Spelling
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
+from .comparisons import difference_of, may_be_a_step, note_comparison
 from .operands import used_call
 from .parameters import parameter_dims
 from .rules import rules_act, run, to_rewrite, with_argument, with_edges
@@ -43,8 +47,11 @@ class _Interception(TorchFunctionMode):
             _tell_programs()
             return func(*args, **kwargs)
         observing = [block.observed for block in blocks]
-        acts = may_be_recognised(func, _on_demand(observing)) or any(
-            observed.wants_parameters for observed in observing
+        on_demand = _on_demand(observing)
+        acts = (
+            may_be_recognised(func, on_demand)
+            or ("comparison" in on_demand and may_be_a_step(func))
+            or any(observed.wants_parameters for observed in observing)
         )
         if acts and not has_rules_already():
             return _outside_of_the_graph(func, args, kwargs)
@@ -64,6 +71,11 @@ def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mappin
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():
         return func(*args, **kwargs)
+    comparing = [o for o in observing if "comparison" in o.on_demand]
+    if comparing and may_be_a_step(func):
+        found = difference_of(func, args, kwargs)
+        if found is not None or spelling is None:
+            return _step(comparing, found, func, args, kwargs)
     if spelling is None:
         opaque = [observed.opaque(func) for observed in observing]
         if not any(opaque):
@@ -95,6 +107,27 @@ def _on_demand(observing: list[EagerSites]) -> frozenset[str]:
     if len(observing) == 1:
         return observing[0].on_demand
     return frozenset().union(*(observed.on_demand for observed in observing))
+
+
+def _step(
+    comparing: list[EagerSites],
+    found: tuple[Spelling, Tensor] | None,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Run a call that compares, or that converts the result of a comparison into numbers."""
+    if found is None:
+        result = comparing[-1].run(lambda: func(*args, **kwargs))
+        note_comparison(func, args, kwargs, result)
+        return result
+    spelling, difference = found
+    decisions = to_rewrite(o.operation(spelling, func, args, kwargs) for o in comparing)
+    result = comparing[-1].run(lambda: func(*args, **kwargs))
+    if not decisions:
+        return result
+    x = input_of_step(difference, result)
+    return comparing[-1].run(lambda: run(lambda _: result, x, decisions, inplace=False))
 
 
 @takes_for_constant

@@ -165,6 +165,8 @@ class EagerSites(ABC):
             spelled = _module(called, inplace) if called else spelled_function(function, inplace)
             obstacle = _OUT if spelling.writes_out else self.obstacle(place)
             alone = call_alone(function, args, kwargs, spelling.key)
+            if spelling.op.name == "comparison":  # what it converts is not its input
+                alone = None
             return _Described(spelled, obstacle, spelling.op, called, alone)
 
         written: tuple[Any, ...] = (function, inplace)

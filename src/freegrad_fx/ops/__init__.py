@@ -8,7 +8,8 @@ A parameter is decoupled in the same way, without an operation in between; `call
 decoupled parameter. `apply_function` calls a user's `torch.autograd.Function`. `apply_forward` calls a function that
 replaces a forward. `run_pre_hooks`, `call_without_hooks` and `run_hooks` are the parts of the call of a module with
 hooks: a rule is around the second. `enter_call`, `forward_of` and `leave_call` do the same where the forward of the
-module is in the graph. All are plain functions that dispatch through ``__torch_function__``. A
+module is in the graph. `difference` and `input_of_step` compute the input of a step that the model writes as a
+comparison. All are plain functions that dispatch through ``__torch_function__``. A
 symbolic tracer therefore records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
 """
 
@@ -24,6 +25,7 @@ from .checks import (
     warn_if_native,
     write_count,
 )
+from .comparisons import difference, input_of_step
 from .functions import apply_forward, apply_function, function_key, function_of
 from .gradients import decoupled, kept, stop_gradient, written_back
 from .hooked import (
@@ -42,11 +44,13 @@ __all__ = [
     "call_with",
     "call_without_hooks",
     "decoupled",
+    "difference",
     "enter_call",
     "forward_of",
     "function_key",
     "function_of",
     "gathered",
+    "input_of_step",
     "kept",
     "leave_call",
     "require_frozen",

@@ -69,6 +69,7 @@ def make_plan(
         _decide_operations(places, own, aliasing)
         for places, own, aliasing in zip(found, tables, aliasings, strict=True)
     ]
+    steps = [_steps_decided(pairs) for pairs in decided]
     unused: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
@@ -86,10 +87,25 @@ def make_plan(
         opaque=opaque,
         lost=lost,
         steps=tuple(
-            dict.fromkeys(s for v in capture.variants for s in find_steps(v.graph, capture.root))
+            dict.fromkeys(
+                remark
+                for variant, but in zip(capture.variants, steps, strict=True)
+                for remark in find_steps(variant.graph, capture.root, but)
+            )
         ),
     )
     return plan, decided
+
+
+def _steps_decided(decided: Decided) -> set[fx.Node]:
+    """The conversions of comparisons that an entry decides."""
+    return {
+        place.node
+        for place, decision in decided
+        if isinstance(place, LocatedOperation)
+        and place.step is not None
+        and decision.entry is not None
+    }
 
 
 def _with_parameters(

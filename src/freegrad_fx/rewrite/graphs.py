@@ -33,6 +33,7 @@ from .calls import calls_to_give, calls_to_open, with_given_parameters, with_ope
 from .memory import memory_at
 from .operations import at_operations, operate
 from .parameters import decouple
+from .steps import steps_to_open, with_open_steps
 from .surgery import Surgery
 
 __all__ = ["rewrite", "without_ambient"]
@@ -81,6 +82,10 @@ def rewrite(
     if calls_to_open(root, decided) or calls_to_give(decided):
         insert_marks(graph, marks or Marks())
         decided = with_given_parameters(with_open_calls(root, decided))
+        marks = None if marks is None else take_marks(graph)
+    if steps_to_open(decided):
+        insert_marks(graph, marks or Marks())
+        decided = with_open_steps(decided)
         marks = None if marks is None else take_marks(graph)
     wanted = [pair for pair in decided if pair[1].acts]
     aliasing = Aliasing(graph, root)

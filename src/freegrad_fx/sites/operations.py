@@ -22,6 +22,8 @@ from ..graph.nodes import (
 from ..graph.provenance import origin
 from ..ops.functions import apply_function, function_of
 from ..ops.gradients import kept, stop_gradient
+from ..vocabulary.activations import OPS
+from ..vocabulary.comparisons import step_at
 from ..vocabulary.op import Operand, Spelling
 from .alone import node_alone
 from .owners import already, class_at, decoupling, qualified, short_name
@@ -51,9 +53,12 @@ def find_sites(
             continue
         module = called_module(node, root)
         called = _called(node, module)
+        step = step_at(node) if "comparison" in wanted else None
         spelling: Spelling | _Custom | None = spelled(node, root, wanted)
         if spelling is None and called is not None and issubclass(called, tuple(types)):
             spelling = _custom_spelling(node, module)
+        if step is not None:
+            spelling = Spelling(OPS["comparison"], step.key, inplace=False, writes_out=False)
         if spelling is None:
             continue
         where = origin(node)
@@ -82,7 +87,8 @@ def find_sites(
                 obstacle=_obstacle(node, spelling),
                 op=spelling.op if isinstance(spelling, Spelling) else None,
                 called=called,
-                alone=node_alone(node, spelling.key, module),
+                # what a step converts is not its input
+                alone=None if step else node_alone(node, spelling.key, module),
                 node=node,
                 key=spelling.key,
                 inplace=spelling.inplace,
@@ -90,6 +96,7 @@ def find_sites(
                 arguments=operands,
                 tensors=tuple(operand.name for operand in operands),
                 decoupled=tuple(_edges(node, operands)),
+                step=step,
             )
         )
     return found

@@ -15,6 +15,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from ..graph.nodes import argument, first_argument, operand_node
 from ..ops.hooked import call_without_hooks
 from ..vocabulary.calls import constants_of
+from ..vocabulary.comparisons import Step
 from ..vocabulary.op import Op, Operand
 from .alone import Alone
 from .owners import already
@@ -134,6 +135,7 @@ class LocatedOperation(Located):
         module: The module that is called; None for other calls.
         arguments: The operands that are tensors; empty for a call of a class that the table selects by type.
         decoupled: The placements at which an earlier transform has put rules, each with the first rule.
+        step: The comparison whose result the operation converts; None for other operations.
     """
 
     node: fx.Node
@@ -142,6 +144,7 @@ class LocatedOperation(Located):
     module: nn.Module | None = None
     arguments: tuple[Operand, ...] = ()
     decoupled: tuple[tuple[str, str], ...] = ()
+    step: Step | None = None
 
     @property
     def input(self) -> fx.Node:

@@ -1,37 +1,35 @@
-"""Finds steps that a model computes as comparisons: they have no gradient, and no rule can be given to them."""
+"""Finds steps that a model computes as comparisons, which have no gradient, for the notes of the report."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Collection
 
-import torch
 from torch import Tensor, fx, nn
 
 from .._torch.graphs import grad_mode_setter
 from ..graph.nodes import attribute, called_module
 from ..graph.provenance import origin
+from ..vocabulary.comparisons import COMPARISONS, Step, function_name, step_at
 from .remarks import Remark
 
 __all__ = ["find_steps"]
 
-_STEPS = {
-    "a > b": ("heaviside(a - b)", ("gt", "greater")),
-    "a >= b": ("heaviside(a - b, 1.0)", ("ge", "greater_equal")),
-    "a < b": ("heaviside(b - a)", ("lt", "less")),
-    "a <= b": ("heaviside(b - a, 1.0)", ("le", "less_equal")),
+_REMEDIES = {
+    "a > b": "heaviside(a - b)",
+    "a >= b": "heaviside(a - b, 1.0)",
+    "a < b": "heaviside(b - a)",
+    "a <= b": "heaviside(b - a, 1.0)",
 }
-_COMPARISONS = {name: written for written, (_, names) in _STEPS.items() for name in names}
-_TO_FLOAT = ("float", "double", "half", "bfloat16", "type_as")
 # Their results have no gradient
 _CONSTANT = frozenset(
-    {*_COMPARISONS, "eq", "ne", "detach", "size", "dim", "numel", "argmax", "argmin", "argsort"}
+    {*COMPARISONS, "eq", "ne", "detach", "size", "dim", "numel", "argmax", "argmin", "argsort"}
     | {"long", "int", "bool", "zeros_like", "ones_like", "full_like", "rand_like", "randn_like"}
     | {"new_zeros", "new_ones", "new_full", "new_empty", "new_tensor", "empty_like", "item"}
 )
 _METADATA = ("shape", "dtype", "device", "ndim", "requires_grad")
 
 
-def find_steps(graph: fx.Graph, root: nn.Module) -> list[Remark]:
+def find_steps(graph: fx.Graph, root: nn.Module, but: Collection[fx.Node] = ()) -> list[Remark]:
     """List the comparisons whose result is converted to floating point numbers, and goes on with a gradient expected.
 
     Comparisons of what no parameter acts on, such as the lengths in a mask, are left out; and so are those of detached
@@ -40,30 +38,25 @@ def find_steps(graph: fx.Graph, root: nn.Module) -> list[Remark]:
     Args:
         graph: A captured graph, before it is rewritten.
         root: The module whose submodules and parameters the graph uses.
+        but: The conversions that an entry decides.
     """
-    if not any(_name(node) in _COMPARISONS for node in graph.nodes):
+    if not any(function_name(node) in COMPARISONS for node in graph.nodes):
         return []
     found: dict[Remark, None] = {}
     learnt = _learnt(graph, root)
     for node in graph.nodes:
-        compared = node.args[0] if node.args else None
-        if (
-            node in learnt
-            and _is_cast(node)
-            and isinstance(compared, fx.Node)
-            and _name(compared) in _COMPARISONS
-            and _goes_on(node, compared)
-        ):
-            found[_remark(node, compared)] = None
+        step = step_at(node) if node in learnt and node not in but else None
+        if step is not None and _goes_on(node, step.compared):
+            found[_remark(step)] = None
     return list(found)
 
 
-def _remark(cast: fx.Node, comparison: fx.Node) -> Remark:
-    written = _COMPARISONS[_name(comparison)]
-    where = origin(cast)
+def _remark(step: Step) -> Remark:
+    written = COMPARISONS[function_name(step.compared)]
+    where = origin(step.node)
     reason = (
-        f"the result has no gradient, and no rule can act there. If the step is to be trained through, write it as "
-        f"freegrad_fx.vocabulary.{_STEPS[written][0]}, and give the op 'heaviside' a rule"
+        f"the result has no gradient. If the step is to be trained through, give the op 'heaviside' a rule, which acts "
+        f"here too, or write it as freegrad_fx.vocabulary.{_REMEDIES[written]}"
     )
     return Remark(where.owner, f"{written}, converted to numbers", reason, where.source)
 
@@ -84,9 +77,11 @@ def _learnt(graph: fx.Graph, root: nn.Module) -> set[fx.Node]:
             enabled = node.args[0] is not False
         if not enabled:
             continue
-        if _name(node) in _COMPARISONS and not learnt.isdisjoint(node.all_input_nodes):
+        if function_name(node) in COMPARISONS and not learnt.isdisjoint(node.all_input_nodes):
             compared.add(node)
-        elif _is_learnt(node, learnt, root) or (_is_cast(node) and node.args[0] in compared):
+        elif _is_learnt(node, learnt, root) or (
+            (step := step_at(node)) is not None and step.compared in compared
+        ):
             learnt.add(node)
     return learnt
 
@@ -97,7 +92,7 @@ def _is_learnt(node: fx.Node, learnt: set[fx.Node], root: nn.Module) -> bool:
     module = called_module(node, root)
     if module is not None and next(module.parameters(), None) is not None:
         return True
-    constant = _name(node) in _CONSTANT or (
+    constant = function_name(node) in _CONSTANT or (
         node.target is getattr and len(node.args) > 1 and node.args[1] in _METADATA
     )
     return not constant and not learnt.isdisjoint(node.all_input_nodes)
@@ -110,46 +105,19 @@ def _goes_on(cast: fx.Node, comparison: fx.Node) -> bool:
         node = waiting.pop()
         for user in node.users:
             others = [other for other in user.all_input_nodes if other is not node]
-            name = _name(user)
+            name = function_name(user)
             if name == "detach" or (
                 name in ("mul", "mul_") and not set(others).isdisjoint(comparison.all_input_nodes)
             ):
                 continue
             if name not in ("add", "sub"):
                 return True
-            if not any(_name(other) == "detach" for other in others) and user not in seen:
+            if not any(function_name(other) == "detach" for other in others) and user not in seen:
                 seen.add(user)
                 waiting.append(user)
     return False
 
 
-def _is_cast(node: fx.Node) -> bool:
-    """Whether a node converts to floating point numbers."""
-    name = _name(node)
-    if name in _TO_FLOAT:
-        return True
-    if name not in ("to", "type", "_to_copy"):
-        return False
-    return any(map(_is_float, (*node.args[1:], *node.kwargs.values())))
-
-
-def _is_float(argument: Any) -> bool:
-    """Whether an argument of a conversion may be a floating point dtype, or a tensor of one."""
-    if isinstance(argument, fx.Node):
-        # `.to(x.dtype)`, `.to(x)`; not `.to(x.device)`
-        return argument.target is not getattr or argument.args[1] == "dtype"
-    return isinstance(argument, torch.dtype) and argument.is_floating_point
-
-
 def _may_be_float(node: fx.Node) -> bool:
     example = node.meta.get("val", node.meta.get("example_value"))
     return not isinstance(example, Tensor) or example.is_floating_point()
-
-
-def _name(node: fx.Node) -> str:
-    """The name of the function or method that a node calls, without an overload; ``""`` for other nodes."""
-    if node.op == "call_method":
-        return str(node.target)
-    if node.op == "call_function":
-        return str(getattr(node.target, "__name__", "")).partition(".")[0]
-    return ""

@@ -178,10 +178,10 @@ def on(
     expression.
 
     Args:
-        op: Canonical names (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``), ``"params"`` for
-            every parameter, or ``"all"`` for activations and parameters. The default is ``"activations"``. If
-            `type` or `parameter` is given, these select the ops. Operations such as ``"linear"`` belong to no group,
-            and are sites only for tables that name them.
+        op: Canonical names (``"relu"``), groups (``"activations"``, ``"softmax"``, ``"quantizers"``, ``"heaviside"``),
+            ``"params"`` for every parameter, or ``"all"`` for activations and parameters. The default is
+            ``"activations"``. If `type` or `parameter` is given, these select the ops. Operations such as ``"linear"``
+            belong to no group, and are sites only for tables that name them.
         module: Patterns for the path of the module that is called, whose forward calls a function, or that holds the
             parameter; ``""`` is the root.
         type: Classes, or qualified names of classes (``"torch.nn.ReLU"``). Subclasses match, too. Without `op` and

@@ -308,8 +308,10 @@ def _as_json(value: Any) -> Any:
 
 def _specificity(key: Any) -> int:
     if key == ALL:
-        return 3
-    return 2 if key in GROUPS or key == PARAMETERS else 0 if isinstance(key, type) else 1
+        return 4
+    if key in GROUPS or key == PARAMETERS:
+        return 2 if key in OPS else 3  # "heaviside" has ops in common with "activations"
+    return 0 if isinstance(key, type) else 1
 
 
 def _selector(key: Any) -> Selector:

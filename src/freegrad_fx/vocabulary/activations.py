@@ -9,6 +9,7 @@ from types import MappingProxyType
 import torch
 from torch import nn
 
+from .comparisons import compared
 from .op import Op, by_name, make_op
 from .operations import OPERATIONS
 from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
@@ -16,7 +17,7 @@ from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
 __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
 
 
-_A, _S, _Q = "activations", "softmax", "quantizers"
+_A, _S, _Q, _H = "activations", "softmax", "quantizers", "heaviside"
 
 
 # Names that begin with an underscore occur in ATen's decompositions.
@@ -44,7 +45,7 @@ TABLE = (
     make_op("sigmoid", nn.Sigmoid, group=_A, also="expit"),
     make_op("logsigmoid", nn.LogSigmoid, group=_A, also="log_sigmoid"),
     make_op("tanh", nn.Tanh, group=_A),
-    make_op("heaviside", group=_A, functions=(heaviside,)),
+    make_op("heaviside", group=f"{_A} {_H}", functions=(heaviside,)),
     make_op("jump_relu", group=_A, functions=(jump_relu,)),
     make_op(
         "softmax", nn.Softmax, nn.Softmax2d, group=_S, also="_softmax _safe_softmax",
@@ -63,6 +64,8 @@ TABLE = (
     make_op("floor", group=_Q),
     make_op("ceil", group=_Q),
     make_op("trunc", group=_Q, also="fix", zero_below=1.0),
+    # Not an activation: most comparisons are masks. It is a site only if an entry names it, or "heaviside".
+    make_op("comparison", group=_H, functions=(compared,), needs_more=True, on_demand=True),
     # No group, because models also use these for other purposes than activation.
     make_op("glu", nn.GLU, elementwise=False, keeps_shape=False),
     make_op("clamp", also="clip", needs_more=True),
@@ -85,5 +88,5 @@ FORWARDS = tuple(op.name for op in TABLE if op.function is not None and op.keeps
 
 
 GROUPS: Mapping[str, frozenset[str]] = MappingProxyType(
-    {g: frozenset(op.name for op in TABLE if g in op.groups) for g in (_A, _S, _Q)}
+    {g: frozenset(op.name for op in TABLE if g in op.groups) for g in (_A, _S, _Q, _H)}
 )

@@ -90,6 +90,12 @@ def as_bound(function: Callable[..., Any]) -> Callable[..., Any]:
 def _made(
     op: str, values: dict[str, Any], function: Callable[..., Tensor] | None = None
 ) -> BoundForward:
+    if op == "heaviside" and "threshold" in values:
+        raise TableError(
+            "the forward 'heaviside' has its step at 0, because a rule reads the input of the site, not its distance "
+            "from a threshold. Leave threshold out, and subtract it in the model; or write the step in the model: "
+            "freegrad_fx.vocabulary.heaviside(x, threshold=...), or (x > threshold).float()."
+        )
     made = BoundForward(function or OPS[op].function or OPS[op].functions[0], **values)
     made.op = op
     return made

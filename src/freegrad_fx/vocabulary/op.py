@@ -119,7 +119,7 @@ _OPERATORS: tuple[Any, ...] = (torch.ops.aten, torch.ops.freegrad_fx)
 def make_op(
     name: str,
     *modules: type[nn.Module],
-    group: str | None = None,
+    group: str = "",
     also: str = "",
     functions: tuple[Callable[..., Any], ...] = (),
     elementwise: bool = True,
@@ -138,7 +138,7 @@ def make_op(
     Args:
         name: The canonical name of the op. It is looked up in PyTorch; see the module.
         *modules: The module classes that apply the op.
-        group: The group of the op.
+        group: The groups of the op, separated by spaces.
         also: Further names in PyTorch, separated by spaces.
         functions: Functions that cannot be found by name.
         elementwise: See `Op`.
@@ -160,7 +160,7 @@ def make_op(
     operators = [p for n in (*names, *twins) for p in _found([n, f"special_{n}"], _OPERATORS)]
     return Op(
         name=name,
-        groups=frozenset([group] if group else []),
+        groups=frozenset(group.split()),
         elementwise=elementwise,
         keeps_shape=keeps_shape,
         keeps_positive=keeps_positive,

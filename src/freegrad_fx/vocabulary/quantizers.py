@@ -12,18 +12,24 @@ from torch.overrides import handle_torch_function, has_torch_function_unary
 __all__ = ["binarize", "heaviside", "jump_relu", "quantize", "ternarize"]
 
 
-def heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
-    """Return 0 where x < 0, `value_at_zero` where x = 0, 1 where x > 0, and NaN where x is NaN.
+def heaviside(x: Tensor, value_at_zero: float = 0.0, *, threshold: float | Tensor = 0.0) -> Tensor:
+    """Return 0 where x < threshold, 1 where x > threshold, `value_at_zero` where they are equal, and NaN where x is.
 
-    Formula: H(x), in the shape and dtype of `x`.
+    Formula: H(x − threshold), in the shape and dtype of ``x − threshold``.
+
+    The site is the step after the subtraction, so that a rule reads ``x − threshold``, and a threshold that is a
+    parameter gets the negative of the gradient of `x`, summed to its shape.
 
     Like that of `torch.sign`, its own derivative is zero, so that a network can be run with its rules disabled.
     (`torch.heaviside` requires a tensor of values, maps NaN to 0, and its backward raises.)
 
     Args:
         x: A tensor of floating point numbers.
-        value_at_zero: The result where x = 0.
+        value_at_zero: The result where x is equal to the threshold.
+        threshold: The place of the step: a number, or a tensor that can be broadcast against `x`.
     """
+    if not isinstance(threshold, int | float) or threshold != 0:
+        x = x - threshold
     if has_torch_function_unary(x):
         return handle_torch_function(heaviside, (x,), x, value_at_zero=value_at_zero)
     return torch.ops.freegrad_fx.heaviside(x, value_at_zero)  # type: ignore[no-any-return]
