@@ -26,7 +26,7 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional, schedules, tables, testing
+    from . import functional, quantizers, schedules, tables, testing
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
     from .dynamo.backend import Backend, backend, compile
@@ -106,6 +106,7 @@ __all__ = [
     "on",
     "ops",
     "plot_rule",
+    "quantizers",
     "register",
     "report",
     "rules",
@@ -120,7 +121,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("functional", "schedules", "tables", "testing"):
+    if name in ("functional", "quantizers", "schedules", "tables", "testing"):
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -22,6 +22,7 @@ from .core.scopes import unlearned
 from .errors import FreegradWarning, PlanError, VerificationError
 from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
+from .plan.noise import with_noise
 from .rewrite import rewrite, without_ambient
 from .sites.parameters import find_parameters
 from .sites.remarks import Cache, Opaque
@@ -227,7 +228,7 @@ def explain(
         ambient=bool(ambient),
     )
     _complain(plan, captured, strict, model)
-    return plan
+    return with_noise(plan, model)
 
 
 def _planned(

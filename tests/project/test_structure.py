@@ -26,7 +26,7 @@ core
 rules blocks context vocabulary
 backward
 ops
-functional plot modules graph testing
+functional plot modules graph testing quantizers
 sites
 capture table
 plan tables

@@ -658,6 +658,21 @@ def xnor_weight(grad: Tensor, x: Tensor) -> Tensor:
     return by_group(compute, channel(grad), grad, x)
 
 
+@whole_tensor("dorefa_weight")
+def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
+    def compute(g: list[float], w: list[float]) -> list[float]:
+        t = [math.tanh(u) for u in w]
+        m = max(map(abs, t)) or 1.0
+        ends = sum(abs(u) == m for u in t)
+        total = sum(v * u for v, u in zip(g, t, strict=True))
+        return [
+            (1 - u * u) * (v - (sign(u) * total / (m * ends) if abs(u) == m else 0.0)) / m
+            for v, u in zip(g, t, strict=True)
+        ]
+
+    return by_group(compute, tuple(range(grad.dim())), grad, x)
+
+
 @whole_tensor("top_k")
 def top_k(grad: Tensor, *, fraction: float = 0.1) -> Tensor:
     def compute(g: list[float]) -> list[float]:

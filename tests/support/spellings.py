@@ -332,7 +332,7 @@ def _oddities() -> Iterator[Spell]:
         yield from _spells("heaviside", "heaviside", heaviside, args=args, kwargs=kwargs)
     yield from _spells("heaviside", "heaviside", heaviside, tensor="x")
     binarize, jump_relu = freegrad_fx.vocabulary.binarize, freegrad_fx.vocabulary.jump_relu
-    for args, kwargs in (((), {}), ((-1.0,), {}), ((), {"value_at_zero": 0.0})):
+    for args, kwargs in (((), {}), ((-1.0,), {}), ((), {"scale": True})):
         yield from _spells("binarize", "binarize", binarize, args=args, kwargs=kwargs)
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
         yield from _spells("jump_relu", "jump_relu", jump_relu, args=args, kwargs=kwargs)
@@ -343,6 +343,9 @@ def _oddities() -> Iterator[Spell]:
     ternarize = freegrad_fx.vocabulary.ternarize
     for args, kwargs in (((), {}), ((0.5,), {}), ((), {"threshold": 1.0})):
         yield from _spells("ternarize", "ternarize", ternarize, args=args, kwargs=kwargs)
+    dorefa = freegrad_fx.vocabulary.dorefa
+    for args, kwargs in (((), {}), ((), {"bits": 2})):
+        yield from _spells("dorefa", "dorefa", dorefa, args=args, kwargs=kwargs)
 
 
 def _with_out() -> Iterator[Spell]:

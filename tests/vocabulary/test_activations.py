@@ -36,7 +36,7 @@ from spellings import OUT_SPELLINGS, SPELLINGS, Spell, quick
 NAMES = """\
     relu relu6 leaky_relu prelu rrelu elu selu celu gelu silu mish hardswish hardsigmoid hardtanh hardshrink softshrink
     tanhshrink threshold softplus softsign sigmoid logsigmoid tanh softmax log_softmax softmin glu sign heaviside
-    binarize ternarize quantize jump_relu round floor ceil trunc clamp clamp_min clamp_max abs identity
+    binarize ternarize quantize dorefa jump_relu round floor ceil trunc clamp clamp_min clamp_max abs identity
 """.split()  # noqa: SIM905
 
 
@@ -76,7 +76,8 @@ def test_groups_hold_what_users_were_promised() -> None:
     no_group = {"glu", "clamp", "clamp_min", "clamp_max", "abs", "identity"}
     softmax = {"softmax", "log_softmax", "softmin"}
     heaviside = {"heaviside", "comparison"}
-    quantizers = {"sign", "binarize", "ternarize", "quantize", "round", "floor", "ceil", "trunc"}
+    quantizers = {"sign", "binarize", "ternarize", "quantize", "dorefa"}
+    quantizers |= {"round", "floor", "ceil", "trunc"}
     assert dict(GROUPS) == {
         "activations": frozenset(NAMES) - no_group - softmax - quantizers,
         "heaviside": heaviside,
@@ -164,14 +165,20 @@ def test_only_ops_that_need_more_than_x_have_no_replacement_forward() -> None:
 
 def threshold_given(spell: Spell) -> bool:
     """Whether what else is computed from the whole tensor is given."""
-    return (spell.op == "ternarize" and "()" not in spell.id) or "-1.0, 2.0" in spell.id
+    given = spell.op == "ternarize" and "()" not in spell.id
+    return given or "-1.0, 2.0" in spell.id or (spell.op == "binarize" and "scale" not in spell.id)
 
 
 @pytest.mark.parametrize("spell", quick(SPELLINGS))
 def test_an_op_keeps_the_shape_and_is_elementwise_as_its_line_says(spell: Spell) -> None:
     op, module, x = OPS[spell.op], spell.make().eval(), spell.sample()
     changed = x.clone()
-    moves = spell.op in ("ternarize", "quantize")  # the threshold, or the range
+    moves = spell.op in (
+        "ternarize",
+        "quantize",
+        "dorefa",
+        "binarize",
+    )  # the threshold, or the range
     changed[0, 0, 0, 0] += 1e6 if moves else 5.25
     with torch.no_grad():
         torch.manual_seed(0)

@@ -27,6 +27,7 @@ from ..modules import Activation
 from ..plan import Decision, Plan
 from ..plan.decide import also, decide
 from ..plan.groups import acts_together
+from ..plan.noise import with_noise
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
 from ..table import RuleTable
@@ -375,12 +376,13 @@ class Observed(EagerSites):
         """The sites that were seen, with their decisions."""
         name = "The code in the block" if self.model is None else type(self.model).__name__
         decisions = sorted(self._decided(), key=lambda d: d.site.kind == "parameter")
-        return Plan(
+        plan = Plan(
             model=name,
             decisions=tuple(dict.fromkeys((*decisions, *self._unseen()))),
             table=self.table,
             opaque=tuple(self._opaque),
         )
+        return with_noise(plan, self.model)
 
     def _decided(self) -> list[Decision]:
         return [decision for made in self._known.values() for decision in made.values()]

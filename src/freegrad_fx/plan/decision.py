@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 from ..core.rule import Forward, Rule
@@ -29,6 +29,8 @@ class Decision:
         frozen: Whether the site is a parameter that gets no rule only because it does not require a gradient.
         also: The indices of the later entries of the table that match the site too.
         remark: What the rules do there that may not be meant; ``""`` if there is nothing to say.
+        snr: For a parameter whose forward is replaced: the ratio of signal to noise of the replacement, in dB, for the
+            values that the parameter had when the report was made; None if it is not known.
     """
 
     site: Site
@@ -41,6 +43,7 @@ class Decision:
     frozen: bool = False
     also: tuple[int, ...] = ()
     remark: str = ""
+    snr: float | None = field(default=None, compare=False)
 
     @property
     def listed(self) -> bool:
@@ -67,6 +70,7 @@ def backward_of(decision: Decision) -> str:
         return f"{decision.action}: {decision.reason}"
     rules = " → ".join(map(repr, decision.rules))
     forward = f", FORWARD {named(decision.forward)}" if decision.forward is not None else ""
+    forward += f" (SNR {decision.snr:.1f} dB)" if decision.snr is not None else ""
     modes = f" (in {decision.modes} only)" if decision.modes else ""
     return f"{rules}{forward}{modes}"
 

@@ -12,6 +12,7 @@ from .._torch.dynamo import backend_of
 from .._torch.modules import children_of, compiled_model
 from ..capture.captured import CapturedModule
 from ..capture.rule_parameters import PLAN, calls_by_site, in_force
+from .noise import with_noise
 from .plan import Plan
 
 __all__ = ["PLAN", "report"]
@@ -37,15 +38,20 @@ def report(model: Any) -> Plan:
         found = getattr(layer, "__dict__", {}).get(PLAN)
         plan = found() if callable(found) else found
         if isinstance(plan, Plan):
-            return _in_force(plan, layer) if isinstance(layer, CapturedModule) else plan
+            plan = _in_force(plan, layer) if isinstance(layer, CapturedModule) else plan
+            return with_noise(plan, _as_module(layers[-1]))
     for layer in layers:
         found = getattr(backend_of(layer), "__dict__", {}).get(PLAN)
         if callable(found):
-            inner = layers[-1]
-            return found(inner if isinstance(inner, nn.Module) else None)  # type: ignore[no-any-return]
+            inner = _as_module(layers[-1])
+            return with_noise(found(inner), inner)
     raise TypeError(
         f"report() takes the result of transform() or compile(), or a backend, got {_described(model)}"
     )
+
+
+def _as_module(model: Any) -> nn.Module | None:
+    return model if isinstance(model, nn.Module) else None
 
 
 def _layers(model: Any) -> Iterator[Any]:

@@ -16,6 +16,7 @@ __all__ = [
     "approx_sign",
     "clipped_straight_through",
     "dorefa_activation",
+    "dorefa_weight",
     "dsq",
     "error_decay",
     "magnitude_aware_sign",
@@ -167,6 +168,28 @@ def xnor_weight(grad: Tensor, x: Tensor) -> Tensor:
     second = sign * (sign * g).mean(dim=dims, keepdim=True)
     result = n * (1 - 1 / max(s, 1)) * (first + second)
     return result.to(torch.promote_types(grad.dtype, x.dtype))
+
+
+@register(
+    "dorefa_weight",
+    reference="Zhou et al. 2016, arXiv:1606.06160 (DoReFa-Net)",
+    peers="tensorpack DoReFa-Net fw",
+    kinds="parameter",
+    reducing=True,
+)
+def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
+    """(1 − t²)·(grad − 1[|t| = m]·sign(t)·Σ(grad·t)/(m·k))/m with t = tanh(x), m = max|t|, over all entries
+
+    The derivative of ``t/m``: straight through the rounding of the forward `dorefa`. k is the number of entries of
+    the largest magnitude, which share the gradient of the maximum, as in the authors' code.
+    """
+    t, g = wide(x).tanh(), wide(grad)
+    size = t.abs()
+    largest = size.amax() if size.numel() else size.new_ones(())
+    m = torch.where(largest == 0, 1, largest)
+    ends = size == largest
+    of_max = torch.where(ends, t.sign() * (g * t).sum() / (m * ends.sum()), 0)
+    return ((1 - t * t) * (g - of_max) / m).to(torch.promote_types(grad.dtype, x.dtype))
 
 
 @register(

@@ -8,7 +8,7 @@ from .activations import FORWARDS, GROUPS, OPS
 from .forwards import BoundForward, forward
 from .learnt import clip_quantize, jump, step_quantize
 from .op import Op, Spelling
-from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
+from .quantizers import binarize, dorefa, heaviside, jump_relu, quantize, ternarize
 from .recognition import recognise
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "Spelling",
     "binarize",
     "clip_quantize",
+    "dorefa",
     "forward",
     "heaviside",
     "jump",

@@ -12,7 +12,7 @@ from torch import nn
 from .comparisons import compared
 from .op import Op, by_name, make_op
 from .operations import OPERATIONS
-from .quantizers import binarize, heaviside, jump_relu, quantize, ternarize
+from .quantizers import binarize, dorefa, heaviside, jump_relu, quantize, ternarize
 
 __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
 
@@ -57,9 +57,10 @@ TABLE = (
     ),
     make_op("softmin", nn.Softmin, group=_S, elementwise=False, needs_more=True),
     make_op("sign", group=_Q, also="sgn"),
-    make_op("binarize", group=_Q, functions=(binarize,)),
+    make_op("binarize", group=_Q, functions=(binarize,), elementwise=False),
     make_op("ternarize", group=_Q, functions=(ternarize,), elementwise=False),
     make_op("quantize", group=_Q, functions=(quantize,), elementwise=False),
+    make_op("dorefa", group=_Q, functions=(dorefa,), elementwise=False),
     make_op("round", group=_Q, zero_below=0.5),
     make_op("floor", group=_Q),
     make_op("ceil", group=_Q),

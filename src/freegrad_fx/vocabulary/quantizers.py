@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["binarize", "heaviside", "jump_relu", "quantize", "ternarize"]
+__all__ = ["binarize", "dorefa", "heaviside", "jump_relu", "quantize", "ternarize"]
 
 
 def heaviside(x: Tensor, value_at_zero: float = 0.0, *, threshold: float | Tensor = 0.0) -> Tensor:
@@ -50,53 +50,65 @@ def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
     return x.new_zeros(()).add(x.detach(), alpha=largest).mul_(largest).clamp_(0, 1)
 
 
-def binarize(x: Tensor, value_at_zero: float = 1.0) -> Tensor:
+def binarize(x: Tensor, value_at_zero: float = 1.0, scale: bool = False) -> Tensor:
     """Return 1 where x > 0, −1 where x < 0, `value_at_zero` where x = 0, and NaN where x is NaN.
 
-    Formula: sign(x) with a choice of sign(0), in the shape and dtype of `x`; its own derivative is zero.
+    Formula: α·sign(x) with a choice of sign(0), in the shape and dtype of `x`; its own derivative is zero.
+
+    Without `scale`, α = 1. With it, α is ``mean|x|`` over dims 1…, for each output channel of a weight; over all
+    entries if there are fewer than two dims. This α has the smallest squared error.
 
     Source: Hubara et al. 2016, arXiv:1602.02830; larq SteSign, Brevitas BinaryQuant. (`torch.sign` maps 0 to 0, so that
-    a weight could take three values.)
+    a weight could take three values.) With `scale`: Rastegari et al. 2016, arXiv:1603.05279 (XNOR-Net).
 
     Args:
         x: A tensor of floating point numbers.
-        value_at_zero: The result where x = 0, usually 1 or −1.
+        value_at_zero: The sign where x = 0, usually 1 or −1.
+        scale: Whether α is the mean magnitude.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(binarize, (x,), x, value_at_zero=value_at_zero)
-    return torch.ops.freegrad_fx.binarize(x, value_at_zero)  # type: ignore[no-any-return]
+        return handle_torch_function(binarize, (x,), x, value_at_zero=value_at_zero, scale=scale)
+    return torch.ops.freegrad_fx.binarize(x, value_at_zero, scale)  # type: ignore[no-any-return]
 
 
-def _binarize(x: Tensor, value_at_zero: float = 1.0) -> Tensor:
+def _binarize(x: Tensor, value_at_zero: float = 1.0, scale: bool = False) -> Tensor:
+    if scale:
+        size = _wide(x).abs().mean(dim=_per_channel(x), keepdim=True)
+        return (_binarize(x, value_at_zero) * size).to(x.dtype)
     if value_at_zero == 1:
         return torch.where(x.isnan(), x, torch.where(x >= 0, 1, -1).to(x.dtype))
     signs = torch.where(x == 0, value_at_zero, torch.where(x > 0, 1.0, -1.0))
     return torch.where(x.isnan(), x, signs.to(x.dtype))
 
 
-def ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
+def ternarize(x: Tensor, threshold: float | None = None, scale: bool = False) -> Tensor:
     """Return 1 where x > threshold, −1 where x < −threshold, 0 between, and NaN where x is NaN.
 
-    Formula: ``sign(x)·1[|x| > Δ]``, in the shape and dtype of `x`; its own derivative is zero.
+    Formula: ``α·sign(x)·1[|x| > Δ]``, in the shape and dtype of `x`; its own derivative is zero.
 
     Args:
         x: A tensor of floating point numbers.
         threshold: Δ; by default ``0.7·mean|x|`` over the whole tensor.
+        scale: Whether α is the mean of ``|x|`` where ``|x| > Δ``, which has the smallest squared error, instead of 1.
 
     Source: Li & Liu 2016, arXiv:1605.04711 (ternary weight networks); larq SteTern, which uses ``|x| ≥ Δ``, with 0.05
     as the default of Δ.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(ternarize, (x,), x, threshold=threshold)
-    return torch.ops.freegrad_fx.ternarize(x, threshold)  # type: ignore[no-any-return]
+        return handle_torch_function(ternarize, (x,), x, threshold=threshold, scale=scale)
+    return torch.ops.freegrad_fx.ternarize(x, threshold, scale)  # type: ignore[no-any-return]
 
 
-def _ternarize(x: Tensor, threshold: float | None = None) -> Tensor:
+def _ternarize(x: Tensor, threshold: float | None = None, scale: bool = False) -> Tensor:
     size = x.detach().abs()
     # at least float32, because the sum over a large tensor overflows float16
     wide = torch.promote_types(x.dtype, torch.float32)
     limit = 0.7 * size.mean(dtype=wide) if threshold is None else threshold
-    return torch.where(x.isnan(), x, torch.where(size > limit, x.detach().sign(), 0).to(x.dtype))
+    values = torch.where(size > limit, x.detach().sign(), 0).to(x.dtype)
+    if scale:
+        chosen = (size > limit).to(wide)
+        values = (values * ((size * chosen).sum() / chosen.sum().clamp(min=1))).to(x.dtype)
+    return torch.where(x.isnan(), x, values)
 
 
 def quantize(
@@ -154,7 +166,7 @@ def _quantize(
         raise ValueError(f"quantize needs finite ends of its range, got low={low} and high={high}")
     if len(given) == 2 and given[0] >= given[1]:
         raise ValueError(f"quantize needs low < high, got low={low} and high={high}")
-    v = x.detach().to(torch.promote_types(x.dtype, torch.float32))
+    v = _wide(x)
     dims = tuple(range(1, x.dim())) if per_channel and x.dim() else tuple(range(x.dim()))
     some = v if v.numel() else v.new_zeros([1] * v.dim())  # an empty tensor has no largest entry
     ends = [
@@ -173,6 +185,47 @@ def _quantize(
     shift = 0 if symmetric else (-ends[0].clamp(max=0) / step).round()
     level = ((v / step).round() + shift).clamp(-most if symmetric else 0, most)
     return torch.where(x.isnan(), x, ((level - shift) * step).to(x.dtype))
+
+
+def dorefa(x: Tensor, bits: int = 4) -> Tensor:
+    """Return the nearest of 2^bits evenly spaced values from −1 to 1 to ``tanh(x)/max|tanh(x)|``.
+
+    Formula: ``2·round(n·u)/n − 1`` with ``n = 2^bits − 1`` and ``u = tanh(x)/(2·max|tanh(x)|) + 1/2``, in the shape and
+    dtype of `x`; its own derivative is zero.
+
+    The values fill [−1, 1] whatever the size of `x` is, and 0 is not one of them.
+
+    Args:
+        x: A tensor of floating point numbers.
+        bits: The number of bits, 2 to 16. (With one bit, the method is `binarize` with one scale for all entries.)
+
+    Raises:
+        ValueError: The number of bits is not supported.
+
+    Source: Zhou et al. 2016, arXiv:1606.06160 (DoReFa-Net), equation 9.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(dorefa, (x,), x, bits=bits)
+    return torch.ops.freegrad_fx.dorefa(x, bits)  # type: ignore[no-any-return]
+
+
+def _dorefa(x: Tensor, bits: int = 4) -> Tensor:
+    if not 2 <= bits <= 16:
+        raise ValueError(f"dorefa has 2 to 16 bits, got bits={bits}")
+    t, most = _wide(x).tanh(), 2**bits - 1
+    largest = t.abs().amax() if t.numel() else t.new_ones(())
+    unit = t / (2 * torch.where(largest == 0, 1, largest)) + 0.5
+    return (2 * (most * unit).round() / most - 1).to(x.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """The values in at least single precision, detached."""
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _per_channel(x: Tensor) -> tuple[int, ...]:
+    """The dims over which an output channel of a weight extends: 1…, or all if there are fewer than two."""
+    return tuple(range(x.dim() > 1, x.dim()))
 
 
 def jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
@@ -201,11 +254,18 @@ _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore
 
 for _schema, (_usual, _batched) in {
     "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": (_heaviside_in_place, _heaviside),
-    "binarize(Tensor self, float value_at_zero=1.0) -> Tensor": (_binarize, _binarize),
+    "binarize(Tensor self, float value_at_zero=1.0, bool scale=False) -> Tensor": (
+        _binarize,
+        _binarize,
+    ),
+    "dorefa(Tensor self, int bits=4) -> Tensor": (_dorefa, _dorefa),
     "jump_relu(Tensor self, float threshold=0.0) -> Tensor": (_jump_relu, _jump_relu),
     "quantize(Tensor self, int bits=8, float? low=None, float? high=None, bool symmetric=True, "
     "bool per_channel=False) -> Tensor": (_quantize, _quantize),
-    "ternarize(Tensor self, float? threshold=None) -> Tensor": (_ternarize, _ternarize),
+    "ternarize(Tensor self, float? threshold=None, bool scale=False) -> Tensor": (
+        _ternarize,
+        _ternarize,
+    ),
 }.items():
     _library.define(_schema)
     _library.impl(_schema.partition("(")[0], _usual, "CompositeImplicitAutograd")
