@@ -24,8 +24,8 @@ def int8(per_channel: bool = True) -> Rule:
     Args:
         per_channel: Whether each output channel (dim 0) has its own range.
 
-    Source: Krishnamoorthi 2018, arXiv:1806.08342; Brevitas Int8WeightPerTensorFloat and Int8WeightPerChannelFloat, which
-    also pass a gradient through s to the largest entry.
+    Source: Krishnamoorthi 2018, arXiv:1806.08342; Brevitas Int8WeightPerTensorFloat and Int8WeightPerChannelFloat,
+    which also pass a gradient through s to the largest entry.
 
     Example:
         >>> import torch, freegrad_fx as fg

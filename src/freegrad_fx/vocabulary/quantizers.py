@@ -214,8 +214,9 @@ def _dorefa(x: Tensor, bits: int = 4) -> Tensor:
         raise ValueError(f"dorefa has 2 to 16 bits, got bits={bits}")
     t, most = _wide(x).tanh(), 2**bits - 1
     largest = t.abs().amax() if t.numel() else t.new_ones(())
-    unit = t / (2 * torch.where(largest == 0, 1, largest)) + 0.5
-    return (2 * (most * unit).round() / most - 1).to(x.dtype)
+    unit: Tensor = t / (2 * torch.where(largest == 0, 1, largest)) + 0.5
+    levels: Tensor = 2 * (most * unit).round() / most - 1
+    return levels.to(x.dtype)
 
 
 def _wide(x: Tensor) -> Tensor:
