@@ -297,11 +297,11 @@ def test_only_random_rules_differ_from_call_to_call(name: str) -> None:
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", sorted(reference.RANDOM))
 def test_the_same_seed_gives_the_same_gradient(name: str, dtype: torch.dtype) -> None:
-    grad, x = torch.randn(2, 50).to(dtype)
+    grad, x, y = torch.randn(3, 50).to(dtype)
     torch.manual_seed(3)
-    first = fg.get(name).backward(grad, x=x)
+    first = fg.get(name).backward(grad, x=x, y=y)
     torch.manual_seed(3)
-    assert torch.equal(fg.get(name).backward(grad, x=x), first)
+    assert torch.equal(fg.get(name).backward(grad, x=x, y=y), first)
 
 
 def assert_uniform(values: Tensor) -> None:

@@ -577,6 +577,10 @@ def channel(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(1, tensor.dim())) if tensor.dim() > 1 else tuple(range(tensor.dim()))
 
 
+def along(tensor: Tensor, dim: int) -> tuple[int, ...]:
+    return (dim % tensor.dim(),) if tensor.dim() else ()
+
+
 def everything(tensor: Tensor) -> tuple[int, ...]:
     return tuple(range(tensor.dim()))
 
@@ -661,8 +665,10 @@ def xnor_weight(grad: Tensor, x: Tensor) -> Tensor:
 @whole_tensor("dorefa_weight")
 def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
     def compute(g: list[float], w: list[float]) -> list[float]:
-        t = [math.tanh(u) for u in w]
-        m = max(map(abs, t)) or 1.0
+        # entries of the largest magnitude share a gradient, and more of them round to 1 in single precision
+        wide = torch.promote_types(x.dtype, torch.float32)
+        t = torch.tensor([math.tanh(u) for u in w], dtype=torch.float64).to(wide).double().tolist()
+        m = math.nan if any(map(math.isnan, t)) else max(map(abs, t)) or 1.0
         ends = sum(abs(u) == m for u in t)
         total = sum(v * u for v, u in zip(g, t, strict=True))
         return [
@@ -671,6 +677,73 @@ def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
         ]
 
     return by_group(compute, tuple(range(grad.dim())), grad, x)
+
+
+def through_softmax(p: list[float], g: list[float]) -> list[float]:
+    """The derivative of a softmax with the result p, times g."""
+    mean = sum(a * b for a, b in zip(p, g, strict=True))
+    return [a * (b - mean) for a, b in zip(p, g, strict=True)]
+
+
+def softmax(x: list[float]) -> list[float]:
+    largest = max(x)
+    sizes = [math.exp(v - largest) for v in x]
+    return [s / sum(sizes) for s in sizes]
+
+
+@whole_tensor("reinmax")
+def reinmax(grad: Tensor, x: Tensor, y: Tensor, *, tau: float = 1.0, dim: int = -1) -> Tensor:
+    def compute(g: list[float], v: list[float], d: list[float]) -> list[float]:
+        middle = [(a + b) / 2 for a, b in zip(softmax([u / tau for u in v]), d, strict=True)]
+        first, second = through_softmax(middle, g), through_softmax(softmax(v), g)
+        return [2 * a - b / 2 for a, b in zip(first, second, strict=True)]
+
+    return by_group(compute, along(grad, dim), grad, x, y)
+
+
+@whole_tensor("gumbel_straight_through", draw=in_single_precision)
+def gumbel_straight_through(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    draw: Tensor,
+    *,
+    tau: float = 1.0,
+    samples: int = 1,
+    dim: int = -1,
+) -> Tensor:
+    def compute(g: list[float], v: list[float], d: list[float], u: list[float]) -> list[float]:
+        largest = max(d, key=lambda a: (math.isnan(a), a))
+        chosen, p = next(i for i, a in enumerate(d) if a is largest), softmax(v)
+        e = [-math.log(max(a, 1e-38)) for a in u]
+        # a probability of 0 never reaches the maximum
+        noisy = [
+            -math.log(b / a + e[chosen]) if a else -math.inf for a, b in zip(p, e, strict=True)
+        ]
+        noisy[chosen] = -math.log(e[chosen])
+        return [a / tau for a in through_softmax(softmax([t / tau for t in noisy]), g)]
+
+    assert samples == 1
+    return by_group(compute, along(grad, dim), grad, x, y, draw)
+
+
+@whole_tensor("rotation_trick")
+def rotation_trick(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """With the matrix of the rotation."""
+
+    def compute(g: list[float], e: list[float], q: list[float]) -> list[float]:
+        sizes = [math.hypot(*e), math.hypot(*q)]
+        if sizes[0] == 0:
+            return g
+        u = [a / sizes[0] for a in e]
+        v = [a / sizes[1] if sizes[1] else 0.0 for a in q]
+        both = [a + b for a, b in zip(u, v, strict=True)]
+        size = math.hypot(*both) or 1.0
+        w, n = [a / size for a in both], range(len(e))
+        matrix = [[(i == j) - 2 * w[i] * w[j] + 2 * v[i] * u[j] for j in n] for i in n]
+        return [sizes[1] / sizes[0] * sum(matrix[i][j] * g[i] for i in n) for j in n]
+
+    return by_group(compute, (grad.dim() - 1,), grad, x, y)
 
 
 @whole_tensor("top_k")

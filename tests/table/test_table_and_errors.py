@@ -133,6 +133,7 @@ class Family(nn.Module):
             "binarize": fg.vocabulary.binarize,
             "ternarize": fg.vocabulary.ternarize,
             "quantize": fg.vocabulary.quantize,
+            "dorefa": fg.vocabulary.dorefa,
         }
         return sum(calls.get(op, lambda x, op=op: getattr(torch, op)(x))(x) for op in self.ops)
 

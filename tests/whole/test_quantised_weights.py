@@ -100,7 +100,7 @@ IN_THIS_PROCESS = {
 
 
 @pytest.mark.sampled(6)
-@pytest.mark.parametrize("name", [n for n in FORWARDS if n != "rrelu"])
+@pytest.mark.parametrize("name", [n for n in FORWARDS if n not in ("rrelu", "sample_one_hot")])
 @pytest.mark.parametrize("example_inputs", [None, (X,)], ids=["symbolic", "export"])
 def test_every_op_can_be_read_through(name: str, example_inputs: Any) -> None:
     model = network()

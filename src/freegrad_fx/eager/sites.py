@@ -20,7 +20,7 @@ from ..graph.provenance import caller
 from ..modules import Activation
 from ..plan import Decision
 from ..sites.alone import Alone, call_alone, other_constants
-from ..sites.operations import spelled_function
+from ..sites.operations import dim_of, spelled_function
 from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located, LocatedParameter, Site
@@ -62,6 +62,7 @@ class _Described:
     line: Op | None = None
     called: type[Any] | None = None
     alone: Alone | None = None
+    dim: int | None = None
 
 
 class EagerSites(ABC):
@@ -167,9 +168,10 @@ class EagerSites(ABC):
             alone = call_alone(function, args, kwargs, spelling.key)
             if spelling.op.name == "comparison":  # what it converts is not its input
                 alone = None
-            return _Described(spelled, obstacle, spelling.op, called, alone)
+            return _Described(spelled, obstacle, spelling.op, called, alone, dim)
 
-        written: tuple[Any, ...] = (function, inplace)
+        dim = dim_of(spelling.op, args, kwargs)
+        written: tuple[Any, ...] = (function, inplace, dim)
         if self._asks_for_operations:
             # the other arguments decide what the operation is
             written = (*written, *other_constants(args, kwargs, spelling.key))
@@ -246,8 +248,9 @@ class EagerSites(ABC):
             source=source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
-        alone = what.alone
-        located = Located(site, owners, what.obstacle, what.line, what.called, tensors, alone)
+        located = Located(
+            site, owners, what.obstacle, what.line, what.called, tensors, what.alone, what.dim
+        )
         table = self.table.only(dict.fromkeys(passed, frozenset())) if passed else self.table
         made = {REPLACE: self.decided(place, located, table)}
         for edge in located.edges(table.placements):

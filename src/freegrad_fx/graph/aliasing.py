@@ -338,11 +338,6 @@ def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
         return False
     if isinstance(module, _FRESH_MODULES):
         return True
-    # Out of place, every elementwise activation except these returns a new tensor.
+    # Out of place, every elementwise activation except the identity returns a new tensor.
     spelling = spelled(node, root)
-    returns_its_input = ("identity", "comparison")
-    return (
-        spelling is not None
-        and spelling.op.elementwise
-        and spelling.op.name not in returns_its_input
-    )
+    return spelling is not None and spelling.op.elementwise and spelling.op.name != "identity"

@@ -26,6 +26,7 @@ from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
 from ..sites.steps import find_steps
 from ..table import Entry, RuleTable
 from ..vocabulary.activations import OPS
+from ..vocabulary.forwards import BoundForward, default_dim
 from .decision import Decided, Decision
 from .edges import check_edge
 from .groups import acts_together
@@ -265,6 +266,7 @@ def decide(place: Located, table: RuleTable) -> Decision:
         )
     if site.at == REPLACE:
         _check_rules(place, entry)
+        _check_dims(place, entry)
         if obstacle := _computed_operand(place, entry.rules[0]):
             return Decision(site, "skip", entry=index, reason=obstacle)
     else:
@@ -336,6 +338,28 @@ def _at_operation(place: Located, entry: Entry, rules: tuple[Rule, ...]) -> tupl
                 f"entry before {entry.selector!r}."
             )
     return tuple(found)
+
+
+def _check_dims(place: Located, entry: Entry) -> None:
+    """Raise `PlanError` if a rule or a forward for a softmax is along another dimension than that of the site."""
+    if place.op is None or place.dim is None:
+        return
+    found = [
+        (f"rule {rule.name!r}", f"{rule.name}(dim={place.dim})", rule.bound["dim"])
+        for rule in entry.rules or ()
+        if place.op.name in rule.declaration.meant_for and "dim" in rule.bound
+    ]
+    name = entry.forward.op if isinstance(entry.forward, BoundForward) else entry.forward
+    if isinstance(name, str) and (default := default_dim(name)) is not None:
+        values = entry.forward.keywords if isinstance(entry.forward, BoundForward) else {}
+        remedy = f"forward=fg.forward({name!r}, dim={place.dim})"
+        found.append((f"forward {name!r}", remedy, values.get("dim", default)))
+    for what, remedy, dim in found:
+        if dim != place.dim:
+            raise PlanError(
+                f"the {what} is along dim={dim}, but site {place.site.name} ({place.site.spelling}) computes a "
+                f"softmax along dim={place.dim}. Give it the same number: {remedy}."
+            )
 
 
 def _check_rules(place: Located, entry: Entry) -> None:

@@ -187,8 +187,8 @@ def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
     size = t.abs()
     largest = size.amax() if size.numel() else size.new_ones(())
     m = torch.where(largest == 0, 1, largest)
-    ends = size == largest
-    of_max = torch.where(ends, t.sign() * (g * t).sum() / (m * ends.sum()), 0)
+    ends = size == m
+    of_max = torch.where(ends, t.sign() * (g * t).sum() / (m * ends.sum().clamp(min=1)), 0)
     return ((1 - t * t) * (g - of_max) / m).to(torch.promote_types(grad.dtype, x.dtype))
 
 

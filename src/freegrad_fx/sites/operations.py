@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import types as kinds
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,12 +24,12 @@ from ..ops.functions import apply_function, function_of
 from ..ops.gradients import kept, stop_gradient
 from ..vocabulary.activations import OPS
 from ..vocabulary.comparisons import step_at
-from ..vocabulary.op import Operand, Spelling
+from ..vocabulary.op import Op, Operand, Spelling
 from .alone import node_alone
 from .owners import already, class_at, decoupling, qualified, short_name
 from .site import OUTPUT, LocatedOperation, Site
 
-__all__ = ["find_sites", "spelled_function", "spelling_of"]
+__all__ = ["dim_of", "find_sites", "spelled_function", "spelling_of"]
 
 
 def find_sites(
@@ -89,6 +89,7 @@ def find_sites(
                 called=called,
                 # what a step converts is not its input
                 alone=None if step else node_alone(node, spelling.key, module),
+                dim=_dim_at(node, module, spelling),
                 node=node,
                 key=spelling.key,
                 inplace=spelling.inplace,
@@ -109,6 +110,22 @@ class _Custom:
     key: int | str
     inplace: bool
     writes_out: bool = False
+
+
+def _dim_at(node: fx.Node, module: nn.Module | None, spelling: Spelling | _Custom) -> int | None:
+    op = spelling.op if isinstance(spelling, Spelling) else None
+    if op is None or module is None:
+        return None if op is None else dim_of(op, node.args, node.kwargs)
+    held = -3 if isinstance(module, nn.Softmax2d) else getattr(module, "dim", None)
+    return dim_of(op, (), {"dim": held})
+
+
+def dim_of(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int | None:
+    """The dimension along which a call computes a softmax, if the call says it; None for other ops."""
+    if "softmax" not in op.groups:
+        return None
+    given = kwargs.get("dim", args[1] if len(args) > 1 else None)
+    return given if type(given) is int else None
 
 
 def _called(node: fx.Node, module: nn.Module | None) -> type[Any] | None:

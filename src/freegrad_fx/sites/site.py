@@ -92,6 +92,7 @@ class Located:
         tensors: The operands that are tensors in this call; None if it is not known.
         alone: The operation as a function of the activated tensor alone; None if it takes other tensors, and for a
             parameter.
+        dim: The dimension along which the operation computes a softmax, if the call says it.
     """
 
     site: Site
@@ -101,6 +102,7 @@ class Located:
     called: type[Any] | None = None
     tensors: tuple[str, ...] | None = None
     alone: Alone | None = field(default=None, compare=False)
+    dim: int | None = None
 
     @property
     def operands(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from .activations import FORWARDS, GROUPS, OPS
 from .forwards import BoundForward, forward
 from .learnt import clip_quantize, jump, step_quantize
 from .op import Op, Spelling
-from .quantizers import binarize, dorefa, heaviside, jump_relu, quantize, ternarize
+from .quantizers import binarize, dorefa, heaviside, jump_relu, quantize, sample_one_hot, ternarize
 from .recognition import recognise
 
 __all__ = [
@@ -27,6 +27,7 @@ __all__ = [
     "jump_relu",
     "quantize",
     "recognise",
+    "sample_one_hot",
     "step_quantize",
     "ternarize",
 ]

@@ -12,7 +12,15 @@ from torch import nn
 from .comparisons import compared
 from .op import Op, by_name, make_op
 from .operations import OPERATIONS
-from .quantizers import binarize, dorefa, heaviside, jump_relu, quantize, ternarize
+from .quantizers import (
+    binarize,
+    dorefa,
+    heaviside,
+    jump_relu,
+    quantize,
+    sample_one_hot,
+    ternarize,
+)
 
 __all__ = ["CASES", "FORWARDS", "GROUPS", "OPS", "TABLE"]
 
@@ -73,6 +81,7 @@ TABLE = (
     make_op("clamp_min", needs_more=True),
     make_op("clamp_max", needs_more=True),
     make_op("abs", also="absolute __abs__", functions=(torch.abs, operator.abs)),
+    make_op("sample_one_hot", functions=(sample_one_hot,), elementwise=False),
     make_op("identity", nn.Identity, also="positive", may_return_x=True),
 )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from ..errors import TableError, unknown
 from .activations import OPS, TABLE
 
-__all__ = ["BoundForward", "as_bound", "forward"]
+__all__ = ["BoundForward", "as_bound", "default_dim", "forward"]
 
 _BY_FUNCTION = {f: op for op in TABLE if op.keeps_shape for f in op.functions}
 
@@ -85,6 +86,16 @@ def as_bound(function: Callable[..., Any]) -> Callable[..., Any]:
         return function
     op = _BY_FUNCTION.get(function.func)
     return function if op is None else _made(op.name, function.keywords, function.func)
+
+
+@functools.cache
+def default_dim(op: str) -> int | None:
+    """The default of the parameter `dim` of the forward of an op; None if it has no such parameter."""
+    function = OPS[op].function if op in OPS else None
+    found = (
+        inspect.signature(function).parameters.get("dim") if inspect.isfunction(function) else None
+    )
+    return found.default if found is not None and isinstance(found.default, int) else None
 
 
 def _made(

@@ -9,7 +9,15 @@ import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-__all__ = ["binarize", "dorefa", "heaviside", "jump_relu", "quantize", "ternarize"]
+__all__ = [
+    "binarize",
+    "dorefa",
+    "heaviside",
+    "jump_relu",
+    "quantize",
+    "sample_one_hot",
+    "ternarize",
+]
 
 
 def heaviside(x: Tensor, value_at_zero: float = 0.0, *, threshold: float | Tensor = 0.0) -> Tensor:
@@ -229,6 +237,36 @@ def _per_channel(x: Tensor) -> tuple[int, ...]:
     return tuple(range(x.dim() > 1, x.dim()))
 
 
+def sample_one_hot(x: Tensor, dim: int = -1) -> Tensor:
+    """Return a one-hot sample with the probabilities ``softmax(x)``.
+
+    Formula: 1 at ``argmax(x + G)``, 0 elsewhere, with Gumbel noise G, along `dim`, in the shape and dtype of `x`; its
+    own derivative is zero.
+
+    The numbers are drawn from PyTorch's global generator, also in eval mode. As the forward of a softmax, it is for the
+    rules `reinmax` and `gumbel_straight_through`.
+
+    Args:
+        x: A tensor of floating point numbers, the logits.
+        dim: The dimension of the softmax.
+
+    Source: Gumbel 1954; Maddison et al. 2014, arXiv:1411.0030.
+    """
+    if has_torch_function_unary(x):
+        return handle_torch_function(sample_one_hot, (x,), x, dim=dim)
+    return torch.ops.freegrad_fx.sample_one_hot(x, dim)  # type: ignore[no-any-return]
+
+
+def _sample_one_hot(x: Tensor, dim: int = -1) -> Tensor:
+    if not x.numel():
+        return x.detach().clone()
+    logits = _wide(x)
+    # -log(U) is exponential; the smallest positive number instead of 0
+    drawn = -torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny).log()
+    place = (logits - drawn.log()).argmax(dim, keepdim=True)
+    return torch.zeros_like(logits).scatter(dim, place, 1.0).to(x.dtype)
+
+
 def jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
     """Return x where x > threshold, 0 where x ≤ threshold, and NaN where x is NaN.
 
@@ -252,6 +290,12 @@ def _jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
 # They are operators, so that Dynamo and torch.export record each as one recognisable call, and composite, so that
 # autograd, vmap and Inductor trace into them.
 _library: Any = torch.library.Library("freegrad_fx", "FRAGMENT")  # type: ignore[no-untyped-call]
+
+_library.define(
+    "sample_one_hot(Tensor self, int dim=-1) -> Tensor", tags=torch.Tag.nondeterministic_seeded
+)
+for _key in ("CompositeImplicitAutograd", "FuncTorchBatchedDecomposition"):
+    _library.impl("sample_one_hot", _sample_one_hot, _key)
 
 for _schema, (_usual, _batched) in {
     "heaviside(Tensor self, float value_at_zero=0.0) -> Tensor": (_heaviside_in_place, _heaviside),
