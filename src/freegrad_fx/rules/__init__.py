@@ -1,12 +1,12 @@
 """The built-in backward rules, one module for each family. `core` defines what a rule is.
 
 Every module of this package is imported, and the rules that it registers become attributes of the package, under the
-names of their functions: ``rules.rectangular``, ``rules.d_relu``.
+names of their functions: ``rules.rectangular``, ``rules.d_relu``. Editors and type checkers read them, with their
+parameters, in ``__init__.pyi``, which is generated.
 """
 
 import importlib
 import pkgutil
-from typing import TYPE_CHECKING
 
 from ..core.register import register
 from ..core.rule import Composition, Rule, RuleLike, available, compose, get
@@ -27,8 +27,3 @@ __all__ = [
     "register",
 ]
 __all__ += sorted(_BUILT_IN)
-
-if TYPE_CHECKING:
-
-    def __getattr__(name: str) -> Rule:
-        """A built-in rule, for type checkers, which do not see the attributes that are set at import."""
