@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-from ._peer_rules import Case, cases
+from . import _peer_rules, _peer_transforms
+from ._peer_rules import Case
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,12 @@ class Row:
     def agrees(self) -> bool:
         """Whether the difference is rounding."""
         return self.difference is None or self.difference <= self.case.rounding * 10
+
+
+def cases() -> Iterator[Case]:
+    """All cases, library by library."""
+    yield from _peer_rules.cases()
+    yield from _peer_transforms.cases()
 
 
 def rows() -> Iterator[Row]:

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from benchmarks import conformance
-from benchmarks._peer_rules import Case, cases
+from benchmarks._peer_rules import Case
+from benchmarks.conformance import cases
 from torch import nn
 
 import freegrad_fx as fg

@@ -105,16 +105,6 @@ def test_reinmax_is_exact_for_quadratic_functions_of_two_categories() -> None:
     torch.testing.assert_close(mean, expected)
 
 
-@pytest.mark.parametrize("tau", [1.0, 1.3])
-def test_reinmax_is_that_of_its_authors(tau: float) -> None:
-    package = pytest.importorskip("reinmax", reason="needs the package `reinmax`")
-    x = LOGITS.clone().requires_grad_()
-    y, _ = package.reinmax(x, tau)
-    (expected,) = torch.autograd.grad(y, x, WEIGHTS)
-    found = fg.rules.get("reinmax")(tau=tau).backward(WEIGHTS, x=LOGITS, y=y.detach())
-    torch.testing.assert_close(found, expected)
-
-
 # --- the rotation trick ---
 
 
@@ -172,20 +162,6 @@ def test_edges_of_the_rotation_trick(name: str) -> None:
     e, q, expected = map(torch.tensor, EDGES[name])
     found = fg.rules.get("rotation_trick").backward(torch.tensor([1.0, 2.0]), x=e, y=q)
     torch.testing.assert_close(found, expected)
-
-
-def test_the_rotation_trick_is_that_of_vector_quantize_pytorch() -> None:
-    package = pytest.importorskip(
-        "vector_quantize_pytorch.vector_quantize_pytorch",
-        reason="needs the package `vector-quantize-pytorch`",
-        exc_type=ImportError,
-    )
-    torch.manual_seed(0)
-    e, q, g = (torch.randn(3, 6, 4) for _ in range(3))
-    e.requires_grad_()
-    (expected,) = torch.autograd.grad(package.rotate_to(e, q), e, g)
-    found = fg.rules.get("rotation_trick").backward(g, x=e.detach(), y=q)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --- the dimension ---
