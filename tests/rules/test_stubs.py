@@ -58,7 +58,7 @@ def test_a_type_checker_accepts_and_rejects_what_the_rules_do(
     # In place of PyTorch, which takes a minute
     (tmp_path / "torch").mkdir()
     tensor = tmp_path / "torch" / "__init__.pyi"
-    tensor.write_text("class Tensor: ...", "utf-8")
+    tensor.write_text("class Tensor: ...\nclass Generator: ...\n", "utf-8")
     monkeypatch.setenv("MYPYPATH", str(tmp_path))
     files = ["__init__.py", "rules/__init__.pyi", "core/rule.py", "core/declaration.py"]
     out, error, _ = api.run(

@@ -24,6 +24,7 @@ HEAD = """\
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..core.register import register as register
@@ -86,7 +87,9 @@ def _parameter(parameter: inspect.Parameter) -> str:
         text = "..."
     else:
         text = repr(default)
-    return f"{parameter.name}: {parameter.annotation} | Tensor = {text},"
+    number = any(kind in parameter.annotation for kind in ("float", "int"))
+    annotation = f"{parameter.annotation} | Tensor" if number else parameter.annotation
+    return f"{parameter.name}: {annotation} = {text},"
 
 
 if __name__ == "__main__":

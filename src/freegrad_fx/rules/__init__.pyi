@@ -2,6 +2,7 @@
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
 from ..core.register import register as register
@@ -221,7 +222,7 @@ class _DropoutGradient(Rule):
         self,
         *,
         p: float | Tensor = 0.5,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -292,7 +293,7 @@ class _FullJam(Rule):
     def __call__(  # type: ignore[override]
         self,
         *,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -333,6 +334,7 @@ class _GumbelStraightThrough(Rule):
         tau: float | Tensor = 1.0,
         samples: int | Tensor = 1,
         dim: int | Tensor = -1,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -453,7 +455,7 @@ class _Noise(Rule):
         self,
         *,
         sigma: float | Tensor = 0.1,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -546,7 +548,7 @@ class _PositiveJam(Rule):
     def __call__(  # type: ignore[override]
         self,
         *,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x", "mask", "bits"] | None = None,
         compile: bool | None = None,
@@ -600,7 +602,7 @@ class _RectangularJam(Rule):
         *,
         a: float | Tensor = -5.0,
         b: float | Tensor = 5.0,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x", "mask", "bits"] | None = None,
         compile: bool | None = None,
@@ -825,7 +827,7 @@ class _StochasticRound(Rule):
         self,
         *,
         bits: int | Tensor = 8,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -838,7 +840,7 @@ class _StochasticSign(Rule):
     def __call__(  # type: ignore[override]
         self,
         *,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,
@@ -853,7 +855,7 @@ class _StochasticSpike(Rule):
         *,
         mean: float | Tensor = 0.0,
         variance: float | Tensor = 0.2,
-        generator: torch.Generator | None | Tensor = None,
+        generator: torch.Generator | None = None,
         forward: Forward | None = None,
         save: Literal["x", "mask", "bits"] | None = None,
         compile: bool | None = None,

@@ -50,7 +50,14 @@ def reinmax(grad: Tensor, x: Tensor, y: Tensor, *, tau: float = 1.0, dim: int = 
     examples=({"tau": 0.5, "samples": 1}, {"dim": 0}),
 )
 def gumbel_straight_through(
-    grad: Tensor, x: Tensor, y: Tensor, *, tau: float = 1.0, samples: int = 1, dim: int = -1
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    *,
+    tau: float = 1.0,
+    samples: int = 1,
+    dim: int = -1,
+    generator: torch.Generator | None = None,
 ) -> Tensor:
     """J(softmax((x + G)/τ))·grad/τ with J(p)·g = p·(g − Σ p·g) and Gumbel noise G for which x + G is largest at y
 
@@ -63,6 +70,7 @@ def gumbel_straight_through(
         tau: The temperature τ. It changes the gradient alone.
         samples: The number of draws of the noise.
         dim: The dimension of the softmax.
+        generator: What the numbers are drawn from; None for the global generator.
     """
     g, logits = wide(grad), wide(x).log_softmax(dim)
     if not g.numel():
@@ -71,7 +79,7 @@ def gumbel_straight_through(
     result = torch.zeros_like(g)
     for _ in range(samples):
         # Exponential numbers. That of the chosen entry gives the maximum of x + G, below which the others are
-        drawn = -uniform_like(logits).clamp(min=torch.finfo(logits.dtype).tiny).log()
+        drawn = -uniform_like(logits, generator).clamp(min=torch.finfo(logits.dtype).tiny).log()
         largest = torch.where(chosen, drawn, 0).sum(dim, keepdim=True)
         perturbed = -torch.where(chosen, drawn, drawn * (-logits).exp() + largest).log()
         result = result + _through((perturbed / tau).softmax(dim), g, dim)
