@@ -711,6 +711,7 @@ def gumbel_straight_through(
     tau: float = 1.0,
     samples: int = 1,
     dim: int = -1,
+    generator: None = None,
 ) -> Tensor:
     def compute(g: list[float], v: list[float], d: list[float], u: list[float]) -> list[float]:
         largest = max(d, key=lambda a: (math.isnan(a), a))
