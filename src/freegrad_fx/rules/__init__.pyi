@@ -356,6 +356,20 @@ class _IdentityRule(Rule):
 
 identity_rule: _IdentityRule
 
+class _JumpRelu(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        threshold: float | Tensor = 0.0,
+        bandwidth: float | Tensor = 0.001,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _JumpRelu:
+        """grad where x > threshold, 0 elsewhere"""
+
+jump_relu: _JumpRelu
+
 class _LeakyReluDerivative(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -395,6 +409,39 @@ class _LogTailedRelu(Rule):
         """alpha·grad where x < 0, grad where 0 ≤ x ≤ 1, grad/x where x > 1"""
 
 log_tailed_relu: _LogTailedRelu
+
+class _Lsq(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        step: float | Tensor = 0.1,
+        bits: int | Tensor = 4,
+        signed: bool = True,
+        per_sample: bool = False,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Lsq:
+        """grad where n₀ ≤ x/step ≤ n₁, 0 elsewhere"""
+
+lsq: _Lsq
+
+class _LsqPlus(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        step: float | Tensor = 0.1,
+        offset: float | Tensor = 0.0,
+        bits: int | Tensor = 4,
+        signed: bool = False,
+        per_sample: bool = False,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LsqPlus:
+        """grad where n₀ ≤ (x − offset)/step ≤ n₁, 0 elsewhere"""
+
+lsq_plus: _LsqPlus
 
 class _MagnitudeAwareSign(Rule):
     def __call__(  # type: ignore[override]
@@ -476,6 +523,19 @@ class _Normalize(Rule):
         """grad/(‖grad‖₂ + eps), the norm taken over the whole tensor"""
 
 normalize: _Normalize
+
+class _Pact(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        bound: float | Tensor = 10.0,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Pact:
+        """grad where 0 ≤ x < bound, 0 elsewhere"""
+
+pact: _Pact
 
 class _PerSampleClipNorm(Rule):
     def __call__(  # type: ignore[override]
