@@ -410,6 +410,102 @@ class _LogTailedRelu(Rule):
 
 log_tailed_relu: _LogTailedRelu
 
+class _LrpAlphaBeta(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        alpha: float | Tensor = 2.0,
+        beta: float | Tensor = 1.0,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpAlphaBeta:
+        """αW⁺ᵀs − βW⁻ᵀt where x ≥ 0, else αW⁻ᵀs − βW⁺ᵀt; s = grad·y/(W⁺x⁺ + W⁻x⁻ + b⁺), t = grad·y/(W⁻x⁺ + W⁺x⁻ + b⁻)"""
+
+lrp_alpha_beta: _LrpAlphaBeta
+
+class _LrpEpsilon(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpEpsilon:
+        """Wᵀs, with s = grad·y/(y + ε·sign(y))"""
+
+lrp_epsilon: _LrpEpsilon
+
+class _LrpFlat(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpFlat:
+        """1ᵀs, with s = grad·y/(1·1): every input of an output gets the same relevance"""
+
+lrp_flat: _LrpFlat
+
+class _LrpGamma(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        gamma: float | Tensor = 0.25,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpGamma:
+        """Pᵀs + Nᵀt where x ≥ 0, else Nᵀs + Pᵀt; P = W + γW⁺, N = W + γW⁻, s where y > 0, t where y < 0"""
+
+lrp_gamma: _LrpGamma
+
+class _LrpWsquare(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpWsquare:
+        """(W²)ᵀs, with s = grad·y/(W²·1 + b²)"""
+
+lrp_wsquare: _LrpWsquare
+
+class _LrpZbox(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        low: float | Tensor = 0.0,
+        high: float | Tensor = 1.0,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpZbox:
+        """x·Wᵀs − l·W⁺ᵀs − h·W⁻ᵀs, with s = grad·y/(y − (W⁺l + b⁺) − (W⁻h + b⁻))"""
+
+lrp_zbox: _LrpZbox
+
+class _LrpZplus(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        epsilon: float | Tensor = 1e-06,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _LrpZplus:
+        """W⁺ᵀs where x ≥ 0, else W⁻ᵀs, with s = grad·y/(W⁺x⁺ + W⁻x⁻ + b⁺)"""
+
+lrp_zplus: _LrpZplus
+
 class _Lsq(Rule):
     def __call__(  # type: ignore[override]
         self,
