@@ -274,6 +274,20 @@ class _FastSigmoid(Rule):
 
 fast_sigmoid: _FastSigmoid
 
+class _FeedbackAlignment(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        feedback: Tensor | None = None,
+        seed: int | None | Tensor = None,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _FeedbackAlignment:
+        """Bᵀ·grad, with a fixed matrix B in the place of the weight W in Wᵀ·grad"""
+
+feedback_alignment: _FeedbackAlignment
+
 class _FewBit(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -369,6 +383,19 @@ class _JumpRelu(Rule):
         """grad where x > threshold, 0 elsewhere"""
 
 jump_relu: _JumpRelu
+
+class _KolenPollack(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        feedback: Tensor = ...,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _KolenPollack:
+        """∂x = Bᵀ·grad with a learnt matrix B, whose gradient is that of the weight: ∂B = ∂W"""
+
+kolen_pollack: _KolenPollack
 
 class _LeakyReluDerivative(Rule):
     def __call__(  # type: ignore[override]
@@ -909,6 +936,21 @@ class _SignGradient(Rule):
         """sign(grad), NaN where grad is NaN"""
 
 sign_gradient: _SignGradient
+
+class _SignSymmetric(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        magnitude: str = 'uniform',
+        seed: int | None | Tensor = None,
+        generator: torch.Generator | None = None,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _SignSymmetric:
+        """Bᵀ·grad, where B = |M|·sign(W)"""
+
+sign_symmetric: _SignSymmetric
 
 class _SmoothRelu(Rule):
     def __call__(  # type: ignore[override]
