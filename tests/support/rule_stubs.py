@@ -86,9 +86,12 @@ def _parameter(parameter: inspect.Parameter) -> str:
     elif isinstance(default, float) and not math.isfinite(default):
         text = "..."
     else:
-        text = repr(default)
+        text = f'"{default}"' if isinstance(default, str) else repr(default)
     number = any(kind in parameter.annotation for kind in ("float", "int"))
-    annotation = f"{parameter.annotation} | Tensor" if number else parameter.annotation
+    annotation = parameter.annotation
+    if number:
+        kind, none, _ = annotation.partition(" | None")
+        annotation = f"{kind} | Tensor{none}"
     return f"{parameter.name}: {annotation} = {text},"
 
 
