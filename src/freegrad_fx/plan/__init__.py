@@ -4,6 +4,7 @@
 - `decide`: makes the decisions
 - `plan`: the decisions for a model, as text, HTML, JSON and plain data
 - `diff`: compares two plans
+- `dims`: checks the dimension of rules for a softmax
 - `noise`: how much of the information in a parameter a replacement forward keeps
 - `lookup`: finds the plan of a transformed or compiled model
 - `layout`: tables of text and HTML

@@ -23,14 +23,13 @@ from ..sites.outputs import changes_shape, returns_several
 from ..sites.parameters import find_parameters, unused_parameters
 from ..sites.remarks import Lost, Opaque
 from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
-from ..sites.steps import find_steps
 from ..table import Entry, RuleTable
 from ..vocabulary.activations import OPS
-from ..vocabulary.forwards import BoundForward, default_dim
 from .decision import Decided, Decision
+from .dims import check_dims
 from .edges import check_edge
 from .groups import acts_together
-from .notes import remark_on
+from .notes import remark_on, steps_left
 from .operands import check_operands
 from .plan import Plan
 
@@ -70,7 +69,6 @@ def make_plan(
         _decide_operations(places, own, aliasing)
         for places, own, aliasing in zip(found, tables, aliasings, strict=True)
     ]
-    steps = [_steps_decided(pairs) for pairs in decided]
     unused: Decided = []
     named = any(isinstance(place, str) for place in ambient_before)
     if parameters or ambient or table.wants_parameters or named:
@@ -87,26 +85,9 @@ def make_plan(
         table=table,
         opaque=opaque,
         lost=lost,
-        steps=tuple(
-            dict.fromkeys(
-                remark
-                for variant, but in zip(capture.variants, steps, strict=True)
-                for remark in find_steps(variant.graph, capture.root, but)
-            )
-        ),
+        steps=steps_left(capture, decided),
     )
     return plan, decided
-
-
-def _steps_decided(decided: Decided) -> set[fx.Node]:
-    """The conversions of comparisons that an entry decides."""
-    return {
-        place.node
-        for place, decision in decided
-        if isinstance(place, LocatedOperation)
-        and place.step is not None
-        and decision.entry is not None
-    }
 
 
 def _with_parameters(
@@ -266,7 +247,7 @@ def decide(place: Located, table: RuleTable) -> Decision:
         )
     if site.at == REPLACE:
         _check_rules(place, entry)
-        _check_dims(place, entry)
+        check_dims(place, entry)
         if obstacle := _computed_operand(place, entry.rules[0]):
             return Decision(site, "skip", entry=index, reason=obstacle)
     else:
@@ -338,28 +319,6 @@ def _at_operation(place: Located, entry: Entry, rules: tuple[Rule, ...]) -> tupl
                 f"entry before {entry.selector!r}."
             )
     return tuple(found)
-
-
-def _check_dims(place: Located, entry: Entry) -> None:
-    """Raise `PlanError` if a rule or a forward for a softmax is along another dimension than that of the site."""
-    if place.op is None or place.dim is None:
-        return
-    found = [
-        (f"rule {rule.name!r}", f"{rule.name}(dim={place.dim})", rule.bound["dim"])
-        for rule in entry.rules or ()
-        if place.op.name in rule.declaration.meant_for and "dim" in rule.bound
-    ]
-    name = entry.forward.op if isinstance(entry.forward, BoundForward) else entry.forward
-    if isinstance(name, str) and (default := default_dim(name)) is not None:
-        values = entry.forward.keywords if isinstance(entry.forward, BoundForward) else {}
-        remedy = f"forward=fg.forward({name!r}, dim={place.dim})"
-        found.append((f"forward {name!r}", remedy, values.get("dim", default)))
-    for what, remedy, dim in found:
-        if dim != place.dim:
-            raise PlanError(
-                f"the {what} is along dim={dim}, but site {place.site.name} ({place.site.spelling}) computes a "
-                f"softmax along dim={place.dim}. Give it the same number: {remedy}."
-            )
 
 
 def _check_rules(place: Located, entry: Entry) -> None:

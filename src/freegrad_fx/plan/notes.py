@@ -7,11 +7,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ..capture import Capture
 from ..core.rule import Forward, Rule
-from ..sites.site import REPLACE, Located, LocatedParameter
+from ..sites.remarks import Remark
+from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
+from ..sites.steps import find_steps
 from ..vocabulary.activations import OPS
+from .decision import Decided
 
-__all__ = ["remark_on"]
+__all__ = ["remark_on", "steps_left"]
 
 
 def remark_on(place: Located, rules: Sequence[Rule], forward: Forward | None) -> str:
@@ -47,3 +51,21 @@ def _zero(tensor: Tensor, forward: str) -> list[str]:
         zero = bool((tensor.abs() < bound).all())
     reason = f"all entries have a magnitude below {bound}, so that forward={forward!r} makes each of them 0"
     return [f"{reason}; scale them first, with a function as the forward"] if zero else []
+
+
+def steps_left(capture: Capture, decided: Sequence[Decided]) -> tuple[Remark, ...]:
+    """The steps that a model computes as comparisons, and that no entry decides.
+
+    Args:
+        capture: The captured model.
+        decided: For each of its graphs, the sites with their decisions.
+    """
+    found: dict[Remark, None] = {}
+    for variant, pairs in zip(capture.variants, decided, strict=True):
+        others = {
+            place.node
+            for place, decision in pairs
+            if isinstance(place, LocatedOperation) and place.step and decision.entry is not None
+        }
+        found.update(dict.fromkeys(find_steps(variant.graph, capture.root, others)))
+    return tuple(found)
