@@ -65,6 +65,19 @@ class _Arctan(Rule):
 
 arctan: _Arctan
 
+class _AttentionTemperature(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        temperature: float | Tensor = 2.0,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _AttentionTemperature:
+        """Those of query and key through softmax(scores/temperature); that of value is native"""
+
+attention_temperature: _AttentionTemperature
+
 class _BlockRms(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -303,6 +316,18 @@ class _FewBit(Rule):
 
 few_bit: _FewBit
 
+class _FrozenNorm(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _FrozenNorm:
+        """h − mean(h), with h = grad·weight/σ and a constant σ, the denominator of the norm; h at an RMSNorm"""
+
+frozen_norm: _FrozenNorm
+
 class _FullJam(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -357,6 +382,18 @@ class _GumbelStraightThrough(Rule):
 
 gumbel_straight_through: _GumbelStraightThrough
 
+class _Half(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Half:
+        """grad/2"""
+
+half: _Half
+
 class _IdentityRule(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -369,6 +406,18 @@ class _IdentityRule(Rule):
         """grad·y/x, and grad·at_zero where x = 0"""
 
 identity_rule: _IdentityRule
+
+class _Int8Backward(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Int8Backward:
+        """∂x = Q(grad)·Q(W), ∂W = Q(gradᵀ)·Q(x), where Q rounds to integers of 8 bits times a scale"""
+
+int8_backward: _Int8Backward
 
 class _JumpRelu(Rule):
     def __call__(  # type: ignore[override]
@@ -964,6 +1013,19 @@ class _SmoothRelu(Rule):
         """grad·σ(beta·x)"""
 
 smooth_relu: _SmoothRelu
+
+class _SoftmaxTemperature(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        temperature: float | Tensor = 2.0,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _SoftmaxTemperature:
+        """s·(grad − Σ grad·s), with s = softmax(x/temperature)"""
+
+softmax_temperature: _SoftmaxTemperature
 
 class _Softsign(Rule):
     def __call__(  # type: ignore[override]
