@@ -911,3 +911,18 @@ def test_the_report_of_a_part_is_not_that_of_a_model_with_other_parts() -> None:
     for model in (Holder(module=gm, head=nn.Tanh()), nn.Sequential(gm), Holder(module=nn.ReLU())):
         with pytest.raises(TypeError, match=f"got {type(model).__name__}"):
             fg.report(model)
+
+
+class Spike(torch.autograd.Function):
+    pass
+
+
+def surrogate(slope: float) -> Any:
+    """What the factories of snnTorch do."""
+    return lambda x: Spike.apply(x, slope)
+
+
+@pytest.mark.parametrize("key", [surrogate(2.0), surrogate, Spike.apply])
+def test_a_function_as_key_is_told_the_class_that_it_applies(key: Any) -> None:
+    with pytest.raises(fg.TableError, match=rf"applies Spike; name that class: {{{__name__}.Spike"):
+        fg.use({key: "fast_sigmoid"})

@@ -342,8 +342,9 @@ def refuse_own_modules(kind: type[nn.Module], outside: Outside) -> None:
     if outside.own_modules:
         raise CaptureError(
             f"{kind.__name__} cannot be captured: its code finds a module of the model in {outside.own_modules[0]}. A "
-            f"capture runs a copy of the model, which has other modules. Compile the model with "
-            f"freegrad_fx.compile(model, rules), which runs the model itself; or find the module in the model."
+            f"capture runs a copy of the model, which has other modules. Call the model in a block, `with "
+            f"freegrad_fx.use(rules, model=model):`, or compile it with freegrad_fx.compile(model, rules): both run "
+            f"the model itself. Or find the module in the model."
         )
 
 

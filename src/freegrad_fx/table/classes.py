@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import sys
+from types import CellType, CodeType, FunctionType
 from typing import Any, TypeAlias
 
+import torch
 from torch import nn
 
-__all__ = ["Class", "class_name", "imported", "matching_classes", "qualified"]
+__all__ = [
+    "Class",
+    "class_name",
+    "function_applied_by",
+    "imported",
+    "matching_classes",
+    "qualified",
+]
 
 Class: TypeAlias = type[Any]
 
@@ -40,6 +49,33 @@ def class_name(kind: str | Class) -> str | Class:
         return f"torch.nn.{kind.__name__}"
     name = qualified(kind)
     return name if imported(name) is kind else kind
+
+
+def function_applied_by(code: Any) -> Class | None:
+    """The autograd.Function that a function of Python applies, as far as its code shows; None if it is not known.
+
+    Args:
+        code: A function, as the one that ``snntorch.surrogate.atan()`` returns, or the `apply` of a Function.
+    """
+    owner = getattr(code, "__self__", None)
+    found: list[Any] = [owner]
+    if isinstance(code, FunctionType):
+        found += [code.__globals__.get(name) for name in _names(code.__code__)]
+        found += [cell.cell_contents for cell in code.__closure__ or () if _is_filled(cell)]
+    kinds = (value for value in found if isinstance(value, type))
+    return next((kind for kind in kinds if issubclass(kind, torch.autograd.Function)), None)
+
+
+def _names(code: CodeType) -> list[str]:
+    inner = [_names(const) for const in code.co_consts if isinstance(const, CodeType)]
+    return [*code.co_names, *(name for names in inner for name in names)]
+
+
+def _is_filled(cell: CellType) -> bool:
+    try:
+        return cell.cell_contents is not None
+    except ValueError:
+        return False
 
 
 def qualified(kind: Class) -> str:

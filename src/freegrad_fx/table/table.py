@@ -17,6 +17,7 @@ from ..core.rule import RuleLike, available
 from ..errors import RuleError, TableError, unknown
 from ..sites.site import REPLACE, Located
 from ..vocabulary.activations import GROUPS, OPS
+from .classes import function_applied_by, qualified
 from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .fields import ALL, OP_NAMES, PARAMETERS
@@ -320,6 +321,12 @@ def _selector(key: Any) -> Selector:
         return Selector(type=(key,))
     if isinstance(key, str) and key in OP_NAMES:
         return Selector(op=(key,))
+    applied = function_applied_by(key)
+    if applied is not None:
+        raise TableError(
+            f"a key has to be an op, a group, or a class of modules or of autograd.Functions, not a function. This one "
+            f"applies {applied.__name__}; name that class: {{{qualified(applied)}: ...}}."
+        )
     remedy = (
         f"The groups among them: {', '.join((*GROUPS, PARAMETERS, ALL))}. A key has to be an op, a group, or a class "
         f"of modules or of autograd.Functions, not a function or the path of a module. To select by path, use a "
