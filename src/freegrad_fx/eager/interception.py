@@ -42,7 +42,7 @@ class _Interception(TorchFunctionMode):
         kwargs = kwargs or {}
         blocks = intercepting_blocks()
         if not is_compiling():
-            return _intercepted(func, args, kwargs) if blocks else func(*args, **kwargs)
+            return _intercepted(blocks, func, args, kwargs) if blocks else func(*args, **kwargs)
         if not blocks:
             _tell_programs()
             return func(*args, **kwargs)
@@ -62,8 +62,13 @@ class _Interception(TorchFunctionMode):
 run_in_python(_Interception.__torch_function__.__code__)
 
 
-def _intercepted(func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-    observing: list[EagerSites] = [block.observed for block in intercepting_blocks()]
+def _intercepted(
+    blocks: tuple[Any, ...],
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    observing: list[EagerSites] = [block.observed for block in blocks]
     deciding = [observed for observed in observing if observed.wants_parameters]
     # What takes the place of a parameter cannot be told from other tensors
     spelling = recognise_call(func, args, kwargs, _on_demand(observing), parameter_dims)
@@ -141,7 +146,7 @@ def _outside_of_the_graph(
     func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Any:
     """Run a call in Python: Dynamo cannot trace the search for the module that runs."""
-    return _intercepted(func, args, kwargs)
+    return _intercepted(intercepting_blocks(), func, args, kwargs)
 
 
 _INTERCEPTION = _Interception()

@@ -7,9 +7,8 @@ import threading
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import CodeType, FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import fx, nn
 
@@ -64,8 +63,7 @@ def has_rules_already() -> bool:
     return traces_code_with(OWN_RULES)
 
 
-@dataclass(frozen=True)
-class Running:
+class Running(NamedTuple):
     """A module whose call is running, with the frame of the call."""
 
     module: nn.Module
@@ -82,14 +80,15 @@ def running_modules(depth: int = 1, *, in_functions: bool = False) -> list[Runni
         depth: The number of frames to skip.
         in_functions: Look past the forwards of autograd.Functions.
     """
-    call = call_code()
+    call, known_as = call_code(), _known.get
     found: list[Running] = []
     frame: FrameType | None = sys._getframe(depth)
-    while frame is not None:
+    while frame is not None:  # at each call in a block, so no call is made for code that is known
         code = frame.f_code
+        known = known_as(id(code))
         if code is call:
             found.append(Running(frame.f_locals["self"], frame))
-        elif special := _special(code):
+        elif special := _special(code) if known is None else known[1]:
             if special is _FORWARD and not in_functions and is_running_for_apply(frame):
                 return None
             if special is _GENERATED and _is_compiled_graph(frame.f_locals.get("self")):

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
@@ -36,8 +36,7 @@ __all__ = ["EagerSites", "Place", "decoupled_parameter", "parameter_site"]
 _OUT = "it writes its result into an out= tensor, which autograd does not support"
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """Where a call is.
 
     Attributes:
