@@ -913,16 +913,16 @@ def test_the_report_of_a_part_is_not_that_of_a_model_with_other_parts() -> None:
             fg.report(model)
 
 
-class Spike(torch.autograd.Function):
+class Fires(torch.autograd.Function):
     pass
 
 
 def surrogate(slope: float) -> Any:
     """What the factories of snnTorch do."""
-    return lambda x: Spike.apply(x, slope)
+    return lambda x: Fires.apply(x, slope)
 
 
-@pytest.mark.parametrize("key", [surrogate(2.0), surrogate, Spike.apply])
+@pytest.mark.parametrize("key", [surrogate(2.0), surrogate, Fires.apply])
 def test_a_function_as_key_is_told_the_class_that_it_applies(key: Any) -> None:
-    with pytest.raises(fg.TableError, match=rf"applies Spike; name that class: {{{__name__}.Spike"):
+    with pytest.raises(fg.TableError, match=rf"applies Fires; name that class: {{{__name__}.Fires"):
         fg.use({key: "fast_sigmoid"})
