@@ -242,6 +242,8 @@ def test_what_explain_cannot_do_is_an_error(arguments: list[str], message: str, 
         ["explain", "mine_of_test_cli:net", "-r", "arctan", "-p", "alpha"],
         ["explain", "mine_of_test_cli:net", "-p", "alpha=1"],
         ["explain", "mine_of_test_cli:net", "-r", "good.toml", "-p", "alpha=1"],
+        ["compare", "mine_of_test_cli:net", "-r", "arctan"],
+        ["compare", "mine_of_test_cli:net", "-i", "3,4"],
         ["plot", "arctan"],
         ["plot", "arctan", "-o", "a.png", "--low", "x"],
         ["check"],
@@ -307,6 +309,34 @@ def test_models_of_timm_and_transformers(transformers: Any, here: Path) -> None:
     assert type(model_of("hf:config.json")) is transformers.LlamaForCausalLM
     (here / "config.json").write_text('{"model_type": "lama"}', "utf-8")
     assert "Did you mean 'llama'?" in fails("explain", "hf:config.json")
+
+
+# --- compare ---
+
+
+def test_compare_prints_the_comparison(here: Path) -> None:
+    arguments = ("-i", "16,4", "-r", "native", "-r", "d(Linear)", "-r", "good.toml", "--seeds", "2")
+    found = run("compare", "mine_of_test_cli:net", *arguments)
+    head = "Sequential: gradients beside the native ones, 1 batch, 2 seeds\n"
+    assert found.stdout.startswith(head)
+    compared = run("compare", "mine_of_test_cli:net", *arguments, "--batches", "2", "--json")
+    rows = json.loads(compared.stdout)["rows"]
+    assert list(dict.fromkeys(row["table"] for row in rows)) == ["native", "d(Linear)", "good.toml"]
+    same = [row["cosine"]["mean"] for row in rows if row["table"] == "native"]
+    assert same == pytest.approx([1.0] * len(same))
+    (changed,) = [row for row in rows if row["table"] == "d(Linear)" and row["name"] == "0.weight"]
+    assert changed["cosine"]["mean"] < 0.999
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-r", "arctan", "-i", "3,5"], "cannot be compared: RuntimeError: mat1 and mat2"),
+        (["-r", "arctn", "-i", "3,4"], "unknown rule 'arctn'"),
+    ],
+)
+def test_what_compare_cannot_do_is_an_error(arguments: list[str], message: str) -> None:
+    assert message in fails("compare", "mine_of_test_cli:net", *arguments)
 
 
 # --- check ---

@@ -8,18 +8,20 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import Tensor
 
+from .._torch.tree import leaves
 from ..core.info import RuleInfo
 from ..core.rule import Rule, get
 from ..core.text import shown
 from ..errors import CaptureError, unknown
-from ..table import Entry
+from ..table import Entry, RuleTable
 from ..table.listing import list_rules
 from ..vocabulary.activations import FORWARDS, GROUPS, OPS
 from .check import check_table
 from .doctor import as_rows, examine, version_of
 from .models import model_of, read_entry, read_inputs, read_table
-from .output import Commands, UserError, file_error, print_json, print_rows, print_text
+from .output import Commands, UserError, file_error, print_json, print_rows, print_text, reported
 
 __all__ = ["app"]
 
@@ -55,6 +57,24 @@ def _names(incomplete: str) -> list[str]:
 RuleName = Annotated[
     str,
     typer.Argument(metavar="NAME", help="A rule, or package.module:name.", autocompletion=_names),
+]
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="torchvision:NAME, timm:NAME, hf:CONFIG.json or package.module:NAME; built without weights.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        "-i",
+        metavar="[NAME=][int:]SHAPE",
+        help="An example input, such as 1,3,224,224 or input_ids=int:1,16; several times. "
+        "With it, `explain` captures the model by torch.export.",
+    ),
 ]
 
 
@@ -178,13 +198,7 @@ def _listed(value: Any) -> list[str]:
 
 @app.command()
 def explain(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL",
-            help="torchvision:NAME, timm:NAME, hf:CONFIG.json or package.module:NAME; built without weights.",
-        ),
-    ],
+    model: ModelName,
     table: Annotated[
         str | None,
         typer.Option(
@@ -192,16 +206,7 @@ def explain(
         ),
     ] = None,
     param: Param = None,
-    inputs: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--input",
-            "-i",
-            metavar="[NAME=][int:]SHAPE",
-            help="An example input, such as 1,3,224,224 or input_ids=int:1,16; several times. "
-            "With inputs, torch.export captures the model.",
-        ),
-    ] = None,
+    inputs: Inputs = None,
     strict: Annotated[
         bool, typer.Option("--strict", help="Fail if an entry or a rule has no effect.")
     ] = False,
@@ -231,6 +236,52 @@ def explain(
         print_json(plan.to_dict())
     else:
         print_text(str(plan))
+
+
+@app.command()
+def compare(
+    model: ModelName,
+    table: Annotated[
+        list[str],
+        typer.Option(
+            "--rules",
+            "-r",
+            metavar="FILE|NAME",
+            help="A table, or a rule for all activations; several times.",
+        ),
+    ],
+    inputs: Inputs = None,
+    batches: Annotated[int, typer.Option(min=1, help="The number of random batches.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="The number of seeds for each batch.")] = 1,
+    allow_imports: Imports = False,
+    as_json: Json = False,
+) -> None:
+    """Compare the gradients of a model under tables with its native ones.
+
+    The inputs are random, the weights those of the construction, and the loss is the mean of the squared outputs.
+    """
+    from ..compared import compare as compare_gradients
+
+    if not inputs:
+        raise typer.BadParameter("compare runs the model: give its inputs", param_hint="--input")
+    rules = [(name, RuleTable.of(read_table(name, (), allow_imports))) for name in table]
+    torch.manual_seed(0)
+    built = model_of(model)
+    drawn = [read_inputs(inputs) for _ in range(batches)]
+    with reported(f"{model} cannot be compared"):
+        found = compare_gradients(built, rules, drawn, loss=_mean_square, seeds=seeds)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_text(str(found))
+
+
+def _mean_square(output: Any) -> Tensor:
+    """A loss for any model: of all numbers in its output."""
+    found = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+    if not found:
+        raise UserError("the output of the model does not depend on its parameters")
+    return torch.stack([leaf.float().square().mean() for leaf in found]).sum()
 
 
 @app.command()

@@ -20,7 +20,7 @@ from ..core.rule import available, get
 from ..errors import TableError, unknown
 from ..table import Entry, RuleTable
 from ..table.data import load_table
-from .output import UserError, file_error
+from .output import UserError, file_error, in_a_line, reported
 
 __all__ = ["find_modules_here", "model_of", "read_entry", "read_inputs", "read_table"]
 
@@ -44,22 +44,12 @@ def model_of(given: str) -> nn.Module:
     source, colon, name = given.partition(":")
     if not colon or not source or not name:
         raise UserError(f"{given!r} names no model. {FORMS}.")
-    try:
+    with reported(f"{given} cannot be built"):
         model = _SOURCES[source](name) if source in _SOURCES else _imported(source, name)
         if not isinstance(model, nn.Module):
             raise UserError(f"{given} is not a model but of type {type(model).__name__}. {FORMS}.")
         check_model(model)
         return model
-    except UserError:
-        raise
-    except Exception as error:  # from code of the user, or of another package
-        raise UserError(
-            f"{given} cannot be built: {_line(error)}. `freegrad-fx --traceback ...` shows where."
-        ) from error
-
-
-def _line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}".strip().rstrip(".:")
 
 
 def _package(name: str, remedy: str) -> Any:
@@ -68,13 +58,13 @@ def _package(name: str, remedy: str) -> Any:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         if error.name != name:
-            raise UserError(f"{name} cannot be imported: {_line(error)}.") from error
+            raise UserError(f"{name} cannot be imported: {in_a_line(error)}.") from error
         raise UserError(f"{name} is not installed: {remedy}") from error
     except Exception as error:
         raise UserError(
-            f"{name} is installed but does not load: {_line(error)}. Its compiled parts may belong to another build "
-            f"of PyTorch than the installed {torch.__version__}: install torch and torchvision from the same index, in "
-            f"versions that belong together."
+            f"{name} is installed but does not load: {in_a_line(error)}. Its compiled parts may belong to another "
+            f"build of PyTorch than the installed {torch.__version__}: install torch and torchvision from the same "
+            f"index, in versions that belong together."
         ) from error
 
 
@@ -108,7 +98,7 @@ def _of_transformers(name: str) -> Any:
         kind = values["model_type"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{file} is not the config of a transformers model: {_line(error)}."
+            f"{file} is not the config of a transformers model: {in_a_line(error)}."
         ) from error
     transformers = _package("transformers", "pip install transformers")
     if kind not in transformers.CONFIG_MAPPING:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import typer
@@ -15,7 +16,16 @@ from typer.core import TyperGroup
 from ..errors import CaptureError, PlanError, RuleError, TorchVersionError
 from ..plan.layout import aligned, as_json, plain, terminal_width
 
-__all__ = ["Commands", "UserError", "file_error", "print_json", "print_rows", "print_text"]
+__all__ = [
+    "Commands",
+    "UserError",
+    "file_error",
+    "in_a_line",
+    "print_json",
+    "print_rows",
+    "print_text",
+    "reported",
+]
 
 # Words of a report that name what may not be meant
 _ALARMS = r"SKIPPED|LOST|MATCHES NOTHING|NOT VERIFIED|THE FORWARD IS CHANGED|does not load"
@@ -28,6 +38,28 @@ class UserError(Exception):
 def file_error(name: str, what: str, error: OSError) -> UserError:
     """The error for a file that cannot be read or written."""
     return UserError(f"{name} cannot be {what}: {error.strerror or error}")
+
+
+@contextlib.contextmanager
+def reported(what: str) -> Iterator[None]:
+    """Report every error of code that the user or another package wrote as an error of the user.
+
+    Args:
+        what: What fails, as a clause.
+    """
+    try:
+        yield
+    except USER_ERRORS:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{what}: {in_a_line(error)}. `freegrad-fx --traceback ...` shows where."
+        ) from error
+
+
+def in_a_line(error: BaseException) -> str:
+    """An error as Python prints it, without a full stop."""
+    return f"{type(error).__name__}: {error}".strip().rstrip(".:")
 
 
 USER_ERRORS = (UserError, RuleError, PlanError, CaptureError, TorchVersionError)
