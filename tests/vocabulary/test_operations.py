@@ -49,6 +49,8 @@ class Products(nn.Module):
         products = x @ x.t() @ x
         products = products + torch.matmul(input=self.weight[0], other=x.mT)[:, None]
         batch = x[None]
+        batch = torch.einsum("bij,jk->bik", [batch, self.inner[0].weight])
+        batch = torch.einsum("bij,kj->bik", batch, self.inner[1].weight)
         return torch.baddbmm(batch, torch.bmm(batch, batch.mT), products[None])
 
 
@@ -133,7 +135,7 @@ NUMBERS = {
     "inner.transposed": {"conv": 1}, "inner.batch": {"batch_norm": 1},
     "inner.group": {"group_norm": 1}, "inner.largest": {"max_pool": 1},
     "inner.average": {"avg_pool": 1},
-    "products": {"linear": 7, "matmul": 5, "add": 1, "mul": 1},
+    "products": {"linear": 7, "matmul": 7, "add": 1, "mul": 1},
     "products.inner.0": {"linear": 1}, "products.inner.1": {"linear": 1},
 }  # fmt: skip
 
@@ -220,7 +222,7 @@ def test_only_the_operations_that_a_table_names_are_sites(way: str) -> None:
     run, reported = in_way(way, model, {"matmul": None}, x)
     run(x)
     sites = [decision.site.name for decision in fg.report(reported).decisions]
-    assert sites == [f"<root>:matmul[{i}]" for i in range(5)]
+    assert sites == [f"<root>:matmul[{i}]" for i in range(7)]
 
 
 def test_no_group_contains_them() -> None:

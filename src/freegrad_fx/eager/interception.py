@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
@@ -71,7 +72,10 @@ def _intercepted(
     observing: list[EagerSites] = [block.observed for block in blocks]
     deciding = [observed for observed in observing if observed.wants_parameters]
     # What takes the place of a parameter cannot be told from other tensors
-    spelling = recognise_call(func, args, kwargs, _on_demand(observing), parameter_dims)
+    on_demand = _on_demand(observing)
+    if func is torch.einsum and on_demand:
+        args = _without_list(args)
+    spelling = recognise_call(func, args, kwargs, on_demand, parameter_dims)
     if deciding:
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():
@@ -105,6 +109,12 @@ def _intercepted(
     operation = with_argument(func, args, kwargs, key)
     inplace = spelling.inplace
     return observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
+
+
+def _without_list(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """The arguments of `einsum` with the operands one by one."""
+    listed = len(args) == 2 and isinstance(args[1], list | tuple)
+    return (args[0], *args[1]) if listed else args
 
 
 def _on_demand(observing: list[EagerSites]) -> frozenset[str]:

@@ -104,6 +104,7 @@ def operand_node(node: fx.Node, operand: Operand) -> fx.Node | None:
         own = node.args[1] if takes_parameters(node) else {}
         return own.get(operand.held)  # type: ignore[union-attr,return-value]
     value = argument(node, operand.key)
+    value = value if operand.item is None else value[operand.item]
     return value if isinstance(value, fx.Node) else None
 
 
@@ -111,6 +112,10 @@ def set_operand(node: fx.Node, operand: Operand, value: fx.Node) -> None:
     """Let a call take another node as an operand. A held one is among the parameters that the call is given."""
     if operand.held:
         node.update_arg(1, {**node.args[1], operand.held: value})  # type: ignore[dict-item]
+    elif operand.item is not None:
+        items = list(argument(node, operand.key))
+        items[operand.item] = value
+        node.update_arg(operand.key, items)  # type: ignore[arg-type]
     elif isinstance(operand.key, int):
         node.update_arg(operand.key, value)
     else:
@@ -129,7 +134,8 @@ def spelled(node: fx.Node, root: nn.Module, wanted: Collection[str] = ()) -> Spe
     found = recognise(node, module, first, wanted, lambda argument: _dims(argument, root))
     if found is None or not found.op.on_demand:
         return found
-    tensors = [o for o in found.operands if o.held or not _is_number(argument(node, o.key), root)]
+    values = ((o, operand_node(node, o)) for o in found.operands)
+    tensors = [o for o, v in values if o.held or (v is not None and not _is_number(v, root))]
     if not tensors:
         return None
     key = found.key if tensors[0].held else tensors[0].key

@@ -166,8 +166,14 @@ def _original(source: fx.Node) -> fx.Node:
     return source
 
 
+def _first(node: fx.Node, spelling: Spelling | _Custom) -> fx.Node:
+    found = operand_node(node, spelling.operands[0]) if isinstance(spelling, Spelling) else None
+    first: fx.Node = argument(node, spelling.key) if found is None else found
+    return first
+
+
 def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
-    source = _original(argument(node, spelling.key))
+    source = _original(_first(node, spelling))
     rules = [
         found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
     ]

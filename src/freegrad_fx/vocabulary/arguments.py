@@ -52,6 +52,7 @@ def name_of(target: Any) -> str:
 # Functions with several signatures, and operators of Python
 _POWER = ["input", "exponent"]
 _NAMES = {
+    "einsum": ["equation"],  # the operands follow, as arguments or in a list
     "mean": ["input", "dim", "keepdim", "dtype"],
     **dict.fromkeys(("pow", "pow_", "ipow", "__pow__", "__ipow__"), _POWER),
 }

@@ -82,6 +82,8 @@ def constants_of(
         return {**found, "kind": name} if name else found
     if op.name == "linear":
         return {}
+    if name_of(target) == "einsum":
+        return {"equation": args[0]}
     names = argument_names(target)
     taken = {operand.key for operand in operands}
     given = {n: v for i, (n, v) in enumerate(zip(names, args, strict=False)) if i not in taken}

@@ -49,8 +49,10 @@ def _padded(padding: Any, kernel: Sequence[int], dilation: Sequence[int]) -> lis
     return found
 
 
-def product(input: Tensor, other: Tensor, *, alpha: float = 1) -> Tensor:
-    """A product of matrices, times a number; `torch.addmm` adds it to a matrix."""
+def product(input: Tensor, other: Tensor, *, alpha: float = 1, equation: str = "") -> Tensor:
+    """A product of matrices, times a number; `torch.addmm` adds it to a matrix. Or that of an equation of `einsum`."""
+    if equation:
+        return torch.einsum(equation, input, other)
     result = torch.matmul(input, other)
     return result if alpha == 1 else result * alpha
 

@@ -82,6 +82,7 @@ class Operand:
     Attributes:
         name: The name of the operand.
         key: The argument: an index of the positional arguments, or a keyword.
+        item: The index of the operand in the argument, if that is a list; else None.
         held: The name of the parameter in the called module; ``""`` for an argument.
         transposed: Whether the call takes the operand with its last two dimensions exchanged.
     """
@@ -90,6 +91,7 @@ class Operand:
     key: int | str = ""
     held: str = ""
     transposed: bool = False
+    item: int | None = None
 
 
 @dataclass(frozen=True)

@@ -76,7 +76,9 @@ _OPERATIONS = dict(
     (
         _operation("linear", F.linear, _AFFINE, additive="bias", products=OF_LINEAR),
         _operation("conv", convolution, _AFFINE, _CONVOLUTION, additive="bias", products=OF_CONV),
-        _operation("matmul", product, _TWO, "alpha", apart="input self beta", products=OF_MATMUL),
+        _operation(
+            "matmul", product, _TWO, "alpha equation", apart="input self beta", products=OF_MATMUL
+        ),
         _operation("mul", multiplied, _TWO, products=OF_MUL),
         _operation("add", total, _TWO, "kind alpha"),
         _operation("sub", total, _TWO, "kind alpha"),

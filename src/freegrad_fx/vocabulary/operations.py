@@ -6,9 +6,11 @@ rest.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import operator
 
+import torch
 from torch import Tensor, nn
 
 from .op import make_op
@@ -26,9 +28,10 @@ LINEAR = _op("linear", nn.Linear, operands="x=input,self weight bias")
 MATMUL = _op(
     "matmul",
     also="mm bmm addmm baddbmm",
-    functions=(operator.matmul,),
+    functions=(operator.matmul, torch.einsum),
     operands="a=mat1,batch1,input,self,a b=mat2,batch2,other,b",
 )
+MATMUL = dataclasses.replace(MATMUL, aten=(*MATMUL.aten, torch.ops.aten.einsum.default))
 
 
 OPERATIONS = (

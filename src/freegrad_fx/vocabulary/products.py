@@ -59,7 +59,8 @@ def _matmul_b(
 
 def _is_plain(given: Mapping[str, Any], constants: Mapping[str, Any]) -> bool:
     """Whether a product is one of matrices, or of batches of them."""
-    return bool(constants.get("alpha", 1) == 1 and 2 <= given["b"].dim() <= given["a"].dim())
+    known = constants.get("alpha", 1) == 1 and not constants.get("equation")
+    return bool(known and 2 <= given["b"].dim() <= given["a"].dim())
 
 
 OF_MATMUL: Products = {"a": _matmul_a, "b": _matmul_b}

@@ -199,6 +199,8 @@ def _with_operands(
     dims: Callable[[Any], int],
 ) -> tuple[Op, tuple[Operand, ...]]:
     """The op, and its operands that are tensors. A product with a parameter on its right is a linear layer."""
+    if args and isinstance(args[0], str):  # the equation of `einsum`
+        return entry.op, _of_einsum(args, kind)
     found = []
     for name, position, keywords in entry.layout:
         key = position if position is not None and position < len(args) else None
@@ -224,6 +226,17 @@ def _with_operands(
         if bias is not None and dims(_argument(args, kwargs, bias, bias)) == 1:
             operands.append(Operand("bias", bias))
     return LINEAR, tuple(operands)
+
+
+def _of_einsum(args: tuple[Any, ...], kind: type) -> tuple[Operand, ...]:
+    """The operands of `einsum`, if they are two: arguments, or the items of a list."""
+    listed = len(args) == 2 and isinstance(args[1], list | tuple)
+    values = args[1] if listed else args[1:]
+    if len(values) != 2 or not all(isinstance(v, kind) and has_derivative(v) for v in values):
+        return ()
+    if listed:
+        return Operand("a", 1, item=0), Operand("b", 1, item=1)
+    return Operand("a", 1), Operand("b", 2)
 
 
 def _narrowed(op: Op, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Op:
