@@ -60,4 +60,4 @@ html_theme = "furo"
 pygments_dark_style = "one-dark"
 html_title = f"freegrad_fx {release}"
 html_static_path = ["_static"]
-html_css_files = ["tables.css"]
+html_css_files = ["pages.css"]
