@@ -144,6 +144,7 @@ class RulesReference(SphinxDirective):
         signature = inspect.Signature(values)
         formula, _, rest = (inspect.getdoc(rule.function) or "").partition("\n")
         details = GoogleDocstring(rest, self.config, what="function").lines()
+        details = [magnitudes_escaped(line) for line in details]
         info = rule.info
         properties = [name for name in info.properties if name != "mask"]  # named in the table
         facts = [
@@ -158,6 +159,12 @@ class RulesReference(SphinxDirective):
         body = [f"``{formula}``", "", *facts, "", *details]
         head = f".. py:function:: {rule.function.__name__}{signature}"
         return [head, "   :module: freegrad_fx.rules", "", *(f"   {line}" for line in body)]
+
+
+def magnitudes_escaped(line: str) -> str:
+    """The line with ``|x|`` as text: outside of code, reStructuredText reads it as a substitution."""
+    parts = re.split(r"(``.*?``)", line)
+    return "".join(p if p.startswith("``") else p.replace("|", "\\|") for p in parts)
 
 
 def escaped(text: str) -> str:
