@@ -386,6 +386,25 @@ def test_check_imports_only_if_it_is_allowed(here: Path) -> None:
     assert "none.toml cannot be read" in fails("check", "none.toml")
 
 
+# --- tables ---
+
+
+def test_ready_tables_are_printed_as_files_of_tables() -> None:
+    listed = json.loads(run("tables", "--json").stdout)
+    assert [line["table"] for line in listed] == fg.tables.__all__
+    assert [line.split()[0] for line in run("tables").stdout.splitlines()[2:]] == fg.tables.__all__
+    for name in fg.tables.__all__:
+        table = getattr(fg.tables, name)()
+        assert fg.RuleTable.from_toml(run("tables", name).stdout) == table
+    found = run("explain", "mine_of_test_cli:net", "-r", "attn_lrp", "--json").stdout
+    plan = fg.explain(model_of("mine_of_test_cli:net"), fg.tables.attn_lrp())
+    assert json.loads(found)["entries"] == json.loads(plan.to_json())["entries"]
+    assert (
+        fg.RuleTable.from_dict(json.loads(run("tables", "gim", "--json").stdout)) == fg.tables.gim()
+    )
+    assert "Did you mean 'gim'?" in fails("tables", "gimm")
+
+
 # --- plot ---
 
 

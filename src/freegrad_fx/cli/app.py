@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Iterable
 from typing import Annotated, Any
 
@@ -10,6 +11,7 @@ import torch
 import typer
 from torch import Tensor
 
+from .. import tables
 from .._torch.tree import leaves
 from ..core.info import RuleInfo
 from ..core.rule import Rule, get
@@ -20,7 +22,7 @@ from ..table.listing import list_rules
 from ..vocabulary.activations import FORWARDS, GROUPS, OPS
 from .check import check_table
 from .doctor import as_rows, examine, version_of
-from .models import model_of, read_entry, read_inputs, read_table
+from .models import model_of, read_entry, read_inputs, read_table, ready_table
 from .output import Commands, UserError, file_error, print_json, print_rows, print_text, reported
 
 __all__ = ["app"]
@@ -202,7 +204,10 @@ def explain(
     table: Annotated[
         str | None,
         typer.Option(
-            "--rules", "-r", metavar="FILE|NAME", help="A table, or a rule for all activations."
+            "--rules",
+            "-r",
+            metavar="FILE|NAME",
+            help="A table: a file, or a name of `tables`; or a rule for all activations.",
         ),
     ] = None,
     param: Param = None,
@@ -247,7 +252,7 @@ def compare(
             "--rules",
             "-r",
             metavar="FILE|NAME",
-            help="A table, or a rule for all activations; several times.",
+            help="A table: a file, or a name of `tables`; or a rule for all activations; several times.",
         ),
     ],
     inputs: Inputs = None,
@@ -313,6 +318,33 @@ def check(
         print_rows([columns, *([str(entry[name] or "") for name in columns] for entry in entries)])
     if faults:
         raise typer.Exit(1)
+
+
+@app.command(name="tables")
+def ready(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Print this one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """List the ready tables, or print one as TOML, to be saved and changed."""
+    if name is not None:
+        table = ready_table(name)
+        if as_json:
+            print_json(table.to_dict())
+        else:
+            typer.echo(table.to_toml(), nl=False)
+        return
+    found = [
+        {
+            "table": name,
+            "entries": len(ready_table(name)),
+            "what": (inspect.getdoc(getattr(tables, name)) or "").partition("\n")[0],
+        }
+        for name in tables.__all__
+    ]
+    if as_json:
+        print_json(found)
+    else:
+        print_rows([("table", "entries", "what"), *(tuple(map(str, t.values())) for t in found)])
 
 
 # --- pictures ---

@@ -15,6 +15,7 @@ import torch
 import typer
 from torch import Tensor, nn
 
+from .. import tables
 from ..core.contract import NATIVE
 from ..core.rule import available, get
 from ..errors import TableError, unknown
@@ -22,7 +23,14 @@ from ..table import Entry, RuleTable
 from ..table.data import load_table
 from .output import UserError, file_error, in_a_line, reported
 
-__all__ = ["find_modules_here", "model_of", "read_entry", "read_inputs", "read_table"]
+__all__ = [
+    "find_modules_here",
+    "model_of",
+    "read_entry",
+    "read_inputs",
+    "read_table",
+    "ready_table",
+]
 
 FORMS = (
     "A model is torchvision:NAME, timm:NAME, hf:CONFIG.json, or package.module:NAME of a module or of a function "
@@ -195,10 +203,10 @@ def _read_input(text: str) -> tuple[str, Tensor]:
 def read_table(
     given: str | None, parameters: Sequence[str], allow_imports: bool = False
 ) -> RuleTable | None:
-    """Read the rules: a file with a table, or a rule for all activations.
+    """Read the rules: a file with a table, a ready table, or a rule for all activations.
 
     Args:
-        given: The path of the file, or the name of the rule.
+        given: The path of the file, or the name of a ready table or of a rule.
         parameters: Values for parameters of the rule, each ``a=-1.0``.
         allow_imports: Whether the file may name objects that are to be imported.
 
@@ -212,6 +220,8 @@ def read_table(
         if parameters:
             raise typer.BadParameter("there is no rule in --rules for it", param_hint="--param")
         return None
+    if given in tables.__all__ and not parameters:
+        return ready_table(given)
     if not _is_file(given):
         return RuleTable([read_entry(given, parameters)])
     if parameters:
@@ -223,6 +233,21 @@ def read_table(
         return RuleTable.from_toml(Path(given), allow_imports=allow_imports)
     except OSError as error:
         raise file_error(given, "read", error) from error
+
+
+def ready_table(name: str) -> RuleTable:
+    """Make a ready table.
+
+    Args:
+        name: The name of its function in `tables`.
+
+    Raises:
+        UserError: There is no such table.
+    """
+    if name not in tables.__all__:
+        raise UserError(unknown("ready table", name, tables.__all__))
+    made: RuleTable = getattr(tables, name)()
+    return made
 
 
 def _is_file(given: str) -> bool:
