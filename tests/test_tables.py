@@ -305,6 +305,57 @@ def test_what_is_left_out_on_request() -> None:
     assert len(fg.tables.circuit_freeze(mlps=[])) == len(fg.tables.circuit_freeze()) - 1
 
 
+# --- strict ---
+
+
+class PowerNorm(RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.5
+
+
+@pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
+def test_a_strict_table_takes_a_model_that_it_reaches(make: Any) -> None:
+    table = make(strict=True)
+    assert fg.RuleTable.from_toml(table.to_toml()) == table != make()
+    assert fg.RuleTable.from_dict(table.to_dict()).reaches == table.reaches
+    assert (fg.RuleTable() + table).reaches == table[:1].reaches == table.reaches
+    assert eval(repr(table), {**vars(fg), "on": fg.on, "RuleTable": fg.RuleTable}) == table
+    for norm in NORMS:
+        model = transformer(norm, fused=norm == "rms_norm")
+        fg.explain(model, table)
+        with fg.use(table, model=model):
+            model(X)
+
+
+@pytest.mark.parametrize("door", [DOORS["symbolic"], DOORS["compiled"], DOORS["in a block"]])
+def test_a_strict_table_refuses_a_norm_that_it_does_not_reach(door: Any) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), PowerNorm(8), RMSNorm(8)).double()
+    table = fg.tables.circuit_freeze(strict=True)
+    with pytest.raises(fg.PlanError, match=r"does not reach: 1 \(PowerNorm\)\. Add an entry"):
+        door(model, table, (X,))(X)
+    native = fg.RuleTable([fg.on("pow", at="output").backward(None)]) + table
+    door(model, native, (X,))(X)
+
+
+def test_a_strict_table_refuses_attention_and_gates_that_it_does_not_reach() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.attention(x, x, x, need_weights=False)[0]
+            return F.silu(x) * x
+
+    with pytest.raises(fg.PlanError, match=r"MultiheadAttention.*the gate <root>:mul\[0\]"):
+        fg.explain(Gated(), fg.tables.cp_lrp(strict=True))
+    with pytest.raises(fg.PlanError) as error:
+        fg.explain(Gated(), fg.tables.circuit_freeze(strict=True))
+    assert "gate" not in str(error.value)
+    with pytest.raises(fg.TableError, match="unknown name in reaches: 'norms'"):
+        fg.RuleTable([], reaches=["norms"])
+
+
 # --- models of Hugging Face ---
 
 LAYERS: dict[str, Any] = {
@@ -350,7 +401,7 @@ def test_models_of_hugging_face(transformers: Any, name: str, attention: str) ->
     (model, called), x = hugging_face(transformers, name, attention)
     x.requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):
-        with fg.use(fg.tables.circuit_freeze(), model=model) as block:
+        with fg.use(fg.tables.circuit_freeze(strict=True), model=model) as block:
             frozen = called(x)
         second = second_derivative(frozen, x)
         assert second.abs().max() < 1e-12
@@ -358,7 +409,7 @@ def test_models_of_hugging_face(transformers: Any, name: str, attention: str) ->
     rewritten = {d.site.op for d in fg.report(block).with_action("rewrite")}
     assert rewritten & {"softmax", "scaled_dot_product_attention"}
     assert rewritten & {"layer_norm", "rms_norm", "rsqrt"}
-    with fg.use(fg.tables.cp_lrp(), model=model):
+    with fg.use(fg.tables.cp_lrp(strict=True), model=model):
         y = called(x)
     relevance = (x * torch.autograd.grad(y, x)[0]).sum()
     if HUGGING_FACE[name][1]:  # the norms are computed in float32

@@ -23,6 +23,7 @@ from .errors import FreegradWarning, PlanError, VerificationError
 from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
 from .plan.noise import with_noise
+from .plan.reach import require_reached, run_in
 from .rewrite import rewrite, without_ambient
 from .sites.parameters import find_parameters
 from .sites.remarks import Cache, Opaque
@@ -249,7 +250,10 @@ def _planned(
     with outside_of_blocks() if ambient else inside_of_a_block():
         captured = capture(model, (*table.types_in(model), *leaves), *how_to_capture)
     before = {place for variant in captured.variants for place in without_ambient(variant.graph)}
-    return captured, *make_plan(captured, table, leaves, parameters, ambient, before)
+    plan, sites = make_plan(captured, table, leaves, parameters, ambient, before)
+    if table.reaches:
+        require_reached(plan, captured.root, run_in(captured), captured)
+    return captured, plan, sites
 
 
 def _complain(

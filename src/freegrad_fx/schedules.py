@@ -371,7 +371,8 @@ class _InTable:
                 raise RuleError(
                     unknown(f"parameter of the rules of entry {entries!r}:", name, declared)
                 )
-        self.target = RuleTable(self._with_tensors(e) if e in chosen else e for e in table)
+        own = (self._with_tensors(e) if e in chosen else e for e in table.entries)
+        self.target = RuleTable(own, table.reaches)
 
     def _with_tensors(self, entry: Entry) -> Entry:
         rules = entry.rules and tuple(self._with_tensor_parameters(rule) for rule in entry.rules)

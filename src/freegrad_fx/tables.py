@@ -20,10 +20,11 @@ GATES = ("*mlp", "*mlp.experts*", "*feed_forward", "*ffn", "*experts*")
 
 # With f(0) = 0, so that y/x is finite
 _ACTIVATIONS = ["relu", "gelu", "silu", "mish", "tanh", "hardswish", "leaky_relu", "elu", "selu"]
+_ALL = ("norm", "attention", "gate")
 _ATTENTION = "scaled_dot_product_attention"
 
 
-def circuit_freeze(*, mlps: Sequence[str] = MLPS) -> RuleTable:
+def circuit_freeze(*, mlps: Sequence[str] = MLPS, strict: bool = False) -> RuleTable:
     """A table that stops the gradient at attention patterns, at the denominators of norms, and at MLPs.
 
     Gradients flow through the residual stream, the values of attention and the linear part of norms only, so that what
@@ -31,6 +32,7 @@ def circuit_freeze(*, mlps: Sequence[str] = MLPS) -> RuleTable:
 
     Args:
         mlps: Patterns for the paths of the modules whose linear layers no gradient passes; an empty list for none.
+        strict: Whether a norm, an attention or a softmax that the table does not reach is an error; see `RuleTable`.
 
     Source: Ameisen et al. 2025, Circuit tracing (transformer-circuits.pub); circuit-tracer.
 
@@ -41,52 +43,66 @@ def circuit_freeze(*, mlps: Sequence[str] = MLPS) -> RuleTable:
         on('softmax', at='output', optional=True).backward('stop')
     """
     stopped = [on("linear", module=list(mlps), at="output", optional=True)] if mlps else []
-    return RuleTable(
-        [*_stopped_patterns(), *_frozen_norms(), *(sites.backward("stop") for sites in stopped)]
-    )
+    entries = [
+        *_stopped_patterns(),
+        *_frozen_norms(),
+        *(sites.backward("stop") for sites in stopped),
+    ]
+    return RuleTable(entries, ("norm", "attention") if strict else ())
 
 
-def cp_lrp(*, gates: Sequence[str] = GATES) -> RuleTable:
+def cp_lrp(*, gates: Sequence[str] = GATES, strict: bool = False) -> RuleTable:
     """A table for layer-wise relevance propagation with constant attention patterns and norms.
 
     Value times gradient is relevance. It is conserved in a model without biases, if `gates` names every gate.
 
     Args:
         gates: Patterns for the paths of the modules that multiply a gate; an empty list for none.
+        strict: Whether a norm, an attention, a softmax or a gate that the table does not reach is an error; see
+            `RuleTable`. A `use` block, `compile` and `backend` do not look for gates.
 
     Source: Ali et al. 2022, arXiv:2202.07304. The README of LXT says that layer-wise relevance propagation is patented,
     and free for personal and scientific use.
     """
-    return RuleTable([*_stopped_patterns(), *_frozen_norms(), *_identity(), *_half_gates(gates)])
+    entries = [*_stopped_patterns(), *_frozen_norms(), *_identity(), *_half_gates(gates)]
+    return RuleTable(entries, _ALL if strict else ())
 
 
-def attn_lrp(*, gates: Sequence[str] = GATES) -> RuleTable:
+def attn_lrp(*, gates: Sequence[str] = GATES, strict: bool = False) -> RuleTable:
     """A table for layer-wise relevance propagation through attention, AttnLRP.
 
     Value times gradient is relevance.
 
     Args:
         gates: As for `cp_lrp`.
+        strict: As for `cp_lrp`.
 
     Source: Achtibat et al. 2024, arXiv:2402.05602. See `cp_lrp` for the patent.
     """
-    return RuleTable([*_half_products(), *_frozen_norms(), *_identity(), *_half_gates(gates)])
+    entries = [*_half_products(), *_frozen_norms(), *_identity(), *_half_gates(gates)]
+    return RuleTable(entries, _ALL if strict else ())
 
 
-def relp(*, gates: Sequence[str] = GATES, patterns: bool = False) -> RuleTable:
+def relp(
+    *, gates: Sequence[str] = GATES, patterns: bool = False, strict: bool = False
+) -> RuleTable:
     """A table for relevance patching: attribution patching with the coefficients of layer-wise relevance propagation.
 
     Args:
         gates: As for `cp_lrp`.
         patterns: Whether attention patterns are constant.
+        strict: As for `cp_lrp`.
 
     Source: Jafari et al. 2025, arXiv:2508.21258. See `cp_lrp` for the patent.
     """
     stopped = _stopped_patterns() if patterns else []
-    return RuleTable([*stopped, *_frozen_norms(), *_identity(), *_half_gates(gates)])
+    entries = [*stopped, *_frozen_norms(), *_identity(), *_half_gates(gates)]
+    return RuleTable(entries, (_ALL if patterns else ("norm", "gate")) if strict else ())
 
 
-def gim(*, gates: Sequence[str] = GATES, temperature: float = 2.0) -> RuleTable:
+def gim(
+    *, gates: Sequence[str] = GATES, temperature: float = 2.0, strict: bool = False
+) -> RuleTable:
     """A table for gradient interaction modifications, GIM.
 
     The softmax of attention has a higher temperature in the backward, norms have constant denominators, and the
@@ -95,12 +111,14 @@ def gim(*, gates: Sequence[str] = GATES, temperature: float = 2.0) -> RuleTable:
     Args:
         gates: As for `cp_lrp`.
         temperature: The temperature of the softmax in the backward.
+        strict: As for `cp_lrp`.
 
     Source: Edin et al. 2025, arXiv:2505.17630.
     """
     softmax = on("softmax", optional=True).backward("softmax_temperature", temperature=temperature)
     fused = on(_ATTENTION, optional=True).backward("attention_temperature", temperature=temperature)
-    return RuleTable([softmax, fused, *_half_products(), *_frozen_norms(), *_half_gates(gates)])
+    entries = [softmax, fused, *_half_products(), *_frozen_norms(), *_half_gates(gates)]
+    return RuleTable(entries, _ALL if strict else ())
 
 
 def _stopped_patterns() -> list[Entry]:

@@ -17,6 +17,7 @@ from hypothesis import given
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from built_in import BUILT_IN
 from tables import tables
 
 
@@ -616,7 +617,7 @@ def test_a_tensor_stands_for_any_number_and_is_compared_by_identity() -> None:
 
 def test_every_built_in_rule_of_one_number_takes_a_tensor_for_it() -> None:
     grad, x = torch.randn(2, 50)
-    for name in fg.rules.available():
+    for name in BUILT_IN:
         rule = fg.get(name)
         numbers = {k: v for k, v in rule.bound.items() if isinstance(v, float)}
         tensors = {k: torch.tensor(v) for k, v in numbers.items()}
@@ -633,10 +634,9 @@ def test_every_built_in_rule_of_one_number_takes_a_tensor_for_it() -> None:
         ("low <", "A constraint compares parameters and numbers"),
         ("low", "A constraint compares"),
         ("low is high", "A constraint compares"),
-        ("low == high", "A constraint compares"),
         ("low <= 'a'", "A constraint compares"),
         ("low <= True", "A constraint compares"),
-        ("low + 1 <= high", "A constraint compares"),
+        ("low * 2 <= high", "A constraint compares"),
         (
             "low <= hihg",
             "unknown parameter in requires= of rule 'odd': 'hihg'. Did you mean 'high'?",

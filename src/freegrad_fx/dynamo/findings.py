@@ -13,6 +13,7 @@ from ..core.scopes import unlearned
 from ..errors import FreegradWarning, PlanError
 from ..graph.provenance import is_users
 from ..plan import Decision, Plan
+from ..plan.reach import require_reached
 from ..sites.remarks import Opaque
 from ..sites.site import Located
 from ..table import RuleTable
@@ -203,6 +204,10 @@ class Findings:
         plans = [program.plan for program in self._programs.values()]
         names = ", ".join(plan.model for plan in plans)
         ops = sorted({d.site.op for plan in plans for d in plan.decisions})
+        for program in self._programs.values() if self._table.reaches else ():
+            if program.root is not None:
+                paths = {path for path, _ in program.root.named_modules()}
+                require_reached(program.plan, program.root, paths)
         for index, entry in enumerate(self._table.entries):
             if not entry.optional and not any(plan.meant[index] for plan in plans):
                 self._complain(

@@ -121,6 +121,7 @@ class use(ambient_use):
             self._table_given = False  # the first time tells
             for problem in self.observed.unmatched():
                 warnings.warn(problem, FreegradWarning, stacklevel=2)
+            self.observed.require_reached()
 
     @property
     def watched(self) -> bool:

@@ -28,6 +28,7 @@ from ..plan import Decision, Plan
 from ..plan.decide import also, decide
 from ..plan.groups import acts_together
 from ..plan.noise import with_noise
+from ..plan.reach import require_reached
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
 from ..table import RuleTable
@@ -309,7 +310,7 @@ class Observed(EagerSites):
             self._thread.call += 1
             self._thread.calls.clear()
         modules = (*(r.module for r in running), *self._thread.around)
-        if self.wants_parameters:
+        if self.wants_parameters or self.table.reaches:
             self._ran.update(map(id, modules))
         return modules
 
@@ -343,6 +344,12 @@ class Observed(EagerSites):
         self._thread.call_of_model = None
         self._thread.parameters.clear()
 
+    def require_reached(self) -> None:
+        """Raise `PlanError` if the table does not reach what it has to reach in the model."""
+        if self.table.reaches and self.model is not None:
+            ran = {path for identity, path in self._paths.items() if identity in self._ran}
+            require_reached(self.plan(), self.model, ran)
+
     def unmatched(self) -> Iterator[str]:
         """The entries of the table that matched no site, and the sites where no rule can act, as texts."""
         plan = self.plan()
@@ -358,8 +365,10 @@ class Observed(EagerSites):
     # --- the report ---
 
     def note_call(self) -> None:
-        """Note that a function of PyTorch was called."""
+        """Note that a function of PyTorch was called, and in which modules if the table has to reach some."""
         self.ran = True
+        if self.table.reaches:
+            self._modules()
 
     def note_opaque(self, place: Place, opaque: Opaque) -> None:
         """Note a call inside of which PyTorch computes activations."""

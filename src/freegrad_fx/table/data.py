@@ -48,7 +48,7 @@ def load_table(
     """
     if not isinstance(data, Mapping):
         raise TableError(f"a table has to be a dict, got {brief(data)}")
-    _refuse_unknown("key", data, ("version", "rule"))
+    _refuse_unknown("key", data, ("version", "reaches", "rule"))
     version = data.get("version", VERSION)
     if type(version) is not int or version != VERSION:
         raise TableError(f"this release reads tables of version {VERSION}, got {brief(version)}")
@@ -196,14 +196,19 @@ def _load_reference(name: str, allow_imports: bool) -> Any:
 # --- writing ---
 
 
-def dump_table(entries: Iterable[Entry]) -> dict[str, Any]:
+def dump_table(entries: Iterable[Entry], reaches: Iterable[str] = ()) -> dict[str, Any]:
     """Convert entries to a table of dicts, lists, strings, numbers and booleans.
+
+    Args:
+        entries: The entries.
+        reaches: What the table has to reach.
 
     Raises:
         TableError: An entry contains something that is not plain data; the message names both.
     """
     return {
         "version": VERSION,
+        **({"reaches": list(reaches)} if (reaches := tuple(reaches)) else {}),
         "rule": [_dump(number, entry) for number, entry in enumerate(entries, start=1)],
     }
 

@@ -33,6 +33,7 @@ __all__ = [
     "read_ops",
     "read_order",
     "read_pattern",
+    "read_reaches",
     "read_type",
     "several",
 ]
@@ -137,6 +138,19 @@ def read_order(first: Any, last: Any, parameters: bool) -> str:
             f"select parameters by name: on(parameter='layer1.*')"
         )
     return order
+
+
+REACHES = ("norm", "attention", "gate")
+"""The valid names in `RuleTable.reaches`."""
+
+
+def read_reaches(given: Any) -> tuple[str, ...]:
+    """What a table has to reach, each once. Raises `TableError` if a name is unknown."""
+    names = [given] if isinstance(given, str) else list(given)
+    for name in names:
+        if name not in REACHES:
+            raise TableError(unknown("name in reaches:", name, REACHES))
+    return tuple(dict.fromkeys(names))
 
 
 def _read_name(field: str, name: Any) -> str:

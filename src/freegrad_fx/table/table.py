@@ -20,7 +20,7 @@ from ..vocabulary.activations import GROUPS, OPS
 from .classes import function_applied_by, qualified
 from .data import dump_table, load_table
 from .entry import Entry, Selection
-from .fields import ALL, OP_NAMES, PARAMETERS
+from .fields import ALL, OP_NAMES, PARAMETERS, read_reaches
 from .selector import Selector, operation_key
 from .toml import dumps, entry_place, loads
 
@@ -41,9 +41,13 @@ class RuleTable:
 
     Attributes:
         entries: The entries, made with `on`.
+        reaches: What the table has to reach in a model, or it is an error: ``"norm"``: modules with this word in the
+            name of their class, at or below which an entry has to decide something, except batch norms.
+            ``"attention"``: calls inside of which PyTorch computes a softmax or an activation where no rule can act.
+            ``"gate"``: products with the result of an activation, which only `transform` and `explain` look for.
 
     Raises:
-        TableError: An element is not an entry.
+        TableError: An element is not an entry, or `reaches` has an unknown name.
 
     Example:
         >>> import freegrad_fx as fg
@@ -58,8 +62,9 @@ class RuleTable:
     """
 
     entries: tuple[Entry, ...] = ()
+    reaches: tuple[str, ...] = ()
 
-    def __init__(self, entries: Iterable[Entry] = ()) -> None:
+    def __init__(self, entries: Iterable[Entry] = (), reaches: Iterable[str] = ()) -> None:
         given = [entries] if isinstance(entries, Entry | Selection) else list(entries)
         for number, entry in enumerate(given, start=1):
             if isinstance(entry, Selection):
@@ -73,6 +78,7 @@ class RuleTable:
                     f"RuleTable.of"
                 )
         object.__setattr__(self, "entries", tuple(given))
+        object.__setattr__(self, "reaches", read_reaches(reaches))
 
     @classmethod
     def of(cls, rules: RulesLike | None) -> RuleTable:
@@ -147,7 +153,8 @@ class RuleTable:
             else:
                 text = source.removeprefix("\ufeff")
             data = loads(text)
-            return cls(load_table(data, allow_imports, entry_place(text, data)))
+            entries = load_table(data, allow_imports, entry_place(text, data))
+            return cls(entries, data.get("reaches", ()))
         except UnicodeDecodeError as error:
             raise TableError(f"{where}the file is not UTF-8 text: {error}") from error
         except TableError as error:
@@ -161,7 +168,7 @@ class RuleTable:
         Raises:
             TableError: An entry contains a `where`, a tensor, or an object that cannot be imported.
         """
-        return dumps(dump_table(self.entries))
+        return dumps(dump_table(self.entries, self.reaches))
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any], *, allow_imports: bool = False) -> RuleTable:
@@ -174,7 +181,7 @@ class RuleTable:
         Raises:
             TableError: The data is not a valid table.
         """
-        return cls(load_table(data, allow_imports))
+        return cls(load_table(data, allow_imports), data.get("reaches", ()))
 
     def to_dict(self) -> dict[str, Any]:
         """Return the table as plain data that can be written as JSON. Infinity is represented as ``"inf"``.
@@ -182,7 +189,7 @@ class RuleTable:
         Raises:
             TableError: As for `to_toml`.
         """
-        return _as_json(dump_table(self.entries))  # type: ignore[no-any-return]
+        return _as_json(dump_table(self.entries, self.reaches))  # type: ignore[no-any-return]
 
     @property
     def wants_parameters(self) -> bool:
@@ -251,7 +258,7 @@ class RuleTable:
         for index, keys in operations.items():
             entry = entries[index]
             entries[index] = replace(entry, sites=replace(entry.sites, only=keys))
-        return RuleTable(entries)
+        return RuleTable(entries, self.reaches)
 
     def gives(self, located: Located) -> Entry | None:
         """The first entry that gives a rule to a site or to a place at it; None if there is none."""
@@ -269,7 +276,7 @@ class RuleTable:
     def __add__(self, other: object) -> RuleTable:
         """The entries of this table, then those of the other."""
         return (
-            RuleTable(self.entries + other.entries)
+            RuleTable(self.entries + other.entries, (*self.reaches, *other.reaches))
             if isinstance(other, RuleTable)
             else NotImplemented
         )
@@ -286,11 +293,13 @@ class RuleTable:
     def __getitem__(self, index: slice) -> RuleTable: ...
     def __getitem__(self, index: int | slice) -> Entry | RuleTable:
         found = self.entries[index]
-        return found if isinstance(found, Entry) else RuleTable(found)
+        return found if isinstance(found, Entry) else RuleTable(found, self.reaches)
 
     def __repr__(self) -> str:
         lines = "".join(f"    {entry!r},\n" for entry in self.entries)
-        return f"RuleTable([\n{lines}])" if lines else "RuleTable()"
+        given = [f"[\n{lines}]"] if lines else []
+        given += [f"reaches={list(self.reaches)!r}"] if self.reaches else []
+        return f"RuleTable({', '.join(given)})"
 
 
 def is_path(source: str) -> bool:

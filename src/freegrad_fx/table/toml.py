@@ -50,12 +50,17 @@ def entry_place(text: str, table: Mapping[str, Any]) -> Callable[[int], str]:
 
 def dumps(table: Mapping[str, Any]) -> str:
     """Write a table as TOML: first the plain values, then each list as an array of tables."""
-    lines = [f"{_key(k)} = {_value(v)}" for k, v in table.items() if not isinstance(v, list)]
+    plain = {k: v for k, v in table.items() if not (isinstance(v, list) and _are_tables(v))}
+    lines = [f"{_key(key)} = {_value(value)}" for key, value in plain.items()]
     for key, entries in table.items():
-        for entry in entries if isinstance(entries, list) else ():
+        for entry in () if key in plain else entries:
             lines += ["", f"[[{_key(key)}]]"]
             lines += [f"{_key(name)} = {_value(value)}" for name, value in entry.items()]
     return "\n".join(lines) + "\n"
+
+
+def _are_tables(values: list[Any]) -> bool:
+    return all(isinstance(value, Mapping) for value in values)
 
 
 def _value(value: Any) -> str:
