@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -217,3 +219,113 @@ def test_weights_are_those_of_brevitas(name: str) -> None:
     inner = size < (size.amax() if "whole" in name else size.amax(1, keepdim=True))
     found = gradient(rule, layer.weight.detach(), g)
     torch.testing.assert_close(found[inner], expected[inner])
+
+
+# --- a step for each weight ---
+
+
+def small() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2)).double()
+
+
+def learnt_by_hand(w: Tensor, step: Tensor, bits: int) -> Tensor:
+    """LSQ as its authors' pseudocode writes it, with detach."""
+    low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+    scale = 1 / math.sqrt(w.numel() * high)
+    s = (step - step * scale).detach() + step * scale
+    level = (w / s).clamp(low, high)
+    return ((level.round() - level).detach() + level) * s
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("bits", [2, 4])
+@pytest.mark.parametrize("door", ["transform", "export", "use"])
+def test_lsq_learns_a_step_for_each_weight(door: str, bits: int, per_channel: bool) -> None:
+    model, x = small(), torch.randn(5, 4, dtype=torch.float64)
+    rule = quantizers.lsq(bits=bits, per_channel=per_channel)
+    table = fg.RuleTable([fg.on(parameter="*.weight").backward(rule)])
+    if door == "use":
+        with fg.use(table, model=model) as block:
+            y = model(x)
+        decisions = fg.report(block).decisions
+        again = fg.use(table, model=model)
+        with again:
+            assert torch.equal(model(x), y)
+        later = fg.report(again).decisions
+        assert all(
+            a.rules == b.rules for a, b in zip(decisions, later, strict=True)
+        )  # tensors are compared by identity
+    else:
+        gm = fg.transform(model, table, **({"example_inputs": (x,)} if door == "export" else {}))
+        y, decisions = gm(x), fg.report(gm).decisions
+        assert list(gm.state_dict()) == list(model.state_dict())
+        assert sorted(gm.rule_state_dict()) == ["0.weight/lsq.step", "2.weight/lsq.step"]
+    steps = {
+        d.site.name: d.rules[0].bound["step"] for d in decisions if d.site.name.endswith("weight")
+    }
+    by_hand = {}
+    for name, w in model.named_parameters():
+        if name.endswith("weight"):
+            dims = (1,) if per_channel else (0, 1)
+            first = 2 * w.detach().abs().mean(dims, keepdim=per_channel)
+            by_hand[name] = (first / math.sqrt(2 ** (bits - 1) - 1)).requires_grad_()
+            torch.testing.assert_close(steps[name].detach(), by_hand[name].detach())
+    hidden = nn.functional.linear(
+        x, learnt_by_hand(model[0].weight, by_hand["0.weight"], bits), model[0].bias
+    )
+    expected = nn.functional.linear(
+        hidden.relu(), learnt_by_hand(model[2].weight, by_hand["2.weight"], bits), model[2].bias
+    )
+    torch.testing.assert_close(y, expected)
+    for a, b in zip(
+        torch.autograd.grad(y.square().sum(), [*model.parameters(), *steps.values()]),
+        torch.autograd.grad(expected.square().sum(), [*model.parameters(), *by_hand.values()]),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_copies_have_steps_of_their_own() -> None:
+    model, x = small(), torch.randn(5, 4, dtype=torch.float64)
+    table = fg.RuleTable([fg.on(parameter="*.weight").backward(quantizers.lsq())])
+    gm = fg.transform(model, table)
+    loaded = pickle.loads(pickle.dumps(gm))
+    copied = copy.deepcopy(gm)
+    for other in (loaded, copied):
+        assert torch.equal(other(x), gm(x))
+        names = [name for name, _ in other.named_parameters()]
+        assert names == [name for name, _ in gm.named_parameters()]
+    before = gm(x)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if name.startswith("rule_parameter_"):
+                parameter.mul_(3)
+    assert torch.equal(gm(x), before)
+    assert not torch.equal(copied(x), before)
+    # a plan of the model has the same steps, and another table has others
+    assert fg.explain(model, table).decisions[1].rules == fg.report(gm).decisions[1].rules
+    other = fg.RuleTable([fg.on(parameter="*.weight").backward(quantizers.lsq())])
+    assert fg.explain(model, other).decisions[1].rules != fg.report(gm).decisions[1].rules
+
+
+def test_a_weight_of_zeros_gets_a_step_above_zero() -> None:
+    model = nn.Sequential(nn.Linear(2, 2))
+    nn.init.zeros_(model[0].weight)
+    gm = fg.transform(model, fg.RuleTable([fg.on(parameter="*.weight").backward(quantizers.lsq())]))
+    y = gm(torch.ones(1, 2))
+    assert bool(y.isfinite().all())
+
+
+def test_where_lsq_cannot_be_is_said() -> None:
+    model, x = small(), torch.randn(5, 4, dtype=torch.float64)
+    with pytest.raises(fg.PlanError, match=r"1:relu\[0\] is an operation. Select parameters"):
+        fg.transform(model, {"relu": quantizers.lsq()})
+    table = fg.RuleTable([fg.on(parameter="*.weight").backward(quantizers.lsq())])
+    with pytest.raises(fg.PlanError, match="Transform the model, or run it in a block"):
+        fg.compile(model, table, backend="eager")(x)
+    compiled = torch.compile(fg.transform(model, table), backend="eager")
+    assert torch.equal(compiled(x), fg.transform(model, table)(x))
+    for bits in (1, 17, 2.5, True):
+        with pytest.raises(fg.RuleError, match="from 2 to 16"):
+            quantizers.lsq(bits=bits)

@@ -8,11 +8,19 @@ updates the weights themselves. `report` gives the ratio of signal to quantizati
 
 from __future__ import annotations
 
-from . import rules  # noqa: F401  (it registers them)
-from .core.rule import Rule, get
-from .vocabulary.forwards import forward
+import functools
+import math
 
-__all__ = ["binary", "dorefa", "int4", "int8", "ternary"]
+from torch import Tensor
+
+from . import rules  # noqa: F401  (it registers them)
+from .core.own import Own
+from .core.rule import Rule, get
+from .errors import RuleError
+from .vocabulary.forwards import forward
+from .vocabulary.learnt import step_quantize
+
+__all__ = ["binary", "dorefa", "int4", "int8", "lsq", "ternary"]
 
 
 def int8(per_channel: bool = True) -> Rule:
@@ -96,3 +104,46 @@ def dorefa(bits: int = 4) -> Rule:
     Source: Zhou et al. 2016, arXiv:1606.06160 (DoReFa-Net).
     """
     return get("dorefa_weight")(forward=forward("dorefa", bits=bits))
+
+
+def lsq(bits: int = 4, per_channel: bool = False) -> Rule:
+    """2^bits levels whose step each weight learns.
+
+    Formula: ``w ↦ s·clamp(round(w/s), n₀, n₁)`` with ``n₀ = −2^(bits − 1)`` and ``n₁ = 2^(bits − 1) − 1``; the rule is
+    `lsq`, which also gives the step s its gradient. The step begins with ``2·mean|w|/√n₁``.
+
+    Each parameter of the model has a step of its own. In a transformed model the steps are among its `parameters()`,
+    and in its `rule_state_dict()`. In a block of `use` they stay the same from block to block as long as this rule is
+    used; ``report(block).decisions`` has them in the rules. A program that is compiled with rules cannot make them:
+    compile the transformed model.
+
+    Args:
+        bits: The number of bits, 2 to 16.
+        per_channel: Whether each output channel (dim 0) has its own step.
+
+    Raises:
+        RuleError: The number of bits is not supported.
+
+    Source: Esser et al. 2020, arXiv:1902.08153.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU(), torch.nn.Linear(3, 2))
+        >>> weights = fg.on(parameter="*.weight").backward(fg.quantizers.lsq(bits=4))
+        >>> gm = fg.transform(model, fg.RuleTable([weights]))
+        >>> sorted(gm.rule_state_dict())
+        ['0.weight/lsq.step', '2.weight/lsq.step']
+    """
+    if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
+        raise RuleError(f"quantizers.lsq: bits has to be a whole number from 2 to 16, got {bits!r}")
+    step = Own(functools.partial(_first_step, bits=bits, per_channel=per_channel))
+    quantize = functools.partial(step_quantize, step=step, bits=bits)  # type: ignore[arg-type]
+    return get("lsq")(step=step, bits=bits, forward=quantize)
+
+
+def _first_step(weight: Tensor, *, bits: int, per_channel: bool) -> Tensor:
+    size = weight.abs()
+    several = per_channel and weight.dim() > 1
+    mean = size.mean(tuple(range(1, weight.dim())), keepdim=True) if several else size.mean()
+    # A weight of zeros would have a step of 0, by which it is divided
+    return (2.0 * mean / math.sqrt(2 ** (bits - 1) - 1)).clamp(min=1e-8)

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RuleError
+from .own import Own
 
 __all__ = ["Parameter"]
 
@@ -51,6 +52,8 @@ class Parameter:
             RuleError: The value is NaN, or too large for a float.
         """
         accepted = self.types
+        if isinstance(value, Own):
+            return value
         if isinstance(value, float) and math.isnan(value):
             raise RuleError(f"parameter {self.name!r} of rule {rule!r} is NaN; it must be a number")
         if accepted is None:

@@ -31,6 +31,7 @@ from .edges import check_edge
 from .groups import acts_together
 from .notes import remark_on, steps_left
 from .operands import check_operands
+from .own import with_own_tensors
 from .plan import Plan
 
 __all__ = ["also", "decide", "make_plan"]
@@ -240,6 +241,8 @@ def decide(place: Located, table: RuleTable) -> Decision:
         return Decision(site, "native", entry=index, reason=reason)
     if place.obstacle:
         return Decision(site, "skip", entry=index, reason=place.obstacle)
+    entry = with_own_tensors(place, entry)
+    assert entry.rules is not None
     if acts_together(entry.rules) and site.kind != "parameter":
         raise PlanError(
             f"entry {entry.selector!r} gives a rule that acts on several parameters together to the {site.kind} "

@@ -1,0 +1,42 @@
+"""A tensor that each parameter of a model has for itself, in the place of a value in a rule and in its forward."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+__all__ = ["Own"]
+
+
+class Own:
+    """Stands for a tensor that is learnt, and made for each parameter of the model from its values.
+
+    The same parameter always gets the same tensor from the same object.
+
+    Args:
+        make: A function of the parameter that returns the first value of its tensor. It has to be importable, so that
+            a table with it can be pickled.
+    """
+
+    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+        self.make = make
+        self._made: Any = WeakTensorKeyDictionary()
+
+    def of(self, parameter: Tensor) -> nn.Parameter:
+        """Return the tensor of a parameter."""
+        if parameter not in self._made:
+            self._made[parameter] = nn.Parameter(self.make(parameter.detach()))
+        found: nn.Parameter = self._made[parameter]
+        return found
+
+    def __repr__(self) -> str:
+        return "<one for each parameter>"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Own:
+        return self  # the copy of a model has copies of the tensors
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Own, (self.make,)
