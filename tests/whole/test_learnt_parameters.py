@@ -253,6 +253,32 @@ def test_functional_calls_and_a_second_transform() -> None:
     assert list(again.state_dict()) == list(model.state_dict())
 
 
+def test_a_transformed_part_of_a_model_keeps_its_parameters() -> None:
+    of = learnt()
+    part = fg.transform(mlp(), of.table)
+    model = nn.Sequential(part, nn.ReLU())
+    outer = nn.Parameter(torch.tensor(2.0))
+    gm = fg.transform(
+        model, fg.RuleTable([fg.on("relu", module="1").backward(scaled(alpha=outer))])
+    )
+    gm(X).sum().backward()
+    assert all(tensor.grad is not None for tensor in (*of, outer))
+    assert len([*gm.parameters()]) == len([*mlp().parameters()]) + 3
+    assert list(gm.state_dict()) == list(model.state_dict())
+    assert {id(t) for t in (*of, outer)} == {id(t) for t in tensors_of_rules(gm)}
+    with (
+        pytest.warns(fg.FreegradWarning, match="'params' matched nothing"),
+        fg.use({"params": "scale"}, model=model),
+    ):
+        model(X)
+
+
+def tensors_of_rules(gm: Any) -> list[Tensor]:
+    named = dict(gm.named_parameters())
+    ends = {tensor.data_ptr() for tensor in gm.rule_state_dict().values()}
+    return [p for p in named.values() if p.data_ptr() in ends]
+
+
 def test_native_blocks_give_the_gradient_of_the_forward() -> None:
     gm = fg.transform(mlp(), (of := learnt()).table)
     with fg.native(), pytest.warns(fg.FreegradWarning, match="forward"):

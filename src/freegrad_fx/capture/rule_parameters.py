@@ -351,10 +351,12 @@ class RuleParameters(HoldsForRules):
 
 def _is_held(model: nn.Module, node: fx.Node) -> bool:
     """Whether a node reads a tensor that a model holds for its rules."""
-    name = str(node.target)
-    return node.op == "get_attr" and (
-        name in model.__dict__.get(LEARNT, ())
-        or (name.startswith(RULE_PARAMETER) and name in buffers_of(model))
+    path, _, name = str(node.target).rpartition(".")
+    if node.op != "get_attr" or not name.startswith(RULE_PARAMETER):
+        return False
+    holder = model.get_submodule(path)  # a part of the model can have been transformed before
+    return isinstance(holder, HoldsForRules) and (
+        name in holder.__dict__.get(LEARNT, ()) or name in buffers_of(holder)
     )
 
 

@@ -29,6 +29,7 @@ from ..plan.decide import also, decide
 from ..plan.groups import acts_together
 from ..plan.noise import with_noise
 from ..plan.reach import require_reached
+from ..sites.parameters import named_parameters
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
 from ..table import RuleTable
@@ -112,7 +113,7 @@ class Observed(EagerSites):
         if model is not None:
             for path, module in model.named_modules():
                 self._paths[id(module)] = path
-            for name, parameter in model.named_parameters(remove_duplicate=False):
+            for name, parameter in named_parameters(model):
                 self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
         self._tied = {name: names for names in self._names.values() for name in names}
 
