@@ -347,7 +347,7 @@ def test_an_operation_without_the_operands_is_refused() -> None:
         RuleError, match=r"needs the operand 'weight', but the operation, 'relu',.*only: x"
     ):
         decoupled(torch.relu(stop_gradient(x)), x, rule=rule, operation="relu")
-    half = fg.register("half")(lambda grad, x, *, f: f.gradient("x", grad) / 2)
+    half = fg.register("half by f")(lambda grad, x, *, f: f.gradient("x", grad) / 2)
     out = decoupled(torch.relu(stop_gradient(x)), x, rule=half, operation="relu")
     assert torch.equal(torch.autograd.grad(out.sum(), x)[0], (x > 0) / 2)
     with pytest.raises(RuleError, match="uses `f`, but the operation of this site is not known"):
@@ -355,7 +355,7 @@ def test_an_operation_without_the_operands_is_refused() -> None:
 
 
 def test_rules_of_several_operands_are_refused_without_an_operation() -> None:
-    half = fg.register("half")(lambda grad, x, *, f: f.gradient("x", grad) / 2)
+    half = fg.register("half by f")(lambda grad, x, *, f: f.gradient("x", grad) / 2)
     model = torch.nn.Sequential(torch.nn.ReLU())
     with pytest.raises(fg.PlanError, match=r"needs the operand 'weight'.*at site 0:relu\[0\]"):
         fg.transform(model, {"relu": answering("linear")})
