@@ -331,7 +331,7 @@ def test_compare_prints_the_comparison(here: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["-r", "arctan", "-i", "3,5"], "(3x5 and 4x4). `freegrad-fx --traceback"),
+        (["-r", "arctan", "-i", "3,5"], "(3x5 and 4x8). `freegrad-fx --traceback"),
         (["-r", "arctn", "-i", "3,4"], "unknown rule 'arctn'"),
     ],
 )
