@@ -130,7 +130,10 @@ def recognise(
 
 
 def _is_wanted(entry: _Entry, wanted: Collection[str]) -> bool:
-    return not entry.op.on_demand or any(name in wanted for name in entry.names)
+    if not entry.op.on_demand:
+        return True
+    # Most tables name no such op, and a block sees every sum and product of the model
+    return bool(wanted) and any(name in wanted for name in entry.names)
 
 
 def may_be_recognised(function: Callable[..., Any], wanted: Collection[str] = ()) -> bool:
