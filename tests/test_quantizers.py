@@ -91,6 +91,7 @@ def test_the_forward_is_that_of_naive_code(name: str) -> None:
     assert quantised(rule, torch.tensor([[1.0, math.nan]]))[0, 1].isnan()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("name", QUANTIZERS)
 def test_the_report_has_the_ratio_of_signal_to_noise(name: str) -> None:
     rule, naive, decibels = QUANTIZERS[name]

@@ -120,7 +120,9 @@ class Nearest(nn.Module):
         return codes[torch.cdist(e, codes).argmin(-1)]
 
 
-@pytest.mark.parametrize("way", ["transform", "use", "compile"])
+@pytest.mark.parametrize(
+    "way", ["transform", "use", pytest.param("compile", marks=pytest.mark.slow)]
+)
 def test_the_rotation_trick_at_a_module_that_quantises_vectors(way: str) -> None:
     torch.manual_seed(0)
     codes, g = torch.randn(7, 4, dtype=torch.float64), torch.randn(5, 4, dtype=torch.float64)
@@ -181,7 +183,9 @@ def in_a_block(model: nn.Module, rules: Any, x: Tensor) -> Any:
     return model
 
 
-@pytest.mark.parametrize("way", [transformed, exported, in_a_block])
+@pytest.mark.parametrize(
+    "way", [transformed, in_a_block, pytest.param(exported, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("kind", ["function", "module"])
 def test_a_rule_along_another_dimension_is_refused(way: Callable[..., Any], kind: str) -> None:
     model = Sampled(dim=0) if kind == "function" else nn.Sequential(nn.Softmax(dim=0))
