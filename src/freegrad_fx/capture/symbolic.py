@@ -63,6 +63,8 @@ def capture_symbolically(
         found = _variants(partial(trace, concrete_flags=True), False) or []
     if not found or len(found) > MAX_VARIANTS:
         found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
+    if outside.compares_variables or outside.asks_identity:
+        found = [_as_it_compares(trace, traced, root) for traced in found]
     tracers = [tracer for tracer, _, _ in found]
     root.__dict__[CONSTANTS] = constants_read(
         root,
@@ -197,15 +199,29 @@ def _trace(
     root: nn.Module,
     outside: Outside,
     *rest: Any,
+    compares: bool = False,
     **options: Any,
 ) -> _Traced:
-    """Trace one variant. The arguments are those of `_trace_assuming`, without `identities`."""
-    may_compare = outside.compares_variables or outside.asks_identity
+    """Trace one variant, with `compares` as a forward that compares objects by `is` or `id`.
+
+    The other arguments are those of `_trace_assuming`, without `identities`.
+    """
 
     def trace(identities: Identities) -> _Traced:
         return _trace_assuming(identities, model, root, outside, *rest, **options)
 
-    return traced_as_it_compares(trace, may_compare, root)
+    return traced_as_it_compares(trace, compares, root)
+
+
+def _as_it_compares(trace: Callable[..., _Traced], traced: _Traced, root: nn.Module) -> _Traced:
+    """A trace in which tensors are one object where they are so in the model. Few models are traced again for this."""
+    tracer = traced[0]
+    tracer.identities.look_at_calls(root)
+    if not tracer.identities.returned:
+        return traced
+    again = trace(tracer.assumed, concrete_flags=tracer.concrete_flags, compares=True)
+    again[0].flags = tracer.flags
+    return again
 
 
 def _trace_assuming(
