@@ -48,7 +48,7 @@ RIGHT = {
 
 NONE = [
     *((RULES, name) for name in ("lambda", "native", "none", "steps", "", "x")),
-    *((OP_NAMES, name) for name in ("int4", "int8", "linear", "conv", "act", "dropout", "exp", "steps", "layer4.*")),
+    *((OP_NAMES, name) for name in ("int4", "int8", "lstm", "fft", "act", "cumsum", "unfold", "steps", "layer4.*")),
     *((FIELDS, name) for name in ("rule", "layer", "weights", "where", "kind")),
     *((("a", "b"), name) for name in ("slope", "low")),
 ]  # fmt: skip

@@ -46,7 +46,7 @@ CANONICAL = [
     "relu", "relu6", "leaky_relu", "rrelu", "elu", "selu", "celu", "gelu", "silu", "mish", "hardswish",
     "hardsigmoid", "hardtanh", "hardshrink", "softshrink", "tanhshrink", "softplus", "softsign", "sigmoid",
     "logsigmoid", "tanh", "heaviside", "jump_relu", "sign", "binarize", "ternarize", "quantize", "round", "floor",
-    "ceil", "trunc", "abs", "identity",
+    "ceil", "trunc", "abs", "identity", "dorefa", "sample_one_hot",
 ]  # fmt: skip
 X = torch.tensor([[-3.0, -0.2, 0.0, 0.4], [0.1, 2.5, 7.0, -0.6]])
 

@@ -72,8 +72,8 @@ def plot_rule(
 
     Raises:
         ImportError: matplotlib is not installed.
-        RuleError: The rule or the operation is unknown, the rule needs a tensor as a parameter, or `low` is not below
-            `high`.
+        RuleError: The rule or the operation is unknown, the rule needs a tensor as a parameter or several operands, or
+            `low` is not below `high`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -114,6 +114,10 @@ def curve_of(
         raise RuleError(f"plot_rule() draws from low to high, and got low={low}, high={high}")
     parts = _resolved(rule).parts
     for part in parts:
+        if needed := part.declaration.needs_operation:
+            raise RuleError(
+                f"rule {part.name!r} uses {needed} of an operation, and plot_rule() draws rules of one input"
+            )
         part.require_bound()
     name = _op(rule, op)
     at = torch.linspace(low, high, _POINTS, dtype=torch.float64)
