@@ -141,7 +141,9 @@ def run(
     name = acting[0].site.name
     replaces = decision if decision in of_input else None
     stops = replaces is not None and (used is None or used.answers_first)
-    given = start.detach() if stops else start
+    given = (
+        x.detach() if stops else start
+    )  # with the strides of x, as kernels round differently on others
     given = copied(given) if inplace or on_copy else given
     watched = bool(of_input) and on_copy and not inplace and forward is None
     writes = write_count(given) if watched else -1
