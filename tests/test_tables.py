@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -20,6 +21,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor 
 
 FROZEN = fg.RuleTable([fg.on(["layer_norm", "rms_norm", "group_norm"]).backward("frozen_norm")])
 TABLES = {name: getattr(fg.tables, name) for name in fg.tables.__all__}
+STRICT = {
+    name: make for name, make in TABLES.items() if "strict" in inspect.signature(make).parameters
+}
 
 
 # --- models ---
@@ -313,7 +317,7 @@ class PowerNorm(RMSNorm):
         return x * (x.pow(2).mean(-1, keepdim=True) + 1e-5) ** -0.5
 
 
-@pytest.mark.parametrize("make", TABLES.values(), ids=TABLES)
+@pytest.mark.parametrize("make", STRICT.values(), ids=STRICT)
 def test_a_strict_table_takes_a_model_that_it_reaches(make: Any) -> None:
     table = make(strict=True)
     assert fg.RuleTable.from_toml(table.to_toml()) == table != make()

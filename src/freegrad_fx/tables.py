@@ -1,4 +1,4 @@
-"""Ready tables for attribution: frozen attention patterns and norms, and layer-wise relevance propagation.
+"""Ready tables: attribution of transformers and of convolutional networks, feedback alignment, quantized weights.
 
 Each function returns a `RuleTable`, which can be printed, changed, joined with others by ``+``, and saved as TOML. Put
 entries of your own before it: the first entry that matches a place decides.
@@ -7,10 +7,28 @@ entries of your own before it: the first entry that matches a place decides.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-from .table import Entry, RuleTable, on
+from torch import nn
 
-__all__ = ["attn_lrp", "circuit_freeze", "cp_lrp", "gim", "relp"]
+from . import quantizers
+from .table import Entry, RuleTable, Selection, on
+
+__all__ = [
+    "attn_lrp",
+    "binary_weights",
+    "circuit_freeze",
+    "cp_lrp",
+    "deconvnet",
+    "epsilon_alpha2_beta1",
+    "epsilon_gamma_box",
+    "epsilon_plus",
+    "feedback_alignment",
+    "gim",
+    "guided_backprop",
+    "relp",
+    "ternary_weights",
+]
 
 MLPS = ("*mlp*", "*intermediate*", "*feed_forward*", "*ffn*")
 """Patterns for the paths of the blocks between attentions, as models of Hugging Face and torchvision name them."""
@@ -119,6 +137,121 @@ def gim(
     fused = on(_ATTENTION, optional=True).backward("attention_temperature", temperature=temperature)
     entries = [softmax, fused, *_half_products(), *_frozen_norms(), *_half_gates(gates)]
     return RuleTable(entries, _ALL if strict else ())
+
+
+# --- convolutional networks ---
+
+
+def guided_backprop() -> RuleTable:
+    """A table that passes a gradient at a ReLU where it and the input are positive.
+
+    Source: Springenberg et al. 2015, arXiv:1412.6806; Captum GuidedBackprop, zennit GuidedBackprop.
+    """
+    return RuleTable([on("relu").backward("guided")])
+
+
+def deconvnet() -> RuleTable:
+    """A table that passes a gradient at a ReLU where it is positive.
+
+    Source: Zeiler & Fergus 2014, arXiv:1311.2901; Captum Deconvolution, zennit DeconvNet.
+    """
+    return RuleTable([on("relu").backward("deconvnet")])
+
+
+def epsilon_plus(*, epsilon: float = 1e-6) -> RuleTable:
+    """A table for layer-wise relevance propagation: z⁺ at convolutions, ε at linear layers.
+
+    Value times gradient is relevance. A batch norm keeps its native gradient; merge it into the convolution before it
+    (``torch.nn.utils.fusion.fuse_conv_bn_eval``) to have z⁺ of both.
+
+    Args:
+        epsilon: The stabiliser of both rules.
+
+    Source: zennit EpsilonPlus. See `cp_lrp` for the patent.
+    """
+    conv = on("conv", optional=True).backward("lrp_zplus", epsilon=epsilon)
+    return RuleTable([conv, _epsilon(epsilon), *_identity()])
+
+
+def epsilon_alpha2_beta1(*, epsilon: float = 1e-6) -> RuleTable:
+    """A table for layer-wise relevance propagation: α = 2, β = 1 at convolutions, ε at linear layers.
+
+    Value times gradient is relevance.
+
+    Args:
+        epsilon: The stabiliser of both rules.
+
+    Source: zennit EpsilonAlpha2Beta1; `epsilon_plus` says more of batch norms. See `cp_lrp` for the patent.
+    """
+    conv = on("conv", optional=True).backward(
+        "lrp_alpha_beta", alpha=2.0, beta=1.0, epsilon=epsilon
+    )
+    return RuleTable([conv, _epsilon(epsilon), *_identity()])
+
+
+def epsilon_gamma_box(
+    low: float = -2.118, high: float = 2.64, *, gamma: float = 0.25, epsilon: float = 1e-6
+) -> RuleTable:
+    """A table for layer-wise relevance propagation: zᴮ at the first convolution, γ at the others, ε at linear layers.
+
+    The gradient of the input is its relevance: do not multiply it. In `attribute`, give ``multiply=False`` for the
+    input. Value times gradient is the relevance of what comes after the first convolution.
+
+    Args:
+        low: The smallest value of the input. The default is that of images as torchvision's models take them.
+        high: The largest one.
+        gamma: How much more the positive weights count.
+        epsilon: The stabiliser of all rules.
+
+    Source: zennit EpsilonGammaBox; `epsilon_plus` says more of batch norms. See `cp_lrp` for the patent.
+    """
+    first = on("conv", first=True).backward("lrp_zbox", low=low, high=high, epsilon=epsilon)
+    conv = on("conv", optional=True).backward("lrp_gamma", gamma=gamma, epsilon=epsilon)
+    return RuleTable([first, conv, _epsilon(epsilon), *_identity()])
+
+
+# --- training ---
+
+
+def feedback_alignment() -> RuleTable:
+    """A table that gives each linear layer and convolution a fixed random matrix in the place of its weight, backward.
+
+    The weights themselves keep their native gradient. Each layer has a matrix of its own.
+
+    Source: Lillicrap et al. 2016, doi:10.1038/ncomms13276.
+    """
+    return RuleTable([on(["linear", "conv"]).backward("feedback_alignment")])
+
+
+def binary_weights(*, scale: bool = True) -> RuleTable:
+    """A table through which the weights of linear layers and convolutions are read as two values.
+
+    Args:
+        scale: Whether each output channel keeps its mean magnitude, as in XNOR-Net.
+
+    Source: as for `quantizers.binary`.
+    """
+    return RuleTable([_weights().backward(quantizers.binary(scale=scale))])
+
+
+def ternary_weights(*, scale: bool = True) -> RuleTable:
+    """A table through which the weights of linear layers and convolutions are read as three values.
+
+    Args:
+        scale: Whether the weights keep their mean magnitude.
+
+    Source: as for `quantizers.ternary`.
+    """
+    return RuleTable([_weights().backward(quantizers.ternary(scale=scale))])
+
+
+def _weights() -> Selection:
+    kinds: list[Any] = [nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d]
+    return on(parameter="*weight", type=kinds)
+
+
+def _epsilon(epsilon: float) -> Entry:
+    return on("linear", optional=True).backward("lrp_epsilon", epsilon=epsilon)
 
 
 def _stopped_patterns() -> list[Entry]:
