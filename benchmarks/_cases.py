@@ -29,8 +29,12 @@ NATIVE = "native"
 NATIVE_RELU = "native relu"
 
 
-# The built-in rules for operations.
-_BUILT_IN = [rule for rule in vars(fg.rules).values() if isinstance(rule, fg.Rule)]
+# The built-in rules for operations of one input.
+_BUILT_IN = [
+    rule
+    for rule in vars(fg.rules).values()
+    if isinstance(rule, fg.Rule) and not rule.declaration.needs_operation
+]
 RULES = (*(rule.name for rule in _BUILT_IN if "operation" in rule.kinds),)
 ELEMENTWISE = (*(name for name in RULES if not fg.get(name).declaration.reducing),)
 

@@ -499,6 +499,7 @@ def test_a_task_that_inherits_a_block_is_told_where_it_is_not_in_force() -> None
     assert contextvars.Context().run(gradients, gm, X) == gradients(NET, X)
 
 
+@pytest.mark.slow
 def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
     program = """
         import threading, freegrad_fx as fg
@@ -515,7 +516,7 @@ def test_a_thread_and_the_program_may_end_inside_of_a_block() -> None:
 
 
 @NO_RULES_IN_A_THREAD
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize(
     "how", ["eager", "aot_eager", pytest.param("eager backend", marks=pytest.mark.slow)]
@@ -656,6 +657,7 @@ class Compiled:
         return self.model(x)
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize(
     "backend",
     [

@@ -98,6 +98,7 @@ def test_it_draws_into_axes_that_are_given() -> None:
 OF_ONE_INPUT = [r for r in fg.rules.available() if not fg.get(r).declaration.needs_operation]
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("name", OF_ONE_INPUT)
 def test_every_rule_of_one_input_can_be_drawn(name: str) -> None:
     rule = fg.get(name)

@@ -1073,6 +1073,7 @@ torch.save(results, sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [Branching], ids=lambda m: m.__name__)
 def test_torch_load_in_another_process(make: Make, tmp_path: Path) -> None:
     original = build(make)
@@ -1135,6 +1136,7 @@ class Encoder(nn.Module):
         return torch.tanh(self.layer(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("activation", [F.silu], ids=["silu"])
 def test_the_activation_of_a_transformer_layer_is_a_site(activation: Any) -> None:
     x = image(3, 5, 6)

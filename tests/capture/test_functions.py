@@ -591,6 +591,7 @@ def test_no_two_errors_send_from_one_to_the_other() -> None:
     assert all(map(torch.equal, actual, expected))
 
 
+@pytest.mark.slow
 def test_a_script_as_the_tutorial_writes_it() -> None:
     """In a process of its own: nothing but the script has touched PyTorch."""
     script = """
@@ -824,6 +825,7 @@ torch.save(gradient, sys.argv[1] + ".gradient")
 """
 
 
+@pytest.mark.slow
 def test_another_process_loads_it_with_its_backward(tmp_path: Path) -> None:
     file = str(tmp_path / "model.pt")
     model = build(USES["a_spike"])

@@ -150,6 +150,7 @@ class ComparesOtherThings(Net):
         return F.relu(x) * (2 if self.act is self.act and dtype is not self else 3)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("make", RESULTS, ids=lambda m: m.__name__)
 def test_a_result_is_the_argument_if_the_call_works_in_place(make: Make) -> None:
     check_capture(make, *TWICE)

@@ -88,6 +88,7 @@ def check(program: Any, captured_in: str, flags: Sequence[bool]) -> list[fx.Grap
     return results
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "examples", [EXAMPLES // 10, pytest.param(EXAMPLES, marks=pytest.mark.slow)]
 )

@@ -104,6 +104,7 @@ def test_the_same_rules_are_registered() -> None:
 # --- layers ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("forward", FORWARDS)
 @pytest.mark.parametrize("case", RULES)
 def test_a_layer_under_a_rule_computes_what_freegrads_does(forward: str, case: str) -> None:

@@ -28,6 +28,7 @@ def saved_bytes(rule: fg.Rule, dtype: torch.dtype) -> float:
     return sum(kept) / 8
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_bytes_are_those_that_are_saved(name: str, dtype: torch.dtype) -> None:

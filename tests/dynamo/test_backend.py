@@ -177,6 +177,7 @@ def test_inductor_compiles_what_was_rewritten(forward: Callable[[Model, Tensor],
     assert_same(gradients(compiled, model, x), by_interception(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @pytest.mark.inductor
 @pytest.mark.parametrize(
@@ -369,6 +370,7 @@ def test_a_container_of_pytorchs_own_is_captured_by_module_compile_too() -> None
     assert_same(gradients(model, model, x), expected)
 
 
+@pytest.mark.slow
 def test_parts_that_are_compiled_each_alone_have_reports_of_their_own() -> None:
     model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3)))
     backend = fg.backend("scale", inner="eager")
@@ -986,6 +988,7 @@ def scaled_by_one(model: nn.Module) -> list[Tensor]:
 # --- other rules, other graphs ---
 
 
+@pytest.mark.slow
 def test_another_backend_is_another_compilation() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     for s in (2.0, 3.0, 2.0):
@@ -993,6 +996,7 @@ def test_another_backend_is_another_compilation() -> None:
         assert_same(gradients(compiled, model, sample())[:3], [s * g for g in scaled_by_one(model)])
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_no_cache_serves_the_formula_that_a_name_had_before() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU())

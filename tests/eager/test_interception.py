@@ -60,6 +60,7 @@ WRITTEN_LATER = (
 )
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("rule", RULES)
 @CASE
 def test_in_place_code_equals_the_case_written_by_hand(case: Case, rule: str) -> None:
@@ -150,6 +151,7 @@ RECTANGULAR = fg.rules.rectangular(a=-0.3, b=0.4), entrywise("rectangular", a=-0
 CLIP_NORM = fg.rules.clip_norm(max_norm=0.1), whole("clip_norm", max_norm=0.1)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("case", CASES.values(), ids=lambda case: case.name)
 def test_each_layer_gives_its_parameters_the_rule(case: ParameterCase) -> None:
     model = case.build()

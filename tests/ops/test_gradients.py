@@ -437,6 +437,7 @@ def test_the_derivatives_agree_with_finite_differences(
 # --- functorch ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_gradients_of_samples_are_those_of_each_sample(name: str) -> None:
     x, grad = torch.randn(2, 5, 3, 4)
@@ -451,6 +452,7 @@ def test_gradients_of_samples_are_those_of_each_sample(name: str) -> None:
     torch.testing.assert_close(columns[0], each[0])
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", DETERMINISTIC)
 def test_the_jacobian_is_the_rule_of_every_unit_gradient(name: str) -> None:
     x = torch.randn(4)
@@ -533,6 +535,7 @@ def test_functional_call_with_other_parameters() -> None:
 # --- mixed precision, checkpoints, threads ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("rule", BUILT_IN)
 def test_under_autocast_a_gradient_has_the_dtype_of_its_input(rule: str) -> None:
     net, x = Net(rule), torch.randn(5, 4, requires_grad=True)
@@ -547,6 +550,7 @@ def test_under_autocast_a_gradient_has_the_dtype_of_its_input(rule: str) -> None
     assert all(p.grad.isfinite().all() for p in net.parameters())
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("rule", BUILT_IN)
 def test_checkpoints_change_nothing(rule: str, use_reentrant: bool) -> None:

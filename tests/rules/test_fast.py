@@ -39,6 +39,7 @@ def given_to(rule: fg.Rule, x: Tensor) -> tuple[Tensor, ...]:
     return (x,) if rule.inputs else ()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("name", "values"), FAST, ids=str)
 def test_the_fast_form_is_the_formula_bit_for_bit(

@@ -151,6 +151,7 @@ def results(name: str, grad: Tensor, values: dict[str, Any], **read: Tensor) -> 
 GRID = [0.0, -0.0, 1e-4, 0.1, 0.25, 0.5, 0.75, 1.0, 1.5, 2.5, 4.0, 20.0, 1e4, math.inf]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize(("name", "values"), EXAMPLES, ids=str)
 def test_a_rule_is_its_formula_at_small_large_and_infinite_numbers(
     name: str, values: dict[str, Any]
@@ -270,6 +271,7 @@ def test_a_rule_leaves_its_arguments_as_they_are(name: str) -> None:
     assert all(map(torch.equal, (grad, x, y), before))
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("dtype", FLOATS)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_rule_keeps_shape_dtype_and_memory_format(name: str, dtype: torch.dtype) -> None:

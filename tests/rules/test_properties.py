@@ -20,6 +20,7 @@ def inputs() -> tuple[Tensor, Tensor, Tensor]:
     return 2 * first, 2 * second, x
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_rule_is_linear_if_it_says_so(name: str) -> None:
     first, second, x = inputs()
@@ -33,6 +34,7 @@ def test_a_rule_is_linear_if_it_says_so(name: str) -> None:
             assert not torch.allclose(together, apart)
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_rule_reads_only_the_same_entry_unless_it_reduces(name: str) -> None:
     grad, _, x = inputs()
@@ -48,6 +50,7 @@ def test_a_rule_reads_only_the_same_entry_unless_it_reduces(name: str) -> None:
     assert reduced is fg.get(name).declaration.reducing
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_a_rule_is_random_if_it_says_so(name: str) -> None:
     grad, _, x = inputs()

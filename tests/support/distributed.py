@@ -152,7 +152,7 @@ SLOW = {
     *("DDP, eager back end", "DDP, compiled", "FSDP, compiled", "FSDP of parts, compiled"),
     *("DDP, learnt", "FSDP, learnt"),
 }
-SLOW |= {"DDP, together", "FSDP, together"}
+SLOW |= {"DDP", "DDP, together", "FSDP, together"}
 
 
 def main(rank: int, folder: Path, slow: bool) -> None:

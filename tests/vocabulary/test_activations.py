@@ -194,6 +194,7 @@ def test_an_op_keeps_the_shape_and_is_elementwise_as_its_line_says(spell: Spell)
 # --- spellings in the graphs of the three ways in ---
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("spell", [*SPELLINGS, *OUT_SPELLINGS], ids=by_id)
 def test_every_spelling_is_recognised_in_a_symbolic_trace(spell: Spell) -> None:
     graph_module = fx.symbolic_trace(spell.make())

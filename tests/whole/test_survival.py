@@ -184,6 +184,7 @@ torch.save([each.gradients for each in seen], sys.argv[3])
 """
 
 
+@pytest.mark.slow
 @pytest.mark.sampled(3)
 @BOTH
 def test_torch_load_in_another_process(pair: str, tmp_path: Path) -> None:
@@ -311,6 +312,7 @@ def test_compiled_in_one_piece(pair: str) -> None:
         assert_kept_compiled(compiled, by_hand)
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_compiled_by_inductor() -> None:
     original, by_hand = make("one graph")
