@@ -74,6 +74,7 @@ class Declaration:
             formula returns it in a dict.
         operation: Whether the formula uses the native operation, ``f``.
         several: Whether the formula reads or answers for other operands than the first one, or returns a dict.
+        needs_operation: What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing.
     """
 
     name: str
@@ -107,8 +108,12 @@ class Declaration:
     learns: Learns = field(default_factory=dict)
     operation: bool = False
     several: bool = field(init=False)
+    needs_operation: str = field(init=False)
 
     def __post_init__(self) -> None:
+        names = [n for n in (*self.inputs, *self.answers) if n not in INPUTS]
+        needed = f"the operand {names[0]!r}" if names else "`f`" * self.operation
+        object.__setattr__(self, "needs_operation", needed)
         one = not self.answers and set(self.inputs) <= {*INPUTS} and not self.operation
         object.__setattr__(self, "several", not one or None in self.learns.values())
 
@@ -125,12 +130,6 @@ class Declaration:
         answers = {first if name == "x" else name for name in self.answers or ("x",)}
         takes = {*operands} if self.operation else {*operands} & (reads | answers)
         return Uses(frozenset(reads), frozenset(answers), frozenset(takes))
-
-    @property
-    def needs_operation(self) -> str:
-        """What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing."""
-        names = [n for n in (*self.inputs, *self.answers) if n not in INPUTS]
-        return f"the operand {names[0]!r}" if names else "`f`" * self.operation
 
     @property
     def formula(self) -> str:

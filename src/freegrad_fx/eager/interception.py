@@ -80,8 +80,8 @@ def _intercepted(
         args, kwargs = with_parameters(deciding, func, args, kwargs)
     if in_one_site():
         return func(*args, **kwargs)
-    comparing = [o for o in observing if "comparison" in o.on_demand]
-    if comparing and may_be_a_step(func):
+    if "comparison" in on_demand and may_be_a_step(func):
+        comparing = [o for o in observing if "comparison" in o.on_demand]
         found = difference_of(func, args, kwargs)
         if found is not None or spelling is None:
             return _step(comparing, found, func, args, kwargs)
@@ -90,9 +90,9 @@ def _intercepted(
         if not any(opaque):
             return func(*args, **kwargs)
         return observing[-1].run(lambda: func(*args, **kwargs))
-    name = spelling.op.name
-    asking = [o for o in observing if not spelling.op.on_demand or name in o.on_demand]
-    asked = (observed.operation(spelling, func, args, kwargs) for observed in asking)
+    op = spelling.op
+    asking = [o for o in observing if op.name in o.on_demand] if op.on_demand else observing
+    asked = [observed.operation(spelling, func, args, kwargs) for observed in asking]
     decisions = to_rewrite(asked)
     if not decisions:
         return observing[-1].run(lambda: func(*args, **kwargs))
@@ -103,9 +103,10 @@ def _intercepted(
         args, kwargs = with_edges(spelling.found, args, kwargs, decisions, inplace=inplace)
         other = {operand.name for operand in spelling.found[1:]}
         decisions = {at: d for at, d in decisions.items() if at not in other}
-    used = used_call(spelling, func, args, kwargs, decisions.get(REPLACE)) if rules_act() else None
-    if used is not None:
-        args, kwargs = used.args, used.kwargs
+    used, replaces = None, decisions.get(REPLACE)
+    if replaces is not None and replaces.uses_operands and rules_act():
+        used = used_call(spelling, func, args, kwargs, replaces)
+        args, kwargs = (args, kwargs) if used is None else (used.args, used.kwargs)
     operation = with_argument(func, args, kwargs, key)
     inplace = spelling.inplace
     return observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
@@ -137,7 +138,7 @@ def _step(
         note_comparison(func, args, kwargs, result)
         return result
     spelling, difference = found
-    decisions = to_rewrite(o.operation(spelling, func, args, kwargs) for o in comparing)
+    decisions = to_rewrite([o.operation(spelling, func, args, kwargs) for o in comparing])
     result = comparing[-1].run(lambda: func(*args, **kwargs))
     if not decisions:
         return result

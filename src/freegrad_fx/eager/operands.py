@@ -40,15 +40,13 @@ def used_call(
     function: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
-    decision: Decision | None,
+    decision: Decision,
 ) -> UsedCall | None:
     """What a rule that replaces the backward uses of a call; None if only the first operand and the output.
 
     Raises:
         RuleError: The rule computes the operation at other operands, and this call does not allow that.
     """
-    if decision is None or not decision.rules:
-        return None
     (first, *others), op = spelling.operands, spelling.op
     names = (first.name, *(operand.name for operand in others))
     declaration = decision.rules[0].declaration

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -43,12 +43,15 @@ Decisions: TypeAlias = Mapping[str, Decision]
 """The decisions for the places at one operation, by placement."""
 
 
-def to_rewrite(asked: Iterable[Decisions | None]) -> Decisions:
+def to_rewrite(asked: Sequence[Decisions | None]) -> Decisions:
     """The decisions to rewrite. At each place, the first block whose table has an entry for it decides.
 
     Args:
         asked: The decisions of the blocks in force, the innermost first.
     """
+    if len(asked) == 1:
+        found = asked[0] or {}
+        return {at: d for at, d in found.items() if d.action == "rewrite" and d.entry is not None}
     decided: dict[str, Decision] = {}
     for decisions in asked:
         for at, decision in decisions.items() if decisions else ():
@@ -133,8 +136,9 @@ def run(
         out = operation(x)
         return x.copy_(out) if inplace and forward is not None else out
     of_input = [d for d in acting if d.site.at != OUTPUT]
-    read = used is not None or any(d.reads("x") for d in of_input)
-    start = x.clone() if inplace and read else x
+    start = x
+    if inplace and (used is not None or any(d.reads("x") for d in of_input)):
+        start = x.clone()
     for edge in of_input:
         if edge.site.at != REPLACE:
             start = decoupled_by(edge.rules, start.detach(), start, edge.site.name)

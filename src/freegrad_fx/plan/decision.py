@@ -55,6 +55,11 @@ class Decision:
         return self.action == "ambient" or any(name in rule.inputs for rule in self.rules)
 
     @property
+    def uses_operands(self) -> bool:
+        """Whether the rule that gets the gradient first uses more of the operation than its first operand."""
+        return bool(self.rules) and bool(self.rules[0].declaration.needs_operation)
+
+    @property
     def acts(self) -> bool:
         """Whether rules or a new forward are inserted at the site."""
         return self.action in ("rewrite", "ambient")
