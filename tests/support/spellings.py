@@ -345,7 +345,7 @@ def _oddities() -> Iterator[Spell]:
         yield from _spells("ternarize", "ternarize", ternarize, args=args, kwargs=kwargs)
     sampled = freegrad_fx.vocabulary.sample_one_hot
     yield from _spells("sample_one_hot", "sample_one_hot", sampled)
-    yield from _spells("sample_one_hot", "sample_one_hot", sampled, kwargs={"dim": 1})
+    yield from _spells("sample_one_hot", "sample_one_hot", sampled, False, kwargs={"dim": 1})
     dorefa = freegrad_fx.vocabulary.dorefa
     for args, kwargs in (((), {}), ((), {"bits": 2})):
         yield from _spells("dorefa", "dorefa", dorefa, args=args, kwargs=kwargs)

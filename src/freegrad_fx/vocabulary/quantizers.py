@@ -224,7 +224,7 @@ def _dorefa(x: Tensor, bits: int = 4) -> Tensor:
     largest = t.abs().amax() if t.numel() else t.new_ones(())
     unit: Tensor = t / (2 * torch.where(largest == 0, 1, largest)) + 0.5
     levels: Tensor = 2 * (most * unit).round() / most - 1
-    return levels.to(x.dtype)
+    return torch.where(x.isnan(), x, levels.to(x.dtype))
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -259,12 +259,13 @@ def sample_one_hot(x: Tensor, dim: int = -1) -> Tensor:
 
 def _sample_one_hot(x: Tensor, dim: int = -1) -> Tensor:
     if not x.numel():
-        return x.detach().clone()
+        return x.clone()
     logits = _wide(x)
     # -log(U) is exponential; the smallest positive number instead of 0
     drawn = -torch.rand_like(logits).clamp(min=torch.finfo(logits.dtype).tiny).log()
     place = (logits - drawn.log()).argmax(dim, keepdim=True)
-    return torch.zeros_like(logits).scatter(dim, place, 1.0).to(x.dtype)
+    sample = torch.zeros_like(logits).scatter(dim, place, 1.0)
+    return torch.where(x.isnan(), x, sample.to(x.dtype))
 
 
 def jump_relu(x: Tensor, threshold: float = 0.0) -> Tensor:
