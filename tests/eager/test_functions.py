@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -131,3 +132,64 @@ def test_a_reentrant_checkpoint_counts_the_sites_of_its_forward() -> None:
         assert names == [f"<root>:tanh[{call}]" for call in range(3)]
     assert torch.equal(found[0], torch.full((3,), 24.0))
     assert torch.equal(*found)
+
+
+class Double(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return 2 * grads[0]
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Double.apply(self.linear(Double.apply(x)).tanh())
+
+
+@pytest.mark.parametrize("order", ["parameters in the same table", "in a block inside", "outside"])
+def test_functions_and_parameters_have_rules_together(order: str) -> None:
+    model, x = Twice(), torch.randn(2, 3, requires_grad=True)
+    functions: Any = {Double: fg.rules.scale(s=5.0)}
+    parameters: Any = {"params": fg.rules.scale(s=-1.0)}
+    blocks = [fg.use(functions, model=model), fg.use(parameters, model=model)]
+    if order == "parameters in the same table":
+        blocks = [fg.use({**functions, **parameters}, model=model)]
+    elif order == "outside":
+        blocks.reverse()
+    with contextlib.ExitStack() as stack:
+        for block in blocks:
+            stack.enter_context(block)
+        y = model(x)
+    found = torch.autograd.grad(y.sum(), [x, *model.parameters()])
+    g = torch.ones(2, 3) * 5 * (1 - (y / 2) ** 2)
+    inner = 2 * x
+    expected = [5 * g @ model.linear.weight, -(g.T @ inner), -g.sum(0)]
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b.detach())
+    assert torch.equal(model(x), y)  # nothing is left behind
+    (native,) = torch.autograd.grad(model(x).sum(), x)
+    torch.testing.assert_close(native, (4 * (1 - (y / 2) ** 2) @ model.linear.weight).detach())
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["in the block", "after the block"])
+def test_the_calls_of_a_checkpoint_that_runs_again_have_the_same_numbers(inside: bool) -> None:
+    model, x = Twice(), torch.randn(2, 3, requires_grad=True)
+    table = fg.RuleTable([fg.on(type=Double, call=1).backward("scale", s=5.0)])
+
+    def gradients(run: Any) -> list[Tensor]:
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(fg.use(table, model=model))
+            y = run(x)
+            if not inside:
+                stack.close()
+            return list(torch.autograd.grad(y.sum(), [x, *model.parameters()]))
+
+    again = functools.partial(checkpoint, model, use_reentrant=False)
+    assert all(map(torch.equal, gradients(again), gradients(model)))

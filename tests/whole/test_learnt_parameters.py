@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import Tensor, nn
 
 import freegrad_fx as fg
@@ -337,17 +338,100 @@ class CallsFunction(nn.Module):
         return Identity.apply(x)  # type: ignore[no-any-return, no-untyped-call]
 
 
-def test_a_block_refuses_a_learning_rule_at_a_function_and_transform_takes_it() -> None:
+def test_a_rule_at_a_function_learns_in_a_block_as_in_a_transformed_model() -> None:
+    found = []
+    for door in ("transform", "use"):
+        alpha = nn.Parameter(torch.tensor(0.7))
+        table = {Identity: scaled(alpha=alpha)}
+        x, model = X.clone().requires_grad_(), CallsFunction()
+        if door == "transform":
+            y = fg.transform(model, table)(x)
+        else:
+            with fg.use(table, model=model):
+                y = model(x)
+        found.append(torch.autograd.grad(y.square().sum(), [x, alpha]))
+    assert all(map(torch.equal, *found))
+
+
+stored = Identity.apply
+
+
+class CallsStored(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return stored(x)  # type: ignore[no-any-return, no-untyped-call]
+
+
+@pytest.mark.parametrize("at", ["a stored apply", "a further rule"])
+def test_where_a_rule_at_a_function_cannot_learn_is_said(at: str) -> None:
     alpha = nn.Parameter(torch.tensor(0.7))
-    table = {Identity: scaled(alpha=alpha)}
-    x = X.clone().requires_grad_()
+    model = CallsStored() if at == "a stored apply" else CallsFunction()
+    entries = [fg.on(type=Identity).backward(scaled(alpha=alpha))]
+    if at == "a further rule":
+        entries.append(fg.on(type=Identity, at="output").backward("half"))
     with (
         pytest.raises(fg.RuleError, match=r"transform\(model, rules\)"),
-        fg.use(table, model=(model := CallsFunction())),
+        fg.use(fg.RuleTable(entries)),
     ):
-        model(x)
-    fg.transform(CallsFunction(), table)(x).sum().backward()
-    assert torch.allclose(alpha.grad, x.sum())
+        model(X.clone().requires_grad_())
+
+
+class Step(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return (x > 0).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return torch.zeros_like(grads[0])
+
+
+class Neurons(nn.Module):
+    """Leaky neurons with a threshold, in a loop over time: no capture takes such a loop over data."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 4).double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = total = torch.zeros(x.shape[1], 4, dtype=x.dtype)
+        for current in x:
+            state = 0.9 * state + self.linear(current)
+            spikes = Step.apply(state - 0.2)
+            if float(spikes.detach().sum()) >= 0:  # a condition on the data
+                state = state - spikes
+            total = total + spikes
+        return total
+
+
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_the_slope_of_the_surrogate_of_neurons_is_learnt_in_a_block(checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    model, x = Neurons(), torch.randn(5, 2, 3, dtype=torch.float64)
+    slope = nn.Parameter(torch.tensor(3.0, dtype=torch.float64))
+    run: Any = model
+    if checkpointed:
+        run = functools.partial(torch.utils.checkpoint.checkpoint, model, use_reentrant=False)
+    with fg.use({Step: fg.rules.fast_sigmoid(slope=slope)}, model=model):
+        y = run(x)
+        found = torch.autograd.grad(y.square().sum(), [*model.parameters(), slope])
+
+    # the primitive of the surrogate in the place of the step, with the values of the step
+    by_hand = slope.detach().clone().requires_grad_()
+
+    def surrogate(v: Tensor) -> Tensor:
+        smooth = v / (1 + by_hand * v.abs())
+        return (v > 0).to(v.dtype) + smooth - smooth.detach()
+
+    state = total = torch.zeros(2, 4, dtype=torch.float64)
+    for current in x:
+        state = 0.9 * state + model.linear(current)
+        spikes = surrogate(state - 0.2)
+        state = state - spikes
+        total = total + spikes
+    assert torch.equal(total, y)
+    expected = torch.autograd.grad(total.square().sum(), [*model.parameters(), by_hand])
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
 
 
 def test_a_rule_that_does_not_learn_still_warns() -> None:

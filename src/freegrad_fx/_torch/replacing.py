@@ -27,12 +27,14 @@ class Replacement:
         name: The name of the attribute.
         value: The replacement.
         thread: The thread for which it is active; None for a permanent replacement in all threads.
+        asks: Whether it asks itself for the thread that calls it.
     """
 
     owner: Any
     name: str
     value: Any
     thread: int | None
+    asks: bool = False
 
 
 _ABSENT: Any = object()
@@ -46,6 +48,9 @@ class _Slot:
     name: str
     raw: Any = _ABSENT  # the value in the owner itself, not in its bases
     original: Any = None
+    dispatches: bool = (
+        False  # whether the attribute holds a function that looks up the calling thread
+    )
     entries: tuple[Replacement, ...] = ()  # never changed in place, because other threads read it
 
     def now(self) -> Any:
@@ -97,7 +102,7 @@ def replaced(owner: Any, name: str, make: Make, *, asks_for_thread: bool = False
         yield
     finally:
         with _lock:
-            _end(entry, asks_for_thread)
+            _end(entry)
 
 
 @contextlib.contextmanager
@@ -112,7 +117,7 @@ def all_replaced(wanted: Iterable[tuple[Any, str, Make]]) -> Iterator[None]:
     finally:
         with _lock:
             for entry in reversed(entries):
-                _end(entry, False)
+                _end(entry)
 
 
 def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacement:
@@ -120,16 +125,20 @@ def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacem
     slot = _slots.get(key)
     if slot is None:
         slot = _Slot(owner, name, vars(owner).get(name, _ABSENT), getattr(owner, name, None))
-    before = getattr(owner, name) if asks_for_thread else slot.now()
-    entry = Replacement(owner, name, make(before), threading.get_ident())
-    if key not in _slots or asks_for_thread:
-        setattr(owner, name, entry.value if asks_for_thread else _dispatcher(slot, entry.value))
-        _slots[key] = slot
+    dispatches = slot.dispatches or not asks_for_thread
+    before = slot.now() if dispatches else getattr(owner, name)
+    entry = Replacement(owner, name, make(before), threading.get_ident(), asks_for_thread)
+    if not dispatches:
+        setattr(owner, name, entry.value)
+    elif not slot.dispatches:
+        setattr(owner, name, _dispatcher(slot, entry.value))
+    slot.dispatches = dispatches
+    _slots[key] = slot
     slot.entries = (*slot.entries, entry)
     return entry
 
 
-def _end(entry: Replacement, asks_for_thread: bool) -> None:
+def _end(entry: Replacement) -> None:
     owner, name = entry.owner, entry.name
     slot = _slots[id(owner), name]
     slot.entries = tuple(other for other in slot.entries if other is not entry)
@@ -139,8 +148,12 @@ def _end(entry: Replacement, asks_for_thread: bool) -> None:
             delattr(owner, name)
         else:
             setattr(owner, name, slot.raw)
-    elif asks_for_thread:
-        setattr(owner, name, slot.entries[-1].value)
+        return
+    last = slot.entries[-1]
+    if all(other.asks and other.thread == last.thread for other in slot.entries):
+        slot.dispatches = False
+    if not slot.dispatches:
+        setattr(owner, name, last.value)
 
 
 def _dispatcher(slot: _Slot, value: Any) -> Any:

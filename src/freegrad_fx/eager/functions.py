@@ -5,6 +5,7 @@ Those that a table selects are sites, also through a stored ``apply``. All of th
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
@@ -22,6 +23,7 @@ from .._torch.functions import (
     with_results,
 )
 from ..context import intercepting_blocks, left_alone
+from ..core.rule import learnt_by
 from ..errors import RuleError
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE
@@ -66,9 +68,8 @@ def calls_of_functions(
         position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
         if not decisions or position is None:
             return compute(), None
-        for decision in decisions.values():
-            _refuse_learning(decision, function)
         x = inputs[position]
+        _note_learning(decisions, function, x)
         forward = decisions[REPLACE].forward if REPLACE in decisions else None
         result = compute() if forward is None else replaced_forward(forward, x)
         require_tensor(result, next(iter(decisions.values())).site.name)
@@ -81,16 +82,56 @@ def calls_of_functions(
     return with_results(functions, applied)
 
 
-def _refuse_learning(decision: Decision, function: Function) -> None:
-    """Raise `RuleError` for a rule that gives a gradient to its parameters, which are no inputs of the Function."""
-    for rule in decision.rules:
-        if rule.learnt:
+class _Thread(threading.local):
+    """The rules of the `apply` that runs now which give a gradient to their parameters, with its input."""
+
+    learning: list[tuple[Decision, Tensor]] | None = None
+
+
+_thread = _Thread()
+
+
+def _note_learning(decisions: Decisions, function: Function, x: Tensor) -> None:
+    """Note a rule that gives a gradient to its parameters, which are no inputs of the Function.
+
+    Raises:
+        RuleError: The rule is at a place where its parameters cannot be connected to the result.
+    """
+    for at, decision in decisions.items():
+        names = [name for rule in decision.rules for name in rule.learnt]
+        if not names:
+            continue
+        where = f"rule {decision.rules[0].name!r} at site {decision.site.name!r}"
+        if at != REPLACE or len(decisions) > 1:
             raise RuleError(
-                f"rule {rule.name!r} at site {decision.site.name!r} gives a gradient to its parameter "
-                f"{', '.join(rule.learnt)}, but a block replaces only the backward of {function.__name__}, which has "
-                f"no such input. Transform the model, transform(model, rules); or give a tensor with "
-                f"requires_grad=False."
+                f"{where} gives a gradient to its parameter {', '.join(names)}, which is possible in a block only if "
+                f"it replaces the backward of {function.__name__} and no other rule is at the call. Transform the "
+                f"model, transform(model, rules); or give a tensor with requires_grad=False."
             )
+        if _thread.learning is None:
+            raise RuleError(
+                f"{where} gives a gradient to its parameter {', '.join(names)}, but the call is to a stored "
+                f"{function.__name__}.apply: a block connects the parameter only where {function.__name__}.apply is "
+                f"looked up. Call {function.__name__}.apply there, or transform the model: transform(model, rules)."
+            )
+        _thread.learning.append((decision, x))
+
+
+class _Learnt(torch.autograd.Function):
+    """Returns the result of a call; in the backward, its rules compute the gradients of what they learn."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, decision: Decision, *learnt: Tensor) -> Tensor:
+        ctx.decision = decision
+        ctx.save_for_backward(x, y)
+        return y.clone()  # the program can write into it
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, y = ctx.saved_tensors
+        decision: Decision = ctx.decision
+        _, *found = gradients_by(decision.rules, y.detach(), x, grads[0], decision.site.name)
+        return grads[0], None, None, *found
 
 
 def parameters_of_functions() -> AbstractContextManager[None]:
@@ -119,7 +160,22 @@ def _with_rules(apply: Callable[..., Any], function: Function, args: tuple[Any, 
         deciding = [observed for observed in observing if observed.wants_parameters]
         with left_alone():  # the rules are Functions and functions of PyTorch, too
             args, _ = with_parameters(deciding, apply, args, {})
+        return _connected(apply, args)
     return apply(*args)
+
+
+def _connected(apply: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call `apply`, and connect the parameters that the rules of the call learn to its result."""
+    outer, _thread.learning = _thread.learning, []
+    try:
+        result = apply(*args)
+        noted = _thread.learning
+    finally:
+        _thread.learning = outer
+    with left_alone():
+        for decision, x in noted:
+            result = _Learnt.apply(result, x, decision, *learnt_by(decision.rules))  # type: ignore[no-untyped-call]
+    return result
 
 
 def _require_rules(function: Function, ctx: Any, inputs: tuple[Any, ...]) -> None:

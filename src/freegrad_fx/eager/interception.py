@@ -166,7 +166,7 @@ _INTERCEPTION = _Interception()
 @dataclass
 class _Entered:
     block: Any
-    classes: AbstractContextManager[Any]
+    classes: AbstractContextManager[Any] | None  # None if the thread is in the block already
     pushed: bool
 
 
@@ -195,8 +195,11 @@ def enter(block: Any) -> None:
     pushed = not function_mode_active(_INTERCEPTION)
     if pushed:
         _INTERCEPTION.__enter__()  # type: ignore[no-untyped-call]
-    classes = block.observed.classes()
-    classes.__enter__()
+    classes = None
+    # A backward inside of the block runs a checkpoint again, which enters it again
+    if all(entered.block is not block for entered in _thread.own.entered):
+        classes = block.observed.classes()
+        classes.__enter__()
     _thread.own.entered.append(_Entered(block, classes, pushed))
 
 
@@ -207,7 +210,12 @@ def leave(block: Any) -> None:
     while entered[index].block is not block:
         index -= 1
     ended = entered.pop(index)
-    ended.classes.__exit__(None, None, None)
+    if ended.classes is not None:
+        remaining = next((e for e in entered if e.block is block), None)
+        if remaining is None:
+            ended.classes.__exit__(None, None, None)
+        else:
+            remaining.classes = ended.classes
     if not ended.pushed:
         return
     later = next((e for e in entered[index:] if not e.pushed), None)

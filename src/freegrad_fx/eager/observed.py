@@ -128,10 +128,13 @@ class Observed(EagerSites):
     def classes(self) -> Iterator[None]:
         """A context in which the calls of the classes that the table selects are sites.
 
-        In it, autograd.Functions take parameters with their rules.
+        In it, autograd.Functions take parameters with their rules, and their rules can learn.
         """
         with ExitStack() as stack:
-            if self.wants_parameters:
+            learns = any(
+                rule.learnt for e in self.table for rule in e.rules or () if e.sites.by_class
+            )
+            if self.wants_parameters or learns:
                 stack.enter_context(parameters_of_functions())
                 stack.enter_context(parameters_swapped_in())
             if any(entry.sites.by_class for entry in self.table.entries):
