@@ -173,7 +173,7 @@ def test_the_checker_notices(broken: Any) -> None:
 # --- what can be captured ---
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "name",
@@ -209,7 +209,7 @@ def capture_error(model: nn.Module, **options: Any) -> str:
 TOO_LARGE_TO_COMPARE = HUGE | {"vit_l_16", "vit_l_32", "convnext_large"}
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in CLASSIFICATION if n not in TOO_LARGE_TO_COMPARE])
 def test_a_classifier_is_verified(name: str) -> None:

@@ -53,7 +53,7 @@ def timm_model(name: str) -> tuple[nn.Module, tuple[int, ...]]:
     return model, (2, *size)
 
 
-@pytest.mark.thinned(3)
+@pytest.mark.thinned(4)
 @pytest.mark.parametrize(
     "name", families() or [pytest.param("", marks=pytest.mark.skip("no timm"))]
 )
