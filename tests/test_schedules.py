@@ -285,3 +285,10 @@ def test_a_value_that_a_rule_refuses_leaves_the_values_of_before() -> None:
         assert (scheduler.last_epoch, scheduler.get_last_value()) == (0, {"slope": 1.0})
         if isinstance(target, fg.RuleTable):
             assert float(scheduler.target[0].rules[0].bound["slope"]) == 1.0
+
+
+@pytest.mark.parametrize("state", [3, {"steps": 3}])
+def test_what_is_no_state_is_refused(state: Any) -> None:
+    scheduler = fg.RuleScheduler(fg.transform(make(), "fast_sigmoid"), SLOPE)
+    with pytest.raises(TypeError, match="takes what state_dict"):
+        scheduler.load_state_dict(state)

@@ -309,6 +309,19 @@ def test_what_is_left_out_on_request() -> None:
     assert len(fg.tables.circuit_freeze(mlps=[])) == len(fg.tables.circuit_freeze()) - 1
 
 
+@pytest.mark.parametrize("path", ["1", "1.0"])
+def test_the_path_of_an_mlp_reaches_the_layers_in_it(path: str) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 3), nn.Sequential(nn.Linear(3, 3), nn.GELU())).double()
+    x = torch.randn(2, 3, dtype=torch.float64, requires_grad=True)
+    y = fg.transform(model, fg.tables.circuit_freeze(mlps=[path]))(x)
+    assert not torch.autograd.grad(y.sum(), x)[0].any()
+    with pytest.warns(fg.FreegradWarning, match="matches nothing|matched nothing"):
+        fg.transform(model, fg.tables.circuit_freeze(mlps=["nope*"]))
+    with pytest.raises(TypeError, match=r"Write mlps=\['1'\]"):
+        fg.tables.circuit_freeze(mlps="1")
+
+
 # --- strict ---
 
 

@@ -290,8 +290,10 @@ def compare(
         raise ValueError(
             f"there are {len(batches)} batches and {len(wanted)} targets; give one target for each batch"
         )
+    if loss is not None and not callable(loss):
+        raise TypeError(f"loss has to be a function of the output and the targets, got {loss!r}")
     numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
-    if not numbers:
+    if not numbers or not all(isinstance(seed, int) for seed in numbers):
         raise ValueError(f"seeds has to be a number from 1, or the seeds themselves, got {seeds!r}")
     runs = [
         (batch, target, seed)
@@ -379,7 +381,7 @@ def _name(rules: Any) -> str:
     return (
         " ".join(text.split())
         if len(text) <= 50
-        else f"table of {len(RuleTable.of(rules))} entries"
+        else f"a table, {len(RuleTable.of(rules))} entries"
     )
 
 

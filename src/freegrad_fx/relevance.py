@@ -291,7 +291,7 @@ def _paths(model: nn.Module, at: str | Sequence[str] | None) -> tuple[str, ...]:
         raise TypeError(f"at has to be the path of a module, or several, got {at!r}")
     for path in paths:
         if path not in known:
-            raise ValueError(unknown("module", path, known))
+            raise ValueError(unknown("module", path, filter(None, known)))
     return paths
 
 

@@ -303,7 +303,10 @@ class RuleScheduler:
         Raises:
             RuleError: It is the state of a scheduler of other parameters, or of one whose schedules have other values
                 at that step. Nothing is changed then.
+            TypeError: It is no state of a `RuleScheduler`.
         """
+        if not isinstance(state, Mapping) or not {"last_epoch", "values"} <= {*state}:
+            raise TypeError(f"load_state_dict takes what state_dict() returned, got {state!r}")
         values, saved = self._values_at(state["last_epoch"]), state["values"]
         if values != saved:
             raise RuleError(

@@ -49,7 +49,8 @@ def circuit_freeze(*, mlps: Sequence[str] = MLPS, strict: bool = False) -> RuleT
     is left of the model is linear: its second derivatives are 0. This is the replacement model of attribution graphs.
 
     Args:
-        mlps: Patterns for the paths of the modules whose linear layers no gradient passes; an empty list for none.
+        mlps: Patterns for the paths of the MLPs: of their linear layers, or of modules that contain these. No gradient
+            passes these layers. An empty list for none. Patterns of your own have to match.
         strict: Whether a norm, an attention or a softmax that the table does not reach is an error; see `RuleTable`.
 
     Source: Ameisen et al. 2025, Circuit tracing (transformer-circuits.pub); circuit-tracer.
@@ -60,7 +61,11 @@ def circuit_freeze(*, mlps: Sequence[str] = MLPS, strict: bool = False) -> RuleT
         >>> print(table[0])
         on('softmax', at='output', optional=True).backward('stop')
     """
+    if isinstance(mlps, str):
+        raise TypeError(f"mlps has to be a list of patterns, got {mlps!r}. Write mlps=[{mlps!r}].")
     stopped = [on("linear", module=list(mlps), at="output", optional=True)] if mlps else []
+    if mlps is not MLPS:  # each of the caller's own has to match
+        stopped = [on("linear", module=[p, f"{p}.*"], at="output") for p in mlps]
     entries = [
         *_stopped_patterns(),
         *_frozen_norms(),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -221,3 +222,11 @@ def test_what_is_declared_of_a_mask_is_checked() -> None:
             fg.register("declared", mask=mask, **wrong)(formula)
     with pytest.raises(fg.RuleError, match="mask= is not given"):
         fg.register("declared", save="bits")(lambda grad, x: grad)
+
+
+def test_the_steps_are_computed_in_a_block_without_a_warning() -> None:
+    x = torch.randn(4, requires_grad=True)
+    with warnings.catch_warnings(), fg.use({"softplus": fg.rules.few_bit(bits=1)}):
+        warnings.simplefilter("error")
+        torch.nn.functional.softplus(x).sum().backward()
+    assert x.grad is not None

@@ -438,3 +438,12 @@ def test_a_rule_that_does_not_learn_still_warns() -> None:
     with pytest.warns(fg.FreegradWarning, match="gets none from the rule, which does not define"):
         gm = fg.transform(mlp(), {"relu": fg.rules.scale(s=nn.Parameter(torch.tensor(2.0)))})
     assert len([*gm.parameters()]) == 6
+
+
+@pytest.mark.parametrize(
+    "state", ["rules.pt", {"0.weight/lsq.step": 0.3}, {"0.weight/lsq.step": None}]
+)
+def test_what_is_no_state_of_rules_is_refused(state: Any) -> None:
+    gm = fg.transform(mlp(), learnt().table)
+    with pytest.raises(TypeError, match="load_rule_state_dict"):
+        gm.load_rule_state_dict(state)

@@ -294,7 +294,17 @@ class RuleParameters(HoldsForRules):
 
         Raises:
             RuleError: A name is missing or unknown, and `strict`; or a tensor has another shape. Nothing is loaded.
+            TypeError: `state` is no dict of tensors.
         """
+        if not isinstance(state, Mapping):
+            raise TypeError(
+                f"load_rule_state_dict takes what rule_state_dict() returned, got {type(state).__name__}"
+            )
+        for key, value in state.items():
+            if not isinstance(value, Tensor):
+                raise TypeError(
+                    f"load_rule_state_dict: {key!r} has to be a tensor, got {type(value).__name__}"
+                )
         own = self._tensors_of_rules()
         problems = [
             f"{key!r} has the shape {[*state[key].shape]}, and in the model {[*tensor.shape]}"

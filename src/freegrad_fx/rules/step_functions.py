@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .._torch.dispatch import runs_alone
 from .._torch.dynamo import is_compiling
+from ..context import outside_of_blocks
 from ..errors import RuleError
 from .precision import wide
 
@@ -67,7 +68,7 @@ def nearest_steps(function: Callable[[Tensor], Tensor], count: int) -> Steps:
         RuleError: The function is random, not continuous or not finite, or cannot be computed from one tensor.
     """
     # In a thread of its own, no mode of PyTorch and no block acts on the numbers
-    with ThreadPoolExecutor(1) as alone:
+    with outside_of_blocks(), ThreadPoolExecutor(1) as alone:
         return alone.submit(_nearest, function, count).result()
 
 
