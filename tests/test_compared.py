@@ -262,3 +262,37 @@ def test_bad_input_is_refused(change: dict[str, Any], error: type[Exception], me
 def test_rules_for_a_transformed_model_are_refused() -> None:
     with pytest.raises(TypeError, match="is transformed already"):
         fg.compare(fg.transform(make(), "guided"), "guided", sample(), CLASSES)
+
+
+def test_what_has_a_gradient_only_under_a_table_is_compared() -> None:
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 3), nn.Linear(3, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b((self.a(x) > 0).float())
+
+    x, y = torch.randn(4, 3), torch.randn(4, 2)
+    rows = {r.name: r for r in fg.compare(Steps(), {"comparison": "fast_sigmoid"}, x, y).rows}
+    assert rows["a.weight"].cosine.count == 0  # the native gradient is zero
+    assert rows["b.weight"].cosine.mean == pytest.approx(1.0)
+    last = nn.Sequential(nn.Linear(3, 3), fg.Activation("heaviside"))
+    found = fg.compare(last, {"heaviside": "fast_sigmoid"}, x, loss=lambda output: output.sum())
+    assert {row.name for row in found.rows} >= {"0.weight", "0.bias"}
+
+
+def test_a_buffer_that_the_model_assigns_is_restored() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 1)
+            self.register_buffer("count", torch.zeros(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.count = self.count + 1
+            return self.linear(x).relu()
+
+    model = Counts()
+    fg.compare(model, "d(Linear)", torch.ones(3, 2), torch.ones(3, 1), seeds=2)
+    assert model.count == 0

@@ -330,3 +330,16 @@ def test_where_lsq_cannot_be_is_said() -> None:
     for bits in (1, 17, 2.5, True):
         with pytest.raises(fg.RuleError, match="from 2 to 16"):
             quantizers.lsq(bits=bits)
+
+
+def test_a_step_that_is_made_in_inference_mode_is_learnt_later() -> None:
+    model, x = small(), torch.randn(5, 4, dtype=torch.float64)
+    table = fg.RuleTable([fg.on(parameter="*.weight").backward(quantizers.lsq())])
+    with torch.inference_mode(), fg.use(table, model=model):
+        expected = model(x).clone()
+    with fg.use(table, model=model) as block:
+        y = model(x)
+    steps = [d.rules[0].bound["step"] for d in fg.report(block).decisions if d.rules]
+    assert torch.equal(y, expected)
+    found = torch.autograd.grad(y.square().sum(), [*steps, *model.parameters()])
+    assert all(g.isfinite().all() for g in found)

@@ -292,3 +292,16 @@ def test_what_is_no_state_is_refused(state: Any) -> None:
     scheduler = fg.RuleScheduler(fg.transform(make(), "fast_sigmoid"), SLOPE)
     with pytest.raises(TypeError, match="takes what state_dict"):
         scheduler.load_state_dict(state)
+
+
+def test_a_limit_holds_where_the_numbers_overflow() -> None:
+    assert schedules.exponential(1.0, 2.0, limit=25.0)(2000) == 25.0
+    assert schedules.exponential(-1.0, 2.0, limit=-25.0)(2000) == -25.0
+
+
+def test_a_chain_of_whole_numbers_has_whole_numbers() -> None:
+    bits = schedules.chained((schedules.constant(8), 2), schedules.constant(4))
+    gm = fg.transform(nn.Sequential(nn.Linear(2, 2)), {"params": fg.rules.stochastic_round(bits=8)})
+    scheduler = fg.RuleScheduler(gm, {"bits": bits})
+    scheduler.step(2)
+    assert fg.report(gm).decisions[0].rules[0].bound["bits"] == 4

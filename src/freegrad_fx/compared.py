@@ -326,8 +326,9 @@ def compare(
         for name, table in tables:
             with nullcontext() if table is None else native():
                 under_table = gradients(table)
-            for key, value in reference.items():
+            for key in reference | under_table:
                 order.setdefault(key)
+                value = reference.get(key, torch.zeros_like(under_table.get(key, _NONE)))
                 # What gets no gradient has one of zero
                 other = under_table.get(key, torch.zeros_like(value))
                 found.setdefault((name, *key), []).append(_measured(value, other))
@@ -400,6 +401,7 @@ def _shown(runs: list[Any], progress: bool) -> Iterable[Any]:
 # --- one run ---
 
 _Key: TypeAlias = tuple[str, str]
+_NONE = torch.empty(0)
 
 
 def _sites(
@@ -459,7 +461,9 @@ def _gradients(
     with torch.enable_grad(), _restored(model, seed):
         with block:
             value = _loss(_called(model, batch), target, loss)
-        gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
+        gradients: tuple[Tensor | None, ...] = (None,) * len(named)
+        if value.requires_grad and named:
+            gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
     of_parameters = {
         ("parameter", name): gradient.detach().to_dense().flatten()
         for name, gradient in zip(named, gradients, strict=True)
@@ -477,7 +481,11 @@ def _called(model: nn.Module, batch: Any) -> Any:
 @contextmanager
 def _restored(model: nn.Module, seed: int) -> Iterator[None]:
     """Run with the random numbers of a seed; then restore the random state and the buffers of the model."""
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
     devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
     cuda = [device for device in devices if device.type == "cuda"]
     with torch.random.fork_rng(devices=cuda):
@@ -486,7 +494,8 @@ def _restored(model: nn.Module, seed: int) -> Iterator[None]:
             yield
         finally:
             with torch.no_grad():
-                for buffer, value in buffers:
+                for module, name, buffer, value in buffers:
+                    setattr(module, name, buffer)  # the model can have assigned another one
                     buffer.copy_(value)
 
 

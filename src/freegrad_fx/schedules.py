@@ -102,9 +102,15 @@ def exponential(start: float, factor: float, *, limit: float | None = None) -> S
         raise ValueError(f"exponential: factor must be greater than 0, got {factor!r}")
     shrinks = (factor < 1) == (start > 0)
     bounded = max if shrinks else min
-    return lambda step: (
-        start * factor**step if limit is None else bounded(start * factor**step, limit)
-    )
+
+    def value(step: int) -> float:
+        try:
+            found = start * factor**step
+        except OverflowError:
+            found = math.copysign(math.inf, start)
+        return found if limit is None else bounded(found, limit)
+
+    return value
 
 
 def piecewise(values: Mapping[int, float]) -> Schedule:
@@ -168,9 +174,9 @@ def chained(*parts: tuple[Schedule, int] | Schedule) -> Schedule:
     def value(step: int) -> float:
         for schedule, steps in before:
             if step < steps:
-                return float(schedule(step))
+                return schedule(step)  # type: ignore[no-any-return]
             step -= steps
-        return float(last(step))
+        return last(step)
 
     return value
 

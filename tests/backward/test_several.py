@@ -361,3 +361,20 @@ def test_rules_of_several_operands_are_refused_without_an_operation() -> None:
         fg.transform(model, {"relu": answering("linear")})
     with pytest.raises(RuleError, match="needs `f`"), fg.use(half):
         pass
+
+
+def test_products_of_complex_numbers_are_those_of_autograd() -> None:
+    @fg.register("test: native products", answers=("x", "weight"), linear=True)
+    def native(grad: Tensor, x: Tensor, weight: Tensor, *, f: Any) -> Any:
+        """the native gradients"""
+        return {"x": f.gradient("x", grad), "weight": f.gradient("weight", grad)}
+
+    x = torch.randn(4, 3, dtype=torch.complex128, requires_grad=True)
+    model = torch.nn.Linear(3, 2, dtype=torch.complex128)
+    grad = torch.randn(4, 2, dtype=torch.complex128)
+    with fg.use({"linear": native}):
+        y = model(x)
+    found = torch.autograd.grad(y, [x, model.weight], grad)
+    expected = torch.autograd.grad(model(x), [x, model.weight], grad)
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)

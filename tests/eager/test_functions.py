@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -193,3 +194,52 @@ def test_the_calls_of_a_checkpoint_that_runs_again_have_the_same_numbers(inside:
 
     again = functools.partial(checkpoint, model, use_reentrant=False)
     assert all(map(torch.equal, gradients(again), gradients(model)))
+
+
+def test_blocks_in_several_threads_do_not_pile_up() -> None:
+    table = fg.RuleTable([fg.on(parameter="*weight").backward(fg.rules.scale(s=2.0))])
+    before = torch.autograd.Function.__dict__["apply"]
+    wrong: list[Any] = []
+
+    def work() -> None:
+        model, x = nn.Linear(3, 3), torch.randn(2, 3)
+        for _ in range(120):
+            with fg.use(table, model=model):
+                y = Double.apply(model(x)).sum()
+            (found,) = torch.autograd.grad(y, model.weight)
+            if not torch.allclose(found, 4 * x.sum(0).expand(3, 3), atol=1e-5):
+                wrong.append(found)
+
+    def caught() -> None:
+        try:
+            work()
+        except BaseException as error:
+            wrong.append(error)
+
+    threads = [threading.Thread(target=caught) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert torch.autograd.Function.__dict__["apply"] is before
+
+
+class InPlace(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.mark_dirty(x)
+        return x.mul_(-3)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        return -3 * grads[0]
+
+
+def test_a_function_that_writes_into_its_input_is_refused() -> None:
+    x = torch.tensor([0.5, 2.0], requires_grad=True)
+    with (
+        pytest.raises(fg.RuleError, match="InPlace writes into its input"),
+        fg.use({InPlace: fg.rules.rectangular(a=-1.0, b=1.0)}),
+    ):
+        InPlace.apply(x.clone())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -350,3 +351,26 @@ def test_the_forward_heaviside_has_no_threshold() -> None:
 def test_models_with_masks_keep_their_sites(vision: Vision) -> None:
     sites = [d.site.op for d in fg.explain(vision.make(), "straight_through").decisions]
     assert "comparison" not in sites
+
+
+@pytest.mark.parametrize("way", ["transform", "use"])
+@pytest.mark.parametrize(
+    "write", [lambda mask: mask.fill_(False), lambda mask: mask.logical_not_()]
+)
+def test_a_mask_that_is_written_into_is_no_step(write: Any, way: str) -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            mask = x > 0
+            write(mask)
+            return mask.float() + 0 * x
+
+    x = torch.randn(5, requires_grad=True)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the entry matches nothing
+        if way == "transform":
+            y = fg.transform(Writes(), RULES)(x)
+        else:
+            with fg.use(RULES):
+                y = Writes()(x)
+    assert torch.equal(y, Writes()(x))
+    assert not torch.autograd.grad(y.sum(), x)[0].any()

@@ -61,6 +61,10 @@ def _defined_apply(function: Function) -> Any:
     return inspect.getattr_static(function, "apply")
 
 
+_APPLY = _defined_apply(torch.autograd.Function)
+"""The `apply` of PyTorch itself: another thread may have replaced the attribute when it is looked up."""
+
+
 # --- all Functions ---
 
 
@@ -110,10 +114,9 @@ def applied_by(
             also if its `apply` was stored before and is not handed to `call`.
         but: A package whose Functions are not those of users, as PyTorch's are not.
     """
-    defined = _defined_apply(torch.autograd.Function)
 
     def apply(function: Function, *args: Any) -> Any:
-        return call(defined.__get__(None, function), function, args)
+        return call(_APPLY.__get__(None, function), function, args)
 
     with contextlib.ExitStack() as stack:
         # Dynamo can trace what is called without a look at the thread

@@ -125,7 +125,9 @@ def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacem
     slot = _slots.get(key)
     if slot is None:
         slot = _Slot(owner, name, vars(owner).get(name, _ABSENT), getattr(owner, name, None))
-    dispatches = slot.dispatches or not asks_for_thread
+    # An entry that wraps one of another thread would keep it after its end
+    others = any(entry.thread != threading.get_ident() for entry in slot.entries)
+    dispatches = slot.dispatches or others or not asks_for_thread
     before = slot.now() if dispatches else getattr(owner, name)
     entry = Replacement(owner, name, make(before), threading.get_ident(), asks_for_thread)
     if not dispatches:
@@ -160,9 +162,16 @@ def _dispatcher(slot: _Slot, value: Any) -> Any:
     """The value of an attribute while it is replaced."""
     if isinstance(value, property):
         return property(*_accessors(slot))
-    if inspect.isclass(slot.owner) and isinstance(
-        inspect.getattr_static(slot.owner, slot.name, None), staticmethod | classmethod
-    ):
+    static = inspect.getattr_static(slot.owner, slot.name, None)
+    if isinstance(value, classmethod):
+
+        def call_of_class(cls: Any, *args: Any, **kwargs: Any) -> Any:
+            found = slot.now()
+            bound = slot.raw if found is slot.original else found
+            return bound.__get__(None, cls)(*args, **kwargs)
+
+        return classmethod(call_of_class)
+    if inspect.isclass(slot.owner) and isinstance(static, staticmethod | classmethod):
         return staticmethod(_Static(slot))
     thread_of_now = threading.get_ident
 

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 __all__ = ["Own"]
+
+_lock = threading.Lock()
 
 
 class Own:
@@ -27,9 +31,12 @@ class Own:
 
     def of(self, parameter: Tensor) -> nn.Parameter:
         """Return the tensor of a parameter."""
-        if parameter not in self._made:
-            self._made[parameter] = nn.Parameter(self.make(parameter.detach()))
-        found: nn.Parameter = self._made[parameter]
+        with _lock:
+            if parameter not in self._made:
+                # It is learnt later, also if the model runs in inference mode first
+                with torch.inference_mode(False), torch.no_grad():
+                    self._made[parameter] = nn.Parameter(self.make(parameter.detach()).clone())
+            found: nn.Parameter = self._made[parameter]
         return found
 
     def __repr__(self) -> str:

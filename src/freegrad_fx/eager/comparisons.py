@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .._torch.tensors import version
 from ..ops.comparisons import difference
 from ..vocabulary.activations import OPS
 from ..vocabulary.comparisons import compares, converted, converts, sides
@@ -16,7 +17,11 @@ from ..vocabulary.op import Spelling
 __all__ = ["difference_of", "may_be_a_step", "note_comparison"]
 
 _differences = WeakTensorKeyDictionary()
-"""The differences of the sides of comparisons, by the result of the comparison, for as long as it exists."""
+"""The differences of the sides of comparisons, by the result of the comparison, with its version, while it exists."""
+
+
+def _version(mask: Tensor) -> int:
+    return 0 if mask.is_inference() else version(mask)
 
 
 def may_be_a_step(function: Callable[..., Any]) -> bool:
@@ -38,7 +43,7 @@ def note_comparison(
     if name := compares(function):
         pair = sides(name, args, kwargs)
         if pair is not None:
-            _differences[result] = difference(*pair)
+            _differences[result] = difference(*pair), _version(result)
 
 
 def difference_of(
@@ -57,6 +62,8 @@ def difference_of(
     source = args[key]
     if not isinstance(source, Tensor) or source not in _differences:
         return None
-    known: Tensor = _differences[source]
+    known, before = _differences[source]
+    if before != _version(source):
+        return None  # the model has written into the mask
     spelling = Spelling(OPS["comparison"], key, inplace=False, writes_out=False)
     return spelling, known if positive else -known

@@ -75,6 +75,12 @@ def calls_of_functions(
         require_tensor(result, next(iter(decisions.values())).site.name)
 
         def finish(ctx: Any) -> None:
+            if any(value is x for value in getattr(ctx, "dirty_tensors", None) or ()):
+                raise RuleError(
+                    f"{function.__name__} writes into its input, and a rule in a block would read the input after the "
+                    f"write, at site {next(iter(decisions.values())).site.name!r}. Give it None, or let it return a "
+                    f"new tensor."
+                )
             with_backward(ctx, _Backward(function, decisions, position, x, result, ctx))
 
         return result, finish

@@ -71,7 +71,15 @@ def step_at(node: fx.Node) -> Step | None:
     pair = sides(name, source.args, source.kwargs)
     if pair is None or any(user.target is compared for user in node.users):
         return None
+    if any(map(_writes, source.users)):
+        return None  # what is converted is not the result of the comparison alone
     return Step(node, key, source, *(pair if positive else pair[::-1]))
+
+
+def _writes(user: fx.Node) -> bool:
+    """Whether a use of a mask writes into it."""
+    name = function_name(user)
+    return name == "setitem" or (name.endswith("_") and not name.endswith("__"))
 
 
 def sides(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, Any] | None:

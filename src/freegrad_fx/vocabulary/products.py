@@ -21,7 +21,7 @@ Products: TypeAlias = Mapping[str, Product]
 
 
 def _linear_x(grad: Tensor, given: Mapping[str, Any], constants: Mapping[str, Any]) -> Tensor:
-    return torch.matmul(grad, given["weight"])
+    return torch.matmul(grad, given["weight"].conj())
 
 
 def _linear_weight(
@@ -31,7 +31,7 @@ def _linear_weight(
         return None
     x: Tensor = given["x"]
     # autograd computes the gradient of the transposed weight
-    return (x.flatten(0, -2).t() @ grad.flatten(0, -2)).t()
+    return (x.flatten(0, -2).conj().t() @ grad.flatten(0, -2)).t()
 
 
 OF_LINEAR: Products = {"x": _linear_x, "weight": _linear_weight}
