@@ -13,12 +13,17 @@ import reference
 from built_in import BUILT_IN
 
 _PERIODIC = {"non_finite": "a periodic function has no limit"}
+# A sampled forward would give another y in each run
+_SOFTMAX = {"non_finite": "a softmax of infinite numbers is no number"}
 
 GIVEN: dict[str, dict[str, Any]] = {
     "centralize": {"skip": {"runs": "it takes a mean over dim 1, which not every tensor has"}},
     "identity_rule": {"skip": {"non_finite": "the limit of y/x depends on the operation"}},
     "periodic_exponential": {"skip": _PERIODIC},
     "squarewave_fourier": {"skip": _PERIODIC},
+    "reinmax": {"op": "sigmoid", "skip": _SOFTMAX},
+    "gumbel_straight_through": {"op": "sigmoid", "skip": _SOFTMAX},
+    "rotation_trick": {"skip": {"non_finite": "an infinite vector has no direction"}},
 }
 """What `check_rule` is given for a rule besides its formula. A new rule needs no line."""
 

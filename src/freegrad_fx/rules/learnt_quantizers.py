@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..core.register import register
-from .precision import times, wide
+from .precision import wide
 
 __all__ = ["jump_relu", "lsq", "lsq_plus", "pact"]
 
@@ -195,4 +195,4 @@ def jump_relu(
         threshold: The threshold.
         bandwidth: The width of the rectangle, above 0.
     """
-    return times(grad, (x > threshold).to(grad.dtype))
+    return torch.where(x > threshold, grad, 0)
