@@ -29,7 +29,7 @@ from side_by_side import (
 )
 from sweep import NATIVE
 
-EXAMPLES = 60
+EXAMPLES = 30
 
 
 def sample(seed: int) -> Tensor:

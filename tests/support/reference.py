@@ -454,7 +454,8 @@ def swish_sign(g: float, x: float, *, beta: float = 5.0) -> float:
 
 @entry("error_decay")
 def error_decay(g: float, x: float, *, t: float = 10.0, k: float = 1.0) -> float:
-    return g * (k * t * (1 - math.tanh(t * x) ** 2))
+    # 1 − tanh² loses all digits for large t·x
+    return g * (k * t / math.cosh(min(abs(t * x), 350.0)) ** 2)
 
 
 @entry("dorefa_activation", exact=True)

@@ -76,7 +76,7 @@ ZOO = [pytest.param(model, id=model.name) for model in SMALL] + [
 ]
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(3)
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("known", ZOO)
@@ -93,7 +93,7 @@ def test_four_ways_in_give_the_same_gradients(known: Model, training: bool) -> N
         assert_same_gradients(actual, runs["symbolic"])
 
 
-@pytest.mark.thinned(2)
+@pytest.mark.thinned(4)
 @pytest.mark.sampled(12)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_rule_gives_the_same_gradients_by_four_ways(name: str) -> None:
