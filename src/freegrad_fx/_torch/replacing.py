@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 __all__ = ["Make", "Replacement", "all_replaced", "replace_for_good", "replaced", "replacements"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Replacement:
     """An active replacement.
 
@@ -28,6 +28,7 @@ class Replacement:
         value: The replacement.
         thread: The thread for which it is active; None for a permanent replacement in all threads.
         asks: Whether it asks itself for the thread that calls it.
+        make: Made it from the value before.
     """
 
     owner: Any
@@ -35,6 +36,7 @@ class Replacement:
     value: Any
     thread: int | None
     asks: bool = False
+    make: Any = None
 
 
 _ABSENT: Any = object()
@@ -125,11 +127,9 @@ def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacem
     slot = _slots.get(key)
     if slot is None:
         slot = _Slot(owner, name, vars(owner).get(name, _ABSENT), getattr(owner, name, None))
-    # An entry that wraps one of another thread would keep it after its end
-    others = any(entry.thread != threading.get_ident() for entry in slot.entries)
-    dispatches = slot.dispatches or others or not asks_for_thread
+    dispatches = slot.dispatches or not asks_for_thread
     before = slot.now() if dispatches else getattr(owner, name)
-    entry = Replacement(owner, name, make(before), threading.get_ident(), asks_for_thread)
+    entry = Replacement(owner, name, make(before), threading.get_ident(), asks_for_thread, make)
     if not dispatches:
         setattr(owner, name, entry.value)
     elif not slot.dispatches:
@@ -143,6 +143,7 @@ def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacem
 def _end(entry: Replacement) -> None:
     owner, name = entry.owner, entry.name
     slot = _slots[id(owner), name]
+    innermost = slot.entries[-1] is entry
     slot.entries = tuple(other for other in slot.entries if other is not entry)
     if not slot.entries:
         del _slots[id(owner), name]
@@ -155,7 +156,18 @@ def _end(entry: Replacement) -> None:
     if all(other.asks and other.thread == last.thread for other in slot.entries):
         slot.dispatches = False
     if not slot.dispatches:
+        if not innermost:
+            _remake(slot)
         setattr(owner, name, last.value)
+
+
+def _remake(slot: _Slot) -> None:
+    """Make the replacements again, each around the one before: one that has ended is no longer among them."""
+    before = slot.original
+    for entry in slot.entries:
+        entry.value = entry.make(before)
+        bind = getattr(entry.value, "__get__", None)
+        before = bind(None, slot.owner) if bind and inspect.isclass(slot.owner) else entry.value
 
 
 def _dispatcher(slot: _Slot, value: Any) -> Any:
