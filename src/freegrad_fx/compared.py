@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._torch.modules import compiled_model
+from .batches import called, shown
 from .blocks import native
 from .capture.captured import CapturedModule
 from .core.declaration import Declaration
@@ -304,7 +305,7 @@ def compare(
     order: dict[tuple[str, str], None] = {
         ("parameter", name): None for name, p in model.named_parameters() if p.requires_grad
     }
-    for batch, target, seed in _shown(runs, progress):
+    for batch, target, seed in shown(runs, progress, "compare"):
         sites = _sites(model, tables, batch, seed)
         order.update(dict.fromkeys(map(_key, sites)))
 
@@ -386,18 +387,6 @@ def _name(rules: Any) -> str:
     )
 
 
-def _shown(runs: list[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return runs
-    try:
-        tqdm = importlib.import_module("tqdm.auto").tqdm
-    except ImportError:
-        raise ImportError(
-            "progress=True needs tqdm. Install it with `pip install tqdm`, or leave out progress."
-        ) from None
-    return tqdm(runs, desc="compare", unit="batch")  # type: ignore[no-any-return]
-
-
 # --- one run ---
 
 _Key: TypeAlias = tuple[str, str]
@@ -417,7 +406,7 @@ def _sites(
                 native(),
                 use(table, model=model) as block,
             ):
-                _called(model, batch)
+                called(model, batch)
             for decision in report(block).decisions:
                 site = decision.site
                 if site.kind == "operation" and site.op in OPS:
@@ -460,7 +449,7 @@ def _gradients(
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with torch.enable_grad(), _restored(model, seed):
         with block:
-            value = _loss(_called(model, batch), target, loss)
+            value = _loss(called(model, batch), target, loss)
         gradients: tuple[Tensor | None, ...] = (None,) * len(named)
         if value.requires_grad and named:
             gradients = torch.autograd.grad(value, list(named.values()), allow_unused=True)
@@ -470,12 +459,6 @@ def _gradients(
         if gradient is not None
     }
     return of_parameters | {key: torch.cat(parts) for key, parts in found.items()}
-
-
-def _called(model: nn.Module, batch: Any) -> Any:
-    if isinstance(batch, Mapping):
-        return model(**batch)
-    return model(*batch) if isinstance(batch, tuple) else model(batch)
 
 
 @contextmanager

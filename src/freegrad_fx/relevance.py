@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, TypeAlias
@@ -10,6 +9,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .batches import called, shown
 from .capture.captured import CapturedModule
 from .eager import use
 from .errors import unknown
@@ -91,7 +91,7 @@ def attribute(
     paths = _paths(model, at)
     pieces = [
         _of_batch(model, rules, batch, where, target, paths, multiply)
-        for batch, where in _shown(_batches(inputs, batch_size), progress)
+        for batch, where in shown(_batches(inputs, batch_size), progress, "attribute")
     ]
     joined = _joined(pieces)
     return joined[paths[0]] if isinstance(at, str) else joined
@@ -151,18 +151,6 @@ def _mapped(function: Callable[[Any], Any], inputs: Any) -> Any:
     return function(inputs)
 
 
-def _shown(batches: list[Any], progress: bool) -> Iterable[Any]:
-    if not progress:
-        return batches
-    try:
-        tqdm = importlib.import_module("tqdm.auto").tqdm
-    except ImportError:
-        raise ImportError(
-            "progress=True needs tqdm. Install it with `pip install tqdm`, or leave out progress."
-        ) from None
-    return tqdm(batches, desc="attribute", unit="batch")  # type: ignore[no-any-return]
-
-
 def _joined(pieces: list[Any]) -> Any:
     """The results of all batches in one: tensors are concatenated."""
     first = pieces[0]
@@ -197,7 +185,7 @@ def _of_batch(
             stack.callback(hook.remove)
         stack.enter_context(block)
         # A copy, as the model can write into what it is given
-        output = _called(model, _mapped(lambda v: v.clone() if _is_leaf(v) else v, leaves))
+        output = called(model, _mapped(lambda v: v.clone() if _is_leaf(v) else v, leaves))
         score = _score(output, target, where)
     values = [value for path in paths for value in found[path]] if paths else wanted
     _check_called(found)
@@ -232,12 +220,6 @@ def _leaf(value: Any) -> Any:
 
 def _is_leaf(value: Any) -> bool:
     return isinstance(value, Tensor) and value.requires_grad and value.is_leaf
-
-
-def _called(model: nn.Module, inputs: Any) -> Any:
-    if isinstance(inputs, Mapping):
-        return model(**inputs)
-    return model(*inputs) if isinstance(inputs, tuple) else model(inputs)
 
 
 def _score(output: Any, target: Target, where: slice) -> Tensor:

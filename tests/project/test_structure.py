@@ -32,7 +32,7 @@ capture table
 plan tables
 rewrite schedules
 eager
-relevance compared dynamo
+batches relevance compared dynamo
 verification
 pipeline
 compat

@@ -249,7 +249,7 @@ class _Backward:
             grad = gradients_by(decision.rules, y, y, grad, decision.site.name)[0]
         others = any(need for i, need in enumerate(needed) if i != self.position)
         if replaces is None or (replaces.forward is None and others):
-            own = self.function.backward(_Own(ctx, self.own), grad, *further)
+            own = self.function.backward(_OwnContext(ctx, self.own), grad, *further)
             given = list(own) if isinstance(own, tuple) else [own]
         if not needed[self.position]:
             return tuple(given)
@@ -268,7 +268,7 @@ def _absent(shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tens
     return torch.zeros((), dtype=dtype, device=device).expand(shape)
 
 
-class _Own:
+class _OwnContext:
     """The context as the Function's own backward sees it: with the tensors that the Function saved."""
 
     _ctx: Any
