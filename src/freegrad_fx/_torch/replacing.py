@@ -174,16 +174,9 @@ def _dispatcher(slot: _Slot, value: Any) -> Any:
     """The value of an attribute while it is replaced."""
     if isinstance(value, property):
         return property(*_accessors(slot))
-    static = inspect.getattr_static(slot.owner, slot.name, None)
-    if isinstance(value, classmethod):
-
-        def call_of_class(cls: Any, *args: Any, **kwargs: Any) -> Any:
-            found = slot.now()
-            bound = slot.raw if found is slot.original else found
-            return bound.__get__(None, cls)(*args, **kwargs)
-
-        return classmethod(call_of_class)
-    if inspect.isclass(slot.owner) and isinstance(static, staticmethod | classmethod):
+    if inspect.isclass(slot.owner) and isinstance(
+        inspect.getattr_static(slot.owner, slot.name, None), staticmethod | classmethod
+    ):
         return staticmethod(_Static(slot))
     thread_of_now = threading.get_ident
 
