@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +13,19 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import freegrad_fx as fg
+from attention_models import (
+    HUGGING_FACE,
+    MLP,
+    NORMS,
+    Attention,
+    RMSNorm,
+    X,
+    gradient,
+    hugging_face,
+    logit,
+    second_derivative,
+    transformer,
+)
 from doors import DOORS
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
@@ -24,117 +36,41 @@ TABLES = {name: getattr(fg.tables, name) for name in fg.tables.__all__}
 STRICT = {
     name: make for name, make in TABLES.items() if "strict" in inspect.signature(make).parameters
 }
-
-
-# --- models ---
-
-
-class RMSNorm(nn.Module):
-    """As language models write it."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(size))
-
-    def forward(self, x: Tensor) -> Tensor:
-        variance = x.pow(2).mean(-1, keepdim=True)
-        return self.weight * (x * torch.rsqrt(variance + 1e-5))
-
-
-class Attention(nn.Module):
-    def __init__(self, size: int, fused: bool) -> None:
-        super().__init__()
-        self.q, self.k, self.v, self.o = (nn.Linear(size, size, bias=False) for _ in range(4))
-        self.fused = fused
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.q(x), self.k(x), self.v(x)
-        if self.fused:
-            return self.o(F.scaled_dot_product_attention(q, k, v))
-        return self.o(self.pattern(q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5) @ v)
-
-    def pattern(self, scores: Tensor) -> Tensor:
-        return F.softmax(scores, -1)
-
-
-class MLP(nn.Module):
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.gate, self.up = (nn.Linear(size, 2 * size, bias=False) for _ in range(2))
-        self.down = nn.Linear(2 * size, size, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.down(F.silu(self.gate(x)) * self.up(x))
-
-
-class Block(nn.Module):
-    def __init__(self, size: int, norm: Callable[[int], nn.Module], fused: bool) -> None:
-        super().__init__()
-        self.before, self.between = norm(size), norm(size)
-        self.attention, self.mlp = Attention(size, fused), MLP(size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attention(self.before(x))
-        return x + self.mlp(self.between(x))
-
-
-NORMS: dict[str, Callable[[int], nn.Module]] = {
-    "layer_norm": lambda size: nn.LayerNorm(size, bias=False),
-    "rms_norm": lambda size: nn.RMSNorm(size, eps=1e-5),
-    "by hand": RMSNorm,
-}
 NORM = pytest.mark.parametrize("norm", NORMS)
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
 
 
-def transformer(norm: str, fused: bool) -> nn.Module:
-    torch.manual_seed(0)
-    make = NORMS[norm]
-    blocks = [Block(8, make, fused) for _ in range(2)]
-    model = nn.Sequential(*blocks, make(8), nn.Linear(8, 5, bias=False)).double()
-    for name, parameter in model.named_parameters():
-        nn.init.normal_(parameter, 1.0 if "weight" in name and parameter.dim() == 1 else 0.0, 0.4)
+def frozen_norm(self: Any, x: Tensor) -> Tensor:
+    """The forward of a norm with a detached denominator."""
+    centred = x - x.mean(-1, keepdim=True) if isinstance(self, nn.LayerNorm) else x
+    scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
+    return centred / scale.detach() * self.weight
+
+
+def changed(
+    model: nn.Module,
+    mlp: Callable[[Any, Tensor], Tensor],
+    attention: Callable[[Any, Tensor], Tensor],
+) -> nn.Module:
+    """The model with frozen norms, and other forwards of its MLPs and attentions."""
+    forwards: dict[type, Any] = {
+        nn.LayerNorm: frozen_norm, nn.RMSNorm: frozen_norm, RMSNorm: frozen_norm,
+        MLP: mlp, Attention: attention,
+    }  # fmt: skip
+    for module in model.modules():
+        if type(module) in forwards:
+            module.forward = forwards[type(module)].__get__(module)
     return model
 
 
-X = torch.randn(1, 4, 8, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-
-
-def logit(called: Callable[..., Tensor], x: Tensor) -> Tensor:
-    return called(x)[0, -1, 2]
-
-
-def gradient(called: Callable[..., Tensor], x: Tensor = X) -> Tensor:
-    x = x.detach().clone().requires_grad_()
-    return torch.autograd.grad(logit(called, x), x)[0]
-
-
-def second_derivative(value: Tensor, x: Tensor) -> Tensor:
-    (grad,) = torch.autograd.grad(value, x, create_graph=True)
-    probe = torch.randn(grad.shape, generator=torch.Generator().manual_seed(3), dtype=grad.dtype)
-    (second,) = torch.autograd.grad((grad * probe).sum(), x, allow_unused=True)
-    return torch.zeros_like(x) if second is None else second
-
-
-@contextlib.contextmanager
-def frozen_by_hand(model: nn.Module) -> Any:
+def frozen_by_hand(model: nn.Module) -> nn.Module:
     """Detach attention patterns, denominators of norms, and MLPs."""
 
-    def norm(self: Any, x: Tensor) -> Tensor:
-        centred = x - x.mean(-1, keepdim=True) if isinstance(self, nn.LayerNorm) else x
-        scale = (centred.square().mean(-1, keepdim=True) + 1e-5).sqrt()
-        return centred / scale.detach() * self.weight
+    def attention(self: Any, x: Tensor) -> Tensor:
+        scores = self.q(x) @ self.k(x).transpose(-1, -2) * self.q.out_features**-0.5
+        return self.o(scores.softmax(-1).detach() @ self.v(x))
 
-    changed: dict[type, Any] = {
-        nn.LayerNorm: norm, nn.RMSNorm: norm, RMSNorm: norm,
-        MLP: lambda self, x: MLP.forward(self, x).detach(),
-    }  # fmt: skip
-    for module in model.modules():
-        if type(module) in changed:
-            module.forward = changed[type(module)].__get__(module)
-        if isinstance(module, Attention):
-            module.pattern = lambda scores: F.softmax(scores, -1).detach()
-    yield model
+    return changed(model, lambda self, x: MLP.forward(self, x).detach(), attention)
 
 
 # --- frozen ---
@@ -144,8 +80,7 @@ def frozen_by_hand(model: nn.Module) -> Any:
 @NORM
 def test_circuit_freeze_equals_the_model_with_detached_tensors(norm: str, fused: bool) -> None:
     table = fg.tables.circuit_freeze()
-    with frozen_by_hand(transformer(norm, fused=False)) as by_hand:
-        expected = gradient(by_hand)
+    expected = gradient(frozen_by_hand(transformer(norm, fused=False)))
     gm = fg.transform(transformer(norm, fused), table)
     torch.testing.assert_close(gradient(gm), expected)
     x = X.clone().requires_grad_()
@@ -232,13 +167,40 @@ def test_attn_lrp_equals_explicit_propagation(norm: str, fused: bool) -> None:
     torch.testing.assert_close(X * gradient(gm), expected, rtol=1e-6, atol=1e-12)
 
 
+class Cooled(torch.autograd.Function):
+    """A softmax whose backward has the temperature 3."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        return x.softmax(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        s = (ctx.saved_tensors[0] / 3).softmax(-1)
+        return s * (grads[0] - (grads[0] * s).sum(-1, keepdim=True))
+
+
+def gim_by_hand(model: nn.Module) -> nn.Module:
+    def half(product: Tensor) -> Tensor:
+        return product / 2 + product.detach() / 2
+
+    def attention(self: Any, x: Tensor) -> Tensor:
+        scores = half(self.q(x) @ self.k(x).transpose(-1, -2)) * self.q.out_features**-0.5
+        return self.o(half(Cooled.apply(scores) @ self.v(x)))
+
+    def mlp(self: Any, x: Tensor) -> Tensor:
+        return self.down(half(F.silu(self.gate(x)) * self.up(x)))
+
+    return changed(model, mlp, attention)
+
+
+@FUSED
 @NORM
-def test_gim_acts_on_fused_attention_as_on_a_softmax(norm: str) -> None:
-    table = fg.tables.gim(temperature=3.0)
-    eager, fused = (fg.transform(transformer(norm, f), table) for f in (False, True))
-    torch.testing.assert_close(gradient(eager), gradient(fused))
-    cool = fg.transform(transformer(norm, True), fg.tables.gim(temperature=1.0))
-    assert not torch.allclose(gradient(fused), gradient(cool))
+def test_gim_equals_a_model_with_its_four_changes(norm: str, fused: bool) -> None:
+    expected = gradient(gim_by_hand(transformer(norm, fused=False)))
+    gm = fg.transform(transformer(norm, fused), fg.tables.gim(temperature=3.0))
+    torch.testing.assert_close(gradient(gm), expected)
 
 
 def test_the_temperature_of_a_softmax_is_that_of_the_formula() -> None:
@@ -374,41 +336,6 @@ def test_a_strict_table_refuses_attention_and_gates_that_it_does_not_reach() -> 
 
 
 # --- models of Hugging Face ---
-
-LAYERS: dict[str, Any] = {
-    "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 4,
-}  # fmt: skip
-TEXT = {**LAYERS, "vocab_size": 20, "max_position_embeddings": 16}
-GROUPED = {**TEXT, "num_key_value_heads": 2}
-GPT2 = {"n_embd": 16, "n_layer": 2, "n_head": 4, "vocab_size": 20, "n_positions": 16}
-# The configuration, and whether the model has no biases, so that relevance is conserved
-HUGGING_FACE: dict[str, tuple[dict[str, Any], bool]] = {
-    "Llama": (GROUPED, True),
-    "Qwen3": ({**GROUPED, "head_dim": 4}, True),
-    "Gemma": ({**GROUPED, "head_dim": 4}, True),
-    "Mixtral": ({**GROUPED, "num_local_experts": 2}, False),  # the router's weights are gates, too
-    "GPT2": (GPT2, False),
-    "Bert": (TEXT, False),
-    "ViT": ({**LAYERS, "image_size": 8, "patch_size": 4}, False),
-}
-
-
-def hugging_face(transformers: Any, name: str, attention: str) -> tuple[Any, Tensor]:
-    """A small model, as a function of its embeddings or pixels, and an input."""
-    fields, _ = HUGGING_FACE[name]
-    config = getattr(transformers, f"{name}Config")(**fields)
-    config._attn_implementation, config._experts_implementation = attention, "eager"
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{name}Model")(config).eval().double()
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
-    if name == "ViT":
-        x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-        return (model, lambda x: model(pixel_values=x).last_hidden_state[0, -1, 3]), x
-    x = torch.randn(1, 5, 16, dtype=torch.float64)
-    cache = {} if name == "Bert" else {"use_cache": False}
-    return (model, lambda x: model(inputs_embeds=x, **cache).last_hidden_state[0, -1, 3]), x
 
 
 @pytest.mark.slow
