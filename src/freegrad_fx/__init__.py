@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from .plan import Decision, Plan, report
     from .plot import plot_rule
     from .relevance import attribute
+    from .rule_values import RuleValue, rule_parameters, set_parameters
     from .schedules import RuleScheduler
     from .sites.site import Site
     from .table import RuleTable, on
@@ -54,6 +55,7 @@ _LATER = {
     "Plan": "plan",
     "RuleScheduler": "schedules",
     "RuleTable": "table",
+    "RuleValue": "rule_values",
     "Site": "sites.site",
     "Verification": "verification",
     "attribute": "relevance",
@@ -65,6 +67,8 @@ _LATER = {
     "on": "table",
     "plot_rule": "plot",
     "report": "plan",
+    "rule_parameters": "rule_values",
+    "set_parameters": "rule_values",
     "transform": "pipeline",
     "use": "eager",
     "verify": "verification",
@@ -86,6 +90,7 @@ __all__ = [
     "RuleError",
     "RuleScheduler",
     "RuleTable",
+    "RuleValue",
     "Site",
     "TableError",
     "TorchVersionError",
@@ -109,8 +114,10 @@ __all__ = [
     "quantizers",
     "register",
     "report",
+    "rule_parameters",
     "rules",
     "schedules",
+    "set_parameters",
     "tables",
     "testing",
     "transform",

@@ -6,21 +6,11 @@ A schedule is any function from the number of the step to a value. This module h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
-import torch
-from torch import Tensor, nn
-
-from ._torch.modules import compiled_model
-from .capture.rule_parameters import RuleParameters
-from .core.rule import Rule
-from .errors import PlanError, RuleError, unknown
-from .plan import report
-from .table import RuleTable
-from .table.entry import Entry
+from .errors import RuleError
+from .rule_values import holder_of
 
 __all__ = [
     "RuleScheduler",
@@ -271,7 +261,7 @@ class RuleScheduler:
         self.schedules = dict(schedules)
         self.last_epoch = last_epoch + 1
         self._values = self._values_at(self.last_epoch)
-        self._held = _held(target, self.schedules, entries)
+        self._held = holder_of(target, self.schedules, entries, "RuleScheduler")
         self._held.begin(self._values)
         self.target: Any = self._held.target
 
@@ -335,115 +325,3 @@ class RuleScheduler:
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={value!r}" for name, value in self._values.items())
         return f"{type(self).__name__}({values}, last_epoch={self.last_epoch})"
-
-
-class _InModel:
-    """The parameters of the sites of a transformed model."""
-
-    def __init__(self, target: Any, model: RuleParameters, sites: str) -> None:
-        self.target, self._model, self._sites = target, model, sites
-
-    def begin(self, values: Mapping[str, float]) -> None:
-        """Set the parameters, and keep those that can be tensors in tensors."""
-        self.set(values)  # as numbers, which are checked against the constraints of the rules
-        rules = [
-            rule for decision in report(self._model).decisions for rule in decision.rules or ()
-        ]
-        for name, value in values.items():
-            if all(_takes_tensor(rule, name) for rule in rules):
-                tensor = torch.tensor(value, dtype=torch.get_default_dtype())
-                as_tensor: dict[str, Any] = {name: tensor}
-                self._model.set_rule_parameter(self._sites, **as_tensor)
-
-    def set(self, values: Mapping[str, Any]) -> None:
-        """Set the parameters."""
-        self._model.set_rule_parameter(self._sites, **values)
-
-
-class _InTable:
-    """The parameters of the entries of a table that has tensors in their place."""
-
-    def __init__(self, table: RuleTable, names: Iterable[str], entries: str) -> None:
-        self._given, self._names, self._entries = table, tuple(names), entries
-        self._tensors: dict[str, list[Tensor]] = {}
-        self._rules: list[Rule] = []
-        chosen = [
-            e for e in table if entries in ("*", e.selector) or fnmatchcase(e.selector, entries)
-        ]
-        if not chosen:
-            raise PlanError(
-                unknown("entry of the table:", entries, [entry.selector for entry in table])
-            )
-        declared = [n for entry in chosen for rule in entry.rules or () for n in rule.parameters]
-        for name in self._names:
-            if name not in declared:
-                raise RuleError(
-                    unknown(f"parameter of the rules of entry {entries!r}:", name, declared)
-                )
-        own = (self._with_tensors(e) if e in chosen else e for e in table.entries)
-        self.target = RuleTable(own, table.reaches)
-
-    def _with_tensors(self, entry: Entry) -> Entry:
-        rules = entry.rules and tuple(self._with_tensor_parameters(rule) for rule in entry.rules)
-        return entry if rules == entry.rules else replace(entry, rules=rules)
-
-    def _with_tensor_parameters(self, rule: Rule) -> Rule:
-        new: dict[str, Any] = {}
-        for name in self._names:
-            if name not in rule.parameters:
-                continue
-            if not _takes_tensor(rule, name):
-                raise TypeError(
-                    f"parameter {name!r} of rule {rule.name!r} is a whole number, which a table cannot change. "
-                    f"Schedule it in a transformed model: RuleScheduler(transform(model, table), ...)."
-                )
-            value = rule.bound.get(name)
-            if not isinstance(value, Tensor):
-                new[name] = value = torch.tensor(0.0, dtype=torch.get_default_dtype())
-            self._tensors.setdefault(name, []).append(value)
-        if any(name in rule.parameters for name in self._names):
-            self._rules.append(rule)
-        return rule(**new) if new else rule
-
-    def begin(self, values: Mapping[str, float]) -> None:
-        """Set the parameters."""
-        self.set(values)
-
-    def set(self, values: Mapping[str, Any]) -> None:
-        """Set the parameters, if the values satisfy the constraints of the rules."""
-        for rule in self._rules:
-            of_rule: dict[str, Any] = {n: v for n, v in values.items() if n in rule.parameters}
-            rule(**of_rule)
-        with torch.no_grad():
-            for name, value in values.items():
-                for tensor in self._tensors[name]:
-                    tensor.fill_(value)
-
-
-_Held: TypeAlias = _InModel | _InTable
-
-
-def _held(target: Any, names: Iterable[str], entries: str) -> _Held:
-    """What holds the parameters of a model or a table that a scheduler sets."""
-    if isinstance(target, RuleTable):
-        return _InTable(target, names, entries)
-    compiled = compiled_model(target) if isinstance(target, nn.Module) else None
-    model = target if compiled is None else compiled
-    if isinstance(model, RuleParameters):
-        return _InModel(target, model, entries)
-    remedy = "For rules in another form, give RuleTable.of(rules)."
-    if isinstance(target, nn.Module):
-        remedy = (
-            "Transform the model first. For the rules of use(), compile() and backend(), schedule their table, and "
-            "give them the table of the scheduler: scheduler = RuleScheduler(RuleTable.of(rules), ...); "
-            "use(scheduler.target)."
-        )
-    raise TypeError(
-        f"RuleScheduler takes a transformed model or a RuleTable, got {type(target).__name__}. {remedy}"
-    )
-
-
-def _takes_tensor(rule: Rule, name: str) -> bool:
-    """Whether a parameter of a rule can be a tensor; a whole number that Python code uses cannot."""
-    declared = rule.parameters.get(name)
-    return declared is None or declared.types is None or float in declared.types

@@ -30,7 +30,7 @@ functional plot modules graph testing quantizers
 sites
 capture table
 plan tables
-rewrite schedules
+rewrite schedules rule_values
 eager
 batches relevance compared dynamo
 verification

@@ -9,6 +9,7 @@ from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 from typing import Any, ClassVar, Self
 
+import torch
 from torch import Tensor, nn
 
 from . import tree
@@ -364,8 +365,8 @@ def is_replica(module: nn.Module) -> bool:
 class HoldsForRules(nn.Module):
     """A module that holds tensors which are not part of the model: parameters and buffers.
 
-    These buffers are converted in place, as PyTorch does with parameters; it replaces other buffers. These parameters
-    are not in the state_dict.
+    These buffers are converted in place, as PyTorch does with parameters; it replaces other buffers. One that is a
+    number keeps its precision, as numbers in Python do. These parameters are not in the state_dict.
 
     Attributes:
         _freegrad_fx_buffers: How the names of these buffers begin.
@@ -403,8 +404,11 @@ class HoldsForRules(nn.Module):
             if converted is tensor or tensor is None or converted is None:
                 continue
             if not (converted.is_meta or tensor.is_meta or tensor.is_inference()):
+                dtype = converted.dtype
+                if tensor.is_floating_point() and not tensor.dim():
+                    dtype = torch.promote_types(tensor.dtype, dtype)
                 # not the converted value: to_empty() returns memory that is not initialised
-                tensor.data = tensor.detach().to(converted.device, converted.dtype)
+                tensor.data = tensor.detach().to(converted.device, dtype)
                 buffers_of(self)[name] = tensor
         return self
 

@@ -395,7 +395,13 @@ def checked(
     if result.dtype == dtype:
         return result
     # Under autocast the dtypes of input and output can differ, and the rule can compute in either
-    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, dtype)):
+    computed = torch.promote_types(grad.dtype, dtype)
+    for (
+        given
+    ) in call.parameters.values():  # a gradient of one number takes the dtype of such a parameter
+        if isinstance(given, Tensor) and given.is_floating_point():
+            computed = torch.promote_types(computed, given.dtype)
+    if result.dtype not in (grad.dtype, torch.promote_types(grad.dtype, dtype), computed):
         raise RuleError(
             f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for {value} of dtype "
             f"{dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
