@@ -131,6 +131,7 @@ def test_a_plain_trace_is_wrong_about_such_modules(name: str) -> None:
     check(program, "train", [True, False, True])
 
 
+@pytest.mark.slow
 def test_random_modules_have_everything_in_them() -> None:
     """The strategy reaches what it is there for; without this, the test above could be about nothing."""
     seen: set[str] = set()

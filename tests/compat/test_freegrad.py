@@ -138,6 +138,7 @@ def test_second_derivatives_without_a_rule_are_torchs_own(forward: str) -> None:
     assert torch.autograd.gradgradcheck(lambda t: layer(t) * t, x)
 
 
+@pytest.mark.slow
 def test_layers_compile_into_one_graph_and_follow_the_blocks() -> None:
     layer = nn.Sequential(ours.Activation("Tanh"), ours.Activation("ReLU6"))
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")

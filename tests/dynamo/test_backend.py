@@ -169,6 +169,7 @@ def test_any_code_gets_its_rules(
     assert names(backend.report()) == expected
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.inductor
 @pytest.mark.parametrize("forward", [graph_breaks, in_place, checkpointed])
 def test_inductor_compiles_what_was_rewritten(forward: Callable[[Model, Tensor], Tensor]) -> None:
@@ -178,7 +179,6 @@ def test_inductor_compiles_what_was_rewritten(forward: Callable[[Model, Tensor],
 
 
 @pytest.mark.slow
-@pytest.mark.sampled(3)
 @pytest.mark.inductor
 @pytest.mark.parametrize(
     "options",
@@ -223,6 +223,7 @@ def test_ambient_rules_are_refused_with_the_way_to_have_them(make: Any) -> None:
         make(None)
 
 
+@pytest.mark.slow
 def test_fullgraph_and_dynamic_shapes_reach_torch_compile() -> None:
     model = Model(lambda self, x: torch.relu(self.a(x)))
     compiled = fg.compile(model, RULE, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -306,7 +307,7 @@ TABLES = {
 }  # fmt: skip
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
 def test_code_that_dynamo_shares_between_modules_has_the_rules_of_each(table: fg.RuleTable) -> None:
     model, whole = Blocks(), WholeBlocks()
@@ -340,6 +341,7 @@ def test_a_wrapper_around_the_model_is_not_in_the_paths() -> None:
     assert "first.act:relu[0]" in names(backend.report())
 
 
+@pytest.mark.slow
 def test_methods_are_compiled_by_module_compile() -> None:
     class Encoder(nn.Module):
         def __init__(self) -> None:
@@ -382,6 +384,7 @@ def test_parts_that_are_compiled_each_alone_have_reports_of_their_own() -> None:
         backend.report()
 
 
+@pytest.mark.slow
 def test_a_function_may_call_several_models() -> None:
     first = nn.Sequential(nn.Linear(4, 4), nn.ReLU())
     second = nn.Sequential(nn.Linear(4, 4), nn.Tanh())
@@ -423,8 +426,7 @@ class Swishes(nn.Module):
         return self.swish(self.layers(self.swish(self.linear(x))))
 
 
-@pytest.mark.sampled(2)
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -747,6 +749,7 @@ def in_branches(self: Model, x: Tensor) -> Tensor:
     return torch.relu(torch.cond(x.sum() > 0, self.act, otherwise, (x - 0.5,)))
 
 
+@pytest.mark.slow
 def test_a_site_in_a_branch_of_cond_keeps_its_backward_and_is_named() -> None:
     model, x = Model(in_branches), sample()
     model.act = Branch()
@@ -769,6 +772,7 @@ def test_a_site_in_a_branch_of_cond_keeps_its_backward_and_is_named() -> None:
         fg.compile(model, "straight_through", backend="aot_eager", strict=True)(x)
 
 
+@pytest.mark.slow
 def test_an_encoder_layer_in_one_function_is_reported() -> None:
     layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=True).eval()
     backend = fg.backend({"relu": "scale"}, inner="eager")
@@ -780,6 +784,7 @@ def test_an_encoder_layer_in_one_function_is_reported() -> None:
     assert note.reason == "PyTorch computes activations inside of this call"
 
 
+@pytest.mark.slow
 def test_an_entry_that_matched_nothing_in_the_first_call_is_a_warning() -> None:
     compiled = fg.compile(Model(graph_breaks), {"relu": "scale", "gelu": "scale"}, backend="eager")
     with pytest.warns(
@@ -792,6 +797,7 @@ def test_an_entry_that_matched_nothing_in_the_first_call_is_a_warning() -> None:
         strict(sample())
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("suppress", [False, True])
 def test_a_rule_that_cannot_serve_a_site_is_an_error_of_its_own_kind(suppress: bool) -> None:
     compiled = fg.compile(
@@ -817,6 +823,7 @@ def tied(self: Model, x: Tensor) -> Tensor:
     return self.a(torch.relu(self.b(self.a(x))))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "rules",
     [
@@ -856,7 +863,7 @@ def in_one_graph(self: Model, x: Tensor) -> Tensor:
     return x + y
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.slow
 @pytest.mark.parametrize("inner", EAGER)
 @pytest.mark.parametrize(
     "rules",
@@ -886,6 +893,7 @@ def test_a_rule_acts_on_the_whole_gradient_of_a_parameter_that_several_graphs_us
     assert not torch.allclose(native[1], expected[1])
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_inductor_takes_parameters_whose_rules_are_outside_of_its_graphs() -> None:
     rules = {"params": fg.rules.clip_norm(max_norm=0.1)}
@@ -904,6 +912,7 @@ def test_a_rule_acts_once_for_each_call_of_a_model_that_runs_in_graphs() -> None
     assert_same(actual, gradients(lambda x: gm(x) * gm(x + 1), whole, sample()))
 
 
+@pytest.mark.slow
 def test_a_parameter_that_several_graphs_of_a_function_use_is_a_warning() -> None:
     model = Model(tied)
 
@@ -958,6 +967,7 @@ def test_a_parameter_that_learns_again_gets_its_rule() -> None:
     assert_same(actual[1:2], [-native[1]])
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     "inner", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.inductor)]
 )

@@ -144,6 +144,7 @@ def test_every_rule_on_activations_gives_the_gradients_of_plain_autograd(
     assert_same(gradients(compiled(gm, backend), x, model), expected)
 
 
+@pytest.mark.slow
 @ON_EVERY_DEVICE
 @ON_INDUCTOR_SLOWLY
 def test_every_rule_in_a_composition_gives_the_gradients_of_plain_autograd(
@@ -164,6 +165,7 @@ def test_every_rule_in_a_composition_gives_the_gradients_of_plain_autograd(
     assert_same(gradients(compiled(gm, backend), x, model), expected)
 
 
+@pytest.mark.slow
 @ON_EVERY_DEVICE
 @ON_EVERY_BACKEND
 def test_every_rule_on_parameters_is_given_the_native_gradient(backend: str, device: str) -> None:
@@ -208,6 +210,7 @@ def test_random_rules_are_reproducible_with_a_seed(kind: str) -> None:
         assert not torch.equal(found[0], found[2]), name
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_random_rules_under_inductor_draw_from_the_same_distribution() -> None:
     """The mean and the spread of the gradient of many entries, beside those of the formula itself."""
@@ -287,6 +290,7 @@ class Repeated(nn.Module):
         return x
 
 
+@pytest.mark.sampled(2)
 @ON_INDUCTOR_SLOWLY
 def test_a_model_captured_by_export_compiles(backend: str) -> None:
     model, x = Repeated(), torch.randn(4, 6)
@@ -455,6 +459,7 @@ def test_a_rule_registered_anew_takes_effect_and_is_compiled_once(small: Small, 
     assert counter.frame_count <= 3
 
 
+@pytest.mark.sampled(2)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_block_with_another_rule_takes_effect_and_is_compiled_once(
     small: Small, x: Tensor, backend: str

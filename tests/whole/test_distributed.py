@@ -133,6 +133,7 @@ def test_the_compiler_has_split_the_graph_into_the_buckets(
     assert all(result["DDP, compiled"]["graphs"] >= 2 for result in found_slowly)
 
 
+@pytest.mark.slow
 def test_the_pass_behind_the_compiler_counts_calls_over_the_buckets(
     found: list[dict[str, Any]],
 ) -> None:

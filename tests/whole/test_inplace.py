@@ -392,6 +392,7 @@ def transform_quietly(program: Program, rule: Any) -> nn.Module:
         return fg.transform(program, {"relu": rule})
 
 
+@pytest.mark.slow
 @settings(max_examples=30, deadline=None)
 @given(PROGRAM)
 def test_any_program_keeps_its_forward_and_its_true_gradients(drawn: Any) -> None:

@@ -65,7 +65,7 @@ def subject(request: pytest.FixtureRequest) -> Iterator[Subject]:
 # --- forward and backward ---
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @MODES
 def test_native_rules_change_nothing(subject: Subject, training: bool) -> None:
     gm = fg.transform(subject.model.train(training), NATIVE)
@@ -74,7 +74,7 @@ def test_native_rules_change_nothing(subject: Subject, training: bool) -> None:
     assert_same_gradients(actual, subject.native(training))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @MODES
 def test_a_rule_equals_the_model_edited_by_hand(subject: Subject, training: bool) -> None:
     x = subject.sample(training)
@@ -109,7 +109,7 @@ class Executed(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(12)
 @MODES
 def test_every_activation_is_a_site(subject: Subject, training: bool) -> None:
     model = copy.deepcopy(subject.model).train(training)
@@ -142,6 +142,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     return {**sweep.fingerprint(model), **versions}
 
 
+@pytest.mark.sampled(3)
 def test_the_original_is_left_as_it_was(subject: Subject) -> None:
     model = subject.model.train()
     children = list(model.children())
@@ -165,6 +166,7 @@ def test_the_original_is_left_as_it_was(subject: Subject) -> None:
     assert not any(m in set(model.modules()) for m in gm.modules())
 
 
+@pytest.mark.sampled(3)
 def test_state_is_shared_and_keeps_its_names(subject: Subject) -> None:
     model = subject.model
     gm = fg.transform(model, RECTANGULAR)
