@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .plot import plot_rule
     from .relevance import attribute
     from .rule_values import RuleValue, rule_parameters, set_parameters
+    from .scaling import unscaled
     from .schedules import RuleScheduler
     from .sites.site import Site
     from .table import RuleTable, on
@@ -70,6 +71,7 @@ _LATER = {
     "rule_parameters": "rule_values",
     "set_parameters": "rule_values",
     "transform": "pipeline",
+    "unscaled": "scaling",
     "use": "eager",
     "verify": "verification",
 }
@@ -121,6 +123,7 @@ __all__ = [
     "tables",
     "testing",
     "transform",
+    "unscaled",
     "use",
     "verify",
     "vocabulary",

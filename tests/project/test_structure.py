@@ -29,7 +29,7 @@ ops
 functional plot modules graph testing quantizers
 sites
 capture table
-plan tables
+plan tables scaling
 rewrite schedules rule_values
 eager
 batches relevance compared dynamo

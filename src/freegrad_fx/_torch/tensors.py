@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp import GradScaler
 
 from .releases import uses_private_names
 
-__all__ = ["empty_like_gradient", "mark_as_parameter", "version", "viewed"]
+__all__ = ["empty_like_gradient", "mark_as_parameter", "scale_of", "version", "viewed"]
 
 
 def version(tensor: Tensor) -> int:
@@ -32,3 +33,12 @@ def empty_like_gradient(node: Any) -> Tensor:
     """A tensor with the shape, dtype and device of the gradient that a node of an autograd graph receives."""
     like = node._input_metadata[0]
     return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+
+
+@uses_private_names("unscaled() with a GradScaler")
+def scale_of(scaler: GradScaler) -> Tensor | None:
+    """The tensor in which a scaler keeps its scale; None if it is not enabled."""
+    if not scaler.is_enabled():
+        return None
+    scaler.scale(torch.zeros((), device=scaler._device))  # makes the tensor if there is none yet
+    return scaler._scale

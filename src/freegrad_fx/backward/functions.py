@@ -12,9 +12,10 @@ from .._torch.dispatch import runs_alone
 from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from .._torch.tensors import version
-from ..core.contract import BITS, OF_MASK
+from ..core.contract import BITS, LOSS_SCALE, OF_MASK
 from ..core.copies import changed_since_copied
 from ..core.rule import Rule
+from ..core.unscaled import follows_scale
 from ..errors import RuleError
 from .kernels import run_compiled
 from .packing import pack, unpack
@@ -125,8 +126,11 @@ def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
         # The output is saved as `y`: a double backward then differentiates the rule, not the operation
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)
     if tensors:
-        ctx.tensors = tensors
         ctx.versions = parameter_versions(call, tensors)
+        if LOSS_SCALE in parameters:  # it is read in the backward, and can change until then
+            tensors.remove(LOSS_SCALE)
+            ctx.versions.pop(LOSS_SCALE, None)
+        ctx.tensors = tensors
         saved = (*saved, *map(parameters.__getitem__, tensors))
     if saved:
         ctx.save_for_backward(*saved)
@@ -139,14 +143,20 @@ def parameter_versions(call: Call, names: list[str]) -> dict[str, int]:
     """The versions of the parameters that are tensors; empty while code is compiled.
 
     Raises:
-        RuleError: The model was copied, and a tensor of the original, which its caller has changed since, is no longer
-            the model's.
+        RuleError: The model was copied, and a tensor of the original, which its caller has changed since, or the scale
+            of a GradScaler, is no longer the model's.
     """
     if is_compiling():
         return {}
     versions = {}
     for name in names:
         value = call.parameters[name]
+        if name == LOSS_SCALE and not follows_scale(value):
+            raise RuleError(
+                f"rule {call.rule.name!r} at site {call.site!r} has a copy of the scale of its GradScaler, because the "
+                f"model was copied or loaded, and the copy does not change with the scaler. Transform the original "
+                f"model again: transform(model, unscaled(rules, scaler))."
+            )
         if changed_since_copied(value):
             raise RuleError(
                 f"the tensor that was given as {name!r} of rule {call.rule.name!r} at site {call.site!r} has changed "

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 
 from .._torch.modules import HoldsForRules, buffers_of, parameters_of
 from .._torch.tensors import mark_as_parameter
-from ..core.contract import RULE_PARAMETER
+from ..core.contract import LOSS_SCALE, RULE_PARAMETER
 from ..core.copies import forget, remember
 from ..core.rule import Rule, get
 from ..errors import PlanError, RuleError, unknown
@@ -334,6 +334,8 @@ class RuleParameters(HoldsForRules):
         def add(key: str, value: Any) -> None:
             if not isinstance(value, fx.Node) or not _is_held(self, value):
                 return
+            if key.endswith(f".{LOSS_SCALE}"):
+                return  # the scaler saves it
             tensor = _tensor(self, value)
             if id(tensor) not in known:
                 known.add(id(tensor))

@@ -23,6 +23,7 @@ __all__ = [
     "BITS",
     "INPUTS",
     "KINDS",
+    "LOSS_SCALE",
     "MASK",
     "NATIVE",
     "OF_MASK",
@@ -72,8 +73,11 @@ OVER = ("parameter", "module", "all")
 OPTIONS = ("save", "compile", "over")
 """The keywords of a rule that select how it runs."""
 
+LOSS_SCALE = "loss_scale"
+"""The parameter that holds the scale of the gradients, for rules that act on gradients which are not scaled."""
+
 RESERVED = (
-    *("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS),
+    *("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS, LOSS_SCALE),
     *(OPERATION, "operation", "operands"),
 )
 """Names that a parameter of a rule cannot have."""

@@ -20,6 +20,7 @@ from .declaration import Declaration
 from .info import RuleInfo, info_of
 from .parameter import Parameter
 from .text import shown
+from .unscaled import UNSCALED, with_scale, without_scale
 
 __all__ = [
     "Composition",
@@ -400,13 +401,21 @@ _by_token: dict[str, Rule] = {}
 def add(rule: Rule) -> None:
     """Register a rule under its name."""
     _registry[rule.name] = rule
+    _registry.pop(UNSCALED + rule.name, None)
     if rule.declaration.token:
         _by_token[rule.declaration.token] = rule
 
 
 def of_token(token: str) -> Rule:
     """Return the rule whose formula a token identifies, with its defaults."""
+    if token not in _by_token and (inner := without_scale(token)):
+        _add_with_scale(_by_token[inner])
     return _by_token[token]
+
+
+def _add_with_scale(rule: Rule) -> None:
+    """Register the rule with the parameter for the scale of the gradients, which has no value yet."""
+    add(Rule(with_scale(rule.declaration), rule.bound, save=rule.save))
 
 
 def get(rule: RuleLike) -> Rule:
@@ -423,6 +432,9 @@ def get(rule: RuleLike) -> Rule:
     try:
         return _registry[rule]  # type: ignore[index]
     except (KeyError, TypeError):
+        if inner := without_scale(str(rule)):
+            _add_with_scale(get(inner))
+            return _registry[str(rule)]
         remedy = "To use a rule of your own, first import the module that registers it."
         if str(rule).casefold() in ("none", "null", NATIVE):
             raise RuleError(
@@ -434,7 +446,7 @@ def get(rule: RuleLike) -> Rule:
 
 def available() -> list[str]:
     """Return the names of all registered rules, in the order of registration."""
-    return list(_registry)
+    return [name for name in _registry if not without_scale(name)]
 
 
 def compose(*rules: RuleLike) -> Composition:

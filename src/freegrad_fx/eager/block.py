@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Self
 
-from torch import nn
+from torch import Tensor, nn
+from torch.amp import GradScaler
 
 from .._torch.dynamo import leave_to_python
 from ..blocks import use as ambient_use
@@ -17,6 +18,7 @@ from ..core.rule import Composition, Rule, RuleLike
 from ..errors import FreegradWarning, TableError
 from ..modules import Activation
 from ..plan import PLAN
+from ..scaling import unscaled
 from ..table import RulesLike, RuleTable
 from ..table.table import is_path
 from .interception import enter, leave, resuming
@@ -49,12 +51,14 @@ class use(ambient_use):
         model: The model to whose modules the paths, owners' classes, call indices and parameters of a table refer. With
             a model, only calls that run inside of it are sites.
         rule: FreeGrad's name for `rules`.
+        scaler: The `torch.amp.GradScaler` that scales the loss, so that the rules act on gradients that are not scaled;
+            see `unscaled`.
 
     Raises:
         RuleError: A rule is unknown, lacks a parameter value, or cannot be used in a scope; or a scope is unknown.
         TableError: A key is not an op, a group or a class; or an entry needs `model`.
-        TypeError: Both `rules` and `rule` are given, or neither; `model` is not a module; or `params` or `scope` is
-            given with a table.
+        TypeError: Both `rules` and `rule` are given, or neither; `model` is not a module; `scaler` is no scaler; or
+            `params` or `scope` is given with a table.
 
     Source: FreeGrad, ``freegrad.use``, which acts on wrapped models only.
 
@@ -79,8 +83,11 @@ class use(ambient_use):
         *,
         model: nn.Module | None = None,
         rule: RuleLike | None = None,
+        scaler: GradScaler | Tensor | None = None,
     ) -> None:
         given = _one_of(rules, rule)
+        if scaler is not None:
+            given = unscaled(given, scaler)
         if model is not None and not isinstance(model, nn.Module):
             raise TypeError(f"model has to be an nn.Module, got {type(model).__name__}")
         if isinstance(given, Rule | Composition) or (isinstance(given, str) and not is_path(given)):
