@@ -268,7 +268,10 @@ def _stopped_patterns() -> list[Entry]:
 
 
 def _frozen_norms() -> list[Entry]:
-    """The denominators of norms are constant; that of a norm in separate operations is an `rsqrt` or a `sqrt`."""
+    """The denominators of norms are constant.
+
+    That of a norm in separate operations which is not found as one operation is an `rsqrt` or a `sqrt`.
+    """
     return [
         on(["layer_norm", "rms_norm", "group_norm"], optional=True).backward("frozen_norm"),
         on(["rsqrt", "sqrt"], at="output", optional=True).backward("stop"),

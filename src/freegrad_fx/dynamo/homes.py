@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from .._torch.functions import forwards_by_line
 from ..graph.provenance import META, Origin, is_users_file, origin
 from ..sites.operations import find_sites
+from ..sites.site import Site
 from ..table import RuleTable
 from .frames import Setting
 from .nested import nodes_in_order
@@ -142,13 +143,15 @@ def number_calls(
 ) -> None:
     """Write the call indices on the nodes of sites, counted over all graphs in the order in which nodes run."""
     calls = Counter(before)
-    sites = {
-        place.node: place.site
-        for module in graph_modules
-        for place in find_sites(module.graph, module, table.types_in(module), table.on_demand)
-    }
+    sites: dict[fx.Node, list[Site]] = {}
+    for module in graph_modules:
+        for place in find_sites(module.graph, module, table.types_in(module), table.on_demand):
+            sites.setdefault(place.node, []).append(place.site)
     for node, home in homes.items():
-        if node in sites:
-            key = home.program, sites[node].path, sites[node].op
-            node.meta[META] = replace(origin(node), call=calls[key])
+        numbers = {}
+        for site in sites.get(node, ()):
+            key = home.program, site.path, site.op
+            numbers[site.op] = calls[key]
             calls[key] += 1
+        if numbers:
+            node.meta[META] = replace(origin(node), calls=tuple(numbers.items()))

@@ -29,6 +29,7 @@ from ..plan.decide import also, decide
 from ..plan.groups import acts_together
 from ..plan.noise import with_noise
 from ..plan.reach import require_reached
+from ..sites.compounds import NORMS
 from ..sites.parameters import named_parameters
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
@@ -37,6 +38,7 @@ from ..vocabulary.op import Spelling
 from .ambient import at_ambient_sites, follows_blocks, path_in
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
+from .modules import calls_of_compounds
 from .parameters import is_parameter, parameters_swapped_in, role_of
 from .rules import Decisions
 from .running import running_modules
@@ -143,6 +145,9 @@ class Observed(EagerSites):
                 functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
                 stack.enter_context(calls_of_modules(modules, self, self.on_demand))
                 stack.enter_context(calls_of_functions(functions, self))
+            if not NORMS.isdisjoint(self.on_demand):
+                of_model = None if self.model is None else [*self.model.modules()]
+                stack.enter_context(calls_of_compounds(of_model, self))
             yield
 
     # --- decisions ---

@@ -7,8 +7,8 @@ Where a call is, and how often the same one has run before, is told by `Observed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -18,12 +18,13 @@ from .._torch.dispatch import is_transformed
 from ..errors import RuleError
 from ..graph.provenance import caller
 from ..modules import Activation
-from ..plan import Decision
+from ..plan import Decided, Decision
 from ..sites.alone import Alone, call_alone, other_constants
+from ..sites.compounds import NORMS
 from ..sites.operations import dim_of, spelled_function
 from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
-from ..sites.site import REPLACE, Located, LocatedParameter, Site
+from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter, Site
 from ..table import RuleTable
 from ..vocabulary.op import Op, Spelling
 from .opaque import opaque_call
@@ -202,6 +203,32 @@ class EagerSites(ABC):
 
         return self._decisions((kind, inplace), place, kind.__name__, described)
 
+    def calls(self, module: nn.Module, places: Sequence[LocatedOperation]) -> Decided | None:
+        """The decisions for calls of the module that runs now, which runs by its graph; None if they are no sites.
+
+        Args:
+            module: The module.
+            places: The calls in the graph.
+        """
+        place = self.place()
+        if place is None or place.owner is None or place.modules[0] is not module:
+            return None
+        found: Decided = []
+        for one in places:
+            written = ("graph", one.site.spelling, one.site.source, one.obstacle, one.dim)
+            made = self._decisions(written, place, one.site.op, _not_described, one.tensors, one)
+            for at, decision in made.items():
+                found.append((one.edge(at) if at != REPLACE else one, decision))
+        return found
+
+    def not_traced(self, module: nn.Module, reason: str) -> None:
+        """Note a module that may compute an operation by several calls, and could not be traced alone."""
+        place = self.place()
+        if place is not None and place.modules[:1] == (module,):
+            ops = ", ".join(sorted(NORMS & self.on_demand))
+            what = f"{type(module).__name__}, whose {ops} in separate operations cannot be found in a block"
+            self.note_opaque(place, Opaque(place.path, what, reason, caller()))
+
     def function_call(self, function: type[Any]) -> Decisions | None:
         """The decisions for the `apply` of an autograd.Function that runs now; None if it is no site."""
         place = self.place()
@@ -221,10 +248,11 @@ class EagerSites(ABC):
         op: str,
         described: Callable[[], _Described],
         tensors: tuple[str, ...] | None = None,
+        in_graph: LocatedOperation | None = None,
     ) -> Decisions:
         """The decisions for a call, which are known if the same was `written` at the same place before.
 
-        Only a call that is not known yet is described.
+        Only a call that is not known yet is described, unless it is one in a graph.
         """
         call = self.count(place, op)
         source = caller() if self.lines_tell_sites_apart else ""
@@ -237,19 +265,21 @@ class EagerSites(ABC):
                 self.pass_by(place, index)
             return found
         owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
-        what = described()
+        what = _Described(in_graph.site.spelling) if in_graph is not None else described()
         site = Site(
             kind="operation",
             op=op,
             path=place.path,
             call=call,
             spelling=what.spelled,
-            source=source or caller(),
+            source=in_graph.site.source if in_graph is not None else source or caller(),
             type=qualified(owners[0]) if owners else "",
         )
         located = Located(
             site, owners, what.obstacle, what.line, what.called, tensors, what.alone, what.dim
         )
+        if in_graph is not None:
+            located = replace(in_graph, site=site, owners=owners)
         table = self.table.only(dict.fromkeys(passed, frozenset())) if passed else self.table
         made = {REPLACE: self.decided(place, located, table)}
         for edge in located.edges(table.placements):
@@ -378,6 +408,10 @@ def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Te
     result = parameter_by(decision, value, parameter) if acts else value
     mark_in_place(result)
     return result
+
+
+def _not_described() -> _Described:
+    raise AssertionError("the call is in a graph")
 
 
 def _module(kind: type[nn.Module], inplace: bool) -> str:

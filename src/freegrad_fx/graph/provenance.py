@@ -49,8 +49,8 @@ class Origin:
         source: ``file:line`` of the user code; ``""`` if it is not known.
         owner_type: The class of the owner, if the graph comes without the modules; else None.
         parameter: For a graph input that is a parameter of the model: its dotted names, the canonical name first.
-        call: The number of sites with the same op and owner that come before the node, if the graph is only a part of
-            the program; else None.
+        calls: For each op of a site at the node, the number of sites with the same op and owner that come before it, if
+            the graph is only a part of the program; else None.
         function: The name of the autograd.Function whose forward made the node, and whose backward is its own;
             ``""`` for other nodes.
     """
@@ -59,8 +59,17 @@ class Origin:
     source: str = ""
     owner_type: type | None = None
     parameter: tuple[str, ...] = ()
-    call: int | None = None
+    calls: tuple[tuple[str, int], ...] | None = None
     function: str = ""
+
+    def call(self, op: str, otherwise: int) -> int:
+        """The number of sites with an op and the owner that come before the node.
+
+        Args:
+            op: The op.
+            otherwise: The number in the graph, which is returned if the graph is the whole program.
+        """
+        return otherwise if self.calls is None else dict(self.calls).get(op, otherwise)
 
 
 def origin(node: fx.Node) -> Origin:

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import functools
-import types
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from typing import Any
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ..capture import Capture
-from ..core.rule import Forward, Rule
-from ..core.text import shown
+from ..core.rule import Rule
 from ..errors import PlanError, RuleError
-from ..graph.aliasing import Aliasing, named_in_place, of_library
+from ..graph.aliasing import Aliasing
 from ..sites.hidden import hidden_sites
 from ..sites.opaque import find_opaque
 from ..sites.operations import find_sites
@@ -28,10 +25,12 @@ from ..vocabulary.activations import OPS
 from .decision import Decided, Decision
 from .dims import check_dims
 from .edges import check_edge
+from .forwards import check_learnt, check_replaceable
 from .groups import acts_together
 from .notes import remark_on, steps_left
 from .operands import check_operands
 from .own import with_own_tensors
+from .parts import without_parts
 from .plan import Plan
 
 __all__ = ["also", "decide", "make_plan"]
@@ -75,7 +74,9 @@ def make_plan(
     if parameters or ambient or table.wants_parameters or named:
         decided, unused = _with_parameters(capture, table, decided, aliasings)
     decided = [
-        [(p, also(p, _ambient(p, d, ambient, ambient_before), own)) for p, d in pairs]
+        without_parts(
+            [(p, also(p, _ambient(p, d, ambient, ambient_before), own)) for p, d in pairs]
+        )
         for pairs, own in zip(decided, tables, strict=True)
     ]
     opaque, lost = _remarks(capture, types, leaf_modules)
@@ -256,8 +257,8 @@ def decide(place: Located, table: RuleTable) -> Decision:
     else:
         check_edge(place, entry)
     if entry.forward is not None:
-        _check_replaceable(place, entry.forward)
-        _check_learnt(place, entry)
+        check_replaceable(place, entry.forward)
+        check_learnt(place, entry)
     elif isinstance(place, LocatedParameter) and not place.tensor.requires_grad:
         return Decision(site, "native", entry=index, reason=_FROZEN, frozen=True)
     rules = _at_operation(place, entry, entry.rules)
@@ -384,63 +385,4 @@ def _check_module(place: LocatedOperation, entry: Entry, where: str) -> None:
         raise PlanError(
             f"{gives} {keeping!r} to the call of {kind}. The rule returns a gradient of the shape of the output, but "
             f"{kind} changes the shape; at {where}. {remedy}"
-        )
-
-
-def _check_learnt(place: Located, entry: Entry) -> None:
-    """Raise `PlanError` if a forward uses a tensor that a rule learns, in a way that cannot be separated from the rule.
-
-    The tensor would get the gradient of the forward in addition to that of the rule. Arguments that are bound with
-    `functools.partial` are detached.
-    """
-    function: Any = entry.forward
-    while isinstance(function, functools.partial):
-        function = function.func
-    code, held = getattr(function, "__code__", None), getattr(function, "__self__", None)
-    values = [
-        *(getattr(function, "__defaults__", None) or ()),
-        *(getattr(function, "__kwdefaults__", None) or {}).values(),
-        *(cell.cell_contents for cell in getattr(function, "__closure__", None) or ()),
-        *(function.__globals__.get(name) for name in (code.co_names if code else ())),
-        *vars(held if hasattr(held, "__dict__") else types.SimpleNamespace()).values(),
-    ]
-    for rule in entry.rules or ():
-        for name, tensor in rule.learnt.items():
-            if any(value is tensor for value in values):
-                raise PlanError(
-                    f"rule {rule.name!r} gives a gradient to its parameter {name!r}, and the forward "
-                    f"{shown(function)} uses the same tensor as a variable, which would give it a second one, at site "
-                    f"{place.site.name}. Let the forward take the tensor as an argument: "
-                    f"forward=functools.partial(function, {name}=tensor)."
-                )
-
-
-def _works_in_place(forward: Callable[..., Tensor]) -> bool:
-    """Whether a function of torch works in place, by its name or by a bound `inplace=True`."""
-    function: Any = forward
-    while isinstance(function, functools.partial):
-        if function.keywords.get("inplace", False):
-            return True
-        function = function.func
-    return of_library(function) and named_in_place(getattr(function, "__name__", ""))
-
-
-def _check_replaceable(place: Located, forward: Forward) -> None:
-    """Raise `PlanError` if `forward` cannot replace the forward of a site."""
-    where = f"site {place.site.name} ({place.site.spelling})"
-    if isinstance(forward, nn.Module | type):
-        kind = "class" if isinstance(forward, type) else "module"
-        raise PlanError(
-            f"a forward must be a function of a tensor, got the {kind} {forward!r}, at {where}. Its parameters and "
-            f"mode would not belong to the model. Give a function, such as torch.tanh."
-        )
-    if not isinstance(forward, str) and _works_in_place(forward):
-        raise PlanError(
-            f"the forward {shown(forward)} works in place, so it would overwrite a tensor of the model, at {where}. "
-            f"Give the out-of-place function: torch.relu instead of torch.relu_."
-        )
-    if place.op is not None and not place.op.keeps_shape:
-        raise PlanError(
-            f"forward={forward!r} keeps the shape, but {place.op.name} changes it, at {where}. Keep the forward of "
-            f"{place.op.name}."
         )

@@ -28,7 +28,7 @@ def calls_to_open(root: nn.Module, decided: Decided) -> dict[fx.Node, int | str]
     of_all = has_global_hooks()
     found: dict[fx.Node, int | str] = {}
     for place, decision in decided:
-        if not decision.acts or not isinstance(place, LocatedOperation):
+        if not decision.acts or not isinstance(place, LocatedOperation) or place.compound:
             continue
         module = called_module(place.node, root)
         if (
@@ -70,7 +70,7 @@ def calls_to_give(decided: Decided) -> dict[fx.Node, list[str]]:
     """The calls of modules with rules at operands that the modules hold, with the names of these parameters."""
     found: dict[fx.Node, list[str]] = {}
     for place, decision in decided:
-        if isinstance(place, LocatedOperation) and decision.acts:
+        if isinstance(place, LocatedOperation) and place.compound is None and decision.acts:
             wanted = {place.site.at}
             if place.site.at == REPLACE:
                 uses = uses_at(place, decision.rules[0] if decision.rules else None)

@@ -30,6 +30,7 @@ from ..ops.hooked import call_without_hooks
 from ..plan import Decided
 from ..sites.site import Located, LocatedOperation, LocatedParameter
 from .calls import calls_to_give, calls_to_open, with_given_parameters, with_open_calls
+from .compounds import copies_at, operate_compound
 from .memory import memory_at
 from .operations import at_operations, operate
 from .parameters import decouple
@@ -90,9 +91,16 @@ def rewrite(
     wanted = [pair for pair in decided if pair[1].acts]
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first
+    operations = at_operations(decided)
+    compounds = [
+        (place, decisions, copies_at(place, decisions, aliasing))
+        for place, decisions in operations
+        if place.compound is not None
+    ]
     judged = [
         (place, decisions, memory_at(place, decisions, aliasing))
-        for place, decisions in at_operations(decided)
+        for place, decisions in operations
+        if place.compound is None
     ]
     parameters = [
         (place, decision, place.renormalised or any(map(aliasing.written, place.reads)))
@@ -111,6 +119,9 @@ def rewrite(
     replaced = [place for place, decision in wanted if decision.forward is not None]
     if replaced:
         _warn_at(replaced[0], len(replaced), graph, root)
+    # Rules at the parts of an operation are inside of those at the operation
+    for place, decisions, copies in compounds:
+        operate_compound(graph, root, place, decisions, copies)
     for place, decisions, memory in judged:
         operate(graph, root, place, decisions, memory)
     with _at_the_beginning(

@@ -52,9 +52,9 @@ def frozen_norm(grad: Tensor, x: Tensor, weight: Tensor | None, *, f: Any) -> Te
         shape: tuple[int, ...] = (x.shape[0], constants["num_groups"], -1)
     else:
         g = g if weight is None else g * weight
-        sizes = constants["normalized_shape"]
-        sizes = (sizes,) if isinstance(sizes, int) else tuple(sizes)
-        shape = (*x.shape[: x.dim() - len(sizes)], prod(sizes))
+        sizes = constants.get("normalized_shape", ())
+        count = constants.get("dims", 1 if isinstance(sizes, int) else len(sizes))
+        shape = (*x.shape[: x.dim() - count], prod(x.shape[x.dim() - count :]))
     g, rows = g.reshape(shape), rows.reshape(shape)
     if not rms:
         rows = rows - rows.mean(-1, keepdim=True)

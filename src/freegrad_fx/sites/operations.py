@@ -26,6 +26,8 @@ from ..vocabulary.activations import OPS
 from ..vocabulary.comparisons import step_at
 from ..vocabulary.op import Op, Operand, Spelling
 from .alone import node_alone
+from .compound import Compound
+from .compounds import find_compounds
 from .owners import already, class_at, decoupling, qualified, short_name
 from .site import OUTPUT, LocatedOperation, Site
 
@@ -48,9 +50,12 @@ def find_sites(
     """
     found: list[LocatedOperation] = []
     calls: Counter[tuple[str, str]] = Counter()
+    compounds = find_compounds(graph, root, wanted)
     for node in graph.nodes:
         if origin(node).function:
             continue
+        for compound in compounds.get(node, ()):
+            found.append(_compound_site(compound, root, calls))
         module = called_module(node, root)
         called = _called(node, module)
         step = step_at(node) if "comparison" in wanted else None
@@ -74,7 +79,7 @@ def find_sites(
             kind="operation",
             op=name,
             path=path,
-            call=calls[path, name] if where.call is None else where.call,
+            call=where.call(name, calls[path, name]),
             spelling=spelling_of(node, called, spelling.inplace),
             source=where.source,
             type=qualified(owner),
@@ -96,11 +101,46 @@ def find_sites(
                 module=module,
                 arguments=operands,
                 tensors=tuple(operand.name for operand in operands),
-                decoupled=tuple(_edges(node, operands)),
+                decoupled=tuple(_edges(node, ((o.name, operand_node(node, o)) for o in operands))),
                 step=step,
             )
         )
     return found
+
+
+def _compound_site(
+    compound: Compound, root: nn.Module, calls: Counter[tuple[str, str]]
+) -> LocatedOperation:
+    """The site of an operation of several calls, whose owner is that of the last one."""
+    node, name = compound.node, compound.op.name
+    where = origin(node)
+    path = where.owner if where.owner or node.op != "call_module" else called_path(node)
+    owner = where.owner_type or class_at(root, path)
+    site = Site(
+        kind="operation",
+        op=name,
+        path=path,
+        call=where.call(name, calls[path, name]),
+        spelling=compound.spelling,
+        source=where.source,
+        type=qualified(owner),
+    )
+    calls[path, name] += 1
+    operands = tuple(Operand(operand) for operand in compound.reads)
+    return LocatedOperation(
+        site=site,
+        owners=(owner,),
+        obstacle=compound.obstacle or _has_rules(node) or _is_stopped(compound.operand("x")),
+        op=compound.op,
+        alone=compound.alone,
+        node=node,
+        key="",
+        inplace=False,
+        arguments=operands,
+        tensors=tuple(compound.reads),
+        decoupled=tuple(_edges(node, ((o.name, compound.operand(o.name)) for o in operands))),
+        compound=compound,
+    )
 
 
 @dataclass(frozen=True)
@@ -148,16 +188,17 @@ def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
 
 
-def _edges(node: fx.Node, operands: Iterable[Operand]) -> Iterator[tuple[str, str]]:
+def _edges(
+    node: fx.Node, operands: Iterable[tuple[str, fx.Node | None]]
+) -> Iterator[tuple[str, str]]:
     """The placements at which an earlier transform has put rules around a node, each with a rule."""
     for user in node.users:
         if user.args[1:2] == (node,) and (found := decoupling(user)):
             yield from [(OUTPUT, found[0])] if found[1].endswith(f"@{OUTPUT}") else []
-    for operand in operands:
-        value = operand_node(node, operand)
+    for name, value in operands:
         found = None if value is None else decoupling(_original(value))
-        if found is not None and found[1].endswith(f"@{operand.name}"):
-            yield operand.name, found[0]
+        if found is not None and found[1].endswith(f"@{name}"):
+            yield name, found[0]
 
 
 def _original(source: fx.Node) -> fx.Node:
@@ -172,15 +213,21 @@ def _first(node: fx.Node, spelling: Spelling | _Custom) -> fx.Node:
     return first
 
 
-def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
-    source = _original(_first(node, spelling))
+def _has_rules(node: fx.Node) -> str:
     rules = [
         found[0] for user in node.users if user.args[:1] == (node,) and (found := decoupling(user))
     ]
-    if rules:
-        return already(*rules)
-    if source.target is stop_gradient:
-        return "its input is already detached from the autograd graph"
+    return already(*rules) if rules else ""
+
+
+def _is_stopped(value: fx.Node) -> str:
+    stopped = _original(value).target is stop_gradient
+    return "its input is already detached from the autograd graph" if stopped else ""
+
+
+def _obstacle(node: fx.Node, spelling: Spelling | _Custom) -> str:
+    if found := _has_rules(node) or _is_stopped(_first(node, spelling)):
+        return found
     if node.kwargs.get("return_indices"):
         return "it returns a tuple"
     if spelling.writes_out:

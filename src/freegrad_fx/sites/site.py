@@ -5,7 +5,7 @@ A site is identified by its place in the model (owner path, op, call index), nev
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
@@ -18,6 +18,7 @@ from ..vocabulary.calls import constants_of
 from ..vocabulary.comparisons import Step
 from ..vocabulary.op import Op, Operand
 from .alone import Alone
+from .compound import Compound
 from .owners import already
 
 __all__ = ["OUTPUT", "REPLACE", "Located", "LocatedOperation", "LocatedParameter", "Site"]
@@ -138,6 +139,7 @@ class LocatedOperation(Located):
         arguments: The operands that are tensors; empty for a call of a class that the table selects by type.
         decoupled: The placements at which an earlier transform has put rules, each with the first rule.
         step: The comparison whose result the operation converts; None for other operations.
+        compound: The calls that compute the operation, if they are several; None for one call.
     """
 
     node: fx.Node
@@ -147,10 +149,13 @@ class LocatedOperation(Located):
     arguments: tuple[Operand, ...] = ()
     decoupled: tuple[tuple[str, str], ...] = ()
     step: Step | None = None
+    compound: Compound | None = None
 
     @property
     def input(self) -> fx.Node:
         """The node of the first operand."""
+        if self.compound is not None:
+            return self.compound.operand(self.first.name)
         node = operand_node(self.node, self.first)
         node = argument(self.node, self.key) if node is None else node
         assert isinstance(node, fx.Node)
@@ -160,6 +165,8 @@ class LocatedOperation(Located):
         """The arguments of the call besides its operands, by PyTorch's names; None if it cannot be computed again."""
         if self.op is None:
             return None
+        if self.compound is not None:
+            return dict(self.compound.constants)
         node, first = self.node, first_argument(self.node)
         # With hooks, what follows the first operand describes the call
         args = node.args[first:3] if node.target is call_without_hooks else node.args[first:]
@@ -186,6 +193,15 @@ class LocatedOperation(Located):
         if self.module is None or self.op is None or name not in self.op.operands:
             return ""
         return _COMPUTED.format(name) if _is_computed(name, self.module) else ""
+
+    def moved(self, nodes: Mapping[fx.Node, fx.Node]) -> Self:
+        """The site in a copy of the graph.
+
+        Args:
+            nodes: The nodes of the copy, by those of the graph.
+        """
+        compound = None if self.compound is None else self.compound.moved(nodes)
+        return replace(self, node=nodes[self.node], compound=compound)
 
     def operand(self, name: str) -> Operand:
         """The operand of a name."""

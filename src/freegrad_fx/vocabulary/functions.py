@@ -9,7 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["convolution", "divided", "multiplied", "pool", "power", "product", "total"]
+__all__ = [
+    "convolution",
+    "divided",
+    "layer_normalised",
+    "multiplied",
+    "pool",
+    "power",
+    "product",
+    "rms_normalised",
+    "total",
+]
 
 
 def convolution(
@@ -81,3 +91,36 @@ def power(input: Tensor, *, exponent: Any = 2) -> Tensor:
 def pool(input: Tensor, *, kind: str, **constants: Any) -> Tensor:
     """A pool; `kind` is the name of the function in `torch.nn.functional`."""
     return getattr(F, kind)(input, **constants)  # type: ignore[no-any-return]
+
+
+def rms_normalised(
+    input: Tensor,
+    weight: Tensor | None = None,
+    *,
+    normalized_shape: Any = None,
+    eps: float | None = None,
+    dims: int = 0,
+) -> Tensor:
+    """An RMSNorm. `dims` is the number of the last dimensions, for one in separate operations."""
+    if not dims:
+        return F.rms_norm(input, normalized_shape, weight, eps)
+    shape = input.shape[input.dim() - dims :]
+    return F.rms_norm(input, shape, None if weight is None else weight.to(input.dtype), eps)
+
+
+def layer_normalised(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    normalized_shape: Any = None,
+    eps: float = 1e-5,
+    dims: int = 0,
+) -> Tensor:
+    """A LayerNorm; for `dims` see `rms_normalised`."""
+    if not dims:
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    shape = input.shape[input.dim() - dims :]
+    weight = None if weight is None else weight.to(input.dtype)
+    bias = None if bias is None else bias.to(input.dtype)
+    return F.layer_norm(input, shape, weight, bias, eps)

@@ -11,7 +11,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .activations import OPS
-from .functions import convolution, divided, multiplied, pool, power, product, total
+from .functions import (
+    convolution,
+    divided,
+    layer_normalised,
+    multiplied,
+    pool,
+    power,
+    product,
+    rms_normalised,
+    total,
+)
 from .products import OF_CONV, OF_LINEAR, OF_MATMUL, OF_MUL, Products
 
 __all__ = ["Operation", "operation_of"]
@@ -96,12 +106,14 @@ _OPERATIONS = dict(
         _operation("mean", torch.mean, accepts="dim keepdim dtype"),
         _operation("softmax", torch.softmax, accepts="dim dtype"),
         _operation("log_softmax", torch.log_softmax, accepts="dim dtype"),
-        _operation("layer_norm", F.layer_norm, _AFFINE, "normalized_shape eps", additive="bias"),
+        _operation(
+            "layer_norm", layer_normalised, _AFFINE, "normalized_shape eps dims", additive="bias"
+        ),
         _operation(
             "rms_norm",
-            F.rms_norm,
+            rms_normalised,
             {"x": "input", "weight": "weight"},
-            "normalized_shape eps",
+            "normalized_shape eps dims",
         ),
         _operation("group_norm", F.group_norm, _AFFINE, "num_groups eps", additive="bias"),
         _operation("max_pool", pool, accepts=_POOL),

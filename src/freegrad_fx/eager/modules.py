@@ -1,0 +1,253 @@
+"""Runs modules that compute an operation by several calls, such as the norms of language models, by their graphs.
+
+While such a module runs, its first calls do not tell that they belong to a norm. Its forward is therefore traced alone,
+once for a class, and rewritten as `transform` does it. The graph makes the same calls, with the module's own tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import weakref
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from types import CodeType, FunctionType
+from typing import Any, Protocol
+
+import torch
+from torch import fx, nn
+
+from .._torch.dynamo import is_compiling, leave_to_python
+from .._torch.replacing import all_replaced
+from ..capture import capture
+from ..errors import CaptureError
+from ..graph.provenance import is_users
+from ..plan import Decided, Decision
+from ..plan.parts import without_parts
+from ..rewrite import rewrite
+from ..sites.operations import find_sites
+from ..sites.site import LocatedOperation
+from .interception import unintercepted
+from .running import looks_for_sites, one_site
+
+__all__ = ["calls_of_compounds"]
+
+_PARTS = ("rsqrt", "sqrt", "pow")
+"""The ops of a norm at which its denominator can be stopped, if the norm is not found."""
+
+_NEEDED = ({"mean"}, {"rsqrt", "sqrt", "pow"})
+"""Names of functions, some of each set of which the code of a norm uses."""
+
+
+class Decides(Protocol):
+    """What is needed of what a block sees."""
+
+    on_demand: frozenset[str]
+
+    def calls(self, module: nn.Module, places: Sequence[LocatedOperation]) -> Decided | None:
+        """The decisions for calls of the module that runs now; None if they are no sites."""
+
+    def not_traced(self, module: nn.Module, reason: str) -> None:
+        """Note a module that may compute an operation by several calls, and could not be traced alone."""
+
+    def run(self, call: Callable[[], Any]) -> Any:
+        """Run a call that has been looked at."""
+
+
+def calls_of_compounds(
+    modules: Collection[nn.Module] | None, decides: Decides
+) -> AbstractContextManager[None]:
+    """A context in which operations of several calls in modules of their own are sites of a block.
+
+    Args:
+        modules: The modules of the model; None if there is no model, and all classes are looked at.
+        decides: What the block sees and decides.
+    """
+
+    def around(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            called = _called_in_python if is_compiling() else _called
+            return called(forward, decides, self, args, kwargs)
+
+        return run
+
+    kinds: Any = _all_classes(nn.Module) if modules is None else map(type, modules)
+    found = (kind for kind in dict.fromkeys(kinds) if _may_compute_norms(kind))
+    return all_replaced((kind, "forward", around) for kind in found)
+
+
+def _all_classes(kind: type[Any]) -> Iterator[type[Any]]:
+    for derived in kind.__subclasses__():
+        yield derived
+        yield from _all_classes(derived)
+
+
+_may_compute: weakref.WeakKeyDictionary[type[Any], bool] = weakref.WeakKeyDictionary()
+
+
+def _may_compute_norms(kind: type[nn.Module]) -> bool:
+    """Whether the code of a class uses the functions of which a norm consists."""
+    known = _may_compute.get(kind)
+    if known is None:
+        own = kind.__mro__[: kind.__mro__.index(nn.Module)]
+        functions = [f for base in own for f in vars(base).values() if isinstance(f, FunctionType)]
+        forward = inspect.getattr_static(kind, "forward")
+        forward = getattr(forward, "__wrapped__", forward)
+        users = isinstance(forward, FunctionType) and is_users(forward.__code__)
+        names = {name for f in functions for name in _names_in(f)} if users else set[str]()
+        known = _may_compute[kind] = not any(map(names.isdisjoint, _NEEDED))
+    return known
+
+
+def _names_in(function: FunctionType) -> Iterator[str]:
+    """The names that a function uses, and those that the functions of its file use that it calls."""
+    code: CodeType = function.__code__
+    for name in code.co_names:
+        yield name
+        called = function.__globals__.get(name)
+        if isinstance(called, FunctionType) and is_users(called.__code__):
+            yield from called.__code__.co_names
+
+
+@leave_to_python
+def _called_in_python(*given: Any) -> Any:
+    return _called(*given)
+
+
+def _called(
+    forward: Callable[..., Any],
+    decides: Decides,
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Any:
+    if not looks_for_sites(decides):
+        return forward(module, *args, **kwargs)
+    traced = unintercepted(lambda: _traced(forward, module, decides.on_demand))
+    if traced is None or not traced.places:
+        if traced is not None and decides.on_demand.isdisjoint(_PARTS):
+            decides.not_traced(module, traced.problem)
+        return forward(module, *args, **kwargs)
+    compounds = [place for place in traced.places if place.compound is not None]
+    decided = decides.calls(module, compounds)
+    if decided is None or not any(decision.acts for _, decision in decided):
+        return forward(module, *args, **kwargs)
+    others = decides.calls(module, [place for place in traced.places if place.compound is None])
+    decided = without_parts([*decided, *(others or [])])
+    rewritten = traced.rewritten(decided)
+
+    def whole() -> Any:
+        with one_site():
+            return rewritten(module, *args, **kwargs)
+
+    return decides.run(whole)
+
+
+# --- the graphs ---
+
+
+@dataclass
+class _Traced:
+    """The graph of the forward of modules of a class.
+
+    Attributes:
+        graph: The graph.
+        places: Its sites; none if it could not be traced.
+        problem: Why it could not be traced.
+        known: The rewritten forwards, by what was decided for its sites.
+    """
+
+    graph: fx.Graph
+    places: list[LocatedOperation]
+    problem: str = ""
+    known: dict[tuple[Decision, ...], Callable[..., Any]] = field(default_factory=dict)
+
+    def rewritten(self, decided: Decided) -> Callable[..., Any]:
+        """The forward with rules: a function of the module and of the arguments."""
+        key = tuple(decision for _, decision in decided)
+        if key not in self.known:
+            if len(self.known) > 1000:  # tables of a long program
+                self.known.clear()
+            self.known[key] = unintercepted(lambda: self._rewrite(decided))
+        return self.known[key]
+
+    def _rewrite(self, decided: Decided) -> Callable[..., Any]:
+        graph, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+        graph.output(graph.graph_copy(self.graph, copies))
+        own = {str(node.target) for node in graph.nodes if node.op == "get_attr"}
+        operations = ((p, d) for p, d in decided if isinstance(p, LocatedOperation))
+        moved: Decided = [(place.moved(copies), decision) for place, decision in operations]
+        root = nn.Module()
+        for name in own:
+            root.register_buffer(
+                name, torch.empty(0)
+            )  # the tensors of the modules take their place
+        rewrite(graph, root, moved)
+        gm = fx.GraphModule(root, graph)
+        function = type(gm).forward
+
+        def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return function(_Tensors(module, gm, own), *args, **kwargs)
+
+        return run
+
+
+class _Tensors:
+    """The tensors that a graph reads: those of a module, and what its rules hold."""
+
+    def __init__(self, module: nn.Module, held: nn.Module, own: Collection[str]) -> None:
+        self._module, self._held, self._own = module, held, own
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module if name in self._own else self._held, name)
+
+
+_PLAIN = (int, float, str, type(None), torch.dtype)
+
+
+def _problem(reason: str) -> _Traced:
+    return _Traced(fx.Graph(), [], f"{reason}. transform with example_inputs, and compile, find it")
+
+
+_graphs: dict[Any, _Traced | None] = {}
+
+
+def _traced(
+    forward: Callable[..., Any], module: nn.Module, wanted: frozenset[str]
+) -> _Traced | None:
+    """The graph of the forward of a module; None if it computes no operation by several calls."""
+    if "forward" in vars(module):
+        return None  # the class does not compute it
+    if any(True for _ in module.children()):
+        return _problem("it has submodules; write the norm as a module of its own")
+    state = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    for name, value in state.items():
+        if not isinstance(value, _PLAIN):
+            return _problem(f"its attribute {name!r} is a {type(value).__name__}")
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    described = tuple((name, t.dtype, t.dim(), type(t)) for name, t in tensors)
+    key = type(module), forward, tuple(state.items()), described, wanted
+    if key not in _graphs:
+        _graphs[key] = _trace(forward, module, wanted)
+    return _graphs[key]
+
+
+def _trace(
+    forward: Callable[..., Any], module: nn.Module, wanted: frozenset[str]
+) -> _Traced | None:
+    kind = type(module)
+    copied = copy.copy(module)
+    # The class has another forward while it is in a block
+    copied.__class__ = type(
+        kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__}
+    )
+    try:
+        found = capture(copied)
+    except CaptureError as error:
+        return _problem(str(error).partition("\n")[0].rpartition(": ")[2])
+    if len(found.variants) != 1 or found.opaque or found.lost:
+        return _problem("it depends on the mode, or calls code that cannot be traced")
+    graph = found.variants[0].graph
+    places = find_sites(graph, found.root, (), wanted)
+    return _Traced(graph, places) if any(p.compound is not None for p in places) else None

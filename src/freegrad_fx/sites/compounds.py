@@ -1,0 +1,35 @@
+"""Finds the operations that a model computes by several calls."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from torch import fx, nn
+
+from ..graph.provenance import origin
+from .compound import Compound
+from .norms import norm_at
+
+__all__ = ["NORMS", "find_compounds"]
+
+NORMS = frozenset({"layer_norm", "rms_norm"})
+"""The norms that models compute in separate operations."""
+
+
+def find_compounds(
+    graph: fx.Graph, root: nn.Module, wanted: Collection[str] = ()
+) -> dict[fx.Node, list[Compound]]:
+    """List the operations that a graph computes by several calls, by the first of these calls.
+
+    Args:
+        graph: A captured graph.
+        root: The module whose submodules the graph calls.
+        wanted: The ops that are sites only for tables that name them, and that the table names.
+    """
+    found: dict[fx.Node, list[Compound]] = {}
+    norms = not NORMS.isdisjoint(wanted)
+    for node in graph.nodes if norms else ():
+        compound = norm_at(node, root)
+        if compound is not None and compound.op.name in wanted and not origin(node).function:
+            found.setdefault(compound.parts[0], []).append(compound)
+    return found
