@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import inspect
 from collections import OrderedDict, defaultdict, namedtuple
 from collections.abc import Callable
 from typing import Any
@@ -72,6 +74,28 @@ class Batch:
 class Cache:
     def __init__(self) -> None:
         self.layers = [X, X]
+
+
+class Keywords(Two):
+    def forward(self, x: Tensor, y: Tensor | None = None, **others: Any) -> Tensor:  # type: ignore[override]
+        result = super().forward(x, x if y is None else y)
+        return result / others.get("items", 1)
+
+
+def test_keywords_that_the_examples_lack_are_refused_and_those_that_they_give_are_inputs() -> None:
+    """A trainer gives such a keyword to a model whose forward has ``**others``."""
+    model, three = build(Keywords), torch.tensor(3)
+    without = fg.transform(model, {"relu": RULE}, example_inputs=(X,))
+    assert [*inspect.signature(without.forward).parameters] == ["x", "y", "others"]
+    assert torch.equal(without(Y), model(Y))
+    for again in (without, copy.deepcopy(without), torch.compile(without, backend="eager")):
+        with pytest.raises(fg.CaptureError, match=r"captured without items.*example_inputs"):
+            again(Y, items=three)
+    given = fg.transform(model, {"relu": RULE}, example_inputs={"x": X, "items": torch.tensor(2)})
+    assert [*inspect.signature(given.forward).parameters] == ["x", "items", "y", "others"]
+    assert torch.equal(given(Y, items=three), model(Y, items=three))
+    with pytest.raises(fg.CaptureError, match="captured without more,"):
+        given(Y, items=three, more=1)
 
 
 def test_every_nesting_is_copied_with_tensors_of_its_own() -> None:

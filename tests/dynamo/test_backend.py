@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import pickle
 import warnings
 from collections.abc import Callable
@@ -1068,6 +1069,16 @@ def test_copies_and_pickles_keep_their_rules() -> None:
     assert (loaded.table, loaded.inner, loaded.strict) == (backend.table, "aot_eager", False)
     model.compile(backend=backend)
     assert copy.deepcopy(model)._compiled_call_impl is None
+
+
+def test_a_compiled_model_has_the_signature_of_the_model() -> None:
+    class Optional(nn.Module):
+        def forward(self, x: Tensor, *, mask: Tensor | None = None, **others: Any) -> Tensor:
+            return F.relu(x)
+
+    model = Optional()
+    compiled = fg.compile(model, RULE, backend="aot_eager")
+    assert inspect.signature(compiled.forward) == inspect.signature(model.forward)
 
 
 def test_compiled_autograd_compiles_the_backward_as_it_is() -> None:

@@ -10,7 +10,7 @@ import torch
 
 from .._torch import graphs
 from ..context import OWN_RULES, in_python, intercepted, left_alone, tables_cannot_be_traced
-from ..ops.checks import require_specialised
+from ..ops.checks import require_no_others, require_specialised
 
 __all__ = ["dispatcher"]
 
@@ -34,7 +34,8 @@ def dispatcher(
         guard: Restore the grad mode even if the graph raises between two changes of it.
         alone: Let only one thread at a time run it.
         checked: Check that the constant attributes have not changed.
-        specialised: Further arguments, each with the only value that it can have.
+        specialised: Further arguments, each with the only value that it can have; ``**name`` for the keywords that
+            the graph was captured without.
         keyword_only: Arguments that have to be given by keyword.
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
@@ -49,7 +50,7 @@ def dispatcher(
     own: dict[str, Any] = {"torch": torch, "_remedy": remedy}
     own |= {OWN_RULES: True, "_intercepted": intercepted, "_left_alone": left_alone}
     own |= {"_tables_cannot_be_traced": tables_cannot_be_traced, "_in_python": in_python}
-    own["_require_specialised"] = require_specialised
+    own |= {"_require_specialised": require_specialised, "_require_no_others": require_no_others}
     checks = "    self._require_constants()\n" if checked else ""
     # Arguments that follow an omitted one are keyword-only, because their position differs from the model's forward
     first = next((i for i, a in enumerate(signature.args) if a.arg in keyword_only), None)
@@ -59,6 +60,10 @@ def dispatcher(
         signature.args = signature.args[:first]
     parameters, again = ast.unparse(signature), _passed_on(signature)
     for number, (name, value) in enumerate(specialised.items()):
+        if name.startswith("**"):  # the last
+            parameters += f", {name}"
+            checks += f"    _require_no_others({name[2:]}, _remedy)\n"
+            continue
         own[f"_default_{number}"] = value
         separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
         parameters += f"{separator}{name}=_default_{number}"

@@ -127,7 +127,8 @@ def _capture(
         _adopt(root, one, variant.label)
     omitted = _omitted(root, args, kwargs)
     names = list(inspect.signature(type(root).forward).parameters)
-    following = names[min(map(names.index, omitted)) :] if omitted else []
+    first = min((names.index(name) for name in omitted if name in names), default=len(names))
+    following = names[first:]
     root.__dict__[SPECIALISED] = omitted
     root.__dict__[KEYWORD_ONLY] = tuple(name for name in following if name in kwargs)
     regions = (note for one in (train, evaluation) for note in hidden_regions(one))
@@ -237,13 +238,18 @@ def _refuse_python_effects(model: nn.Module, state: PythonState, random: RandomS
 
 
 def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments that the examples omit, with their defaults, to which the graph is specialised."""
+    """The arguments that the examples omit, with their defaults, to which the graph is specialised.
+
+    ``**kwargs`` of the forward is one of them: the keywords that the examples do not give.
+    """
     parameters = list(inspect.signature(type(root).forward).parameters.values())[1 + len(args) :]
-    return {
+    omitted = {
         p.name: p.default
         for p in parameters
         if p.name not in kwargs and p.default is not p.empty and p.kind is not p.VAR_POSITIONAL
     }
+    others = {f"**{p.name}": {} for p in parameters if p.kind is p.VAR_KEYWORD}
+    return {**omitted, **{name: v for name, v in others.items() if name[2:] not in kwargs}}
 
 
 def inputs_of(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:

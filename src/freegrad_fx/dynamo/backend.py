@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import sys
 import threading
 import warnings
@@ -396,4 +397,7 @@ def compile(
     if isinstance(compiled, nn.Module):
         given = [rule for entry in compiler.table.entries for rule in entry.rules or ()]
         hold_beside(compiled, learnt_by(given))
+        with contextlib.suppress(TypeError, ValueError):  # a forward that is not written in Python
+            # Trainers read which columns of the data the model takes
+            compiled.forward.__signature__ = inspect.signature(model.forward)
     return compiled

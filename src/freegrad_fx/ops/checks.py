@@ -17,6 +17,7 @@ from ..errors import CaptureError, FreegradWarning, PlanError
 __all__ = [
     "require_frozen",
     "require_metadata",
+    "require_no_others",
     "require_open",
     "require_result",
     "require_specialised",
@@ -46,6 +47,19 @@ def require_specialised(value: Any, captured: Any, name: str, remedy: str = "") 
         )
         raise CaptureError(
             f"the graph was captured for {was} and is called with another value. {remedy}"
+        )
+
+
+def require_no_others(given: dict[str, Any], remedy: str) -> None:
+    """Raise `CaptureError` if a call gives keywords without which the graph was captured.
+
+    Args:
+        given: The keywords that no argument of the graph has, with their values.
+        remedy: The last sentence of the error message.
+    """
+    if given:
+        raise CaptureError(
+            f"the graph was captured without {' and '.join(given)}, and is called with it. {remedy}"
         )
 
 
