@@ -59,9 +59,9 @@ def capture_symbolically(
     trace = partial(_trace, model, root, outside, state, leaf_types, specialised)
     found = _variants(trace, outside.compares_identity)
     if found is None:
-        # A flag was used in a way that a proxy cannot intercept (`training is True`): every read counts as a branch
+        # Every read counts as a branch, also one that a proxy cannot intercept (`training is True`)
         found = _variants(partial(trace, concrete_flags=True), False) or []
-    if not found or len(found) > MAX_VARIANTS:
+    if not found:
         found = [trace(assumed, concrete_flags=True) for assumed in _both_modes(root)]
     if outside.compares_variables or outside.asks_identity:
         found = [_as_it_compares(trace, traced, root) for traced in found]
@@ -97,12 +97,13 @@ def _variants(trace: Callable[..., _Traced], compares_identity: bool) -> list[_T
         compares_identity: Whether the forward may compare a flag by `is`.
 
     Returns:
-        The traces, at most ``MAX_VARIANTS + 1``, without those for an answer that cannot be traced; None if a graph
-        differs from the one that plain flags would give.
+        The traces, without those for an answer that cannot be traced; None if a graph differs from the one that plain
+        flags would give, or if there are more than ``MAX_VARIANTS`` traces.
     """
     pending: list[dict[str, Any]] = [{}]
     found: list[_Traced] = []
-    while pending and len(found) <= MAX_VARIANTS:
+    # Each answer to a question may be without a graph, or make no difference; each flag that is read has two graphs
+    while pending and len(found) + sum(map(_ends_in_a_flag, pending)) <= MAX_VARIANTS:
         assumed = pending.pop(0)
         try:
             tracer, graph, lost = trace(assumed)
@@ -125,7 +126,11 @@ def _variants(trace: Callable[..., _Traced], compares_identity: bool) -> list[_T
             if path not in assumed and isinstance(value, bool):
                 pending.append({**taken, path: not value})
             taken[path] = value
-    return _without_idle_questions(found)
+    return None if pending else _without_idle_questions(found)
+
+
+def _ends_in_a_flag(assumed: dict[str, Any]) -> bool:
+    return bool(assumed) and not isinstance(next(reversed(assumed)), Question)
 
 
 def _without_idle_questions(found: list[_Traced]) -> list[_Traced]:
