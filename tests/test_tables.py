@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -14,19 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import freegrad_fx as fg
 from attention_models import (
-    HUGGING_FACE,
     MLP,
     NORMS,
     Attention,
+    Block,
     RMSNorm,
     X,
     gradient,
-    hugging_face,
     logit,
     second_derivative,
     transformer,
 )
-from doors import DOORS
+from doors import DOORS, model_compiled
+from frozen import assert_slope
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -83,24 +84,38 @@ def test_circuit_freeze_equals_the_model_with_detached_tensors(norm: str, fused:
     expected = gradient(frozen_by_hand(transformer(norm, fused=False)))
     gm = fg.transform(transformer(norm, fused), table)
     torch.testing.assert_close(gradient(gm), expected)
+    plain = transformer(norm, fused)
+    assert_slope(plain, lambda x: logit(plain, x), X, expected)
     x = X.clone().requires_grad_()
     with sdpa_kernel(SDPBackend.MATH):  # the others have no second derivative
         assert not second_derivative(logit(gm, x), x).any()
     assert second_derivative(logit(transformer(norm, False), x), x).any()
 
 
-SLOW = ("exported", "compiled")
+WAYS = {**DOORS, "model.compile": model_compiled}
+
+
+@pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+def test_every_way_in_freezes(way: Any) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(Block(8, RMSNorm, fused=True), nn.LayerNorm(8)).double()
+    plain = copy.deepcopy(model)
+    found = gradient(way(model, fg.tables.circuit_freeze(strict=True), (X,)))
+    assert_slope(plain, lambda x: logit(plain, x), X, found)
 
 
 @pytest.mark.parametrize(
     "door",
-    [pytest.param(d, id=n, marks=[pytest.mark.slow] * (n in SLOW)) for n, d in DOORS.items()],
+    [
+        pytest.param(DOORS["exported"], id="exported", marks=pytest.mark.slow),
+        pytest.param(DOORS["compiled"], id="compiled", marks=pytest.mark.slow),
+        pytest.param(DOORS["in a block"], id="in a block"),
+    ],
 )
-def test_every_way_in_takes_the_tables(door: Any) -> None:
-    model = transformer("by hand", fused=True)
-    for table in (fg.tables.circuit_freeze(), fg.tables.gim()):
-        expected = gradient(fg.transform(model, table))
-        torch.testing.assert_close(gradient(door(model, table, (X,))), expected)
+def test_every_way_in_gives_attention_a_temperature(door: Any) -> None:
+    model, table = transformer("by hand", fused=True), fg.tables.gim()
+    expected = gradient(fg.transform(model, table))
+    torch.testing.assert_close(gradient(door(model, table, (X,))), expected)
 
 
 # --- relevance ---
@@ -316,6 +331,23 @@ def test_a_strict_table_refuses_a_norm_that_it_does_not_reach(door: Any) -> None
     door(model, native, (X,))(X)
 
 
+def test_a_strict_table_names_the_way_into_a_module_that_is_not_traced() -> None:
+    class Rows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = RMSNorm(8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.stack([self.norm(row) for row in x])
+
+    model, table = nn.Sequential(Rows()).double(), fg.tables.circuit_freeze(strict=True)
+    with pytest.raises(fg.PlanError, match=r"freegrad_fx\.compile\(model, rules\) reaches into"):
+        fg.transform(model, table)
+    assert_slope(
+        model, lambda x: logit(model, x), X, gradient(DOORS["compiled"](model, table, (X,)))
+    )
+
+
 def test_a_strict_table_refuses_attention_and_gates_that_it_does_not_reach() -> None:
     class Gated(nn.Module):
         def __init__(self) -> None:
@@ -333,28 +365,3 @@ def test_a_strict_table_refuses_attention_and_gates_that_it_does_not_reach() -> 
     assert "gate" not in str(error.value)
     with pytest.raises(fg.TableError, match="unknown name in reaches: 'norms'"):
         fg.RuleTable([], reaches=["norms"])
-
-
-# --- models of Hugging Face ---
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("name", HUGGING_FACE)
-def test_models_of_hugging_face(transformers: Any, name: str, attention: str) -> None:
-    (model, called), x = hugging_face(transformers, name, attention)
-    x.requires_grad_()
-    with sdpa_kernel(SDPBackend.MATH):
-        with fg.use(fg.tables.circuit_freeze(strict=True), model=model) as block:
-            frozen = called(x)
-        second = second_derivative(frozen, x)
-        assert second.abs().max() < 1e-12
-        assert second_derivative(called(x), x).abs().max() > 1e-3
-    rewritten = {d.site.op for d in fg.report(block).with_action("rewrite")}
-    assert rewritten & {"softmax", "scaled_dot_product_attention"}
-    assert rewritten & {"layer_norm", "rms_norm", "rsqrt"}
-    with fg.use(fg.tables.cp_lrp(strict=True), model=model):
-        y = called(x)
-    relevance = (x * torch.autograd.grad(y, x)[0]).sum()
-    if HUGGING_FACE[name][1]:  # the norms are computed in float32
-        torch.testing.assert_close(relevance, y, rtol=1e-6, atol=0)

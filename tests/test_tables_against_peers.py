@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
-from attention_models import X, gradient, hugging_face, logit, transformer
+from attention_models import X, entry_of, gradient, hugging_face, logit, transformer
 
 REASON = "needs the extra `peers`"
 FUSED = pytest.mark.parametrize("fused", [False, True], ids=["eager", "fused"])
@@ -111,7 +111,8 @@ def test_gim_acts_inside_of_a_fused_attention_where_gim_explain_does_nothing() -
 
 @pytest.mark.slow
 def test_gim_acts_on_the_norms_of_a_llama_where_gim_explain_does_nothing(transformers: Any) -> None:
-    (model, called), x = hugging_face(transformers, "Llama", "sdpa")
+    model, arguments = hugging_face(transformers, "Llama", "sdpa")
+    called, x = entry_of(model, arguments), arguments["inputs_embeds"]
     native = under_gim(model, called, x, freeze_norm=False)
     assert torch.equal(under_gim(model, called, x), native)
     x.requires_grad_()

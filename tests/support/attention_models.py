@@ -115,8 +115,8 @@ HUGGING_FACE: dict[str, tuple[dict[str, Any], bool]] = {
 }
 
 
-def hugging_face(transformers: Any, name: str, attention: str) -> tuple[Any, Tensor]:
-    """A small model, as a function of its embeddings or pixels, and an input."""
+def hugging_face(transformers: Any, name: str, attention: str) -> tuple[Any, dict[str, Any]]:
+    """A small model, and the arguments for a call, of which the first is an input with gradients."""
     fields, _ = HUGGING_FACE[name]
     config = getattr(transformers, f"{name}Config")(**fields)
     config._attn_implementation, config._experts_implementation = attention, "eager"
@@ -126,8 +126,12 @@ def hugging_face(transformers: Any, name: str, attention: str) -> tuple[Any, Ten
         if parameter.dim() > 1:
             nn.init.normal_(parameter, std=0.3)
     if name == "ViT":
-        x = torch.randn(1, 3, 8, 8, dtype=torch.float64)
-        return (model, lambda x: model(pixel_values=x).last_hidden_state[0, -1, 3]), x
-    x = torch.randn(1, 5, 16, dtype=torch.float64)
+        return model, {"pixel_values": torch.randn(1, 3, 8, 8, dtype=torch.float64)}
     cache = {} if name == "Bert" else {"use_cache": False}
-    return (model, lambda x: model(inputs_embeds=x, **cache).last_hidden_state[0, -1, 3]), x
+    return model, {"inputs_embeds": torch.randn(1, 5, 16, dtype=torch.float64), **cache}
+
+
+def entry_of(called: Callable[..., Any], arguments: dict[str, Any]) -> Callable[[Tensor], Tensor]:
+    """One number of the output of a model of Hugging Face, as a function of its first argument."""
+    name = next(iter(arguments))
+    return lambda x: called(**{**arguments, name: x}).last_hidden_state[0, -1, 3]

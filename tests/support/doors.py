@@ -10,26 +10,34 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 
-Door = Callable[[nn.Module, Any, tuple[Tensor, ...]], Callable[..., Any]]
+Inputs = tuple[Tensor, ...] | dict[str, Any]
+Door = Callable[[nn.Module, Any, Inputs], Callable[..., Any]]
 
 
-def symbolic(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+def symbolic(model: nn.Module, rules: Any, inputs: Inputs) -> Callable[..., Any]:
     return fg.transform(model, rules).train(model.training)
 
 
-def exported(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+def exported(model: nn.Module, rules: Any, inputs: Inputs) -> Callable[..., Any]:
     return fg.transform(model, rules, example_inputs=inputs).train(model.training)
 
 
-def compiled(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
+def compiled(model: nn.Module, rules: Any, inputs: Inputs) -> Callable[..., Any]:
     torch._dynamo.reset()
     return fg.compile(model, rules, backend="eager")
 
 
-def in_a_block(model: nn.Module, rules: Any, inputs: tuple[Tensor, ...]) -> Callable[..., Any]:
-    def call(*args: Tensor) -> Any:
+def model_compiled(model: nn.Module, rules: Any, inputs: Inputs) -> Callable[..., Any]:
+    """The model itself, compiled with the rules: no door of `DOORS`, as it changes the model."""
+    torch._dynamo.reset()
+    model.compile(backend=fg.backend(rules, "eager"))
+    return model
+
+
+def in_a_block(model: nn.Module, rules: Any, inputs: Inputs) -> Callable[..., Any]:
+    def call(*args: Tensor, **named: Any) -> Any:
         with fg.use(rules, model=model):
-            return model(*args)
+            return model(*args, **named)
 
     return call
 

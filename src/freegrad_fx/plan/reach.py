@@ -53,10 +53,15 @@ def require_reached(
     if "gate" in plan.table.reaches and capture is not None:
         missed += _gates(plan, capture)
     if missed:
+        whole = capture is not None and any(note.holds and not note.asked for note in plan.opaque)
+        other_way = (
+            "freegrad_fx.compile(model, rules) reaches into what is kept as one opaque call; so does "
+            "transform(model, rules, example_inputs=(...)), if torch.export takes the model. Or add"
+        )
         raise PlanError(
             f"the table has to reach every {' and every '.join(plan.table.reaches)}, and does not reach: "
-            f"{'; '.join(missed)}. Add an entry for each; with None as the backward, it stays native on purpose. To do "
-            f"without this check, make the table without strict=True."
+            f"{'; '.join(missed)}. {other_way if whole else 'Add'} an entry for each; with None as the backward, it "
+            f"stays native on purpose. To do without this check, make the table without strict=True."
         )
 
 
