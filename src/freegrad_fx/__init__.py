@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from .compared import Comparison, compare
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
+    from .materialized import materialize
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
     from .plot import plot_rule
@@ -65,6 +66,7 @@ _LATER = {
     "compile": "dynamo",
     "explain": "pipeline",
     "list_rules": "table.listing",
+    "materialize": "materialized",
     "on": "table",
     "plot_rule": "plot",
     "report": "plan",
@@ -109,6 +111,7 @@ __all__ = [
     "functional",
     "get",
     "list_rules",
+    "materialize",
     "native",
     "on",
     "ops",

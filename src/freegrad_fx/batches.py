@@ -1,14 +1,16 @@
-"""How a model is called with one batch, and a progress bar over many."""
+"""How a model is called with one batch, so that it is as before afterwards, and a progress bar over many."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
-__all__ = ["called", "shown"]
+__all__ = ["called", "restored", "shown"]
 
 Item = TypeVar("Item")
 
@@ -18,6 +20,27 @@ def called(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, Mapping):
         return model(**batch)
     return model(*batch) if isinstance(batch, tuple) else model(batch)
+
+
+@contextmanager
+def restored(model: nn.Module, seed: int) -> Iterator[None]:
+    """Run with the random numbers of a seed; then restore the random state and the buffers of the model."""
+    buffers = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in model.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+    ]
+    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
+    cuda = [device for device in devices if device.type == "cuda"]
+    with torch.random.fork_rng(devices=cuda):
+        torch.manual_seed(seed)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for module, name, buffer, value in buffers:
+                    setattr(module, name, buffer)  # the model can have assigned another one
+                    buffer.copy_(value)
 
 
 def shown(items: Sequence[Item], progress: bool, name: str) -> Iterable[Item]:

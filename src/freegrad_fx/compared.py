@@ -5,8 +5,8 @@ from __future__ import annotations
 import html
 import importlib
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from ._torch.modules import compiled_model
-from .batches import called, shown
+from .batches import called, restored, shown
 from .blocks import native
 from .capture.captured import CapturedModule
 from .core.declaration import Declaration
@@ -402,7 +402,7 @@ def _sites(
         if table is not None:
             with (
                 torch.no_grad(),
-                _restored(model, seed),
+                restored(model, seed),
                 native(),
                 use(table, model=model) as block,
             ):
@@ -447,7 +447,7 @@ def _gradients(
 ) -> dict[_Key, Tensor]:
     """The gradients of parameters and of the sites that `found` is filled with, flattened."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with torch.enable_grad(), _restored(model, seed):
+    with torch.enable_grad(), restored(model, seed):
         with block:
             value = _loss(called(model, batch), target, loss)
         gradients: tuple[Tensor | None, ...] = (None,) * len(named)
@@ -459,27 +459,6 @@ def _gradients(
         if gradient is not None
     }
     return of_parameters | {key: torch.cat(parts) for key, parts in found.items()}
-
-
-@contextmanager
-def _restored(model: nn.Module, seed: int) -> Iterator[None]:
-    """Run with the random numbers of a seed; then restore the random state and the buffers of the model."""
-    buffers = [
-        (module, name, buffer, buffer.detach().clone())
-        for module in model.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-    ]
-    devices = {tensor.device for tensor in (*model.parameters(), *model.buffers())}
-    cuda = [device for device in devices if device.type == "cuda"]
-    with torch.random.fork_rng(devices=cuda):
-        torch.manual_seed(seed)
-        try:
-            yield
-        finally:
-            with torch.no_grad():
-                for module, name, buffer, value in buffers:
-                    setattr(module, name, buffer)  # the model can have assigned another one
-                    buffer.copy_(value)
 
 
 def _loss(output: Any, target: Any, loss: Loss | None) -> Tensor:

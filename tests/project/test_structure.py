@@ -34,7 +34,7 @@ rewrite schedules rule_values
 eager
 batches relevance compared dynamo
 verification
-pipeline
+materialized pipeline
 compat
 cli
 __main__

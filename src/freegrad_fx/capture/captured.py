@@ -170,6 +170,15 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         return code
 
     @property
+    def own_class(self) -> type[nn.Module] | None:
+        """The class of the model that was captured; None if that is a graph."""
+        return self._model_class
+
+    def own_state(self) -> dict[str, Any]:
+        """The attributes of the module that are not those of a GraphModule."""
+        return self._state()
+
+    @property
     def itself(self) -> CapturedModule:
         """The module itself. Graphs that assign an attribute of the root refer to it by this name."""
         return self

@@ -46,7 +46,10 @@ from .refusal import NotExportedError
 from .regions import collapse, find, hidden_regions, inline_grad_modes
 from .result import Capture
 
-__all__ = ["capture_by_export", "inputs_of"]
+__all__ = ["ADOPTED", "capture_by_export", "inputs_of"]
+
+ADOPTED = "_adopted_attributes"
+"""The attribute that holds the names by which a model holds modules and constants that the export created."""
 
 
 def capture_by_export(
@@ -411,6 +414,7 @@ def _adopt(root: nn.Module, exported: Exported, label: str) -> None:
         while hasattr(root, name):
             name += "_"
         setattr(root, name, part)
+        root.__dict__[ADOPTED] = (*root.__dict__.get(ADOPTED, ()), name)
         for node in exported.graph.nodes:
             if node.op in ("get_attr", "call_module") and node.target == target:
                 node.target = name

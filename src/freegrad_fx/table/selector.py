@@ -101,6 +101,11 @@ class Selector:
         """Whether it can select a parameter."""
         return bool({PARAMETERS, ALL} & {*self.op}) and REPLACE in self.at
 
+    @property
+    def selects_operations(self) -> bool:
+        """Whether it can select an operation."""
+        return not self.parameter and (self.by_class or bool(self.ops))
+
     # Every entry is matched against every site, so what does not depend on the site is cached.
 
     @functools.cached_property
