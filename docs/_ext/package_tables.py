@@ -147,9 +147,10 @@ class RulesReference(SphinxDirective):
         details = [magnitudes_escaped(line) for line in details]
         info = rule.info
         properties = [name for name in info.properties if name != "mask"]  # named in the table
+        size = info.saved_bytes()
+        saved = "less than it reads" if size is None else f"{size} bytes for each float32 entry"
         facts = [
-            f"Registered as ``{rule.name!r}``. It is {', '.join(properties)}, and saves "
-            f"{info.saved_bytes()} bytes for each float32 entry.",
+            f"Registered as ``{rule.name!r}``. It is {', '.join(properties)}, and saves {saved}.",
             f"It gives a gradient to {' and '.join(f'``{name}``' for name in info.learns)}, if learnt."
             if info.learns
             else "",

@@ -1,4 +1,4 @@
-"""Ready tables: attribution of transformers and of convolutional networks, feedback alignment, quantized weights.
+"""Ready tables: attribution, feedback alignment, quantized weights, and less memory in training.
 
 Each function returns a `RuleTable`, which can be printed, changed, joined with others by ``+``, and saved as TOML. Put
 entries of your own before it: the first entry that matches a place decides.
@@ -27,6 +27,7 @@ __all__ = [
     "gim",
     "guided_backprop",
     "relp",
+    "save_memory",
     "ternary_weights",
 ]
 
@@ -248,6 +249,36 @@ def ternary_weights(*, scale: bool = True) -> RuleTable:
     Source: as for `quantizers.ternary`.
     """
     return RuleTable([_weights().backward(quantizers.ternary(scale=scale))])
+
+
+def save_memory(
+    *, relu: bool = False, frozen: bool = False, gates: Sequence[str] = GATES
+) -> RuleTable:
+    """A table with which a training step keeps less memory, and has the same gradients up to rounding.
+
+    Args:
+        relu: Whether every ReLU keeps one bit for each entry. This saves memory only where the next operation does not
+            keep its input, for example before a pool, a sum or a frozen layer; elsewhere it costs that bit.
+        frozen: Whether convolutions keep their input only if their weight is trained. It saves nothing in a model whose
+            weights are all trained.
+        gates: Patterns for the paths of the modules that multiply ``silu(gate)`` and another tensor. Only there is the
+            output of a SiLU computed again. An empty list for none.
+
+    Source: the rules ``exact_*``. `freegrad_fx.memory` shows what is kept.
+
+    Example:
+        >>> import freegrad_fx as fg
+        >>> print(fg.tables.save_memory(gates=[])[0])
+        on('max_pool', optional=True).backward('exact_max_pool')
+    """
+    ops = ["max_pool", "avg_pool", "layer_norm", "rms_norm", "leaky_relu"]
+    ops += ["relu"] * relu + ["conv"] * frozen
+    entries = [on(op, optional=True).backward(f"exact_{op}") for op in ops]
+    if gates:
+        inside = [p for path in gates for p in (path, f"{path}.*")]
+        entries.append(on("silu", module=inside, optional=True).backward("exact_silu"))
+        entries.append(on("mul", module=list(gates), optional=True).backward("exact_mul"))
+    return RuleTable(entries)
 
 
 def _weights() -> Selection:

@@ -33,6 +33,9 @@ def saved_bytes(rule: fg.Rule, dtype: torch.dtype) -> float:
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_the_bytes_are_those_that_are_saved(name: str, dtype: torch.dtype) -> None:
     rule = fg.get(name)
+    if rule.declaration.lean is not None:
+        assert rule.info.saved_bytes(dtype) is None
+        return
     assert rule.info.saved_bytes(dtype) == saved_bytes(rule, dtype)
     if "mask" in rule.info.properties:
         masked = rule(save="mask")

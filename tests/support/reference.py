@@ -282,6 +282,21 @@ def redirected(g: float, x: float, *, leak: float = 0.1) -> float:
     return g if x >= 0 else leak * g
 
 
+@entry("exact_relu", exact=True)
+def exact_relu(g: float, x: float) -> float:
+    return 0.0 if x <= 0 else g
+
+
+@entry("exact_leaky_relu", exact=True)
+def exact_leaky_relu(g: float, x: float, *, slope: float = 0.01) -> float:
+    return g if x > 0 else g * slope
+
+
+@entry("exact_silu")
+def exact_silu(g: float, x: float) -> float:
+    return g * logistic(x) * (1 + x * logistic(-x))
+
+
 @entry("smooth_relu")
 def smooth_relu(g: float, x: float, *, beta: float = 10.0) -> float:
     return g * logistic(beta * x)

@@ -36,6 +36,7 @@ class Native:
         constants: Mapping[str, Any],
         autocast: tuple[str, torch.dtype] | None,
         where: str,
+        needs: frozenset[str] = frozenset(),
     ) -> None:
         """Make the function.
 
@@ -46,6 +47,7 @@ class Native:
             constants: The further arguments of the operation.
             autocast: The device type and the dtype of the autocast region of the call.
             where: The rule and the site, for errors.
+            needs: The operands whose gradient is needed.
 
         Raises:
             RuleError: The operation is not known as a function of its operands.
@@ -62,6 +64,7 @@ class Native:
         self._constants = constants
         self._autocast = autocast
         self._where = where
+        self._needs = needs
         self._known = self._named(known)
 
     @property
@@ -73,6 +76,11 @@ class Native:
     def constants(self) -> Mapping[str, Any]:
         """The further arguments of the operation, by PyTorch's names."""
         return self._constants
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """The operands that the rule answers for and whose gradient is needed."""
+        return self._needs
 
     def __call__(self, **operands: Tensor) -> Tensor:
         """Compute the operation.

@@ -18,6 +18,7 @@ from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from ..core.contract import OPERATION
 from ..core.declaration import Declaration
+from ..core.lean import KEPT, Lean
 from ..core.rule import Rule
 from ..errors import RuleError
 from .functions import (
@@ -32,6 +33,7 @@ from .functions import (
     versions,
 )
 from .native import Native, autocast_of_now
+from .once import differentiated_once
 
 __all__ = ["Operands", "answers_for_several", "apply_composable", "apply_several", "several_behind"]
 
@@ -77,6 +79,7 @@ class _Layout:
         operation: The canonical name of the operation.
         present: The operands that the call of the operation has.
         constants: The further arguments of the operation.
+        lean: The form of the rule that is used instead of its formula, or None.
     """
 
     def __init__(
@@ -90,6 +93,7 @@ class _Layout:
         operation: str,
         present: tuple[str, ...],
         constants: Mapping[str, Any],
+        lean: Lean | None,
     ) -> None:
         self.rule = rule
         self.site = site
@@ -100,10 +104,13 @@ class _Layout:
         self.operation = operation
         self.present = present
         self.constants = constants
+        self.lean = lean
 
 
-def _laid_out(call: Call, operands: Operands, read: Tensor | None) -> tuple[_Layout, list[Tensor]]:
-    """Arrange the tensors of a call.
+def _laid_out(
+    call: Call, operands: Operands, read: Tensor | None, lean: Lean | None = None
+) -> tuple[_Layout, list[Tensor]]:
+    """Arrange the tensors of a call, for the formula of the rule or for its lean form.
 
     Raises:
         RuleError: The rule needs an operand that the operation does not have.
@@ -125,7 +132,7 @@ def _laid_out(call: Call, operands: Operands, read: Tensor | None) -> tuple[_Lay
     plain = {n: v for n, v in call.parameters.items() if n not in learnt}
     tensors: list[Any] = [*(values[n] for n in answers), *(call.parameters[n] for n in learnt)]
     reads: list[tuple[str, int | None]] = []
-    for name in declaration.inputs:
+    for name in declaration.inputs if lean is None else lean.uses:
         place: int | None
         if name == "y" or (name == "x" and call.save == "y"):
             place = -1
@@ -148,6 +155,7 @@ def _laid_out(call: Call, operands: Operands, read: Tensor | None) -> tuple[_Lay
         operands.operation,
         present,
         operands.constants,
+        lean,
     )
     return layout, tensors
 
@@ -161,7 +169,7 @@ def apply_several(y: Tensor, operands: Operands, call: Call, read: Tensor | None
         call: The rule, with its parameters.
         read: The tensor that the rule reads as the first operand, with the same values; None for the operand itself.
     """
-    layout, tensors = _laid_out(call, operands, read)
+    layout, tensors = _laid_out(call, operands, read, call.rule.declaration.lean)
     alive = map(without_dead_transform, tensors)
     return _apply(without_dead_transform(y), layout, *alive)  # type: ignore[no-any-return]
 
@@ -220,8 +228,56 @@ def _save(ctx: Any, layout: _Layout, output: Tensor, tensors: tuple[Tensor, ...]
     if layout.rule.declaration.operation:
         ctx.autocast = autocast_of_now(output.device.type)
     # The output is saved as `y`: a double backward then differentiates the rule, not the operation
-    read = [output if p == -1 else tensors[p] for _, p in layout.reads if p is not None]
-    ctx.save_for_backward(*read, *values)
+    read = {n: output if p == -1 else tensors[p] for n, p in layout.reads if p is not None}
+    if layout.lean is not None:
+        read = _kept(ctx, layout, layout.lean, read, described)
+    ctx.save_for_backward(*read.values(), *values)
+
+
+def _kept(
+    ctx: Any, layout: _Layout, lean: Lean, read: dict[str, Tensor], call: Call
+) -> dict[str, Tensor]:
+    """The tensors that the lean form of a rule saves. The other values that it keeps become attributes of `ctx`."""
+    ctx.kept, ctx.once = (), False
+    needs = _needs(ctx, layout)
+    if not needs:
+        return {}
+    arguments: dict[str, Any] = {name: read.get(name) for name in lean.reads}
+    if layout.rule.declaration.operation:
+        arguments[OPERATION] = _native(ctx, layout, read, needs)
+    values = lean.keep(**arguments, **call.parameters)
+    saved = {name: read[name] for name in lean.saves if name in read}
+    given = {id(tensor) for tensor in read.values()}
+    for place, value in enumerate(values):
+        if isinstance(value, Tensor):
+            saved[f"{KEPT}{place}"] = value
+            # it is computed from the operands, but a second derivative would take it for a constant
+            computed = not value.requires_grad and value.is_floating_point()
+            ctx.once = ctx.once or (computed and id(value) not in given)
+    ctx.kept = tuple(_SAVED if isinstance(value, Tensor) else value for value in values)
+    return saved
+
+
+_SAVED = object()
+"""What stands in the place of a tensor that is saved."""
+
+
+def _needs(ctx: Any, layout: _Layout) -> frozenset[str]:
+    """The operands that a rule answers for and whose gradient is needed."""
+    needed = zip(layout.answers, ctx.needs_input_grad[2:], strict=False)
+    return frozenset(name for name, needs in needed if needs)
+
+
+def _native(ctx: Any, layout: _Layout, known: Mapping[str, Any], needs: frozenset[str]) -> Native:
+    return Native(
+        layout.operation,
+        {n: v for n, v in known.items() if n != "y"},
+        layout.present,
+        layout.constants,
+        ctx.autocast,
+        f"rule {layout.rule.name!r} at site {layout.site!r}",
+        needs,
+    )
 
 
 def _call(layout: _Layout, values: tuple[Tensor, ...]) -> Call:
@@ -246,20 +302,20 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
     held = len(saved) - len(layout.learnt)
     call = _call(layout, saved[held:])
     tensors = iter(saved[:held])
-    inputs = {name: None if p is None else next(tensors) for name, p in layout.reads}
+    lean = layout.lean
+    names_saved = [n for n, _ in layout.reads] if lean is None else lean.saves
+    present = {n for n, p in layout.reads if p is not None}
+    inputs = {name: next(tensors) if name in present else None for name in names_saved}
     if not is_compiling() and grad.layout is not torch.strided:
         grad = coalesced(grad, call)
     declaration = layout.rule.declaration
     arguments: dict[str, Any] = {**inputs, **call.parameters}
     if declaration.operation:
-        arguments[OPERATION] = Native(
-            layout.operation,
-            {n: v for n, v in inputs.items() if n != "y"},
-            layout.present,
-            layout.constants,
-            ctx.autocast,
-            f"rule {layout.rule.name!r} at site {layout.site!r}",
-        )
+        arguments[OPERATION] = _native(ctx, layout, inputs, _needs(ctx, layout))
+    formula: Callable[..., Any] = declaration.function
+    if lean is not None:
+        arguments[KEPT] = tuple(next(tensors) if v is _SAVED else v for v in ctx.kept)
+        formula = lean.formula
     counts = not (declaration.own or is_compiling())
     before = versions(grad, saved) if counts else 0
     try:
@@ -274,7 +330,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
                 continue  # no gradient is defined
             else:
                 if results is None:
-                    results = _results(declaration.function(grad, **arguments), layout, call)
+                    results = _results(formula(grad, **arguments), layout, call)
                 if name not in results:
                     raise RuleError(_missing(name, results, call))
                 result = results[name]
@@ -291,6 +347,11 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         raise
     if counts and before != versions(grad, saved):
         refuse_writes(call)
+    if lean is not None and ctx.once and torch.is_grad_enabled() and not is_compiling():
+        where = f"rule {layout.rule.name!r} at site {layout.site!r}"
+        return [
+            None if gradient is None else differentiated_once(gradient, where) for gradient in found
+        ]
     return found
 
 

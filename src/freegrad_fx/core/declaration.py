@@ -13,6 +13,7 @@ from ..errors import RuleError
 from .answers import Learns
 from .constraint import Constraint
 from .contract import INPUTS, KINDS, SAVES
+from .lean import Lean
 from .parameter import Parameter
 
 __all__ = ["Declaration", "Uses", "tells_sign"]
@@ -57,6 +58,7 @@ class Declaration:
         of_op: Computes values of parameters from the operation at a site, called as ``of_op(function, **parameters)``.
         gate: For a formula that reads a mask, the formula, called as ``gate(grad, mask, [y], **parameters)``.
         fast: The formula in fewer passes over memory, for eager mode; see `register`.
+        lean: The same gradients from less than the formula reads; see `register`.
         examples: Values of the parameters that the rule is tested with, besides the defaults.
         token: A text that identifies the formula in every process; ``""`` if the formula reads variables, so that no
             text can identify it.
@@ -73,7 +75,8 @@ class Declaration:
         learns: The parameters that the rule gives a gradient to, each with the function that computes it; None if the
             formula returns it in a dict.
         operation: Whether the formula uses the native operation, ``f``.
-        several: Whether the formula reads or answers for other operands than the first one, or returns a dict.
+        several: Whether the formula reads or answers for other operands than the first one, returns a dict, or has a
+            lean form.
         needs_operation: What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing.
     """
 
@@ -94,6 +97,7 @@ class Declaration:
     of_site: Callable[..., Mapping[str, Any]] | None = None
     gate: Callable[..., Tensor] | None = None
     fast: Callable[..., Tensor] | None = None
+    lean: Lean | None = None
     examples: tuple[Mapping[str, Any], ...] = ()
     token: str = ""
     own: bool = False
@@ -114,7 +118,7 @@ class Declaration:
         names = [n for n in (*self.inputs, *self.answers) if n not in INPUTS]
         needed = f"the operand {names[0]!r}" if names else "`f`" * self.operation
         object.__setattr__(self, "needs_operation", needed)
-        one = not self.answers and set(self.inputs) <= {*INPUTS} and not self.operation
+        one = not self.answers and not self.needs_operation and self.lean is None
         object.__setattr__(self, "several", not one or None in self.learns.values())
 
     def uses(self, operands: tuple[str, ...]) -> Uses | None:
@@ -150,6 +154,11 @@ class Declaration:
     def defaults(self) -> dict[str, Any]:
         """The default values, by the name of the parameter. Parameters without a default are left out."""
         return {p.name: p.default for p in self.parameters.values() if not p.required}
+
+    @property
+    def reads_output(self) -> bool:
+        """Whether the backward reads ``y``, so that nothing may write into the output before it."""
+        return "y" in self.inputs or (self.lean is not None and "y" in self.lean.uses)
 
     @property
     def reads_sign(self) -> bool:

@@ -10,6 +10,7 @@ import torch
 
 from .contract import BITS, MASK
 from .declaration import Declaration
+from .lean import KEPT
 from .text import shown
 
 __all__ = ["ParameterInfo", "RuleInfo", "info_of"]
@@ -39,7 +40,8 @@ class RuleInfo:
             the full name of its module.
         formula: The formula.
         parameters: Its parameters, by name.
-        saves: What it saves for the backward: any of ``"x"``, ``"mask"``, ``"bits"`` and ``"y"``.
+        saves: What it saves for the backward: operands, ``"mask"``, ``"bits"``, ``"y"``; or ``"kept"``, what the lean
+            form of the rule keeps, whose size depends on the operation.
         mask_bits: The bits of an entry of the mask, if the rule has one.
         properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
             ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` and
@@ -66,14 +68,19 @@ class RuleInfo:
     learns: tuple[str, ...] = ()
     answers: tuple[str, ...] = ("x",)
 
-    def saved_bytes(self, dtype: torch.dtype = torch.float32) -> float:
+    def saved_bytes(self, dtype: torch.dtype = torch.float32) -> float | None:
         """Return the bytes that the rule saves for each entry: 1/8 for one bit.
 
         A rule that saves ``x`` or ``y`` often keeps only a tensor alive that another operation saves anyway.
 
         Args:
             dtype: The dtype of the input of the operation.
+
+        Returns:
+            The bytes; None if they depend on the operation. `freegrad_fx.memory` counts them in a model.
         """
+        if KEPT in self.saves:
+            return None
         sizes: dict[str, float] = {MASK: 1, BITS: self.mask_bits / 8}
         return sum(sizes.get(name, dtype.itemsize) for name in self.saves)
 
@@ -85,9 +92,7 @@ class RuleInfo:
         lines = {
             "family": self.family,
             "parameters": "; ".join(parameters),
-            "saves": f"{' and '.join(self.saves)}, {self.saved_bytes()} bytes for each float32 entry"
-            if self.saves
-            else "nothing",
+            "saves": self._saved(),
             "answers for": " and ".join(self.answers) if self.answers != ("x",) else "",
             "learns": ", ".join(self.learns),
             "properties": ", ".join(self.properties),
@@ -100,6 +105,12 @@ class RuleInfo:
             [f"{self.name}: {self.formula}", *(f"  {k}: {v}" for k, v in lines.items() if v)]
         )
 
+    def _saved(self) -> str:
+        if KEPT in self.saves:
+            return "less than it reads; freegrad_fx.memory counts it"
+        size = f"{self.saved_bytes()} bytes for each float32 entry"
+        return f"{' and '.join(self.saves)}, {size}" if self.saves else "nothing"
+
 
 def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> RuleInfo:
     """Describe a rule.
@@ -110,6 +121,8 @@ def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> R
         save: The option `save`.
     """
     saves = tuple(save if name == "x" else name for name in declaration.inputs)
+    if declaration.lean is not None:
+        saves = (KEPT, *declaration.lean.saves)
     held = {
         "reducing" if declaration.reducing else "elementwise": True,
         "linear": declaration.linear,

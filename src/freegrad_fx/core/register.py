@@ -15,6 +15,7 @@ from .constraint import read_constraints
 from .contract import KINDS, NATIVE, SAVES, Formula, adapted, arguments_of, read_formula
 from .declaration import Declaration
 from .fingerprint import fingerprint
+from .lean import read_lean
 from .rule import Rule, add, available
 from .text import shown
 
@@ -35,6 +36,7 @@ def register(
     of_op: Callable[..., Mapping[str, Any]] | None = None,
     of_site: Callable[..., Mapping[str, Any]] | None = None,
     fast: Callable[..., Tensor] | None = None,
+    lean: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     examples: Iterable[Mapping[str, Any]] = (),
     meant_for: str | tuple[str, ...] = (),
     peers: str | tuple[str, ...] = (),
@@ -87,6 +89,11 @@ def register(
         fast: The same formula in fewer passes over memory, with the same signature (with ``x``, not ``mask``). It
             replaces the formula in eager mode, if the backward is not itself differentiated and no transform of
             torch.func is active. It can return ``NotImplemented``, and the formula is used instead.
+        lean: The same gradients from less than the formula reads: two functions, ``(keep, formula)``. ``keep`` takes
+            operands and ``y`` by their names, runs in the forward, and returns a tuple of tensors and of other values,
+            such as shapes. The other takes ``grad``, ``kept``, which is this tuple, and operands and ``y`` that are
+            saved besides. Both take by keyword the parameters of the rule, and ``f`` if the formula does;
+            ``f.needs`` is the operands whose gradient is needed. The formula itself runs only under torch.func.
         examples: Values of the parameters that the rule is tested with, besides the defaults, as dicts:
             ``({"a": -1.0, "b": 1.0}, {"a": 0.0})``. They are bound, and so checked, at registration.
         meant_for: The canonical names of the operations that the formula is meant for, such as ``"relu"``. At other
@@ -108,8 +115,8 @@ def register(
         A decorator that turns the function into a `Rule` and registers it.
 
     Raises:
-        RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read; `mask`
-            or `fast` has the wrong signature, or is given for a formula that returns a dict; or the defaults or
+        RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read; `mask`,
+            `fast` or `lean` has the wrong signature, or is given for a formula that returns a dict; or the defaults or
             `examples` do not satisfy `requires`.
 
     Example:
@@ -136,6 +143,7 @@ def register(
         _check_joint(name, joint, formula)
         source = formula.gate or formula.function
         learnt = read_learns(name, learns, formula)
+        leaner = read_lean(name, lean, formula)
         answered = read_answers(name, answers, formula)
         identity = ",".join((name, *answered, *learnt))
         declaration = Declaration(
@@ -156,9 +164,10 @@ def register(
             of_site=of_site,
             gate=formula.gate,
             fast=fast,
+            lean=leaner,
             examples=tuple(examples),
-            token=_token(identity, source, mask, *learnt.values()),
-            own=_is_own(source, mask, *learnt.values()),
+            token=_token(identity, source, mask, *learnt.values(), *(lean or ())),
+            own=_is_own(source, mask, *learnt.values(), *(lean or ())),
             takes_more=takes_more,
             meant_for=_several(meant_for),
             peers=_several(peers),

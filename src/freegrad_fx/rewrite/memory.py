@@ -32,7 +32,7 @@ class Memory:
         save: The `save` option for `decoupled`; ``""`` for the rule's own.
         watched: Whether the operation is code of the user that could write into `x` without saying so.
         keep_operands: The other operands of which rules need a copy, because they are overwritten before the backward.
-        keep_y: Whether the rules at the output need a copy, because the output is overwritten before the backward.
+        keep_y: Whether rules that read the output need a copy, because it is overwritten before the backward.
     """
 
     keep_x: bool
@@ -84,6 +84,8 @@ def memory_at(
     on_copy = may_return_x and aliasing.written_after(node, node, certainly=True)
     watched = (replaces is not None or bool(at_x)) and forward is None and _is_watched(place)
     reads_y = output is not None and (output.reads("x") or output.reads("y"))
+    if replaces is not None:
+        reads_y = reads_y or any(rule.declaration.reads_output for rule in replaces.rules)
     keep_y = reads_y and aliasing.written_after(node, node)
     elsewhere = {at for at in decisions if at not in (REPLACE, OUTPUT, place.first.name)}
     elsewhere |= {o.name for o in place.arguments[1:] if uses is not None and o.name in read}

@@ -126,7 +126,7 @@ def operate(
                 name = at_output.site.name
                 at_output.node("call_function", require_result, (result, name))
             result = at_output.edge(result, result, decisions[OUTPUT].rules)
-            result = keep(result) if memory.keep_y else result
+        result = keep(result) if memory.keep_y else result
         if memory.write_back and forward is not None:
             result = surgery.node("call_method", "copy_", (x, result))
         elif memory.write_back:

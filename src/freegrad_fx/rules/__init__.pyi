@@ -274,6 +274,115 @@ class _ErrorDecay(Rule):
 
 error_decay: _ErrorDecay
 
+class _ExactAvgPool(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactAvgPool:
+        """the native gradient of an average pool, from the shape of its input"""
+
+exact_avg_pool: _ExactAvgPool
+
+class _ExactConv(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactConv:
+        """the native gradients of a convolution; the input is kept only if the weight is trained"""
+
+exact_conv: _ExactConv
+
+class _ExactLayerNorm(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactLayerNorm:
+        """rstd·(h − mean(h) − z·mean(h·z)), with h = weight·grad and z = (y − bias)/weight"""
+
+exact_layer_norm: _ExactLayerNorm
+
+class _ExactLeakyRelu(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        slope: float | Tensor = 0.01,
+        forward: Forward | None = None,
+        save: Literal["x", "mask", "bits"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactLeakyRelu:
+        """grad where x > 0, slope·grad elsewhere"""
+
+exact_leaky_relu: _ExactLeakyRelu
+
+class _ExactMaxPool(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactMaxPool:
+        """the native gradient of a max pool, from the place of the maximum in its window"""
+
+exact_max_pool: _ExactMaxPool
+
+class _ExactMul(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactMul:
+        """∂a = grad·b, ∂b = grad·a; a factor that is a SiLU with the rule exact_silu is computed again"""
+
+exact_mul: _ExactMul
+
+class _ExactRelu(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x", "mask", "bits"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactRelu:
+        """grad where x > 0 or x is NaN, 0 elsewhere"""
+
+exact_relu: _ExactRelu
+
+class _ExactRmsNorm(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactRmsNorm:
+        """rstd·(h − z·mean(h·z)), with h = weight·grad and z = y/weight"""
+
+exact_rms_norm: _ExactRmsNorm
+
+class _ExactSilu(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactSilu:
+        """grad·σ(x)·(1 + x·(1 − σ(x)))"""
+
+exact_silu: _ExactSilu
+
 class _FastSigmoid(Rule):
     def __call__(  # type: ignore[override]
         self,

@@ -22,6 +22,7 @@ __all__ = [
     "ball",
     "can_mask",
     "nonnegative",
+    "not_clipped",
     "only_where",
     "outer",
     "positive",
@@ -43,6 +44,11 @@ def positive(x: Tensor) -> Tensor:
 def nonnegative(x: Tensor) -> Tensor:
     """1[x ≥ 0]"""
     return x >= 0
+
+
+def not_clipped(x: Tensor) -> Tensor:
+    """1[not x ≤ 0], which holds for NaN, as in PyTorch's kernel of ReLU"""
+    return ~(x <= 0)
 
 
 def window(x: Tensor, *, a: float, b: float) -> Tensor:
