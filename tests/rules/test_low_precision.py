@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import freegrad_fx as fg
@@ -51,3 +52,52 @@ def test_a_convolution_is_refused() -> None:
     gm = fg.transform(nn.Sequential(nn.Conv1d(1, 1, 1)), {"conv": "int8_backward"})
     with pytest.raises(RuleError, match="give it to the op 'linear'"):
         gm(torch.randn(1, 1, 3, requires_grad=True)).sum().backward()
+
+
+# --- rules of one input at the output of a product ---
+
+
+class Product(nn.Module):
+    """A product of two operands with values from N(0, 1)."""
+
+    def __init__(self, op: str) -> None:
+        super().__init__()
+        shapes = {"linear": (48, 64), "conv": (32, 16, 3), "matmul": (4, 64, 48)}
+        self.op, self.weight = op, nn.Parameter(torch.randn(shapes[op], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        function = {"linear": F.linear, "conv": F.conv1d, "matmul": torch.matmul}[self.op]
+        return function(x, self.weight)
+
+
+OPS = {"linear": (4, 16, 64), "conv": (4, 16, 40), "matmul": (4, 16, 64)}
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("rule", ["quantize_int8", "stochastic_round"])
+def test_gradients_of_products_with_a_gradient_of_eight_bits(op: str, rule: str) -> None:
+    model, x = Product(op), torch.randn(OPS[op], dtype=torch.float64, requires_grad=True)
+    table = fg.RuleTable([fg.on(op, at="output").backward(rule)])
+    y = model(x)
+    grad, inputs = torch.randn_like(y), [x, model.weight]
+    native = torch.autograd.grad(y, inputs, grad)
+    gm = fg.transform(model, table)
+    for found, exact in zip(torch.autograd.grad(gm(x), inputs, grad), native, strict=True):
+        noise = torch.linalg.vector_norm(found - exact) / torch.linalg.vector_norm(exact)
+        assert 35 < -20 * torch.log10(noise) < 60
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_stochastic_rounding_of_the_gradient_of_a_product_is_unbiased(op: str) -> None:
+    model, x = Product(op), torch.randn(OPS[op], dtype=torch.float64, requires_grad=True)
+    table = fg.RuleTable([fg.on(op, at="output").backward("stochastic_round", bits=3)])
+    y, n, inputs = model(x), 200, [x, model.weight]
+    grad = torch.randn_like(y)
+    native = torch.autograd.grad(y, inputs, grad)
+    y = fg.transform(model, table)(x)
+    draws = [torch.autograd.grad(y, inputs, grad, retain_graph=True) for _ in range(n)]
+    for found, exact in zip(map(torch.stack, zip(*draws, strict=True)), native, strict=True):
+        error = (found.mean(0) - exact) / (found.std(0) / n**0.5)
+        # of this many entries that are from N(0, 1), the largest; and their mean square
+        assert error.abs().max() < 6
+        assert abs(error.square().mean() - 1) < 0.2

@@ -736,6 +736,19 @@ class _MagnitudeAwareSign(Rule):
 
 magnitude_aware_sign: _MagnitudeAwareSign
 
+class _Meprop(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        fraction: float | Tensor = 0.1,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Meprop:
+        """∂x = T(grad)·W, ∂W = T(grad)ᵀ·x, where T keeps the k largest |grad| of each row, as `top_k`"""
+
+meprop: _Meprop
+
 class _MultiGaussian(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -1269,6 +1282,20 @@ class _Superspike(Rule):
         """grad·alpha / (1 + |x|)²"""
 
 superspike: _Superspike
+
+class _Sus(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        c: float | Tensor = 30.0,
+        generator: torch.Generator | None = None,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _Sus:
+        """∂Q = s·M·K, ∂K = s·Mᵀ·Q, ∂V = Pᵀ·grad, M = P⊙(grad·Vᵀ − Σ grad·y), with entries of the pattern P drawn"""
+
+sus: _Sus
 
 class _SwishSign(Rule):
     def __call__(  # type: ignore[override]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -11,10 +14,12 @@ from .precision import per_row, wide
 
 __all__ = [
     "dropout_gradient",
+    "meprop",
     "quantize_int8",
     "sign_gradient",
     "stochastic_round",
     "stochastic_sign",
+    "sus",
     "top_k",
 ]
 
@@ -68,6 +73,38 @@ def top_k(grad: Tensor, *, fraction: float = 0.1) -> Tensor:
     Args:
         fraction: The part of the entries that passes, above 0 and at most 1.
     """
+    return _largest_of_rows(grad, fraction)
+
+
+@register(
+    "meprop",
+    reference="Sun et al. 2017, arXiv:1706.06197 (meProp)",
+    kinds="operation",
+    meant_for="linear",
+    answers=("x", "weight"),
+    linear=False,
+    reducing=True,
+    requires="fraction > 0, fraction <= 1",
+    examples=({"fraction": 0.3}, {"fraction": 1.0}),
+)
+def meprop(grad: Tensor, x: Tensor, weight: Tensor, *, f: Any, fraction: float = 0.1) -> Any:
+    """∂x = T(grad)·W, ∂W = T(grad)ᵀ·x, where T keeps the k largest |grad| of each row, as `top_k`
+
+    The bias has its native gradient, that of all entries. The rule `top_k` at the output of the layer gives the same
+    gradients of the input and of the weight, but that of the bias has the k entries only.
+
+    Args:
+        fraction: The part of the entries that passes, above 0 and at most 1.
+    """
+    largest = _largest_of_rows(grad, fraction)
+    return {
+        "x": lambda: f.gradient("x", largest),
+        "weight": lambda: f.gradient("weight", largest),
+    }
+
+
+def _largest_of_rows(grad: Tensor, fraction: float) -> Tensor:
+    """The largest entries of each row, and 0 elsewhere."""
     row = grad.reshape(1) if grad.dim() == 0 else grad
     n = row.shape[-1]
     order = row.abs().argsort(dim=-1, descending=True, stable=True)
@@ -99,6 +136,74 @@ def dropout_gradient(
     """
     # drawn in float32, as half precision has too few numbers for most probabilities
     return torch.where(uniform_like(wide(grad), generator) >= p, grad / (1 - p), 0)
+
+
+@register(
+    "sus",
+    reference="Pankov & Harik 2025, arXiv:2505.15080 (SUS backprop)",
+    kinds="operation",
+    meant_for="scaled_dot_product_attention",
+    answers=("query", "key", "value"),
+    reducing=True,
+    random=True,
+    requires="c > 0",
+    examples=({"c": 1.0}, {"c": 1e9}),
+)
+def sus(
+    grad: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    y: Tensor,
+    *,
+    f: Any,
+    c: float = 30.0,
+    generator: torch.Generator | None = None,
+) -> Any:
+    """∂Q = s·M·K, ∂K = s·Mᵀ·Q, ∂V = Pᵀ·grad, M = P⊙(grad·Vᵀ − Σ grad·y), with entries of the pattern P drawn
+
+    s is the scale of the scores. In each backward, an entry p of the pattern is kept with probability min(1, c·p), and
+    is then max(p, 1/c); the others are 0. Their mean is p: the gradients are unbiased. Of each row, c entries are kept
+    at most, on average.
+
+    This shows what the noise does to training; it is not faster, and computes the whole pattern. It is for PyTorch's
+    attention; an attention with a softmax of its own has no site for it.
+
+    Args:
+        c: How many entries of a row are kept at most, on average.
+        generator: What the numbers are drawn from; None for the global generator.
+    """
+    one = torch.eye(key.shape[-2], dtype=value.dtype, device=value.device)
+    pattern = f(value=one.expand(*value.shape[:-1], -1))
+    chance = wide(pattern) * c
+    kept = uniform_like(chance, generator) < chance
+    pattern = torch.where(kept, pattern.clamp(min=1 / c), 0)
+    # Under autocast, the operands have another dtype than the output
+    dtype = torch.promote_types(query.dtype, grad.dtype)
+    g, out, queries, keys, values, pattern = (
+        t.to(dtype) for t in (grad, y, query, key, value, pattern)
+    )
+    # one head of keys and values can serve several heads of queries
+    shares = query.shape[-3] // key.shape[-3] if f.constants.get("enable_gqa") else 1
+    if shares > 1:
+        keys, values = (t.repeat_interleave(shares, -3) for t in (keys, values))
+    scale = f.constants.get("scale")
+    scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
+
+    def scores() -> Tensor:
+        through = g @ values.transpose(-1, -2) - (g * out).sum(-1, keepdim=True)
+        return scale * pattern * through
+
+    def summed(found: Tensor, like: Tensor) -> Tensor:
+        if shares > 1 and found.shape[-3] != like.shape[-3]:
+            found = found.unflatten(-3, (-1, shares)).sum(-3)
+        return found.sum_to_size(like.shape).to(like.dtype)
+
+    return {
+        "query": lambda: summed(scores() @ keys, query),
+        "key": lambda: summed(scores().transpose(-1, -2) @ queries, key),
+        "value": lambda: summed(pattern.transpose(-1, -2) @ g, value),
+    }
 
 
 @register(
