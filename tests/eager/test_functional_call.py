@@ -151,3 +151,21 @@ def test_a_compiled_call_acts_too(net: Net) -> None:
     found = torch.autograd.grad(y.square().sum(), list(weights.values()))
     for f, n in zip(found, native, strict=True):
         torch.testing.assert_close(f, 3.0 * n)
+
+
+def test_a_parameter_that_is_exchanged_later_has_the_rule_of_the_other(net: Net) -> None:
+    block = fg.use({"params": THREE}, model=net)
+    with block:
+        net(X)
+    new = {name: torch.randn_like(p) for name, p in net.state_dict().items()}
+    new["tied.weight"] = new["first.weight"]
+    net.load_state_dict(new, assign=True)
+    weights = list(net.parameters())
+    with block:
+        y = net(X)
+    found = torch.autograd.grad(y.square().sum(), weights)
+    native = torch.autograd.grad(net(X).square().sum(), weights)
+    torch.testing.assert_close(found, tuple(3.0 * g for g in native))
+    assert {d.action for d in fg.report(block).decisions if d.site.kind == "parameter"} == {
+        "rewrite"
+    }

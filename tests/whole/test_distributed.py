@@ -6,69 +6,31 @@ the processes' samples; a rule sees the gradient of its own process.
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from filelock import FileLock  # which torch itself needs
 from torch import Tensor
 
-import distributed
 import models
+import ranks
+from processes import found_in, gloo
 
-pytestmark = pytest.mark.skipif(
-    not torch.distributed.is_available() or not torch.distributed.is_gloo_available(),
-    reason="this build of torch has no gloo",
-)
+pytestmark = gloo
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found in the scenarios of the fast tests."""
-    return found_in(tmp_path_factory)
+    return found_in(tmp_path_factory, ranks.__file__)
 
 
 @pytest.fixture(scope="module")
 def found_slowly(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process found in the scenarios of the slow tests."""
-    return found_in(tmp_path_factory, "slow")
-
-
-def found_in(tmp_path_factory: pytest.TempPathFactory, *which: str) -> list[dict[str, Any]]:
-    """What each process found; the workers of pytest-xdist wait for the first of them, and share it."""
-    folder = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        folder = folder.parent  # which all of them have
-    folder /= "-".join(("processes", *which))
-    with FileLock(folder.with_suffix(".lock")):
-        if not folder.exists():
-            folder.mkdir()
-            run_processes(folder, *which)
-    return [torch.load(folder / f"{rank}.pt") for rank in range(distributed.WORLD)]
-
-
-def run_processes(folder: Path, *which: str) -> None:
-    processes = [
-        subprocess.Popen(
-            [sys.executable, distributed.__file__, str(rank), str(folder), *which],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(distributed.WORLD)
-    ]
-    try:
-        printed = [process.communicate(timeout=240)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0, 0], "\n".join(printed)
+    return found_in(tmp_path_factory, ranks.__file__, "slow")
 
 
 def expected(parameters: str = "", second_slope: float = 2.0) -> dict[str, Tensor]:
@@ -78,14 +40,14 @@ def expected(parameters: str = "", second_slope: float = 2.0) -> dict[str, Tenso
         parameters: What the names of the parameters with a rule begin with.
         second_slope: That of the rule of the second ReLU.
     """
-    model = distributed.make()
+    model = ranks.make()
     first = models.naive(F.relu, models.fast_sigmoid(2.0))
     second = models.naive(F.relu, models.fast_sigmoid(second_slope))
 
     def by_hand(x: Tensor) -> Tensor:
         return model.third(second(model.second(first(model.first(x)))))
 
-    each = [distributed.gradients(by_hand, model, rank) for rank in range(distributed.WORLD)]
+    each = [ranks.gradients(by_hand, model, rank) for rank in range(ranks.WORLD)]
     mean = {name: torch.stack([g[name] for g in each]).mean(0) for name in each[0]}
     return {name: 3.0 * g if name.startswith(parameters) else g for name, g in mean.items()}
 
@@ -97,19 +59,19 @@ def assert_found(results: list[dict[str, Any]], scenario: str, **rules: Any) -> 
 
 
 def test_the_rules_make_a_difference_here() -> None:
-    model = distributed.make()
-    native = distributed.gradients(model, model, 0)
+    model = ranks.make()
+    native = ranks.gradients(model, model, 0)
     assert not any(torch.allclose(native[name], g) for name, g in expected().items())
 
 
 def scenarios(*names: str) -> list[Any]:
     slow = pytest.mark.slow
-    return [pytest.param(n, marks=slow if n in distributed.SLOW else ()) for n in names]
+    return [pytest.param(n, marks=slow if n in ranks.SLOW else ()) for n in names]
 
 
 def results_of(scenario: str, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = request.getfixturevalue(
-        "found_slowly" if scenario in distributed.SLOW else "found"
+        "found_slowly" if scenario in ranks.SLOW else "found"
     )
     return found
 
@@ -194,10 +156,10 @@ def test_what_sharding_would_let_learn_natively_is_refused(
 def test_a_joint_norm_is_that_of_the_gradients_of_a_process(
     found_slowly: list[dict[str, Any]], scenario: str
 ) -> None:
-    model = distributed.make()
+    model = ranks.make()
     each = []
-    for rank in range(distributed.WORLD):
-        found = distributed.gradients(model, model, rank)
+    for rank in range(ranks.WORLD):
+        found = ranks.gradients(model, model, rank)
         norm = torch.cat([g.flatten() for g in found.values()]).norm()
         assert norm > 1
         each.append({name: g / norm for name, g in found.items()})

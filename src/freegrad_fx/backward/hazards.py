@@ -16,6 +16,7 @@ from .._torch.dynamo import is_compiling, takes_for_constant
 from ..errors import FreegradWarning
 
 __all__ = [
+    "is_sharded",
     "records_forward_alone",
     "refuse_compiled_transform",
     "refuse_sharded_parts",
@@ -74,6 +75,11 @@ def refuse_compiled_transform() -> None:
         )
 
 
+def is_sharded(module: nn.Module) -> bool:
+    """Whether `fully_shard` was applied to a module, so that its call gathers its parameters."""
+    return hasattr(module, "set_reshard_after_backward")  # it is an FSDPModule
+
+
 def refuse_sharded_parts(module: nn.Module, names: Iterable[str]) -> None:
     """Raise `RuntimeError` if `fully_shard` was applied to a submodule whose parameters have rules.
 
@@ -86,12 +92,13 @@ def refuse_sharded_parts(module: nn.Module, names: Iterable[str]) -> None:
     for name in names:
         part = module
         for step in (*name.split(".")[:-1], ""):
-            if hasattr(part, "set_reshard_after_backward"):  # an FSDPModule
+            if is_sharded(part):
                 raise RuntimeError(
                     f"the rule for the parameter {name!r} of {type(part).__name__} would be ignored, because "
-                    f"fully_shard makes that module gather its own parameters when it is called. Shard the "
-                    f"transformed model as a whole, fully_shard(gm), not this submodule; rules on activations work "
-                    f"with both."
+                    f"fully_shard makes that module gather its own parameters when it is called. Shard a module "
+                    f"around it instead of this one, such as the block that it belongs to, or the transformed model "
+                    f"as a whole, fully_shard(gm); or give the rules with use(rules, model=model) or "
+                    f"compile(model, rules). Rules on activations work with all of them."
                 )
             part = getattr(part, step) if step else part
 

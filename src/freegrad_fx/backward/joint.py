@@ -22,7 +22,7 @@ from torch.utils.checkpoint import CheckpointFunction
 from .._torch.dynamo import is_compiling
 from ..errors import RuleError
 
-__all__ = ["gather", "recomputations", "require_whole", "scatter"]
+__all__ = ["gather", "recomputations", "require_undistributed", "require_whole", "scatter"]
 
 
 class _Gather(torch.autograd.Function):
@@ -152,6 +152,7 @@ def gather(xs: Sequence[Tensor]) -> Tensor:
     Raises:
         RuleError: They are on several devices, or one is distributed.
     """
+    require_undistributed(xs)
     if is_compiling():
         return torch.ops.freegrad_fx.gather(list(xs))  # type: ignore[no-any-return]
     devices = {x.device for x in xs}
@@ -161,13 +162,19 @@ def gather(xs: Sequence[Tensor]) -> Tensor:
             f"a rule for several parameters together (over=...) needs them on one device; they are on {names}. Give "
             f"the parameters of each device an entry of their own."
         )
+    return _Gather.apply(*xs)  # type: ignore[no-any-return, no-untyped-call]
+
+
+def require_undistributed(xs: Sequence[Tensor]) -> None:
+    """Raise `RuleError` if one of several parameters that have a rule together is distributed."""
     if any(hasattr(x, "device_mesh") for x in xs):
         raise RuleError(
             "a rule for several parameters together (over=...) does not support DTensors, whose parts are on several "
-            "processes. Leave out over=, and the rule acts on each parameter; or shard the transformed model as a "
-            "whole."
+            "processes: parameters of parallelize_module, and those that fully_shard has not gathered yet. Leave out "
+            "over=, and the rule acts on each parameter; or shard the transformed model as a whole, "
+            "fully_shard(transform(model, rules)); or clip what the optimizer receives, with "
+            "torch.nn.utils.clip_grad_norm_."
         )
-    return _Gather.apply(*xs)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def scatter(flat: Tensor, ys: Sequence[Tensor]) -> tuple[Tensor, ...]:

@@ -19,8 +19,9 @@ from .._torch import tree
 from .._torch.dynamo import add_guard, is_compiling, takes_for_constant
 from .._torch.graphs import is_fx_tracing
 from .._torch.modules import HOOKS_OF_ALL, hooks_of
+from ..backward.hazards import is_sharded
 from ..errors import FreegradWarning
-from ..graph.hooked import run_hooks_at
+from ..graph.hooked import read_parameters_late, run_hooks_at
 from ..graph.marks import calls, insert_marks, take_marks
 from ..graph.nodes import called_path, takes_parameters
 from ..graph.provenance import origin
@@ -95,6 +96,8 @@ class Versions:
                         if begin.args[0] in wanted:
                             run_hooks_at(begin, end)
                     take_marks(graph)
+                    if sharded := [p for p in wanted if is_sharded(module.get_submodule(p))]:
+                        read_parameters_late(graph, sharded)
                 else:
                     lost |= wanted
                 graphs.append(graph)
@@ -106,13 +109,21 @@ class Versions:
     def _warn(self, module: nn.Module, lost: list[str]) -> None:
         self.warned.update(lost)
         for path in lost:
-            kind = type(module.get_submodule(path)).__name__
+            part = module.get_submodule(path)
+            kind = type(part).__name__
+            if is_sharded(part):
+                raise RuntimeError(
+                    f"fully_shard was applied to {path} ({kind}), a part of this transformed model, and the graph does "
+                    f"not show where the calls of {path} begin and end, so that its parameters would not be gathered. "
+                    f"{_UNMARKED} Shard the transformed model as a whole, fully_shard(gm); or transform the part by "
+                    f"itself before it is sharded; or give the rules with use(rules, model=model) or "
+                    f"compile(model, rules)."
+                )
             warnings.warn(
                 f"the hooks of {path} ({kind}) do not run at every call: the graph of this transformed model does not "
-                f"show where the calls of {path} begin and end. This is so for models that were captured from "
-                f"example_inputs, transformed twice, or changed by hand, and for calls whose arguments or results are "
-                f"objects that a graph cannot hold. Transform the model without example_inputs; or register the hooks "
-                f"on the original model and use freegrad_fx.compile(model, rules).",
+                f"show where the calls of {path} begin and end. {_UNMARKED} Transform the model "
+                f"without example_inputs; or register the hooks on the original model and use "
+                f"freegrad_fx.compile(model, rules).",
                 FreegradWarning,
                 stacklevel=2,
             )
@@ -124,6 +135,12 @@ class Versions:
         if names_by_scope(tracer) and not kwargs:
             return run_in_scopes(module, tracer, args)
         return module.run_version(self.find(), *args, **kwargs)
+
+
+_UNMARKED = (
+    "This is so for models that were captured from example_inputs, transformed twice, or changed by hand, and for "
+    "calls whose arguments or results are objects that a graph cannot hold."
+)
 
 
 def _opened(module: Any, marked: frozenset[str]) -> Iterable[tuple[str, nn.Module]]:

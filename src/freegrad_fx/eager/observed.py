@@ -30,7 +30,6 @@ from ..plan.groups import acts_together
 from ..plan.noise import with_noise
 from ..plan.reach import require_reached
 from ..sites.compounds import NORMS
-from ..sites.parameters import named_parameters
 from ..sites.remarks import Opaque
 from ..sites.site import REPLACE, Located
 from ..table import RuleTable
@@ -39,6 +38,7 @@ from .ambient import at_ambient_sites, follows_blocks, path_in
 from .classes import calls_of_modules
 from .functions import calls_of_functions, parameters_of_functions
 from .modules import calls_of_compounds
+from .names import ParameterNames
 from .parameters import is_parameter, parameters_swapped_in, role_of
 from .rules import Decisions
 from .running import running_modules
@@ -102,22 +102,20 @@ class Observed(EagerSites):
         super().__init__(table)
         self.model = model
         self.lines_tell_sites_apart = model is None
+        self.names_tell_parameters_apart = model is not None
         self._known: dict[tuple[Any, ...], Decisions] = {}
         self._opaque: dict[Opaque, None] = {}
         self._thread = _Thread()
         self._ran: set[int] = set()  # the modules that were called
         self.ran = False
         self._paths: dict[int, str] = {}
-        self._names: dict[int, tuple[str, ...]] = {}
+        self._names = ParameterNames(model)
         self._ambient: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Rule, ...] | None]] = (
             WeakKeyDictionary()
         )
         if model is not None:
             for path, module in model.named_modules():
                 self._paths[id(module)] = path
-            for name, parameter in named_parameters(model):
-                self._names[id(parameter)] = (*self._names.get(id(parameter), ()), name)
-        self._tied = {name: names for names in self._names.values() for name in names}
 
     def count(self, place: Place, op: str) -> int:
         """Count a site. Without a model there are no call indices."""
@@ -240,10 +238,10 @@ class Observed(EagerSites):
         """The names of a parameter of the model, or of that whose role a tensor takes; None for others."""
         role = role_of(parameter)
         if role is None:
-            return self._names.get(id(parameter))
+            return self._names.of(parameter)
         path = self._paths.get(id(role.holder))
         name = role.name if not path else f"{path}.{role.name}"
-        return None if path is None else self._tied.get(name)
+        return None if path is None else self._names.tied.get(name)
 
     def holders(self, parameter: Tensor, names: tuple[str, ...], place: Place) -> list[nn.Module]:
         """The modules that hold a parameter."""
@@ -318,6 +316,7 @@ class Observed(EagerSites):
             self._thread.call_of_model = outermost[-1]
             self._thread.call += 1
             self._thread.calls.clear()
+            self._names.new_call()
         modules = (*(r.module for r in running), *self._thread.around)
         if self.wants_parameters or self.table.reaches:
             self._ran.update(map(id, modules))
@@ -411,7 +410,7 @@ class Observed(EagerSites):
             return
         seen = {d.site.names for d in self._decided()}
         parameters = dict(self.model.named_parameters())
-        for names in dict.fromkeys(self._names.values()):
+        for names in self._names:
             if names not in seen and any(map(self._may_have_taken, names)):
                 holders = self._holders(names)
                 place = parameter_site(parameters[names[0]], names, holders)

@@ -80,6 +80,9 @@ class EagerSites(ABC):
     lines_tell_sites_apart = False
     """Whether calls at the same place in different lines are different sites."""
 
+    names_tell_parameters_apart = False
+    """Whether parameters with the same names are the same site."""
+
     def __init__(self, table: RuleTable) -> None:
         self.table = table
         self._ordered = bool(table.ordered)
@@ -367,7 +370,9 @@ class EagerSites(ABC):
         names = self.names(parameter, place)
         if names is None:
             return None
-        identity = id(parameter) if role_of(parameter) is None else names
+        # The names tell parameters of a model apart, also those that it gets later
+        named = self.names_tell_parameters_apart or role_of(parameter) is not None
+        identity: Any = names if named else id(parameter)
         key = ("parameter", identity, parameter.requires_grad)
         known = self.decisions(place)
         if key not in known:

@@ -9,7 +9,13 @@ import torch
 from torch import Tensor
 
 from .._torch.dispatch import function_transforms_active
-from ..backward.joint import gather, recomputations, require_whole, scatter
+from ..backward.joint import (
+    gather,
+    recomputations,
+    require_undistributed,
+    require_whole,
+    scatter,
+)
 from ..context import left_alone
 from ..errors import RuleError
 from ..ops.gradients import decoupled_by
@@ -30,7 +36,8 @@ def decoupled_together(
         decisions: The decision for each.
 
     Raises:
-        RuleError: A rule reads the parameters or learns, or a transform of torch.func is active.
+        RuleError: A rule reads the parameters or learns, a transform of torch.func is active, or a parameter is
+            distributed.
     """
     rules = decisions[0].rules
     reading = next((rule.name for rule in rules if "x" in rule.inputs or rule.learnt), None)
@@ -40,6 +47,7 @@ def decoupled_together(
             f"{', '.join(map(repr, rules))} acts on several parameters together {why}, which a use() block does not "
             f"support. Transform the model with the table: transform(model, rules)."
         )
+    require_undistributed(parameters)
     values = [p.detach() for p in parameters]
     for index, decision in enumerate(decisions):
         if decision.forward is not None:

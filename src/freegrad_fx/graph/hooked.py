@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterator
 
 from torch import fx
 
 from ..ops.calls import call_with
+from ..ops.functions import apply_forward
+from ..ops.gradients import decoupled, kept, stop_gradient
 from ..ops.hooked import (
     call_without_hooks,
     enter_call,
@@ -15,10 +18,11 @@ from ..ops.hooked import (
     run_hooks,
     run_pre_hooks,
 )
+from ..ops.joint import gathered, scattered
 from .marks import inside, parts_of, unclear
 from .nodes import called_path, first_argument
 
-__all__ = ["open_call", "run_hooks_at"]
+__all__ = ["open_call", "read_parameters_late", "run_hooks_at"]
 
 
 def open_call(node: fx.Node, key: int | str) -> tuple[fx.Node, fx.Node, fx.Node]:
@@ -87,3 +91,42 @@ def _take_values(values: fx.Node, mark: fx.Node) -> None:
         value = values.graph.call_function(operator.getitem, (values, index))
         node.replace_all_uses_with(value)
         values.graph.erase_node(node)
+
+
+def read_parameters_late(graph: fx.Graph, paths: Collection[str]) -> None:
+    """Read the parameters of some modules, and apply their rules, where the results are first used.
+
+    A graph does so at its beginning, when modules that gather their parameters in a pre-hook have not done it yet.
+
+    Args:
+        graph: The graph. It is changed in place.
+        paths: The paths of the modules.
+    """
+    below = tuple(f"{path}." for path in paths)
+    moved: dict[fx.Node, bool] = {}  # whether a node depends on a parameter of the modules
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "get_attr":
+            moved[node] = str(node.target).startswith(below)
+        elif inputs and all(n in moved for n in inputs) and _is_of_rules(node):
+            moved[node] = any(moved[n] for n in inputs)
+    for node in reversed([node for node, depends in moved.items() if depends]):
+        if node.users:
+            first = next(n for n in _following(node) if n in node.users)
+            first.prepend(node)
+
+
+_OF_RULES = frozenset([stop_gradient, decoupled, kept, apply_forward, gathered, scattered])
+
+
+def _is_of_rules(node: fx.Node) -> bool:
+    """Whether a node, which depends only on parameters, belongs to their rules or their replaced forward."""
+    if node.target in _OF_RULES or node.target is operator.getitem:
+        return True
+    return [n.target for n in node.all_input_nodes] == [stop_gradient]
+
+
+def _following(node: fx.Node) -> Iterator[fx.Node]:
+    while node.op != "output":
+        node = node.next
+        yield node

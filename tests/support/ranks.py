@@ -1,14 +1,15 @@
 """What `test_distributed` runs in each of its processes: a model with rules under DDP and FSDP, on gloo.
 
-``python distributed.py RANK FOLDER [slow]``; what every scenario found is written to ``FOLDER/RANK.pt``.
+``torchrun --nproc-per-node=2 ranks.py FOLDER [slow]``; what every scenario found is written to
+``FOLDER/RANK.pt``. With ``slow``, the scenarios of `parallel` run too.
 """
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -155,19 +156,24 @@ SLOW = {
 SLOW |= {"DDP", "DDP, together", "FSDP, together"}
 
 
-def main(rank: int, folder: Path, slow: bool) -> None:
+def main(folder: Path, slow: bool) -> None:
     torch.set_num_threads(1)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=WORLD
-    )
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    scenarios: dict[str, Callable[[], Any]] = {
+        name: partial(scenario, rank)
+        for name, scenario in SCENARIOS.items()
+        if (name in SLOW) is slow
+    }
+    if slow:
+        import parallel
+
+        scenarios |= parallel.SCENARIOS
     results: dict[str, Any] = {}
-    for name, scenario in SCENARIOS.items():
-        if (name in SLOW) is not slow:
-            continue
+    for name, scenario in scenarios.items():
         torch._dynamo.reset()
         try:
-            results[name] = scenario(rank)
+            results[name] = scenario()
         except Exception:
             results[name] = {"error": traceback.format_exc()}
     torch.save(results, folder / f"{rank}.pt")
@@ -175,4 +181,4 @@ def main(rank: int, folder: Path, slow: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]), "slow" in sys.argv[3:])
+    main(Path(sys.argv[1]), "slow" in sys.argv[2:])
