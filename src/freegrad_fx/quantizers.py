@@ -136,7 +136,8 @@ def lsq(bits: int = 4, per_channel: bool = False) -> Rule:
     """
     if isinstance(bits, bool) or not isinstance(bits, int) or not 2 <= bits <= 16:
         raise RuleError(f"quantizers.lsq: bits has to be a whole number from 2 to 16, got {bits!r}")
-    step = Own(functools.partial(_first_step, bits=bits, per_channel=per_channel))
+    values = {"bits": bits, "per_channel": per_channel}
+    step = Own(functools.partial(_first_step, **values), "lsq", values)  # type: ignore[arg-type]
     quantize = functools.partial(step_quantize, step=step, bits=bits)  # type: ignore[arg-type]
     return get("lsq")(step=step, bits=bits, forward=quantize)
 

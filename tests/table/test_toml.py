@@ -343,6 +343,43 @@ def test_what_is_the_user_s_is_imported_where_that_is_allowed(package: str) -> N
     assert f'forward = "{package}:step"' in table.to_toml()
 
 
+@pytest.mark.parametrize("name", fg.quantizers.__all__)
+def test_a_quantizer_is_written_so_that_it_quantizes_again(name: str) -> None:
+    table = fg.RuleTable([fg.on(parameter="weight").backward(getattr(fg.quantizers, name)())])
+    again = fg.RuleTable.from_toml(table.to_toml())
+    assert again.to_toml() == table.to_toml()
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    assert torch.equal(fg.transform(model, again)(x), fg.transform(model, table)(x))
+
+
+def test_a_quantizer_is_named_in_a_file_with_its_arguments() -> None:
+    text = '[[rule]]\nparameter = "weight"\nbackward = "quantizers.lsq"\nparams = { bits = 2 }'
+    model, x = nn.Linear(4, 3), torch.randn(2, 4)
+    gm = fg.transform(model, fg.RuleTable.from_toml(text))
+    (step,) = gm.rule_state_dict().values()
+    expected = nn.functional.linear(x, (model.weight / step).round().clamp(-2, 1) * step)
+    torch.testing.assert_close(gm(x), expected + model.bias)
+
+
+@pytest.mark.parametrize(
+    ("backward", "words"),
+    [
+        ('"quantizers.int5"', "unknown quantizer 'int5'. Did you mean 'int4'?"),
+        ('"quantizers.lsq"\nparams = { bitz = 4 }', "parameter of quantizers.lsq: 'bitz'"),
+        ('"quantizers.lsq"\nparams = { bits = 99 }', "from 2 to 16, got 99"),
+    ],
+)
+def test_a_mistake_in_a_quantizer_is_an_error(backward: str, words: str) -> None:
+    with pytest.raises(fg.TableError, match=rf"entry 1 .*{re.escape(words)}"):
+        fg.RuleTable.from_toml(f'[[rule]]\nparameter = "*"\nbackward = {backward}')
+
+
+def test_a_quantizer_that_was_changed_cannot_be_written() -> None:
+    table = fg.RuleTable([fg.on(parameter="*").backward(fg.quantizers.lsq()(bits=8))])
+    with pytest.raises(fg.TableError, match="not as quantizers.lsq returns them"):
+        table.to_toml()
+
+
 def test_a_rule_that_is_registered_is_known_by_its_name() -> None:
     fg.register("third")(lambda grad: grad / 3)
     fg.register("a:b")(lambda grad: grad)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -23,10 +23,16 @@ class Own:
     Args:
         make: A function of the parameter that returns the first value of its tensor. It has to be importable, so that
             a table with it can be pickled.
+        quantizer: The name of the quantizer that makes a rule with such a tensor, as a table file names it.
+        values: The arguments of this quantizer.
     """
 
-    def __init__(self, make: Callable[[Tensor], Tensor]) -> None:
+    def __init__(
+        self, make: Callable[[Tensor], Tensor], quantizer: str, values: Mapping[str, Any]
+    ) -> None:
         self.make = make
+        self.quantizer = quantizer
+        self.values = dict(values)
         self._made: Any = WeakTensorKeyDictionary()
 
     def of(self, parameter: Tensor) -> nn.Parameter:
@@ -46,4 +52,4 @@ class Own:
         return self  # the copy of a model has copies of the tensors
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Own, (self.make,)
+        return Own, (self.make, self.quantizer, self.values)

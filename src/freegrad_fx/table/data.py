@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import re
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -14,7 +15,9 @@ from typing import Any
 
 from torch import Tensor
 
+from .. import quantizers
 from ..core.contract import NATIVE, OPTIONS
+from ..core.own import Own
 from ..core.parameter import Parameter
 from ..core.rule import Forward, Rule, RuleLike, available, compose, get
 from ..errors import PlanError, RuleError, TableError, unknown
@@ -25,6 +28,9 @@ from .fields import brief, call_text
 __all__ = ["dump_table", "load_table"]
 
 VERSION = 1
+
+_QUANTIZERS = "quantizers."
+"""How a name in a table file begins that names a function of `freegrad_fx.quantizers`."""
 
 _SELECTING = ("op", "module", "type", "parameter", "call", "at", "first", "last")
 _FIELDS = (*_SELECTING, "optional", "forward", "backward", "params")
@@ -150,6 +156,8 @@ def _load_part(part: Any, allow_imports: bool) -> Rule:
 def _load_rule(name: str, values: Any, allow_imports: bool) -> Rule:
     if not isinstance(values, Mapping):
         raise TableError(f"params has to be a table of the rule's parameters, got {brief(values)}")
+    if name.startswith(_QUANTIZERS):
+        return _load_quantizer(name.removeprefix(_QUANTIZERS), values)
     rule = _load_reference(name, allow_imports) if _is_reference(name) else get(name)
     if not isinstance(rule, Rule):
         raise TableError(f"{name!r} is not a Rule but {brief(rule)}")
@@ -158,6 +166,15 @@ def _load_rule(name: str, values: Any, allow_imports: bool) -> Rule:
     return rule(
         **{n: _load_value(declared[n], v) if n in declared else v for n, v in values.items()}
     )
+
+
+def _load_quantizer(name: str, values: Mapping[str, Any]) -> Rule:
+    if name not in quantizers.__all__:
+        raise TableError(unknown("quantizer", name, quantizers.__all__))
+    make = getattr(quantizers, name)
+    _refuse_unknown(f"parameter of quantizers.{name}:", values, inspect.signature(make).parameters)
+    rule: Rule = make(**values)
+    return rule
 
 
 def _is_reference(name: str) -> bool:
@@ -221,7 +238,9 @@ def _dump(number: int, entry: Entry) -> dict[str, Any]:
     try:
         data = _dump_entry(entry)
         (again,) = load_table({"rule": [data]}, allow_imports=True)
-        if again != entry:
+        # What each parameter has for itself is another object in each entry that is read
+        same = _dump_entry(again) == data if _made_by_quantizer(entry) else again == entry
+        if not same:
             raise _NotPlainError(
                 "a value would be read back with another type; annotate the rule's parameter with the type of the value"
             )
@@ -248,6 +267,10 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
         fields["call"] = calls if isinstance(fields["call"], list) else calls[0]
     if entry.optional:
         fields["optional"] = True
+    made = _made_by_quantizer(entry)
+    if made is not None:
+        params = {"params": made.values} if made.values else {}
+        return {**fields, "backward": _QUANTIZERS + made.quantizer, **params}
     if isinstance(entry.forward, BoundForward):
         fields["forward"] = _dump_bound(entry.forward)
     elif entry.forward is not None:
@@ -260,6 +283,33 @@ def _dump_entry(entry: Entry) -> dict[str, Any]:
     (rule,) = entry.rules
     values = _dump_values(rule)
     return {**fields, "backward": _rule_name(rule), **({"params": values} if values else {})}
+
+
+def _made_by_quantizer(entry: Entry) -> Own | None:
+    """What each parameter has for itself, in an entry whose rule and forward are as a quantizer made them."""
+    if entry.rules is None or len(entry.rules) > 1:
+        return None
+    (rule,) = entry.rules
+    for value in rule.bound.values():
+        if isinstance(value, Own):
+            made = getattr(quantizers, value.quantizer)(**value.values)
+            if _described(rule, entry.forward) != _described(made, made.forward):
+                raise _NotPlainError(
+                    f"rule {rule.name!r} and its forward are not as quantizers.{value.quantizer} returns them; give it "
+                    f"the other values"
+                )
+            return value
+    return None
+
+
+def _described(rule: Rule, forward: Forward | None) -> tuple[Any, ...]:
+    """A rule and a forward, with the name of each tensor that each parameter has for itself."""
+    keywords = getattr(forward, "keywords", {})
+    function = getattr(forward, "func", forward)
+    values = [{**rule.bound}, {**keywords}]
+    for some in values:
+        some.update({n: (v.quantizer, v.values) for n, v in some.items() if isinstance(v, Own)})
+    return rule.name, function, *values
 
 
 def _dump_part(rule: Rule) -> str | dict[str, Any]:
@@ -287,8 +337,8 @@ def _dump_value(of: str, name: str, value: Any) -> Any:
         return [_dump_value(of, name, item) for item in value]
     if type(value) in (bool, int, float, str):
         return value
-    kind = "tensor" if isinstance(value, Tensor) else type(value).__name__
-    raise _NotPlainError(f"the parameter {name!r} of {of} is a {kind}")
+    kind = "a tensor" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+    raise _NotPlainError(f"the parameter {name!r} of {of} is {kind}")
 
 
 def _rule_name(rule: Rule) -> str:
