@@ -42,7 +42,8 @@ if TYPE_CHECKING:
     from .sites.site import Site
     from .table import RuleTable, on
     from .table.listing import list_rules
-    from .verification import Verification, verify
+    from .verification import Verification
+    from .verification.verify import verify
 
 __version__ = "0.1.0"
 

@@ -251,7 +251,7 @@ def _omitted(root: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
         for p in parameters
         if p.name not in kwargs and p.default is not p.empty and p.kind is not p.VAR_POSITIONAL
     }
-    others = {f"**{p.name}": {} for p in parameters if p.kind is p.VAR_KEYWORD}
+    others: dict[str, Any] = {f"**{p.name}": {} for p in parameters if p.kind is p.VAR_KEYWORD}
     return {**omitted, **{name: v for name, v in others.items() if name[2:] not in kwargs}}
 
 

@@ -399,5 +399,5 @@ def compile(
         hold_beside(compiled, learnt_by(given))
         with contextlib.suppress(TypeError, ValueError):  # a forward that is not written in Python
             # Trainers read which columns of the data the model takes
-            compiled.forward.__signature__ = inspect.signature(model.forward)
+            compiled.forward.__dict__["__signature__"] = inspect.signature(model.forward)
     return compiled
