@@ -101,6 +101,34 @@ def test_forward_is_the_same_where_no_gradient_is_recorded(case: Case) -> None:
             assert_identical(y, x, "what the caller's tensor holds")
 
 
+# --- what a rule reads of the output ---
+
+OUTPUT_READ: dict[str, tuple[nn.Module, dict[str, str]]] = {
+    "convolution": (nn.Conv1d(3, 2, 1), {"conv": "lrp_zplus"}),
+    "activation": (nn.GELU(), {"gelu": "identity_rule"}),
+}
+WAYS = {
+    "transform": lambda model, rules, x: fg.transform(model, rules)(x),
+    "use": lambda model, rules, x: fg.use(rules, model=model)(model)(x),
+    "compile": lambda model, rules, x: fg.compile(model, rules, backend="eager")(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("operation", OUTPUT_READ)
+def test_an_output_that_a_rule_reads_may_be_overwritten(operation: str, way: str) -> None:
+    """Natively it may: neither operation saves its output."""
+    first, rules = OUTPUT_READ[operation]
+    x = torch.randn(2, 3, 4, dtype=torch.float64, requires_grad=True)
+    found = [
+        torch.autograd.grad(
+            WAYS[way](nn.Sequential(first.double(), nn.Mish(inplace)), rules, x).sum(), x
+        )[0]
+        for inplace in (True, False)
+    ]
+    assert torch.equal(*found)
+
+
 # --- what autograd refuses ---
 
 

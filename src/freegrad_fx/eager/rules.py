@@ -157,12 +157,15 @@ def run(
     if replaces is not None:
         call = () if used is None else (used.operation, used.operands)
         y = decoupled_by(replaces.rules, y, start, replaces.site.name, *call)
+    read = replaces is not None and replaces.reads("y")
     output = decisions.get(OUTPUT)
     if output is not None and output.rules and is_differentiable(y):
         y = decoupled_by(output.rules, y.detach(), y, output.site.name)
-        # What the rules read must not change if the model writes into the result
-        y = y.clone() if output.reads("x") or output.reads("y") else y
-    return x.copy_(y) if inplace else y
+        read = read or output.reads("x") or output.reads("y")
+    if inplace:
+        return x.copy_(y)
+    # What the rules read must not change if the model writes into the result
+    return y.clone() if read else y
 
 
 def with_argument(

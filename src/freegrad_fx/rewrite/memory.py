@@ -85,6 +85,7 @@ def memory_at(
     watched = (replaces is not None or bool(at_x)) and forward is None and _is_watched(place)
     reads_y = output is not None and (output.reads("x") or output.reads("y"))
     if replaces is not None:
+        reads_y = reads_y or replaces.reads("y")  # also where the rule comes from a block
         reads_y = reads_y or any(rule.declaration.reads_output for rule in replaces.rules)
     keep_y = reads_y and aliasing.written_after(node, node)
     elsewhere = {at for at in decisions if at not in (REPLACE, OUTPUT, place.first.name)}
