@@ -171,6 +171,7 @@ def conformance(session: nox.Session) -> None:
 def examples(session: nox.Session) -> None:
     """Run every script of examples/ with ``--quick``, and the code in the README."""
     install_project(session, "examples")
+    install(session, "transformers")  # for attribution_llm.py
     program = Path(session.create_tmp()).resolve() / "readme.py"
     blocks = re.findall(
         r"^```python\n(.*?)^```$", README.read_text("utf-8"), re.DOTALL | re.MULTILINE

@@ -25,7 +25,9 @@ ELSEWHERE = {"porting/freegrad.md", "tables.md"}
 SLOW = {
     "backend.md",
     "compile.md",
+    "howto/attribution.md",
     "howto/trainers.md",
+    "porting/lxt.md",
 }  # they compile much, or import large libraries
 
 

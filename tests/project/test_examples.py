@@ -11,14 +11,20 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import pytest
 import torch
 import torch.nn.functional as F
+from matplotlib.figure import Figure
 from torch import nn
 
+import attribution_llm
+import attribution_vit
+import feedback_alignment
 import freegrad_fx as fg
 from _data import IMAGES, Data, Source, load, load_digits, load_ones, read_idx, read_images
 from _experiments import Experiment, Variant, main
+from _pictures import draw_variants, relevance_colours
 from _results import Results, Run, spread
 from _training import Epoch, accuracy
 from places import DOCS
@@ -433,6 +439,60 @@ def test_an_epoch_of_every_experiment_is_the_same_in_blocks(experiment: Experime
             for block in (False, True)
         )
         assert transformed[:2] == in_blocks[:2]
+
+
+# ---- Attribution and feedback alignment ----------------------------------------------------------
+
+
+def test_a_square_is_labelled_by_how_much_of_it_the_object_covers() -> None:
+    photos = attribution_vit.photographs()
+    images, classes = attribution_vit.draw_squares(photos, 8, seed=0)
+    assert images.shape == (8, 3, attribution_vit.SIZE, attribution_vit.SIZE)
+    assert set(classes[::2].tolist()) <= {attribution_vit.PAGODA, attribution_vit.NEITHER}
+    assert set(classes[1::2].tolist()) <= {attribution_vit.FLOWER, attribution_vit.NEITHER}
+    flower = photos[attribution_vit.FLOWER]
+    (top, bottom), (left, right) = flower.rows, flower.columns
+    assert flower.share(top, left, 10) == 1
+    assert flower.share(top, left - 5, 10) == 0.5
+    assert flower.share(bottom, right, 10) == 0
+
+
+@pytest.mark.slow
+def test_the_tokens_of_a_llama_share_its_score() -> None:
+    sequences = attribution_llm.draw_sequences(3, torch.Generator().manual_seed(0))
+    each = torch.arange(3)
+    assert (sequences.tokens[each, sequences.places - 1] == attribution_llm.MARK).all()
+    assert torch.equal(sequences.tokens[each, sequences.places], sequences.answers)
+    llama, gpt2 = attribution_llm.subjects()
+    for subject in (llama, gpt2):
+        scores = attribution_llm.answers_of(subject.model.eval(), sequences)
+        scores = scores.gather(1, sequences.answers[:, None])[:, 0]
+        found = attribution_llm.relevances(subject, sequences)
+        assert torch.allclose(found["cp_lrp"].sum(1), scores, atol=1e-5) == (subject is llama)
+
+
+def test_feedback_aligns() -> None:
+    everyone = feedback_alignment.contestants()
+    feedback_alignment.train_all(everyone, epochs=3, seeds=1)
+    backprop, fixed, signs, learnt = (one.angle[0] for one in everyone)
+    assert backprop == [0, 0, 0]
+    assert signs[-1] < fixed[-1] < 80
+    assert learnt[-1] < learnt[0] < 90
+    assert all(one.accuracy[0][-1] > 60 for one in everyone)
+
+
+def test_a_picture_has_two_variants(tmp_path: Path) -> None:
+    colours = []
+
+    def draw(variant: str) -> Figure:
+        colours.append((matplotlib.rcParams["text.color"], relevance_colours(variant)(0.5)[:3]))
+        return Figure()
+
+    paths = draw_variants(draw, tmp_path / "any")
+    assert [path.name for path in paths] == ["any-light.png", "any-dark.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
+    assert [text for text, _ in colours] == ["black", "white"]
+    assert sum(colours[0][1]) > 2.9 > 0.4 > sum(colours[1][1])
 
 
 # ---- The page that shows the full runs -----------------------------------------------------------
