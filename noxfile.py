@@ -106,6 +106,15 @@ def tests_on(session: nox.Session, torch: str) -> None:
 
 
 @nox.session
+def frameworks(session: nox.Session) -> None:
+    """Run the tests and the documentation of trainers and of what else is wrapped around a model."""
+    install_project(session, "frameworks")
+    pages = "trainers.md or frameworks.md"
+    session.run("pytest", "tests/integrations", *session.posargs)
+    session.run("pytest", "tests/project/test_docs.py", "-k", pages, *session.posargs)
+
+
+@nox.session
 def coverage(session: nox.Session) -> None:
     """Run all tests and measure their coverage: a table, coverage.xml and htmlcov/."""
     install_project(session, "test")

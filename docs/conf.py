@@ -52,6 +52,9 @@ nitpick_ignore_regex = [
     ("py:.*", r"(Any|Axes|Callable|Iterable|Iterator|Mapping|Sequence|Path|PathLike)"),
 ]
 
+# fg.integrations documents itself without the libraries that it is for
+autodoc_mock_imports = ["lightning", "transformers"]
+
 # The button copies the commands of a console, without the prompt and the output.
 copybutton_prompt_text = "$ "
 copybutton_only_copy_prompt_lines = True

@@ -26,7 +26,7 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional, quantizers, schedules, tables, testing
+    from . import functional, integrations, quantizers, schedules, tables, testing
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
     from .dynamo.backend import Backend, backend, compile
@@ -49,7 +49,8 @@ __version__ = "0.1.0"
 
 find_moved()
 
-# Imported on first access, so that writing rules and tables does not import the capture
+# Modules and names that are imported on first access, so that writing rules and tables does not import the capture
+_MODULES = ("functional", "integrations", "quantizers", "schedules", "tables", "testing")
 _LATER = {
     "Backend": "dynamo",
     "CapturedModule": "capture.captured",
@@ -111,6 +112,7 @@ __all__ = [
     "forward",
     "functional",
     "get",
+    "integrations",
     "list_rules",
     "materialize",
     "native",
@@ -135,7 +137,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("functional", "quantizers", "schedules", "tables", "testing"):
+    if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,7 +20,17 @@ from freegrad_fx.testing import CHECKS
 from places import DOCS
 
 # Libraries that pages show, and that the environment of the tests does not have to have
-OPTIONAL = {"accelerate", "brevitas", "captum", "lightning", "snntorch", "spikingjelly", "zennit"}
+OPTIONAL = {
+    "accelerate",
+    "brevitas",
+    "captum",
+    "lightning",
+    "peft",
+    "snntorch",
+    "spikingjelly",
+    "torchao",
+    "zennit",
+}
 ELSEWHERE = {"porting/freegrad.md", "tables.md"}
 SLOW = {
     "backend.md",

@@ -35,7 +35,7 @@ eager
 batches relevance compared dynamo
 verification
 materialized pipeline
-compat
+compat integrations
 cli
 __main__
 """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Iterable, Iterator, Mapping
 from fnmatch import fnmatchcase
@@ -86,11 +87,16 @@ def hold(root: nn.Module, value: Tensor | torch.Generator, *, learnt: bool = Fal
 
 def hold_beside(wrapper: nn.Module, tensors: Iterable[Tensor]) -> None:
     """Let the wrapper of a compiled model have tensors among its parameters, but not in its state_dict."""
-    names = {}
-    for number, tensor in enumerate(t for t in tensors if t.is_leaf):
+    names: dict[str, Tensor] = {}
+    free = (
+        name
+        for number in itertools.count()
+        if not hasattr(wrapper, name := f"{RULE_PARAMETER}{number}")
+    )
+    for tensor in (t for t in tensors if t.is_leaf):
         if all(tensor is not own for own in wrapper.parameters()):
             mark_as_parameter(tensor)
-            names[f"{RULE_PARAMETER}{number}"] = tensor
+            names[next(free)] = tensor
     parameters_of(wrapper).update(names)  # type: ignore[arg-type]
     if names:
         wrapper.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
