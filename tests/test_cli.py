@@ -245,6 +245,7 @@ def test_what_explain_cannot_do_is_an_error(arguments: list[str], message: str, 
         ["explain", "mine_of_test_cli:net", "-p", "alpha=1"],
         ["explain", "mine_of_test_cli:net", "-r", "good.toml", "-p", "alpha=1"],
         ["compare", "mine_of_test_cli:net", "-r", "arctan"],
+        ["memory", "mine_of_test_cli:net"],
         ["compare", "mine_of_test_cli:net", "-i", "3,4"],
         ["plot", "arctan"],
         ["plot", "arctan", "-o", "a.png", "--low", "x"],
@@ -339,6 +340,30 @@ def test_compare_prints_the_comparison(here: Path) -> None:
 )
 def test_what_compare_cannot_do_is_an_error(arguments: list[str], message: str) -> None:
     assert message in fails("compare", "mine_of_test_cli:net", *arguments)
+
+
+# --- memory ---
+
+
+def test_memory_counts_what_is_kept(here: Path) -> None:
+    found = run("memory", "mine_of_test_cli:net", "-i", "16,4", "--json", "-r", "few_bit")
+    rows = {row["site"]: row for row in json.loads(found.stdout)["rows"]}
+    assert (rows["3:gelu"]["native"], rows["3:gelu"]["kept"]) == (16 * 8 * 4, 16 * 8 * 3 // 8)
+    assert rows["3:gelu"]["rule"] == "few_bit"
+    text = run("memory", "mine_of_test_cli:net", "-i", "16,4", "--eval").stdout
+    assert text.startswith("Sequential: 1.00 KiB kept for the backward, 1.00 KiB natively")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["-i", "3,5"], "what mine_of_test_cli:net keeps cannot be counted: RuntimeError"),
+        (["-r", "arctn", "-i", "3,4"], "unknown rule 'arctn'"),
+        (["-r", "missing.toml", "-i", "3,4"], "missing.toml cannot be read"),
+    ],
+)
+def test_what_memory_cannot_do_is_an_error(arguments: list[str], message: str) -> None:
+    assert message in fails("memory", "mine_of_test_cli:net", *arguments)
 
 
 # --- check ---

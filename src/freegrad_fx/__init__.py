@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from . import functional, integrations, quantizers, schedules, tables, testing
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
+    from .counted import MemoryReport, memory
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .materialized import materialize
@@ -56,6 +57,7 @@ _LATER = {
     "CapturedModule": "capture.captured",
     "Comparison": "compared",
     "Decision": "plan",
+    "MemoryReport": "counted",
     "Plan": "plan",
     "RuleScheduler": "schedules",
     "RuleTable": "table",
@@ -68,6 +70,7 @@ _LATER = {
     "compile": "dynamo",
     "explain": "pipeline",
     "list_rules": "table.listing",
+    "memory": "counted",
     "materialize": "materialized",
     "on": "table",
     "plot_rule": "plot",
@@ -89,6 +92,7 @@ __all__ = [
     "Composition",
     "Decision",
     "FreegradWarning",
+    "MemoryReport",
     "Plan",
     "PlanError",
     "Rule",
@@ -115,6 +119,7 @@ __all__ = [
     "integrations",
     "list_rules",
     "materialize",
+    "memory",
     "native",
     "on",
     "ops",

@@ -32,7 +32,7 @@ capture table
 plan tables scaling
 rewrite schedules rule_values
 eager
-batches relevance compared dynamo
+batches relevance compared counted dynamo
 verification
 materialized pipeline
 compat integrations

@@ -281,6 +281,50 @@ def compare(
         print_text(str(found))
 
 
+@app.command()
+def memory(
+    model: ModelName,
+    table: Annotated[
+        str | None,
+        typer.Option(
+            "--rules",
+            "-r",
+            metavar="FILE|NAME",
+            help="A table: a file, or a name of `tables`; or a rule for all activations.",
+        ),
+    ] = None,
+    inputs: Inputs = None,
+    evaluation: Annotated[
+        bool, typer.Option("--eval", help="In evaluation mode; the default is train mode.")
+    ] = False,
+    allow_imports: Imports = False,
+    as_json: Json = False,
+) -> None:
+    """Count the bytes that a forward of a model keeps for its backward, natively and with a table.
+
+    The inputs are random, the weights those of the construction.
+    """
+    from ..counted import memory as count
+    from ..eager import use
+
+    if not inputs:
+        raise typer.BadParameter("memory runs the model: give its inputs", param_hint="--input")
+    rules = read_table(table, (), allow_imports)
+    torch.manual_seed(0)
+    built = model_of(model).train(not evaluation)
+    given = read_inputs(inputs)
+    positional = given if isinstance(given, tuple) else ()
+    keywords = given if isinstance(given, dict) else {}
+    with reported(f"what {model} keeps cannot be counted"):
+        block = contextlib.nullcontext() if rules is None else use(rules, model=built)
+        with block:
+            found = count(built, *positional, **keywords)
+    if as_json:
+        print_json(found.to_dict())
+    else:
+        print_text(str(found))
+
+
 def _mean_square(output: Any) -> Tensor:
     """A loss for any model: of all numbers in its output."""
     found = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]

@@ -1,0 +1,286 @@
+"""`memory`: the bytes that a forward keeps for its backward, by site, beside those of the native backward."""
+
+from __future__ import annotations
+
+import html
+import weakref
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from . import ops
+from ._torch.modules import compiled_model, is_compiled_wrapper, uncompiled_call
+from ._torch.tree import leaves
+from .batches import restored
+from .blocks import native
+from .context import intercepting_blocks
+from .core.rule import Rule
+from .eager.running import running_modules
+from .plan import report
+from .plan.layout import aligned, as_json, html_table, terminal_width
+from .vocabulary.activations import OPS
+from .vocabulary.arguments import name_of
+from .vocabulary.recognition import recognise_call
+
+__all__ = ["MemoryReport", "MemoryRow", "memory"]
+
+
+@dataclass(frozen=True)
+class MemoryRow:
+    """What one place of a model keeps for the backward.
+
+    Attributes:
+        site: The path of the module and the operation, ``layer1.0:relu``; calls of one operation there are added up.
+        rule: The rules that act there, separated by commas; ``""`` if none does.
+        native: The bytes that are kept without rules.
+        kept: The bytes that are kept with them.
+    """
+
+    site: str
+    rule: str
+    native: int
+    kept: int
+
+
+@dataclass(frozen=True)
+class MemoryReport:
+    """The bytes that a forward keeps for its backward, native and with rules. ``print`` it for a table.
+
+    Distinct storages are counted, each at the operation that keeps it first, without parameters, buffers and inputs.
+
+    Attributes:
+        model: The name of the model's class.
+        rows: The places that keep something, in the order of execution.
+        notes: What the numbers do not show.
+    """
+
+    model: str
+    rows: tuple[MemoryRow, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def native(self) -> int:
+        """The bytes that are kept in total without rules."""
+        return sum(row.native for row in self.rows)
+
+    @property
+    def kept(self) -> int:
+        """The bytes that are kept in total with rules."""
+        return sum(row.kept for row in self.rows)
+
+    @property
+    def ratio(self) -> float:
+        """`kept` over `native`; 1 if nothing is kept natively."""
+        return self.kept / self.native if self.native else 1.0
+
+    def __str__(self) -> str:
+        return self.to_text()
+
+    def to_text(self, width: int | None = None) -> str:
+        """The report as an aligned table.
+
+        Args:
+            width: The maximal length of a line; 0 for no limit. Default: the width of the terminal.
+        """
+        width = terminal_width() if width is None else width
+        parts = [self._head(), aligned(self._cells(), width) if self.rows else "", *self.notes]
+        return "\n\n".join(part for part in parts if part)
+
+    def _repr_html_(self) -> str:
+        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
+        return f"<p>{html.escape(self._head())}</p>{html_table(self._cells())}{notes}"
+
+    def _head(self) -> str:
+        return (
+            f"{self.model}: {_size(self.kept)} kept for the backward, {_size(self.native)} natively "
+            f"(× {self.ratio:.3f})"
+        )
+
+    def _cells(self) -> list[list[str]]:
+        lines = [["site", "rule", "native", "kept"]]
+        lines += [[r.site, r.rule, _size(r.native), _size(r.kept)] for r in self.rows]
+        return [*lines, ["total", "", _size(self.native), _size(self.kept)]]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The report as plain data: dicts, lists, text and numbers of bytes."""
+        return {
+            "model": self.model,
+            "native": self.native,
+            "kept": self.kept,
+            "ratio": self.ratio,
+            "rows": [vars(row) for row in self.rows],
+            "notes": list(self.notes),
+        }
+
+    def to_json(self, indent: int | None = None) -> str:
+        """The report as JSON."""
+        return as_json(self.to_dict(), indent)
+
+
+def _size(count: int) -> str:
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
+
+
+def memory(model: nn.Module, /, *inputs: Any, **keywords: Any) -> MemoryReport:
+    """Count the bytes that a forward keeps for its backward, with the rules that are in force and without.
+
+    The model runs twice in its present mode, on the same random numbers, with gradients enabled; no backward runs. Its
+    buffers and PyTorch's random state are restored. Tensors of the input do not require a gradient unless they do so
+    already, as in training.
+
+    Args:
+        model: A transformed model; a compiled one; or a plain one, in a `use` block if rules are to act. Of compiled
+            code only the total is known.
+        *inputs: Positional arguments of the model.
+        **keywords: Keyword arguments.
+
+    Returns:
+        The bytes, by site and in total.
+
+    Raises:
+        TypeError: `model` is no module.
+
+    Example:
+        >>> import torch, freegrad_fx as fg
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.GELU(), torch.nn.Linear(8, 2))
+        >>> gm = fg.transform(model, {"gelu": fg.rules.few_bit(bits=2)})
+        >>> found = fg.memory(gm, torch.randn(16, 4))
+        >>> found.native, found.kept
+        (1024, 544)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"memory counts what the forward of an nn.Module keeps, got {type(model).__name__}. Wrap a function in a "
+            f"module."
+        )
+    inner = compiled_model(model) or model
+    compiled = any(is_compiled_wrapper(m) or uncompiled_call(m) is not m for m in model.modules())
+
+    def counted(block: AbstractContextManager[Any]) -> _Counter:
+        with restored(model, 0), torch.enable_grad(), block:
+            if compiled:  # the compiler itself must not be counted
+                model(*inputs, **keywords)
+        with restored(model, 0), torch.enable_grad(), block:
+            return _counted(inner, lambda: model(*inputs, **keywords), inputs, keywords, compiled)
+
+    with_rules, without = counted(nullcontext()), counted(native())
+    sites = dict.fromkeys((*without.sizes, *with_rules.sizes))
+    rows = (
+        MemoryRow(
+            site,
+            ", ".join(with_rules.rules.get(site, ())),
+            without.sizes.get(site, 0),
+            with_rules.sizes.get(site, 0),
+        )
+        for site in sites
+    )
+    notes = ("Of compiled code only the total is known.",) if compiled else ()
+    return MemoryReport(type(inner).__name__, tuple(rows), notes)
+
+
+class _Kept:
+    """What autograd holds in the place of a saved tensor, so that it is known how long it is held."""
+
+    __slots__ = ("__weakref__", "tensor")
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor.detach()
+
+
+class _Counter(TorchFunctionMode):
+    """Tells at which operation of a model tensors are saved.
+
+    Attributes:
+        sizes: The bytes by site.
+        rules: The names of the rules by site.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.sizes: dict[str, int] = {}
+        self.rules: dict[str, dict[str, None]] = {}
+        self._paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
+        self._saved: list[tuple[weakref.ref[_Kept], list[str]]] = []
+        self._now = [""]
+        self._made: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        before, self._now = self._now, [self._site(func, args, kwargs)]
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            now, self._now = self._now, before
+        if isinstance(result, Tensor):
+            self._made[id(result)] = weakref.ref(result), now
+        return result
+
+    def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> str:
+        """The site of a call. That of an operation in a graph becomes known by the call after it."""
+        if func is ops.decoupled:
+            site = str(kwargs.get("site", "")).partition("[")[0]
+            rule = kwargs.get("rule", "")
+            if rule:
+                name = rule.name if isinstance(rule, Rule) else rule
+                self.rules.setdefault(site, {})[name] = None
+            made, label = self._made.get(id(args[0]), (None, None))
+            if made is not None and label is not None and made() is args[0]:
+                label[0] = site
+            return site
+        spelling = recognise_call(func, args, kwargs, OPS)
+        op = name_of(func).strip("_") if spelling is None else spelling.op.name
+        return f"{self._path() or '<root>'}:{op}"
+
+    def _path(self) -> str:
+        for running in running_modules(3) or ():
+            if (path := self._paths.get(running.module)) is not None:
+                return path
+        return ""
+
+    def pack(self, tensor: Tensor) -> _Kept:
+        kept = _Kept(tensor)
+        label = self._now if self._now[0] else [self._path() or "<root>"]
+        self._saved.append((weakref.ref(kept), label))
+        return kept
+
+    def count(self, tensors: list[Tensor]) -> None:
+        """Count what is still held, without the storages of some tensors."""
+        # by identity: without memory, as on the device "meta", all addresses are 0
+        known = {id(s): s for s in (tensor.untyped_storage() for tensor in tensors)}
+        for held, label in self._saved:
+            kept = held()
+            if kept is None:
+                continue
+            storage = kept.tensor.untyped_storage()
+            if id(storage) not in known:
+                known[id(storage)] = storage
+                self.sizes[label[0]] = self.sizes.get(label[0], 0) + storage.nbytes()
+
+
+def _counted(
+    model: nn.Module, run: Callable[[], Any], inputs: Any, keywords: Any, compiled: bool
+) -> _Counter:
+    """Run a forward, and count what it keeps."""
+    counter = _Counter(model)
+    given = [leaf for leaf in leaves((inputs, keywords)) if isinstance(leaf, Tensor)]
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda kept: kept.tensor)
+    with hooks, nullcontext() if compiled else counter:
+        output = run()
+    for block in intercepting_blocks():
+        for decision in report(block).decisions:
+            for rule in decision.rules:
+                site = decision.site.name.partition("[")[0]
+                counter.rules.setdefault(site, {})[rule.name] = None
+    counter.count([*given, *model.parameters(), *model.buffers()])
+    del output  # not earlier: it holds what was saved
+    return counter
