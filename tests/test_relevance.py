@@ -251,3 +251,98 @@ def test_arguments_of_different_sizes_are_not_split() -> None:
     assert fg.attribute(Several(), None, arguments, 0)[0].shape == (4, 2)
     with pytest.raises(ValueError, match=r"have the sizes 1, 4\. Leave out"):
         fg.attribute(Several(), None, arguments, 0, batch_size=2)
+
+
+# --- rules that return relevance ---
+
+
+class Branches(nn.Module):
+    """A first layer between others, which can have a path beside it."""
+
+    def __init__(self, beside: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.before, self.first = nn.Identity(), nn.Linear(3, 3)
+        self.second, self.beside = nn.Linear(3, 2), beside
+
+    def forward(self, x: Tensor, other: Tensor) -> Tensor:
+        y = self.first(self.before(x)).relu()
+        return self.second(y + x if self.beside else y) + other
+
+
+BOX = fg.RuleTable([fg.on("linear", first=True).backward("lrp_zbox", low=-3.0, high=3.0)])
+BATCH = torch.randn(2, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+BOTH = {"x": BATCH, "other": torch.tensor([[2.0, 3.0], [4.0, 5.0]]).double()}
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_what_a_rule_returns_as_relevance_is_not_multiplied(transformed: bool) -> None:
+    plain: Any = Branches().double()
+    model, rules = (fg.transform(plain, BOX), None) if transformed else (plain, BOX)
+    x = BATCH.clone().requires_grad_()
+    with fg.use(BOX, model=plain):
+        y = plain(x, BOTH["other"])
+    (relevance,) = torch.autograd.grad(y[:, 0].sum(), x)
+    found = fg.attribute(model, rules, BOTH, 0)
+    assert torch.equal(found["x"], relevance)
+    assert found["other"].tolist() == [[2.0, 0.0], [4.0, 0.0]]
+    assert torch.equal(fg.attribute(model, rules, BOTH, 0, multiply=False)["x"], relevance)
+    assert torch.equal(fg.attribute(model, rules, BOTH, 0, multiply=True)["x"], relevance * BATCH)
+    at = fg.attribute(model, rules, BOTH, 0, at=["before", "first"])
+    assert torch.equal(at["before"], relevance)
+    hidden = plain.first(BATCH).relu()
+    torch.testing.assert_close(at["first"], (hidden * plain.second.weight[0]).detach())
+
+
+def test_relevance_beside_gradients_is_refused() -> None:
+    model = Branches(beside=True).double()
+    with pytest.raises(
+        ValueError, match=r"sum of relevance, which rule 'lrp_zbox' returns at site"
+    ):
+        fg.attribute(model, BOX, BOTH, 0)
+    assert fg.attribute(model, BOX, BOTH, 0, multiply=False)["x"].shape == BATCH.shape
+    with pytest.raises(ValueError, match=r"goes through rule 'lrp_flat'.* by on\(\.\.\., first"):
+        fg.attribute(Branches().double(), {"linear": "lrp_flat"}, BOTH, 0)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+def test_a_compiled_model_that_returns_relevance_needs_an_answer() -> None:
+    gm = torch.compile(fg.transform(Branches().double(), BOX), backend="aot_eager")
+    with pytest.raises(ValueError, match="Give multiply=False if it does"):
+        fg.attribute(gm, None, BOTH, 0)
+
+
+# --- outputs that share memory ---
+
+
+class Passes(nn.Module):
+    """A module that returns its input, and a write into the one or the other."""
+
+    def __init__(self, written: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.probe, self.written = nn.Linear(3, 3), nn.Dropout(), written
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.layer(x)
+        y = self.probe(x)
+        if self.written:
+            {"given": x, "returned": y}[self.written].mul_(2)
+        return 3 * x + y
+
+
+def test_a_module_that_returns_its_input_has_the_gradient_of_its_output() -> None:
+    model = Passes("").double().eval()
+    found = fg.attribute(model, None, BATCH, 0, at="probe")
+    assert torch.equal(found, (model.layer(BATCH) * torch.tensor([1.0, 0.0, 0.0])).detach())
+
+
+@pytest.mark.parametrize("written", ["given", "returned"])
+def test_a_write_through_the_output_of_a_module_is_not_lost(written: str) -> None:
+    model = Passes(written).double().eval()
+    with pytest.raises(ValueError, match="Name the module that computes the tensor"):
+        fg.attribute(model, None, BATCH, 0, at="probe")
+    # this one has an output of its own
+    found = fg.attribute(model, None, BATCH, 0, at="layer")
+    assert torch.equal(found, (model.layer(BATCH) * torch.tensor([8.0, 0.0, 0.0])).detach())

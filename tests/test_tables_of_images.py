@@ -121,7 +121,7 @@ def test_relevance_of_a_network(table: Any, first: Any, second: Any, transformed
     rules = table
     if transformed:
         model, rules = fg.transform(model, table), None
-    found = fg.attribute(model, rules, X, INDEX, multiply=first is not by_box)
+    found = fg.attribute(model, rules, X, INDEX)
     torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
 
 
@@ -140,7 +140,7 @@ def test_relevance_equals_that_of_zennit(name: str) -> None:
         "EpsilonAlpha2Beta1": fg.tables.epsilon_alpha2_beta1,
         "EpsilonGammaBox": fg.tables.epsilon_gamma_box,
     }[name](**options)
-    found = fg.attribute(model, table, X, INDEX, multiply=not options)
+    found = fg.attribute(model, table, X, INDEX)
     x = X.clone().requires_grad_()
     with getattr(composites, name)(**options).context(model) as modified:
         y = modified(x)

@@ -17,6 +17,7 @@ from ._torch.generators import random_state_kept, seed
 from ._torch.graphs import make_fx
 from ._torch.tensors import empty_like_gradient
 from .backward.functions import rule_behind
+from .backward.paths import HIDING
 from .backward.several import several_behind
 from .blocks import use
 from .core.rule import RuleLike
@@ -99,7 +100,7 @@ def jvp(
     if not y.requires_grad:
         return torch.zeros_like(y)
     for node in _nodes(y):
-        if node.name().startswith(_HIDING):
+        if node.name().startswith(HIDING):
             raise RuntimeError(
                 f"jvp cannot find the rules in the function, because {node.name()} hides them: the function is "
                 f"compiled, or uses vmap or a reentrant checkpoint. Pass a function that does not."
@@ -117,10 +118,6 @@ def jvp(
         return torch.zeros_like(y)
     (product,) = torch.autograd.grad(gradient, u, v, materialize_grads=True)
     return product
-
-
-# Autograd nodes, by prefix, whose backward is not visible as nodes of the autograd graph
-_HIDING = ("CompiledFunction", "ApplyTemplate", "Vmapped", "CheckpointFunction")
 
 
 def _run(

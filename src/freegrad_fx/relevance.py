@@ -4,16 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor, nn
 
+from ._torch.tensors import version
+from .backward.paths import paths_to
 from .batches import called, shown
 from .capture.captured import CapturedModule
+from .core.rule import Rule
 from .eager import use
 from .errors import unknown
-from .table import RulesLike
+from .graph.state import tensors_in
+from .plan.lookup import report
+from .table import RulesLike, RuleTable
 
 __all__ = ["Target", "attribute"]
 
@@ -28,7 +33,7 @@ def attribute(
     target: Target = None,
     *,
     at: str | Sequence[str] | None = None,
-    multiply: bool = True,
+    multiply: bool | None = None,
     batch_size: int | None = None,
     progress: bool = False,
 ) -> Any:
@@ -52,8 +57,9 @@ def attribute(
             such a tensor as ``logits``.
         at: The paths of modules whose outputs are attributed instead of the input, for example the embedding of a
             language model. A string for one.
-        multiply: False to return the gradient alone: for rules that return the relevance itself for the first layer,
-            as ``lrp_zbox``, ``lrp_flat`` and ``lrp_wsquare`` do.
+        multiply: False to return the gradient alone, True to multiply it by the value. By default, it is multiplied
+            unless it is what a rule of the first layer returned that declares it as the relevance itself, as
+            ``lrp_zbox``, ``lrp_flat`` and ``lrp_wsquare`` do.
         batch_size: The number of samples in a batch. Default: all in one.
         progress: True for a progress bar on the standard error stream. Needs `tqdm`.
 
@@ -66,8 +72,9 @@ def attribute(
     Raises:
         TypeError: `model`, `inputs`, `target` or `at` has the wrong type; or `rules` are given for a transformed model.
         ValueError: No input is a tensor of floating-point numbers, and `at` is not given; a path does not exist, its
-            module was not called, or its output is not one tensor; the target does not fit the output; or the inputs
-            have batches of different sizes.
+            module was not called, or its output is not one tensor, or shares memory with its input and is written into;
+            the target does not fit the output; the inputs have batches of different sizes; or `multiply` is not given,
+            and a gradient is a sum of relevance and of what is to be multiplied.
         ImportError: `progress` is given, and tqdm is not installed.
 
     Source: Shrikumar et al. 2016 (arXiv:1605.01713) for gradient × input; Arras et al. 2025 for relevance in gradient
@@ -171,36 +178,89 @@ def _of_batch(
     where: slice,
     target: Target,
     paths: tuple[str, ...],
-    multiply: bool,
+    multiply: bool | None,
 ) -> Any:
     leaves = _mapped(_leaf, inputs)
     wanted = [v for v in _values(leaves) if _is_leaf(v)]
     if not paths and not wanted:
         raise ValueError(_no_gradient(model))
     block: AbstractContextManager[Any] = nullcontext() if rules is None else use(rules, model=model)
-    found: dict[str, list[Tensor]] = {path: [] for path in paths}
+    found: dict[str, list[_Output]] = {path: [] for path in paths}
     with torch.enable_grad(), ExitStack() as stack:
         for path in paths:
-            hook = model.get_submodule(path).register_forward_hook(_recorder(path, found[path]))
-            stack.callback(hook.remove)
+            module = model.get_submodule(path)
+            record = _recorder(path, found[path])
+            stack.callback(module.register_forward_hook(record, with_kwargs=True).remove)
         stack.enter_context(block)
         # A copy, as the model can write into what it is given
         output = called(model, _mapped(lambda v: v.clone() if _is_leaf(v) else v, leaves))
         score = _score(output, target, where)
-    values = [value for path in paths for value in found[path]] if paths else wanted
     _check_called(found)
-    gradients = iter(torch.autograd.grad(score, values, allow_unused=True))
-
-    def result(value: Tensor) -> Tensor:
-        gradient = next(gradients)
-        if gradient is None:
-            return torch.zeros_like(value)
-        return (gradient * value if multiply else gradient).detach()
-
+    named = [(f"the output of {path!r}", out.value) for path in paths for out in found[path]]
+    named = named or [("an input", value) for value in wanted]
+    values = [value for _, value in named]
+    if multiply is None and score.requires_grad:
+        factors = _are_factors(named, score, lambda: _rules_of(model, rules))
+    else:
+        factors = [multiply is not False] * len(values)
+    gradients = torch.autograd.grad(score, values, allow_unused=True)
+    results = [
+        torch.zeros_like(value)
+        if gradient is None
+        else (gradient * value if is_factor else gradient).detach()
+        for value, gradient, is_factor in zip(values, gradients, factors, strict=True)
+    ]
+    remaining = iter(results)
     if not paths:
-        return _mapped(lambda value: result(value) if _is_leaf(value) else None, leaves)
-    results = {path: [result(value) for value in found[path]] for path in paths}
-    return {path: many[0] if len(many) == 1 else many for path, many in results.items()}
+        return _mapped(lambda value: next(remaining) if _is_leaf(value) else None, leaves)
+    joined = {path: [next(remaining) for _ in found[path]] for path in paths}
+    return {path: many[0] if len(many) == 1 else many for path, many in joined.items()}
+
+
+def _are_factors(
+    named: Sequence[tuple[str, Tensor]], score: Tensor, rules: Callable[[], list[Rule]]
+) -> list[bool]:
+    """Whether the attribution of each value is its product with its gradient; else it is the gradient.
+
+    Args:
+        named: The values, with what they are.
+        score: What is explained.
+        rules: Returns the rules of the model.
+    """
+    paths = paths_to([value for _, value in named], score, _returns_relevance)
+    declared = [rule.name for rule in rules() if _returns_relevance(rule)] if paths.hidden else []
+    if declared:
+        raise ValueError(
+            f"rule {declared[0]!r} returns relevance, and {paths.hidden} hides whether it gives an attributed value "
+            f"its gradient. Give multiply=False if it does, multiply=True if not."
+        )
+    for (name, _), kinds in zip(named, paths.found, strict=True):
+        relevant = [applied for applied in kinds if applied is not None]
+        for (rule, site), (other, after) in paths.passed if relevant else ():
+            raise ValueError(
+                f"rule {rule.name!r} at site {site!r} returns relevance, but the gradient that it returns goes "
+                f"through rule {other.name!r} at site {after!r}. Give it to the first layer alone, as by "
+                f"on(..., first=True); or give multiply=False for the gradient as it is."
+            )
+        if relevant and None in kinds:
+            rule, site = relevant[0]
+            raise ValueError(
+                f"the gradient of {name} is a sum of relevance, which rule {rule.name!r} returns at site {site!r}, "
+                f"and of a gradient that is to be multiplied by the value. Give a rule that returns relevance to all "
+                f"that reads the value, or to none of it; or give multiply=False for the gradient as it is."
+            )
+    return [kinds <= {None} for kinds in paths.found]
+
+
+def _returns_relevance(rule: Rule) -> bool:
+    return rule.declaration.relevance
+
+
+def _rules_of(model: nn.Module, rules: RulesLike | None) -> list[Rule]:
+    if rules is not None:
+        return [rule for entry in RuleTable.of(rules).entries for rule in entry.rules or ()]
+    captured = [module for module in model.modules() if isinstance(module, CapturedModule)]
+    return [rule for module in captured for d in report(module).decisions for rule in d.rules]
 
 
 def _no_gradient(model: nn.Module) -> str:
@@ -277,27 +337,61 @@ def _paths(model: nn.Module, at: str | Sequence[str] | None) -> tuple[str, ...]:
     return paths
 
 
-def _recorder(path: str, found: list[Tensor]) -> Callable[[nn.Module, Any, Any], Any]:
-    def record(module: nn.Module, arguments: Any, output: Any) -> Any:
+class _Output(NamedTuple):
+    """An output of a module.
+
+    Attributes:
+        value: The output, which gets the gradient.
+        copy: What the model goes on with, so that it does not write into `value`.
+        given: What the module returned, and the number of writes into it before.
+        shared: Whether the output has memory in common with what the module was given, or holds.
+    """
+
+    value: Tensor
+    copy: Tensor
+    given: tuple[Tensor, int]
+    shared: bool
+
+
+def _recorder(path: str, found: list[_Output]) -> Callable[..., Any]:
+    def record(module: nn.Module, arguments: Any, named: Any, output: Any) -> Any:
         if not isinstance(output, Tensor) or not output.is_floating_point():
             raise ValueError(
                 f"the output of {path!r} is {_described(output)}, not one tensor of floating-point numbers. Name a "
                 f"module inside of it, or one that uses it."
             )
-        value = output if output.requires_grad else output.detach().requires_grad_()
-        found.append(value)
-        return value.clone()  # which can be written into
+        others = tensors_in([arguments, named, *module.parameters(), *module.buffers()])
+        shared = any(_memory(other) == _memory(output) for other in others.values())
+        # The gradient is that of what reads the output, not of what else reads the input
+        value = output.clone() if shared else output
+        value = value if value.requires_grad else value.detach().requires_grad_()
+        copy = value.clone()
+        found.append(_Output(value, copy, (output, version(output)), shared))
+        return copy
 
     return record
+
+
+def _memory(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 def _described(output: Any) -> str:
     return f"a tensor of {output.dtype}" if isinstance(output, Tensor) else type(output).__name__
 
 
-def _check_called(found: Mapping[str, list[Tensor]]) -> None:
-    for path, values in found.items():
-        if not values:
+def _check_called(found: Mapping[str, list[_Output]]) -> None:
+    for path, outputs in found.items():
+        if not outputs:
             raise ValueError(
                 f"the module {path!r} was not called, so that it has no output. Name a module that the forward calls."
             )
+        for output in outputs:
+            given, before = output.given
+            # In the model these writes change both
+            if version(given) != before or (output.shared and version(output.copy)):
+                raise ValueError(
+                    f"the output of {path!r} is a tensor that the module was given or holds, and the model writes into "
+                    f"it afterwards, so that it has no gradient of its own. Name the module that computes the tensor, "
+                    f"or one that uses it."
+                )

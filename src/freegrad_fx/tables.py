@@ -200,8 +200,8 @@ def epsilon_gamma_box(
 ) -> RuleTable:
     """A table for layer-wise relevance propagation: zᴮ at the first convolution, γ at the others, ε at linear layers.
 
-    The gradient of the input is its relevance: do not multiply it. In `attribute`, give ``multiply=False`` for the
-    input. Value times gradient is the relevance of what comes after the first convolution.
+    The gradient of the input is its relevance, which `attribute` does not multiply by the input. Value times gradient
+    is the relevance of what comes after the first convolution.
 
     Args:
         low: The smallest value of the input. The default is that of images as torchvision's models take them.

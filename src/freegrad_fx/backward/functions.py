@@ -34,6 +34,7 @@ __all__ = [
     "parameter_versions",
     "refuse_writes",
     "rule_behind",
+    "rule_of",
     "versions",
 ]
 
@@ -308,6 +309,12 @@ def explained(error: BaseException | None) -> str:
             return str(text)
         error = error.__cause__
     return ""
+
+
+def rule_of(node: Any) -> tuple[Rule, str] | None:
+    """The rule that a node of an autograd graph applies to one operand, and its site; None for other nodes."""
+    call = getattr(node, "call", None)
+    return (call.rule, call.site) if isinstance(call, Call) else None
 
 
 def rule_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:

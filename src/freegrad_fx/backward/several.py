@@ -35,7 +35,14 @@ from .functions import (
 from .native import Native, autocast_of_now
 from .once import differentiated_once
 
-__all__ = ["Operands", "answers_for_several", "apply_composable", "apply_several", "several_behind"]
+__all__ = [
+    "Operands",
+    "answers_for_several",
+    "apply_composable",
+    "apply_several",
+    "rule_of_several",
+    "several_behind",
+]
 
 
 class Operands(NamedTuple):
@@ -353,6 +360,12 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
             None if gradient is None else differentiated_once(gradient, where) for gradient in found
         ]
     return found
+
+
+def rule_of_several(node: Any) -> tuple[Rule, str] | None:
+    """`rule_of` for the nodes of this module."""
+    layout = getattr(node, "layout", None)
+    return (layout.rule, layout.site) if isinstance(layout, _Layout) else None
 
 
 def several_behind(node: Any) -> tuple[Rule, str, Callable[[Tensor], Tensor]] | None:

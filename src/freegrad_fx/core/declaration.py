@@ -70,6 +70,7 @@ class Declaration:
         linear: Whether the result is linear in the gradient.
         reducing: Whether an entry of the result depends on other entries of the gradient or of ``x``.
         random: Whether the result depends on random numbers.
+        relevance: Whether the result is the relevance of the operand itself, not what it is multiplied by.
         takes_more: Whether the rule accepts parameters that it does not declare, as rules of FreeGrad can.
         answers: The operands that the rule gives a gradient to; empty for the first operand of the operation.
         learns: The parameters that the rule gives a gradient to, each with the function that computes it; None if the
@@ -107,6 +108,7 @@ class Declaration:
     linear: bool = True
     reducing: bool = False
     random: bool = False
+    relevance: bool = False
     joint: bool = False
     answers: tuple[str, ...] = ()
     learns: Learns = field(default_factory=dict)

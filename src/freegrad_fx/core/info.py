@@ -44,8 +44,8 @@ class RuleInfo:
             form of the rule keeps, whose size depends on the operation.
         mask_bits: The bits of an entry of the mask, if the rule has one.
         properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
-            ``"random"``, ``"sparse"`` if it takes sparse gradients, ``"mask"`` if ``save="mask"`` and
-            ``save="bits"`` are possible.
+            ``"random"``, ``"relevance"`` if it returns relevance, ``"sparse"`` if it takes sparse gradients,
+            ``"mask"`` if ``save="mask"`` and ``save="bits"`` are possible.
         kinds: The kinds of sites that it can serve: ``"operation"``, ``"parameter"``.
         meant_for: The operations that it is meant for; empty for all.
         source: The paper or library that the formula comes from.
@@ -127,6 +127,7 @@ def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> R
         "reducing" if declaration.reducing else "elementwise": True,
         "linear": declaration.linear,
         "random": declaration.random,
+        "relevance": declaration.relevance,
         "sparse": declaration.sparse,
         "mask": declaration.mask is not None,
     }

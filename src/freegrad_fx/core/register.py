@@ -43,6 +43,7 @@ def register(
     linear: bool = True,
     reducing: bool = False,
     random: bool = False,
+    relevance: bool = False,
     joint: bool = False,
     answers: str | tuple[str, ...] = (),
     learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
@@ -102,6 +103,8 @@ def register(
         linear: False for a rule whose result is not linear in the gradient, such as a clipping.
         reducing: True for a rule that computes an entry of the result from several entries, such as a norm.
         random: True for a rule that draws random numbers.
+        relevance: True for a rule of the first layer that returns the relevance of ``x`` itself, as ``lrp_zbox`` does.
+            `attribute` does not multiply it by ``x``.
         joint: True for a rule that reads only the gradient, and whose formula does not depend on its shape, such as one
             with a norm over the whole tensor. The option ``over`` can then join the gradients of several parameters.
         answers: The operands that the rule gives a gradient to. The others keep their native gradient. Default: the
@@ -174,6 +177,7 @@ def register(
             linear=linear,
             reducing=reducing,
             random=random,
+            relevance=relevance,
             joint=joint,
             answers=answered,
             learns=learnt,

@@ -196,7 +196,7 @@ def sus(
 
     def summed(found: Tensor, like: Tensor) -> Tensor:
         if shares > 1 and found.shape[-3] != like.shape[-3]:
-            found = found.unflatten(-3, (-1, shares)).sum(-3)
+            found = found.reshape(*found.shape[:-3], -1, shares, *found.shape[-2:]).sum(-3)
         return found.sum_to_size(like.shape).to(like.dtype)
 
     return {

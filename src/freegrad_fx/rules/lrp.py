@@ -197,6 +197,7 @@ def lrp_gamma(
     reference="Montavon et al. 2017, arXiv:1512.02479",
     peers="zennit ZBox",
     requires="epsilon >= 0",
+    relevance=True,
     **_OF_LAYERS,
 )
 def lrp_zbox(
@@ -234,6 +235,7 @@ def lrp_zbox(
     reference="Montavon et al. 2017, arXiv:1512.02479",
     peers="zennit WSquare",
     requires="epsilon >= 0",
+    relevance=True,
     **_OF_LAYERS,
 )
 def lrp_wsquare(
@@ -263,6 +265,7 @@ def lrp_wsquare(
     reference="Lapuschkin et al. 2019, doi:10.1038/s41467-019-08987-4",
     peers="zennit Flat",
     requires="epsilon >= 0",
+    relevance=True,
     **_OF_LAYERS,
 )
 def lrp_flat(
