@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .materialized import materialize
+    from .monitor import GradientMonitor
     from .pipeline import explain, transform
     from .plan import Decision, Plan, report
     from .plot import plot_rule
@@ -57,6 +58,7 @@ _LATER = {
     "CapturedModule": "capture.captured",
     "Comparison": "compared",
     "Decision": "plan",
+    "GradientMonitor": "monitor",
     "MemoryReport": "counted",
     "Plan": "plan",
     "RuleScheduler": "schedules",
@@ -92,6 +94,7 @@ __all__ = [
     "Composition",
     "Decision",
     "FreegradWarning",
+    "GradientMonitor",
     "MemoryReport",
     "Plan",
     "PlanError",

@@ -23,8 +23,9 @@ from .._torch.dispatch import function_transforms_active, without_dead_transform
 from .._torch.dynamo import is_compiling
 from ..core.rule import Rule
 from ..errors import RuleError
-from .functions import OVERWRITTEN, Call, Composable, apply
+from .functions import OVERWRITTEN, Call, Composable, apply, follows_another
 from .hazards import refuse_compiled_transform
+from .observing import observers_of_now
 from .operator import operands
 from .several import Operands, answers_for_several, apply_composable, apply_several
 
@@ -41,6 +42,7 @@ def decouple(
     compile: bool,
     read: Tensor | None = None,
     operation: Operands | None = None,
+    last: bool | None = None,
 ) -> Tensor:
     """Return the values of `y`; in the backward, the rule computes the gradient of `x`, or several gradients.
 
@@ -57,6 +59,8 @@ def decouple(
         read: The tensor that the rule reads as ``x``, with the values of `x`; None for `x` itself. In a composition,
             `x` is the result of the next rules, and a second derivative would go through these rules.
         operation: The operation with all its operands, of which `x` is the first; None if it has only one.
+        last: Whether the rule is the last of its composition, and gives the gradient that the site does; None if the
+            autograd graph tells.
 
     Raises:
         RuleError: The rule needs more of ``x`` than is saved.
@@ -76,7 +80,10 @@ def decouple(
     elif not function_transforms_active():
         # a tensor may be left over from a transform that has ended
         y, x = without_dead_transform(y), without_dead_transform(x)
-        described = Call(rule, site, parameters, save, compile)
+        observers = observers_of_now()
+        if observers and (follows_another(x, site) if last is None else not last):
+            observers = ()
+        described = Call(rule, site, parameters, save, compile, observers)
         if several:
             return apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
         if read is None:

@@ -18,6 +18,7 @@ from ..core.rule import Rule
 from ..core.unscaled import follows_scale
 from ..errors import RuleError
 from .kernels import run_compiled
+from .observing import Observer
 from .packing import pack, unpack
 
 __all__ = [
@@ -31,10 +32,12 @@ __all__ = [
     "coalesced",
     "explain",
     "explained",
+    "follows_another",
     "parameter_versions",
     "refuse_writes",
     "rule_behind",
     "rule_of",
+    "tell",
     "versions",
 ]
 
@@ -44,13 +47,14 @@ OVERWRITTEN = "overwritten"
 
 
 class Call(NamedTuple):
-    """A rule at a site, with its parameters and options."""
+    """A rule at a site, with its parameters and options, and who observes the gradient that it gives."""
 
     rule: Rule
     site: str
     parameters: dict[str, Any]
     save: str
     compile: bool
+    observers: tuple[Observer, ...] = ()
 
 
 class _Decoupled(torch.autograd.Function):
@@ -66,8 +70,10 @@ class _Decoupled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        # autograd ignores the last None if `read` was not given
-        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, None, None
+        found = _gradient(ctx, grad) if ctx.needs_input_grad[1] else None
+        if ctx.call.observers and found is not None:
+            tell(ctx.call, found)
+        return grad, found, None, None  # autograd ignores the last None if `read` was not given
 
 
 apply = direct_apply(_Decoupled)
@@ -112,7 +118,7 @@ class Composable(torch.autograd.Function):
 
 
 def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
-    rule, _, parameters, save, _ = call
+    rule, parameters, save = call.rule, call.parameters, call.save
     tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else None
     ctx.call, ctx.like = call, (x.shape, x.dtype)
     inputs = rule.declaration.inputs
@@ -197,7 +203,7 @@ def _mask(x: Tensor, call: Call) -> Tensor:
 
 def _formula(ctx: Any) -> tuple[Callable[..., Tensor], tuple[Tensor, ...], dict[str, Any]]:
     """The formula of a backward, the saved tensors that it reads, and its parameters."""
-    rule, _, parameters, save, _ = ctx.call
+    rule, _, parameters, save, *_ = ctx.call
     try:
         inputs: tuple[Tensor, ...] = ctx.saved_tensors
     except RuntimeError as error:
@@ -267,6 +273,19 @@ def _gradient(ctx: Any, grad: Tensor) -> Tensor:
     if not declaration.own and before != versions(grad, inputs):
         refuse_writes(call)
     return checked(result, grad, ctx.like, call)
+
+
+def follows_another(x: Tensor, site: str) -> bool:
+    """Whether a tensor is what another rule of the composition at a site returned."""
+    node: Any = x.grad_fn
+    call = getattr(node, "call", None) or getattr(node, "layout", None)
+    return getattr(call, "site", None) == site
+
+
+def tell(call: Call, gradient: Tensor) -> None:
+    """Show the gradient that a rule gives to those who observe it."""
+    for observer in call.observers:
+        observer(call.site, gradient.detach())
 
 
 def blame_shapes(call: Call, grad: Tensor, error: RuntimeError) -> None:

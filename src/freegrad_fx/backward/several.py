@@ -30,9 +30,11 @@ from .functions import (
     explain,
     parameter_versions,
     refuse_writes,
+    tell,
     versions,
 )
 from .native import Native, autocast_of_now
+from .observing import Observer
 from .once import differentiated_once
 
 __all__ = [
@@ -87,6 +89,7 @@ class _Layout:
         present: The operands that the call of the operation has.
         constants: The further arguments of the operation.
         lean: The form of the rule that is used instead of its formula, or None.
+        observers: Who observes the gradient of the first value that the rule answers for.
     """
 
     def __init__(
@@ -101,6 +104,7 @@ class _Layout:
         present: tuple[str, ...],
         constants: Mapping[str, Any],
         lean: Lean | None,
+        observers: tuple[Observer, ...],
     ) -> None:
         self.rule = rule
         self.site = site
@@ -112,6 +116,7 @@ class _Layout:
         self.present = present
         self.constants = constants
         self.lean = lean
+        self.observers = observers
 
 
 def _laid_out(
@@ -163,6 +168,7 @@ def _laid_out(
         present,
         operands.constants,
         lean,
+        call.observers,
     )
     return layout, tensors
 
@@ -289,7 +295,7 @@ def _native(ctx: Any, layout: _Layout, known: Mapping[str, Any], needs: frozense
 
 def _call(layout: _Layout, values: tuple[Tensor, ...]) -> Call:
     parameters = {**layout.plain, **dict(zip(layout.learnt, values, strict=True))}
-    return Call(layout.rule, layout.site, parameters, "x", False)
+    return Call(layout.rule, layout.site, parameters, "x", False, layout.observers)
 
 
 def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
@@ -354,6 +360,8 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         raise
     if counts and before != versions(grad, saved):
         refuse_writes(call)
+    if call.observers and found[0] is not None:
+        tell(call, found[0])
     if lean is not None and ctx.once and torch.is_grad_enabled() and not is_compiling():
         where = f"rule {layout.rule.name!r} at site {layout.site!r}"
         return [

@@ -58,6 +58,7 @@ def with_scale(declaration: Declaration) -> Declaration:
         parameters={**declaration.parameters, LOSS_SCALE: scale},
         gate=declaration.gate and around(declaration.gate),
         fast=None,
+        lean=None,
         learns={n: f and around(f) for n, f in declaration.learns.items()},
         token=declaration.token and UNSCALED + declaration.token,
         of_op=of_op and _without(of_op),

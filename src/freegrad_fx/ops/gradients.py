@@ -243,6 +243,7 @@ def decoupled_by(
 def _decoupled_by(
     rule: Rule, y: Tensor, source: Tensor, x: Tensor, site: str, used: Operands | None = None
 ) -> Tensor:
-    read = None if source is x else x
+    last = source is x
+    read = None if last else x
     values = dict(rule.values)
-    return decouple(y, source, rule, site, values, rule.save, rule.compile, read, used)
+    return decouple(y, source, rule, site, values, rule.save, rule.compile, read, used, last)

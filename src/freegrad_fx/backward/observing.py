@@ -1,0 +1,45 @@
+"""Who observes the gradients that the rules of this thread give, such as a `GradientMonitor`."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TypeAlias
+
+from torch import Tensor
+
+__all__ = ["Observer", "observed_by", "observers_of_now"]
+
+Observer: TypeAlias = Callable[[str, Tensor], None]
+"""Called in the backward with the name of a site, and the gradient that its rules give the input of the operation."""
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.observers: dict[int, Observer] = {}
+
+
+_thread = _Thread()
+
+
+def observers_of_now() -> tuple[Observer, ...]:
+    """The observers of the sites whose forward runs now."""
+    observers = _thread.observers
+    return tuple(observers.values()) if observers else ()
+
+
+@contextmanager
+def observed_by(owner: object, observer: Observer) -> Iterator[None]:
+    """A context whose sites are observed: in eager code, outside of `torch.func`.
+
+    Args:
+        owner: Whose observer it is. Another one of the same owner around this one is not called.
+        observer: The observer.
+    """
+    before = _thread.observers
+    _thread.observers = {**before, id(owner): observer}
+    try:
+        yield
+    finally:
+        _thread.observers = before
