@@ -208,3 +208,25 @@ def test_weights_are_read_as_few_values(table: Any, levels: int) -> None:
                 kept = parameter.sign() * (1.0 if levels == 2 else (parameter.abs() > delta))
                 parameter.copy_(kept)
     torch.testing.assert_close(gm(X), plain(X))
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_weights_are_read_as_levels_with_learnt_steps(per_channel: bool) -> None:
+    gm = fg.transform(make(), fg.tables.lsq(3, per_channel=per_channel))
+    plain, steps = make(), {}
+    with torch.no_grad():
+        for name, weight in plain.named_parameters():
+            if name.endswith("weight"):
+                dims = tuple(range(per_channel, weight.dim()))
+                steps[f"{name}/lsq.step"] = step = 2 * weight.abs().mean(dims, True) / 3**0.5
+                weight.copy_((weight / step).clamp(-4, 3).round() * step)
+    y = gm(X)
+    torch.testing.assert_close(y, plain(X))
+    found = gm.rule_state_dict()
+    assert sorted(found) == sorted(steps)
+    for name, step in found.items():
+        torch.testing.assert_close(step.flatten(), steps[name].flatten())
+    y.sum().backward()
+    assert all(parameter.grad is not None for parameter in gm.parameters())
+    with pytest.raises(fg.RuleError, match="from 2 to 16, got 1"):
+        fg.tables.lsq(1)

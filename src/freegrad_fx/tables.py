@@ -26,6 +26,7 @@ __all__ = [
     "feedback_alignment",
     "gim",
     "guided_backprop",
+    "lsq",
     "relp",
     "save_memory",
     "ternary_weights",
@@ -249,6 +250,24 @@ def ternary_weights(*, scale: bool = True) -> RuleTable:
     Source: as for `quantizers.ternary`.
     """
     return RuleTable([_weights().backward(quantizers.ternary(scale=scale))])
+
+
+def lsq(bits: int = 4, *, per_channel: bool = False) -> RuleTable:
+    """A table through which the weights of linear layers and convolutions are read as 2^bits levels with a learnt step.
+
+    Each weight has a step of its own, which is among the parameters of the transformed model. Activations stay as they
+    are.
+
+    Args:
+        bits: The number of bits, 2 to 16.
+        per_channel: Whether each output channel has its own step.
+
+    Raises:
+        RuleError: The number of bits is not supported.
+
+    Source: as for `quantizers.lsq`.
+    """
+    return RuleTable([_weights().backward(quantizers.lsq(bits, per_channel))])
 
 
 def save_memory(
