@@ -117,7 +117,11 @@ def test_a_tensor_with_a_storage_of_its_own_keeps_its_mask() -> None:
     assert torch.equal(gradient(around(rule), x), gradient(around(rule(save="x")), x))
 
 
-@pytest.mark.parametrize("name", sorted({*MASKED} - {*reference.RANDOM}))
+# A rule whose parameters depend on the operation is checked at its own operation
+OF_ANY_OP = [name for name in MASKED if fg.get(name).declaration.of_op is None]
+
+
+@pytest.mark.parametrize("name", sorted({*OF_ANY_OP} - {*reference.RANDOM}))
 def test_a_saved_mask_gives_the_gradient_of_the_formula(name: str) -> None:
     rule = fg.get(name)(**WINDOWS.get(name, {}))
     formula = reference.ENTRYWISE[name]
