@@ -166,10 +166,7 @@ def relevances(
         if table is not None and isinstance(model, torchvision.models.VisionTransformer):
             # A block of `use` cannot look into its nn.MultiheadAttention; a graph from example inputs shows the inside
             subject, rules = fg.transform(model, table, example_inputs=(image,)), None
-        # The first rule of this table returns the relevance itself
-        multiply = name != "epsilon_gamma_box"
-        relevance = fg.attribute(subject, rules, image, FLOWER, multiply=multiply)
-        found[name] = relevance.sum(dim=1)[0]
+        found[name] = fg.attribute(subject, rules, image, FLOWER).sum(dim=1)[0]
     return found
 
 
