@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 import freegrad_fx as fg
 import models
@@ -149,6 +150,115 @@ def test_relevance_equals_that_of_zennit(name: str) -> None:
         )
         (expected,) = torch.autograd.grad(y, x, relevance)
     assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+def resnet18() -> Any:
+    """With statistics as after some training."""
+    import torchvision
+
+    torch.manual_seed(0)
+    model = torchvision.models.resnet18(num_classes=10).double().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, -1, 1.5)
+            nn.init.normal_(module.bias, 0, 0.2)
+            module.running_mean.normal_(0, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+IMAGES = torch.randn(2, 3, 33, 33, generator=torch.Generator().manual_seed(2)).double()
+IMAGES = IMAGES.clamp(-2, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("transformed", [False, True])
+def test_batch_norms_of_a_residual_network_are_merged(transformed: bool) -> None:
+    model, table = resnet18(), fg.tables.epsilon_plus()
+    found = fg.attribute(
+        fg.transform(model, table) if transformed else model,
+        None if transformed else table,
+        IMAGES,
+        INDEX[:2],
+    )
+    for block in [model, *(m for m in model.modules() if hasattr(m, "bn2"))]:
+        for number in ("1", "2") if block is not model else ("1",):
+            conv, norm = getattr(block, f"conv{number}"), getattr(block, f"bn{number}")
+            setattr(block, f"conv{number}", fuse_conv_bn_eval(conv, norm))
+            setattr(block, f"bn{number}", nn.Identity())
+        if getattr(block, "downsample", None) is not None:
+            block.downsample = fuse_conv_bn_eval(*block.downsample)
+    expected = fg.attribute(model, table, IMAGES, INDEX[:2])
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["EpsilonPlus", "EpsilonAlpha2Beta1", "EpsilonGammaBox"])
+def test_relevance_of_resnet18_equals_that_of_zennit(name: str) -> None:
+    composites = pytest.importorskip("zennit.composites", reason="needs the extra `peers`")
+    from zennit.canonizers import CompositeCanonizer, SequentialMergeBatchNorm
+    from zennit.layer import Sum
+    from zennit.rules import Norm
+    from zennit.torchvision import ResNetBasicBlockCanonizer
+    from zennit.types import AvgPool
+
+    class Merge(SequentialMergeBatchNorm):  # type: ignore[misc, unused-ignore]
+        def register(self, linears: Any, batch_norm: Any) -> None:
+            super().register(linears, batch_norm)
+            batch_norm.eps = 0.0  # as zennit 1.0 does
+
+    options = {"low": -2.0, "high": 2.0} if name == "EpsilonGammaBox" else {}
+    tables = {
+        "EpsilonPlus": fg.tables.epsilon_plus,
+        "EpsilonAlpha2Beta1": fg.tables.epsilon_alpha2_beta1,
+        "EpsilonGammaBox": fg.tables.epsilon_gamma_box,
+    }
+    model = resnet18()
+    found = fg.attribute(model, tables[name](**options), IMAGES, INDEX[:2], multiply=not options)
+    x = IMAGES.clone().requires_grad_()
+    # In gradient space, sums and pools need no stabiliser
+    plain = [(Sum, Norm(stabilizer=1e-30)), (AvgPool, Norm(stabilizer=1e-30))]
+    canonizers = [CompositeCanonizer((Merge(), ResNetBasicBlockCanonizer()))]
+    composite = getattr(composites, name)(canonizers=canonizers, layer_map=plain, **options)
+    with composite.context(model) as modified:
+        y = modified(x)
+        index = INDEX[:2, None]
+        relevance = torch.zeros_like(y).scatter(1, index, y.detach().gather(1, index))
+        (expected,) = torch.autograd.grad(y, x, relevance)
+    assert (found - expected).abs().max() <= 1e-12 * expected.abs().max()
+
+
+class Skips(nn.Module):
+    """Two residual blocks with batch norms, and no biases."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convs = nn.ModuleList(nn.Conv2d(3, 3, 3, padding=1, bias=False) for _ in range(2))
+        self.norms = nn.ModuleList(nn.BatchNorm2d(3) for _ in range(2))
+        self.head = nn.Linear(3, 4, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = x + F.relu(norm(conv(x)), inplace=True)
+        return self.head(x.mean((2, 3)))
+
+
+@pytest.mark.parametrize("transformed", [False, True])
+def test_skips_conserve_relevance(transformed: bool) -> None:
+    torch.manual_seed(0)
+    model = Skips().double().eval()
+    for norm in model.norms:
+        nn.init.uniform_(norm.weight, -1, 1)  # type: ignore[arg-type]
+        norm.running_var.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+    expected = model(X).gather(1, INDEX[:, None])[:, 0]
+    for table in (
+        fg.tables.epsilon_plus(epsilon=1e-12),
+        fg.tables.epsilon_alpha2_beta1(epsilon=1e-12),
+    ):
+        rules = None if transformed else table
+        called = fg.transform(model, table) if transformed else model
+        found = fg.attribute(called, rules, X, INDEX).sum((1, 2, 3))
+        torch.testing.assert_close(found, expected)
 
 
 def test_relevance_without_biases_is_conserved() -> None:

@@ -40,6 +40,8 @@ GATES = ("*mlp", "*mlp.experts*", "*feed_forward", "*ffn", "*experts*")
 
 # With f(0) = 0, so that y/x is finite
 _ACTIVATIONS = ["relu", "gelu", "silu", "mish", "tanh", "hardswish", "leaky_relu", "elu", "selu"]
+# Also with the batch norm behind them as one layer
+_CONVS = ["conv_bn", "conv"]
 _ALL = ("norm", "attention", "gate")
 _ATTENTION = "scaled_dot_product_attention"
 
@@ -168,15 +170,15 @@ def deconvnet() -> RuleTable:
 def epsilon_plus(*, epsilon: float = 1e-6) -> RuleTable:
     """A table for layer-wise relevance propagation: z⁺ at convolutions, ε at linear layers.
 
-    Value times gradient is relevance. A batch norm keeps its native gradient; merge it into the convolution before it
-    (``torch.nn.utils.fusion.fuse_conv_bn_eval``) to have z⁺ of both.
+    Value times gradient is relevance. A convolution with the batch norm behind it is one layer; the model has to be in
+    eval mode.
 
     Args:
         epsilon: The stabiliser of both rules.
 
     Source: zennit EpsilonPlus. See `cp_lrp` for the patent.
     """
-    conv = on("conv", optional=True).backward("lrp_zplus", epsilon=epsilon)
+    conv = on(_CONVS, optional=True).backward("lrp_zplus", epsilon=epsilon)
     return RuleTable([conv, _epsilon(epsilon), *_identity()])
 
 
@@ -190,7 +192,7 @@ def epsilon_alpha2_beta1(*, epsilon: float = 1e-6) -> RuleTable:
 
     Source: zennit EpsilonAlpha2Beta1; `epsilon_plus` says more of batch norms. See `cp_lrp` for the patent.
     """
-    conv = on("conv", optional=True).backward(
+    conv = on(_CONVS, optional=True).backward(
         "lrp_alpha_beta", alpha=2.0, beta=1.0, epsilon=epsilon
     )
     return RuleTable([conv, _epsilon(epsilon), *_identity()])
@@ -212,8 +214,8 @@ def epsilon_gamma_box(
 
     Source: zennit EpsilonGammaBox; `epsilon_plus` says more of batch norms. See `cp_lrp` for the patent.
     """
-    first = on("conv", first=True).backward("lrp_zbox", low=low, high=high, epsilon=epsilon)
-    conv = on("conv", optional=True).backward("lrp_gamma", gamma=gamma, epsilon=epsilon)
+    first = on(_CONVS, first=True).backward("lrp_zbox", low=low, high=high, epsilon=epsilon)
+    conv = on(_CONVS, optional=True).backward("lrp_gamma", gamma=gamma, epsilon=epsilon)
     return RuleTable([first, conv, _epsilon(epsilon), *_identity()])
 
 
@@ -306,7 +308,7 @@ def _weights() -> Selection:
 
 
 def _epsilon(epsilon: float) -> Entry:
-    return on("linear", optional=True).backward("lrp_epsilon", epsilon=epsilon)
+    return on(["linear_bn", "linear"], optional=True).backward("lrp_epsilon", epsilon=epsilon)
 
 
 def _stopped_patterns() -> list[Entry]:

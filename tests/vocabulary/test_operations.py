@@ -193,7 +193,8 @@ def gradients(run: Callable[[Tensor], Any], model: nn.Module, x: Tensor) -> list
 @pytest.mark.usefixtures("own_rules")
 @pytest.mark.parametrize("way", WAYS)
 def test_every_spelling_is_found_and_its_native_gradients_are_bit_identical(way: str) -> None:
-    names = [name for name, op in OPS.items() if op.on_demand and not op.groups]
+    pairs = ("conv_bn", "linear_bn")  # they are no single layer in train mode
+    names = [n for n, op in OPS.items() if op.on_demand and not op.groups and n not in pairs]
     table: dict[str, Any] = dict.fromkeys([*names, "softmax", "log_softmax"])
     rules = {operands: natively(*operands) for operands in {OPS[name].operands for name in table}}
     for name in table:

@@ -11,6 +11,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from ..core.rule import Rule
 from .functions import rule_of
+from .gates import is_closed
 from .several import rule_of_several
 
 __all__ = ["HIDING", "Paths", "paths_to"]
@@ -66,6 +67,7 @@ def paths_to(values: Sequence[Tensor], result: Tensor, is_wanted: Callable[[Rule
             paths.hidden = node.name()
         applied = rule_of(node) or rule_of_several(node)
         through: set[Applied | None] = set().union(*arriving[node].values())
+        through = set() if is_closed(node) else through
         for place, (before, number) in enumerate(node.next_functions):
             if before is None:
                 continue

@@ -198,9 +198,13 @@ class Outside(EagerSites):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        passed: tuple[int, ...] | None = None,
     ) -> Decisions | None:
         """The decisions for the operation that is called now. In a `native` block they have no rules."""
-        return _in_force(super().operation(spelling, function, args, kwargs))
+        return _in_force(super().operation(spelling, function, args, kwargs, passed))
+
+    def note_parts(self, decisions: Decisions, whole: str) -> None:
+        """Note that a call is a part of an operation: the report lists it as it was decided by itself."""
 
     def module_call(self, module: nn.Module, inplace: bool) -> Decisions | None:
         """The decisions for the call of a module whose class the table selects, without rules in a `native` block."""

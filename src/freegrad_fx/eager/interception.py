@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
@@ -16,14 +17,16 @@ from .._torch.dispatch import function_mode_active, innermost_function_mode
 from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_for_constant
 from ..context import intercepting_blocks, left_alone, programs
 from ..ops.comparisons import input_of_step
+from ..sites.merged import MERGED
 from ..sites.site import REPLACE
 from ..vocabulary.op import Spelling
 from ..vocabulary.recognition import may_be_recognised, recognise_call
 from .arguments import with_parameters
 from .comparisons import difference_of, may_be_a_step, note_comparison
+from .merged import run_layer, run_norm
 from .operands import used_call
 from .parameters import parameter_dims
-from .rules import rules_act, run, to_rewrite, with_argument, with_edges
+from .rules import Decisions, rules_act, run, to_rewrite, with_argument, with_edges
 from .running import has_rules_already, in_one_site
 from .sites import EagerSites
 
@@ -90,12 +93,28 @@ def _intercepted(
         if not any(opaque):
             return func(*args, **kwargs)
         return observing[-1].run(lambda: func(*args, **kwargs))
+    given = observing, spelling, func, args, kwargs
+    if spelling.op.name in MERGED and MERGED[spelling.op.name] in on_demand:
+        return run_layer(*given, functools.partial(_operation, observing, spelling, func))
+    if spelling.op.name == "batch_norm" and not on_demand.isdisjoint(MERGED.values()):
+        return run_norm(*given, functools.partial(_operation, observing, spelling, func))
+    return _operation(*given)[0]
+
+
+def _operation(
+    observing: list[EagerSites],
+    spelling: Spelling,
+    func: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> tuple[Any, list[Decisions | None]]:
+    """Run a call of an op with the rules of the blocks, and return also what they decided."""
     op = spelling.op
     asking = [o for o in observing if op.name in o.on_demand] if op.on_demand else observing
     asked = [observed.operation(spelling, func, args, kwargs) for observed in asking]
     decisions = to_rewrite(asked)
     if not decisions:
-        return observing[-1].run(lambda: func(*args, **kwargs))
+        return observing[-1].run(lambda: func(*args, **kwargs)), asked
     key = spelling.key
     x = args[key] if isinstance(key, int) else kwargs[key]
     if len(spelling.found) > 1:
@@ -109,7 +128,8 @@ def _intercepted(
         args, kwargs = (args, kwargs) if used is None else (used.args, used.kwargs)
     operation = with_argument(func, args, kwargs, key)
     inplace = spelling.inplace
-    return observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
+    result = observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
+    return result, asked
 
 
 def _without_list(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -119,10 +139,10 @@ def _without_list(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _on_demand(observing: list[EagerSites]) -> frozenset[str]:
-    """The ops that the tables of some blocks name among those that are sites only then."""
+    """The ops that the tables of some blocks name among those that are sites only then, and the parts of these."""
     if len(observing) == 1:
-        return observing[0].on_demand
-    return frozenset().union(*(observed.on_demand for observed in observing))
+        return observing[0].looks_at
+    return frozenset().union(*(observed.looks_at for observed in observing))
 
 
 def _step(

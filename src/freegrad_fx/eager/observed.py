@@ -28,6 +28,7 @@ from ..plan import Decision, Plan
 from ..plan.decide import also, decide
 from ..plan.groups import acts_together
 from ..plan.noise import with_noise
+from ..plan.parts import as_part
 from ..plan.reach import require_reached
 from ..sites.compounds import NORMS
 from ..sites.remarks import Opaque
@@ -105,6 +106,7 @@ class Observed(EagerSites):
         self.names_tell_parameters_apart = model is not None
         self._known: dict[tuple[Any, ...], Decisions] = {}
         self._opaque: dict[Opaque, None] = {}
+        self._wholes: dict[tuple[str, str, str, int, str], str] = {}
         self._thread = _Thread()
         self._ran: set[int] = set()  # the modules that were called
         self.ran = False
@@ -402,7 +404,15 @@ class Observed(EagerSites):
         return with_noise(plan, self.model)
 
     def _decided(self) -> list[Decision]:
-        return [decision for made in self._known.values() for decision in made.values()]
+        made = (decision for found in self._known.values() for decision in found.values())
+        return [
+            as_part(d, self._wholes[d.site.key]) if d.site.key in self._wholes and d.acts else d
+            for d in made
+        ]
+
+    def note_parts(self, decisions: Decisions, whole: str) -> None:
+        """Note that a call is a part of an operation whose rule has replaced the backward."""
+        self._wholes.update((decision.site.key, whole) for decision in decisions.values())
 
     def _unseen(self) -> Iterator[Decision]:
         """The parameters with a rule that no call in the block took, though their modules ran."""

@@ -21,6 +21,7 @@ from ..modules import Activation
 from ..plan import Decided, Decision
 from ..sites.alone import Alone, call_alone, other_constants
 from ..sites.compounds import NORMS
+from ..sites.merged import MERGED
 from ..sites.operations import dim_of, spelled_function
 from ..sites.owners import qualified, short_name
 from ..sites.remarks import Opaque
@@ -75,6 +76,7 @@ class EagerSites(ABC):
         table: The rule table.
         wants_parameters: Whether the table can give rules to parameters.
         on_demand: The ops that are sites only for tables that name them, and that the table names.
+        looks_at: These, and the parts of those that consist of several calls.
     """
 
     lines_tell_sites_apart = False
@@ -89,6 +91,7 @@ class EagerSites(ABC):
         self._firsts: dict[tuple[Any, ...], list[int]] = {}
         self.wants_parameters = table.wants_parameters
         self.on_demand = table.on_demand
+        self.looks_at = _with_parts(self.on_demand)
         self._asks_for_operations = table.asks_for_operations
 
     # --- what a kind of sites tells ---
@@ -151,8 +154,17 @@ class EagerSites(ABC):
         function: Callable[..., Any],
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any],
+        passed: tuple[int, ...] | None = None,
     ) -> Decisions | None:
-        """The decisions for the operation that is called now; None if it is no site."""
+        """The decisions for the operation that is called now; None if it is no site.
+
+        Args:
+            spelling: How the call calls its op.
+            function: The function.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+            passed: The entries for the first operation that matched one before it; None for those until now.
+        """
         self.note_call()
         place = self.place()
         if place is None:
@@ -180,7 +192,21 @@ class EagerSites(ABC):
             written = (*written, *other_constants(args, kwargs, spelling.key))
         found = spelling.found
         tensors = tuple(operand.name for operand in found) if found else None
-        return self._decisions(written, place, spelling.op.name, described, tensors)
+        return self._decisions(written, place, spelling.op.name, described, tensors, passed=passed)
+
+    def passed_now(self) -> tuple[int, ...]:
+        """The entries for the first operation that have matched one, in the call of the model that runs now."""
+        place = self.place() if self._ordered else None
+        return () if place is None else self.passed(place)
+
+    @abstractmethod
+    def note_parts(self, decisions: Decisions, whole: str) -> None:
+        """Note that a call is a part of an operation whose rule has replaced the backward.
+
+        Args:
+            decisions: What was decided for the call.
+            whole: The name of the site of the operation.
+        """
 
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site; `Activation` puts its rules around what its forward calls."""
@@ -252,6 +278,7 @@ class EagerSites(ABC):
         described: Callable[[], _Described],
         tensors: tuple[str, ...] | None = None,
         in_graph: LocatedOperation | None = None,
+        passed: tuple[int, ...] | None = None,
     ) -> Decisions:
         """The decisions for a call, which are known if the same was `written` at the same place before.
 
@@ -259,7 +286,8 @@ class EagerSites(ABC):
         """
         call = self.count(place, op)
         source = caller() if self.lines_tell_sites_apart else ""
-        passed = self.passed(place) if self._ordered else ()
+        if passed is None:
+            passed = self.passed(place) if self._ordered else ()
         key = (op, place.path, call, *written, type(place.owner), source, tensors, passed)
         known = self.decisions(place)
         found = known.get(key)
@@ -413,6 +441,11 @@ def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Te
     result = parameter_by(decision, value, parameter) if acts else value
     mark_in_place(result)
     return result
+
+
+def _with_parts(on_demand: frozenset[str]) -> frozenset[str]:
+    parts = [op for op, pair in MERGED.items() if pair in on_demand]
+    return on_demand.union(parts, ["batch_norm"]) if parts else on_demand
 
 
 def _not_described() -> _Described:

@@ -37,6 +37,7 @@ from .hooked import (
     run_pre_hooks,
 )
 from .joint import gathered, scattered
+from .merging import merged_parameters
 
 __all__ = [
     "apply_forward",
@@ -53,6 +54,7 @@ __all__ = [
     "input_of_step",
     "kept",
     "leave_call",
+    "merged_parameters",
     "require_frozen",
     "require_metadata",
     "require_open",

@@ -35,6 +35,13 @@ def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None
             f"rule {rule.name!r} needs the operand {missing[0]!r}, which {op.name} does not have, at {where}. Its "
             f"operands: {', '.join(op.operands)}. Give the rule to an operation with this operand."
         )
+    merged = isinstance(place, LocatedOperation) and place.compound and place.compound.merged
+    others = [name for name in declaration.answers if name not in ("x", op.operands[0])]
+    if merged and others:
+        raise PlanError(
+            f"rule {rule.name!r} gives a gradient to the operand {others[0]!r}, which {op.name} computes from the "
+            f"parameters of two layers, at {where}. Give the rule to {op.name.removesuffix('_bn')!r}."
+        )
     if len(entry.rules or ()) > 1 or entry.forward is not None:
         what = "a composition" if entry.forward is None else "an entry with forward="
         raise PlanError(

@@ -9,7 +9,7 @@ from torch import fx
 from ..sites.site import REPLACE, LocatedOperation
 from .decision import Decided, Decision
 
-__all__ = ["without_parts"]
+__all__ = ["as_part", "without_parts"]
 
 
 def without_parts(decided: Decided) -> Decided:
@@ -28,7 +28,7 @@ def without_parts(decided: Decided) -> Decided:
     if not whole:
         return decided
     return [
-        (place, _as_part(decision, whole[place.node]))
+        (place, as_part(decision, whole[place.node]))
         if isinstance(place, LocatedOperation)
         and place.compound is None
         and place.node in whole
@@ -38,6 +38,12 @@ def without_parts(decided: Decided) -> Decided:
     ]
 
 
-def _as_part(decision: Decision, whole: str) -> Decision:
+def as_part(decision: Decision, whole: str) -> Decision:
+    """The decision for a part of an operation, to whose site a rule is given.
+
+    Args:
+        decision: The decision of the table.
+        whole: The name of the site of the operation.
+    """
     reason = f"it is a part of {whole}, whose rule replaces the backward of all parts"
     return replace(decision, action="native", rules=(), forward=None, reason=reason, remark="")

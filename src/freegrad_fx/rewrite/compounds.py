@@ -33,8 +33,12 @@ def copies_at(
         read = (name in decisions and decisions[name].reads("x")) or _reads(place, decisions, name)
         if read and aliasing.written_after(compound.operand(name), compound.parts[0]):
             found.add(name)
-    output = decisions.get(OUTPUT)
-    if output is not None and (output.reads("x") or output.reads("y")):
+    output, replaces = decisions.get(OUTPUT), decisions.get(REPLACE)
+    reads = output is not None and (output.reads("x") or output.reads("y"))
+    if replaces is not None:
+        reads = reads or replaces.reads("y")
+        reads = reads or any(rule.declaration.reads_output for rule in replaces.rules)
+    if reads:
         found |= {OUTPUT} if aliasing.written_after(place.node, place.node) else set()
     return frozenset(found)
 
@@ -101,7 +105,8 @@ def operate_compound(
             x = start[place.first.name]
             call: dict[str, Any] = {}
             if uses is not None and first is not None:
-                operands = {n: start.get(n) for n in compound.op.operands if n != place.first.name}
+                others_of_op = (n for n in compound.op.operands if n != place.first.name)
+                operands = {n: start.get(n, compound.computed.get(n)) for n in others_of_op}
                 constants = place.constants() if first.declaration.operation else {}
                 call = {
                     "operation": compound.op.name,
@@ -109,7 +114,7 @@ def operate_compound(
                 }
             result = surgery.decoupled(node, surgery.chain(x, others), x, first, call=call)
         if OUTPUT in decisions:
-            at_output = surgery_at(OUTPUT)
-            result = at_output.edge(result, result, decisions[OUTPUT].rules)
-            result = at_output.keep(result) if OUTPUT in copies else result
+            result = surgery_at(OUTPUT).edge(result, result, decisions[OUTPUT].rules)
+        if OUTPUT in copies:
+            result = surgery_at(OUTPUT if OUTPUT in decisions else REPLACE).keep(result)
     node.replace_all_uses_with(result, delete_user_cb=users.__contains__)

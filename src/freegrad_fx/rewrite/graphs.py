@@ -32,6 +32,7 @@ from ..sites.site import Located, LocatedOperation, LocatedParameter
 from .calls import calls_to_give, calls_to_open, with_given_parameters, with_open_calls
 from .compounds import copies_at, operate_compound
 from .memory import memory_at
+from .merged import with_merged_parameters
 from .operations import at_operations, operate
 from .parameters import decouple
 from .steps import steps_to_open, with_open_steps
@@ -88,6 +89,7 @@ def rewrite(
         insert_marks(graph, marks or Marks())
         decided = with_open_steps(decided)
         marks = None if marks is None else take_marks(graph)
+    decided = with_merged_parameters(root, decided)
     wanted = [pair for pair in decided if pair[1].acts]
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first

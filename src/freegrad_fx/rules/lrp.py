@@ -29,7 +29,7 @@ __all__ = [
 _OF_LAYERS: dict[str, Any] = {
     "kinds": "operation",
     "reducing": True,
-    "meant_for": ("linear", "conv"),
+    "meant_for": ("linear", "conv", "linear_bn", "conv_bn"),
 }
 
 

@@ -14,7 +14,7 @@ from torch import fx
 from .._torch.graphs import grad_mode_setter
 from ..graph.provenance import origin
 from ..vocabulary.comparisons import function_name
-from ..vocabulary.op import Op
+from ..vocabulary.op import Op, Operand
 from .alone import Alone
 
 __all__ = [
@@ -30,6 +30,19 @@ __all__ = [
 
 
 @dataclass(frozen=True)
+class Merged:
+    """Where a layer, into which the batch norm behind it is merged, has its own parameters.
+
+    Attributes:
+        weight: The weight.
+        bias: The bias, if the layer has one.
+    """
+
+    weight: Operand
+    bias: Operand | None
+
+
+@dataclass(frozen=True)
 class Compound:
     """An operation that a graph computes by several calls.
 
@@ -41,6 +54,8 @@ class Compound:
         spelling: The calls, as text.
         obstacle: The reason why no rule can act on it; ``""`` if one can.
         alone: The operation as a function of its only operand; None if it has several.
+        merged: For a layer and a batch norm: where the first part has its parameters.
+        computed: Nodes of operands that no part reads, because they are computed for the rules alone.
     """
 
     op: Op
@@ -50,6 +65,8 @@ class Compound:
     spelling: str = ""
     obstacle: str = ""
     alone: Alone | None = field(default=None, compare=False)
+    merged: Merged | None = None
+    computed: Mapping[str, fx.Node] = field(default_factory=dict)
 
     @property
     def node(self) -> fx.Node:

@@ -8,12 +8,15 @@ from torch import fx, nn
 
 from ..graph.provenance import origin
 from .compound import Compound
+from .merged import MERGED, merged_at
 from .norms import norm_at
 
 __all__ = ["NORMS", "find_compounds"]
 
 NORMS = frozenset({"layer_norm", "rms_norm"})
 """The norms that models compute in separate operations."""
+
+_COMPOUND = NORMS | {*MERGED.values()}
 
 
 def find_compounds(
@@ -27,9 +30,10 @@ def find_compounds(
         wanted: The ops that are sites only for tables that name them, and that the table names.
     """
     found: dict[fx.Node, list[Compound]] = {}
-    norms = not NORMS.isdisjoint(wanted)
-    for node in graph.nodes if norms else ():
-        compound = norm_at(node, root)
-        if compound is not None and compound.op.name in wanted and not origin(node).function:
+    if wanted_here := _COMPOUND & {*wanted}:
+        for node in graph.nodes:
+            compound = norm_at(node, root) or merged_at(node, root, wanted_here)
+            if compound is None or compound.op.name not in wanted or origin(node).function:
+                continue
             found.setdefault(compound.parts[0], []).append(compound)
     return found

@@ -114,7 +114,8 @@ def _compound_site(
     """The site of an operation of several calls, whose owner is that of the last one."""
     node, name = compound.node, compound.op.name
     where = origin(node)
-    path = where.owner if where.owner or node.op != "call_module" else called_path(node)
+    own = called_module(node, root) is None or where.owner_type is not None
+    path = where.owner if own else called_path(node)
     owner = where.owner_type or class_at(root, path)
     site = Site(
         kind="operation",

@@ -86,6 +86,10 @@ _OPERATIONS = dict(
     (
         _operation("linear", F.linear, _AFFINE, additive="bias", products=OF_LINEAR),
         _operation("conv", convolution, _AFFINE, _CONVOLUTION, additive="bias", products=OF_CONV),
+        _operation("linear_bn", F.linear, _AFFINE, additive="bias", products=OF_LINEAR),
+        _operation(
+            "conv_bn", convolution, _AFFINE, _CONVOLUTION, additive="bias", products=OF_CONV
+        ),
         _operation(
             "matmul", product, _TWO, "alpha equation", apart="input self beta", products=OF_MATMUL
         ),

@@ -73,6 +73,9 @@ OPERATIONS = (
         "batch_norm", nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d,
         operands="x=input,self weight bias", keeps_shape=True,
     ),
+    # A layer and the batch norm behind it, which are found together
+    _op("linear_bn", operands="x weight bias"),
+    _op("conv_bn", operands="x weight bias"),
     _op(
         "max_pool", nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d,
         also="max_pool1d max_pool2d max_pool3d",
