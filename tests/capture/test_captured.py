@@ -187,3 +187,63 @@ def test_a_copy_has_graphs_of_its_own_and_runs_the_same(copied: Any, shares: boo
 def test_scripting_is_refused_with_the_remedy() -> None:
     with pytest.raises(RuntimeError, match="Script the original model"):
         captured(of({}, torch.sqrt)).__prepare_scriptable__()
+
+
+class Hooked(nn.Module):
+    """Keeps the handle of a hook of a part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+        self.handle = self.fc.register_forward_pre_hook(double)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+def double(module: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
+    return (args[0] * 2,)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_the_handle_of_a_hook_removes_that_of_the_same_copy(copied: Any) -> None:
+    model, x = Hooked(), torch.randn(3, 2)
+    gm = fg.transform(model, {"relu": "reverse"})
+    again = copied(gm)
+    again.handle.remove()
+    assert torch.equal(again(x / 2), gm(x / 4))
+    assert torch.equal(gm(x), model(x))
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.fc(x))
+
+
+class Tripled(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * 3
+
+
+def test_a_part_that_is_exchanged_for_another_class_runs_or_is_refused() -> None:
+    """As LoRA and quantization exchange layers. A graph would use the parameters of the new part, and skip its code."""
+    x = torch.randn(3, 2)
+    model, plain = nn.Sequential(Block()), nn.Sequential(Block())
+    gm = fg.transform(model, {"relu": "reverse"})
+    exported = fg.transform(model, {"relu": "reverse"}, example_inputs=(x,))
+    for one in (plain, gm, exported):
+        one[0].fc = Tripled(2, 2)
+        one[0].fc.load_state_dict(model[0].fc.state_dict())
+    plain.load_state_dict(model.state_dict())
+    assert torch.equal(gm(x), plain(x))
+    with pytest.raises(fg.CaptureError, match=r"0\.fc .*was a torch.nn.*Linear.*for a .*Tripled"):
+        exported(x)
+    exported[0].fc = nn.Linear(2, 2)  # of the class that the graph knows
+    assert exported(x).shape == x.shape
+    gm[0] = nn.Sequential(nn.Linear(2, 2))
+    with pytest.raises(fg.CaptureError, match="0 of this transformed model was a .*Block"):
+        gm(x)

@@ -120,7 +120,8 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
         elif type(value) in _ATOMS or (type(value) is tuple and is_python_state(value)):
             state[name] = value
         elif name in ATTRIBUTES_OF_EVERY_MODULE and not value:
-            state[name] = type(value)()  # nearly always an empty table of hooks
+            # Nearly always an empty table of hooks. The handles of other tables may refer to it
+            state[name] = memo[id(value)] = type(value)()
         elif name in _TENSORS:
             state[name] = type(value)(value)
         elif name != COMPILED_CALL:

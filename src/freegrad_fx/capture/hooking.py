@@ -18,9 +18,9 @@ from torch import fx, nn
 from .._torch import tree
 from .._torch.dynamo import add_guard, is_compiling, takes_for_constant
 from .._torch.graphs import is_fx_tracing
-from .._torch.modules import HOOKS_OF_ALL, hooks_of
+from .._torch.modules import HOOKS_OF_ALL, children_of, hooks_of
 from ..backward.hazards import is_sharded
-from ..errors import FreegradWarning
+from ..errors import CaptureError, FreegradWarning
 from ..graph.hooked import read_parameters_late, run_hooks_at
 from ..graph.marks import calls, insert_marks, take_marks
 from ..graph.nodes import called_path, takes_parameters
@@ -38,7 +38,8 @@ class Versions:
     """Chooses the version of the forward that a call runs. Version 0 is the graph without hooks.
 
     Args:
-        module: The captured model. Modules that are exchanged later are followed after `recompile()`.
+        module: The captured model. Modules that are exchanged later are followed after `recompile()`,
+            and refused before it if they are of another class.
 
     Attributes:
         current: Returns the number of the version. A function, because `torch.compile` takes its result for a constant.
@@ -55,9 +56,19 @@ class Versions:
             table for of_one in self.tables.values() for table in of_one
         ]
         tables.extend(HOOKS_OF_ALL)
+        self.places = [
+            (children_of(module.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2])
+            for path, _ in opened
+            if path
+        ]
+        self.parts = [(path, part) for path, part in opened if path]
+        holders, names = [holder for holder, _ in self.places], [name for _, name in self.places]
+        parts = [part for _, part in self.parts]
 
         def current() -> int:
             number = 0
+            if [*map(dict.get, holders, names)] != parts:
+                self.refuse_others()
             if is_fx_tracing():
                 number = TRACED
             elif any(tables):
@@ -68,6 +79,18 @@ class Versions:
             return number
 
         self.current: Callable[[], int] = takes_for_constant(current)
+
+    def refuse_others(self) -> None:
+        """Raise `CaptureError` if an opened module was exchanged for one of another class, which would not run."""
+        for (holder, name), (path, part) in zip(self.places, self.parts, strict=True):
+            now = holder.get(name)
+            if now is not None and type(now) is not type(part):
+                kind, other = (f"{type(m).__module__}.{type(m).__qualname__}" for m in (part, now))
+                raise CaptureError(
+                    f"{path} of this transformed model was a {kind} and has been exchanged for a {other}, which would "
+                    f"not run: the graph has the operations of the {kind}. Exchange it in the original model, before "
+                    f"it is transformed; or exchange it there and use freegrad_fx.use(rules, model=model)."
+                )
 
     def wanted(self) -> frozenset[str]:
         """The paths of the modules whose hooks have to run."""
