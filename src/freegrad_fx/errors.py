@@ -82,11 +82,23 @@ def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> 
         remedy: A sentence that is appended.
     """
     names = sorted(set(valid))
-    near = close(str(name), names)
+    shown = _shortened(name)
+    near = close(shown, names)
     ordered = near + [n for n in names if n not in near]
     hint = f" Did you mean {near[0]!r}?" if near else ""
     remedy = f" {remedy}" if remedy else ""
-    return f"unknown {kind} {name!r}.{hint} Valid: {', '.join(ordered) or 'none'}.{remedy}"
+    return f"unknown {kind} {shown}.{hint} Valid: {', '.join(ordered) or 'none'}.{remedy}"
+
+
+_SHOWN = 200  # characters of a name that nobody can have meant
+
+
+def _shortened(name: object) -> str:
+    try:
+        text = repr(name)
+    except ValueError:  # an integer with too many digits
+        text = type(name).__name__
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}…"
 
 
 _ALIKE = 0.75  # of the letters: 'rectangle' for 'rectangular', but not 'quantize' for 'centralize'

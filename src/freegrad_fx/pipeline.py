@@ -268,10 +268,16 @@ def _complain(
         model: The model.
         verify: Whether a comparison with the original is requested.
     """
+    unmatched = plan.unmatched
     problems = [
         f"the entry {entry.selector!r} matches nothing in {plan.model}; the {_there_are(plan, entry, model)}"
-        for entry in plan.unmatched
+        for entry in unmatched[:_EXPLAINED]
     ]
+    if (more := len(unmatched) - _EXPLAINED) > 0:
+        problems.append(
+            f"{more} more entries match nothing in {plan.model}, from {unmatched[_EXPLAINED].selector!r} to "
+            f"{unmatched[-1].selector!r}; report(gm).unmatched has all of them"
+        )
     problems += plan.misplaced.values()
     problems += [
         f"site {d.site.name} keeps its backward: {d.reason}" for d in plan.with_action("skip")
@@ -294,6 +300,10 @@ def _complain(
     problems += [_not_opened(opaque) for opaque in plan.opaque if opaque.holds]
     for problem in problems:
         warnings.warn(problem, FreegradWarning, stacklevel=3)
+
+
+_EXPLAINED = 20
+"""The number of entries that match nothing for which the names in the model are searched, which takes time."""
 
 
 def _not_opened(opaque: Opaque) -> str:

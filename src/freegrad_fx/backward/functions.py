@@ -290,6 +290,9 @@ def tell(call: Call, gradient: Tensor) -> None:
 
 def blame_shapes(call: Call, grad: Tensor, error: RuntimeError) -> None:
     """Raise `RuleError` for an error in a formula if the shape of a parameter can be its cause."""
+    # What ran out of memory is caught by its class, to try again with a smaller batch
+    if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        return
     if blamed := _shaped(call):
         raise RuleError(
             f"rule {call.rule.name!r} at site {call.site!r} failed for a gradient of shape {tuple(grad.shape)}: "

@@ -114,13 +114,19 @@ class use(ambient_use):
     def __enter__(self) -> Self:
         watch_threads()
         super().__enter__()
-        enter(self)
+        try:
+            enter(self)
+        except (
+            BaseException
+        ):  # Python does not leave a block that was not entered; also KeyboardInterrupt
+            super().__exit__()
+            raise
         self._inside += 1
         return self
 
     @leave_to_python
     def __exit__(self, *error: object) -> None:
-        super().__exit__(*error)
+        super().__exit__(*error)  # refuses a thread that has not entered it
         leave(self)
         self._inside -= 1
         self.observed.end_call()

@@ -213,13 +213,14 @@ _thread = _Thread()
 def enter(block: Any) -> None:
     """Begin to intercept the calls of this thread for a block."""
     pushed = not function_mode_active(_INTERCEPTION)
-    if pushed:
-        _INTERCEPTION.__enter__()  # type: ignore[no-untyped-call]
     classes = None
     # A backward inside of the block runs a checkpoint again, which enters it again
     if all(entered.block is not block for entered in _thread.own.entered):
         classes = block.observed.classes()
         classes.__enter__()
+    # The last steps, so that nothing remains if one before fails
+    if pushed:
+        _INTERCEPTION.__enter__()  # type: ignore[no-untyped-call]
     _thread.own.entered.append(_Entered(block, classes, pushed))
 
 

@@ -147,9 +147,9 @@ def _remarks(
 
 def also(place: Located, decision: Decision, table: RuleTable) -> Decision:
     """The decision for a site, with the entries that match the site too, after the one that decides it."""
-    first = len(table.entries) if decision.entry is None else decision.entry + 1
-    later = range(first, len(table.entries))
-    return replace(decision, also=tuple(i for i in later if table.entries[i].matches(place)))
+    if decision.entry is None:
+        return decision
+    return replace(decision, also=tuple(table.matching(place, decision.entry + 1)))
 
 
 def _selected_in(note: Opaque, root: nn.Module, table: RuleTable) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ class Plan:
     @property
     def hits(self) -> tuple[int, ...]:
         """For each entry of the table, the number of sites that it decides."""
-        decided = [decision.entry for decision in self.decisions]
-        return tuple(decided.count(index) for index in range(len(self.table.entries)))
+        decided = Counter(decision.entry for decision in self.decisions)
+        return tuple(decided[index] for index in range(len(self.table.entries)))
 
     @property
     def meant(self) -> tuple[int, ...]:
@@ -108,7 +108,8 @@ class Plan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors become text."""
-        unmatched, shadowed = self.unmatched, self.shadowed
+        unmatched = set(map(id, self.unmatched))
+        shadowed = set(map(id, self.shadowed))
         return {
             "model": self.model,
             "sites": [site_as_dict(decision) for decision in self.decisions],
@@ -118,8 +119,8 @@ class Plan:
                     "rules": None if entry.rules is None else [repr(r) for r in entry.rules],
                     "forward": plain(entry.forward),
                     "hits": hits,
-                    "unmatched": entry in unmatched,
-                    "shadowed": entry in shadowed and not hits,
+                    "unmatched": id(entry) in unmatched,
+                    "shadowed": id(entry) in shadowed and not hits,
                     "decided_by": {index: taken[index] for index in sorted(taken)},
                 }
                 for entry, (hits, taken) in zip(self.table.entries, self._counted(), strict=True)

@@ -14,7 +14,7 @@ from ..errors import RuleError, TableError, unknown
 from ..sites.site import REPLACE, Located, Site
 from ..vocabulary.activations import FORWARDS
 from ..vocabulary.forwards import as_bound
-from .fields import Calls, Names, Types
+from .fields import Calls, Names, Types, brief
 from .selector import Selector
 
 __all__ = ["FORWARDS", "Entry", "Selection", "on"]
@@ -217,7 +217,7 @@ def on(
     """
     sites = Selector.of(op, module, type, parameter, call, where, at, first, last)
     if not isinstance(optional, bool):
-        raise TableError(f"optional has to be True or False, got {optional!r}")
+        raise TableError(f"optional has to be True or False, got {brief(optional)}")
     return Selection(sites, _read_forward(forward), optional)
 
 

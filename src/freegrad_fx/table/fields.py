@@ -6,7 +6,7 @@ import fnmatch
 import inspect
 import re
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 import torch
@@ -146,9 +146,11 @@ REACHES = ("norm", "attention", "gate")
 
 def read_reaches(given: Any) -> tuple[str, ...]:
     """What a table has to reach, each once. Raises `TableError` if a name is unknown."""
+    if not isinstance(given, Iterable) or isinstance(given, Mapping):
+        raise TableError(f"reaches has to be a list of names, such as ['norm'], got {brief(given)}")
     names = [given] if isinstance(given, str) else list(given)
     for name in names:
-        if name not in REACHES:
+        if not isinstance(name, str) or name not in REACHES:
             raise TableError(unknown("name in reaches:", name, REACHES))
     return tuple(dict.fromkeys(names))
 
@@ -212,7 +214,7 @@ def _type_named(name: str) -> str:
     parts = name.split(".")
     if len(parts) < 2 or not all(parts):
         hint = f" Did you mean 'torch.nn.{name}'?" if hasattr(nn, name) else ""
-        raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {name!r}.{hint}")
+        raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {brief(name)}.{hint}")
     if name.startswith("torch.") and not isinstance(imported(name), type):
         names = [f"torch.nn.{n}" for n, kind in vars(nn).items() if isinstance(kind, type)]
         raise TableError(unknown("type", name, names))

@@ -121,6 +121,14 @@ class Selector:
     def _names(self) -> list[re.Pattern[str]]:
         return [compiled(pattern) for pattern in self.parameter]
 
+    @functools.cached_property
+    def places(self) -> tuple[tuple[str, str], ...] | None:
+        """The names of parameters, or the paths, of which a site that it selects has one; None if patterns decide."""
+        field, names = (PARAMETERS, self.parameter) if self.parameter else ("module", self.module)
+        if not names or any(n.startswith("re:") or {*n} & {*"*?["} for n in names):
+            return None
+        return tuple((field, name) for name in names)
+
     def matches(self, located: Located) -> bool:
         """Whether it selects a site.
 
@@ -281,6 +289,12 @@ def _any_match(patterns: Iterable[re.Pattern[str]], names: Iterable[str]) -> boo
             if pattern.fullmatch(name):
                 return True
     return False
+
+
+def places_of(site: Site) -> tuple[tuple[str, str], ...]:
+    """The places of a site, of which `Selector.places` names one if the selector selects the site."""
+    paths = (("module", path) for path in _owner_paths(site))
+    return (*paths, *((PARAMETERS, name) for name in site.names))
 
 
 def _owner_paths(site: Site) -> tuple[str, ...]:

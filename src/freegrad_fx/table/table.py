@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import nn
@@ -21,7 +21,7 @@ from .classes import function_applied_by, qualified
 from .data import dump_table, load_table
 from .entry import Entry, Selection
 from .fields import ALL, OP_NAMES, PARAMETERS, read_reaches
-from .selector import Selector, operation_key
+from .selector import Selector, operation_key, places_of
 from .toml import dumps, entry_place, loads
 
 __all__ = ["RuleTable", "RulesLike", "is_path"]
@@ -129,8 +129,8 @@ class RuleTable:
                 module runs its code, so allow it only for tables that you trust.
 
         Raises:
-            TableError: The text is not valid TOML or not a valid table. The message gives the file, the entry and its
-                line, the reason and the valid names.
+            TableError: The text is not valid TOML or not a valid table, or has more than 16 million characters. The
+                message gives the file, the entry and its line, the reason and the valid names.
             OSError: The file cannot be read.
 
         Example:
@@ -149,9 +149,10 @@ class RuleTable:
         try:
             if isinstance(source, os.PathLike) or is_path(source):
                 where = f"{os.fspath(source)}: "
-                text = Path(source).read_bytes().decode("utf-8-sig")
+                with Path(source).open("rb") as file:
+                    text = _bounded(file.read(LARGEST + 1)).decode("utf-8-sig")
             else:
-                text = source.removeprefix("\ufeff")
+                text = _bounded(source).removeprefix("\ufeff")
             data = loads(text)
             entries = load_table(data, allow_imports, entry_place(text, data))
             return cls(entries, data.get("reaches", ()))
@@ -270,8 +271,37 @@ class RuleTable:
 
     def decide(self, located: Located) -> int | None:
         """The index of the first entry that selects a site, or None."""
-        entries = enumerate(self.entries)
-        return next((index for index, e in entries if e.sites.matches(located)), None)
+        return next(self.matching(located), None)
+
+    def matching(self, located: Located, start: int = 0) -> Iterator[int]:
+        """The indices of the entries that select a site, in order.
+
+        Args:
+            located: The site.
+            start: The index of the first entry to look at.
+        """
+        anywhere, named = self._by_place
+        indices: Iterable[int] = anywhere
+        if named:
+            there = {i for place in places_of(located.site) for i in named.get(place, ())}
+            indices = sorted({*anywhere, *there}) if there else anywhere
+        return (i for i in indices if i >= start and self.entries[i].matches(located))
+
+    @functools.cached_property
+    def _by_place(self) -> tuple[list[int], dict[tuple[str, str], list[int]]]:
+        """The entries that can select a site anywhere, and the others by the places that they name.
+
+        Tables can have an entry for each layer of a large model, and not each entry can be tried at each site.
+        """
+        anywhere: list[int] = []
+        named: dict[tuple[str, str], list[int]] = {}
+        for index, entry in enumerate(self.entries):
+            places = entry.sites.places
+            if places is None:
+                anywhere.append(index)
+            for place in dict.fromkeys(places or ()):
+                named.setdefault(place, []).append(index)
+        return anywhere, named
 
     def __add__(self, other: object) -> RuleTable:
         """The entries of this table, then those of the other."""
@@ -300,6 +330,22 @@ class RuleTable:
         given = [f"[\n{lines}]"] if lines else []
         given += [f"reaches={list(self.reaches)!r}"] if self.reaches else []
         return f"RuleTable({', '.join(given)})"
+
+
+LARGEST = 2**24
+"""The number of characters of the longest TOML text that is read. Ten thousand entries take a million."""
+
+Text = TypeVar("Text", str, bytes)
+
+
+def _bounded(text: Text) -> Text:
+    """Raise `TableError` if a text is too long, so that a table from somewhere else cannot take all memory."""
+    if len(text) > LARGEST:
+        raise TableError(
+            f"the TOML text has more than {LARGEST:,} characters. Split it into several tables, and add them: "
+            f"RuleTable.from_toml(first) + RuleTable.from_toml(second)"
+        )
+    return text
 
 
 def is_path(source: str) -> bool:
