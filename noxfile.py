@@ -177,6 +177,21 @@ def conformance(session: nox.Session) -> None:
 
 
 @nox.session
+def memory(session: nox.Session) -> None:
+    """Count what whole models keep for their backward, and write the table of the documentation."""
+    install_project(session, "bench")
+    table = ROOT / "docs" / "_tables" / "memory.md"
+    session.run("python", "-m", "benchmarks.memory", "--write", str(table), *session.posargs)
+
+
+@nox.session
+def gpu(session: nox.Session) -> None:
+    """Check and measure the rules on a GPU of CUDA; on a CPU with small sizes."""
+    install_project(session, "bench")
+    session.run("python", "-m", "benchmarks.gpu", *session.posargs)
+
+
+@nox.session
 def examples(session: nox.Session) -> None:
     """Run every script of examples/ with ``--quick``, and the code in the README."""
     install_project(session, "examples")

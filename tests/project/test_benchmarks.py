@@ -23,6 +23,7 @@ from benchmarks import _cases as cases
 from benchmarks import _compiling as compiling
 from benchmarks import _peers as peers
 from benchmarks import compare as command
+from benchmarks import gpu, memory
 from benchmarks._measure import Comparison, Spread, compare, machine, saved_bytes
 from benchmarks._tables import SECTIONS, Row, as_markdown, as_text, memory_rows, timed_rows
 from benchmarks._targets import FASTEST_PEER, TARGETS, Target, baseline, targets
@@ -407,7 +408,40 @@ def test_peers_that_are_installed_are_named_with_their_versions() -> None:
     assert isinstance(cases.gradient(peers.operators("rectangular")["FreeGrad"]), Tensor)
 
 
+# --- memory of whole models, and GPUs ---
+
+
+@pytest.mark.slow
+def test_memory_of_whole_models_is_counted(tmp_path: Path) -> None:
+    found = memory.main(["--quick", "--write", str(tmp_path / "table.md")])
+    assert [case for case, _ in found] == [*memory.CASES]
+    assert all(0 < report.kept < report.native for _, report in found)
+    assert (tmp_path / "table.md").read_text("utf-8") == memory.as_markdown(found)
+
+
+@pytest.mark.slow
+def test_the_checks_for_a_gpu_run_on_a_cpu_too(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu.main(["--device", "cpu"]) == 0
+    printed = capsys.readouterr().out
+    assert "FAILED" not in printed
+    for what in (
+        "rules in float16",
+        "channels last",
+        "compiled",
+        "FSDP2",
+        "a step of",
+        "bytes kept",
+    ):
+        assert what in printed
+
+
 # --- what the docs show of it ---
+
+
+def test_the_table_of_memory_has_every_case() -> None:
+    rows = (DOCS / "_tables/memory.md").read_text("utf-8").splitlines()[4:]
+    names = [(case.name, f"`{case.table}`") for case in memory.CASES]
+    assert [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows] == names
 
 
 def test_the_tables_in_the_docs_show_the_measured_numbers() -> None:
