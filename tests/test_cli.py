@@ -463,6 +463,34 @@ def test_plot_without_matplotlib(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "plot needs matplotlib: pip install matplotlib" in fails("plot", "arctan", "-o", "a.png")
 
 
+# --- draw ---
+
+
+def test_a_model_is_drawn(here: Path) -> None:
+    model = ["draw", "mine_of_test_cli:net", "-r", "good.toml"]
+    run(*model, "-o", "a.svg", "--theme", "dark")
+    picture = (here / "a.svg").read_text("utf-8")
+    assert picture.startswith("<svg")
+    assert "rectangular(a=-1.0, b=1.0)" in picture
+    run(*model, "-o", "b.svg", "-i", "1,4", "--depth", "0")
+    assert "linear</text>" in (here / "b.svg").read_text("utf-8")  # as torch.export names it
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["net", "-o", "a.png"], "'a.png' ends otherwise"),
+        (["net", "-o", "none/a.svg"], "none/a.svg cannot be written: No such"),
+        (["net", "-o", "a.svg", "--theme", "drak"], "Did you mean 'dark'?"),
+        (["Branch", "-o", "a.svg"], "--input gives example inputs"),
+        (["nothing", "-o", "a.svg"], "nothing"),
+    ],
+)
+def test_what_draw_cannot_do_is_an_error(arguments: list[str], message: str) -> None:
+    model, *options = arguments
+    assert message in fails("draw", f"mine_of_test_cli:{model}", "-r", "good.toml", *options)
+
+
 # --- the installation ---
 
 

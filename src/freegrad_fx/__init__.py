@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
     from .counted import MemoryReport, memory
+    from .drawing import Drawing, draw
     from .dynamo.backend import Backend, backend, compile
     from .eager import use
     from .materialized import materialize
@@ -60,6 +61,7 @@ _LATER = {
     "Decision": "plan",
     "GradientMonitor": "monitor",
     "MemoryReport": "counted",
+    "Drawing": "drawing",
     "Plan": "plan",
     "RuleScheduler": "schedules",
     "RuleTable": "table",
@@ -70,6 +72,7 @@ _LATER = {
     "backend": "dynamo",
     "compare": "compared",
     "compile": "dynamo",
+    "draw": "drawing",
     "explain": "pipeline",
     "list_rules": "table.listing",
     "memory": "counted",
@@ -93,6 +96,7 @@ __all__ = [
     "Comparison",
     "Composition",
     "Decision",
+    "Drawing",
     "FreegradWarning",
     "GradientMonitor",
     "MemoryReport",
@@ -115,6 +119,7 @@ __all__ = [
     "compile",
     "compose",
     "core",
+    "draw",
     "explain",
     "forward",
     "functional",

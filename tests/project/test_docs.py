@@ -110,6 +110,12 @@ def test_the_page_on_testing_lists_every_check() -> None:
     assert "\n".join(lines) in text_of("testing.md")
 
 
+def test_the_drawing_on_the_page_is_what_the_page_draws() -> None:
+    names = run(blocks("howto/drawing.md")[0].replace("resnet18.svg", "drawn.svg"))
+    for theme in ("light", "dark"):
+        assert fg.draw(names["gm"], theme=theme).svg == text_of(f"_static/drawing-{theme}.svg")
+
+
 def test_both_variants_of_the_picture_show_the_same() -> None:
     light, dark = (
         re.sub("#[0-9a-f]{6}", "", text_of(f"_static/before-after-{name}.svg"))

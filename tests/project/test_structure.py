@@ -32,7 +32,7 @@ capture table
 plan tables scaling
 rewrite schedules rule_values
 eager
-batches relevance compared counted monitor dynamo
+batches relevance compared drawing counted monitor dynamo
 verification
 materialized pipeline
 compat integrations

@@ -14,16 +14,26 @@ from torch import Tensor
 from .. import tables
 from .._torch.tree import leaves
 from ..core.info import RuleInfo
-from ..core.rule import Rule, get
+from ..core.rule import get
 from ..core.text import shown
-from ..errors import CaptureError, unknown
-from ..table import Entry, RuleTable
+from ..errors import unknown
+from ..table import RuleTable
 from ..table.listing import list_rules
 from ..vocabulary.activations import FORWARDS, GROUPS, OPS
 from .check import check_table
 from .doctor import as_rows, examine, version_of
-from .models import model_of, read_entry, read_inputs, read_table, ready_table
-from .output import Commands, UserError, file_error, print_json, print_rows, print_text, reported
+from .models import (
+    captured,
+    model_of,
+    read_entry,
+    read_inputs,
+    read_table,
+    ready_table,
+    rule_of,
+)
+from .options import Imports, Inputs, Json, Meta, ModelName, Param, RuleName, Strict, Table
+from .output import Commands, UserError, print_json, print_rows, print_text, reported
+from .pictures import draw, plot
 
 __all__ = ["app"]
 
@@ -37,47 +47,6 @@ app = typer.Typer(
 )
 rules = typer.Typer(help="List the rules, or show one.")
 app.add_typer(rules, name="rules")
-
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Param = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--param", "-p", metavar="NAME=VALUE", help="A parameter of the rule; several times."
-    ),
-]
-Imports = Annotated[
-    bool,
-    typer.Option("--allow-imports", help="Import the rules and functions that the file names."),
-]
-
-
-def _names(incomplete: str) -> list[str]:
-    """The rules for the completion of the shell."""
-    return [name for name in list_rules() if name.startswith(incomplete)]
-
-
-RuleName = Annotated[
-    str,
-    typer.Argument(metavar="NAME", help="A rule, or package.module:name.", autocompletion=_names),
-]
-
-ModelName = Annotated[
-    str,
-    typer.Argument(
-        metavar="MODEL",
-        help="torchvision:NAME, timm:NAME, hf:CONFIG.json or package.module:NAME; built without weights.",
-    ),
-]
-Inputs = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--input",
-        "-i",
-        metavar="[NAME=][int:]SHAPE",
-        help="An example input, such as 1,3,224,224 or input_ids=int:1,16; several times. "
-        "With it, `explain` captures the model by torch.export.",
-    ),
-]
 
 
 def _version(wanted: bool) -> None:
@@ -132,20 +101,11 @@ def list_the_rules(
 @rules.command("show")
 def show_a_rule(name: RuleName, as_json: Json = False) -> None:
     """Show a rule: its formula, parameters with their ranges, what it saves, its source, its names elsewhere."""
-    info = _rule(read_entry(name, ())).info
+    info = rule_of(read_entry(name, ())).info
     if as_json:
         print_json(_info(info))
     else:
         print_text(str(info))
-
-
-def _rule(entry: Entry) -> Rule:
-    """The rule of an entry that was made from a name."""
-    if not entry.rules:
-        raise UserError(
-            "native is not a rule but the backward of PyTorch, which is not described here"
-        )
-    return entry.rules[0]
 
 
 def _info(info: RuleInfo) -> dict[str, Any]:
@@ -201,23 +161,11 @@ def _listed(value: Any) -> list[str]:
 @app.command()
 def explain(
     model: ModelName,
-    table: Annotated[
-        str | None,
-        typer.Option(
-            "--rules",
-            "-r",
-            metavar="FILE|NAME",
-            help="A table: a file, or a name of `tables`; or a rule for all activations.",
-        ),
-    ] = None,
+    table: Table = None,
     param: Param = None,
     inputs: Inputs = None,
-    strict: Annotated[
-        bool, typer.Option("--strict", help="Fail if an entry or a rule has no effect.")
-    ] = False,
-    meta: Annotated[
-        bool, typer.Option("--meta", help="Build the model without memory for its weights.")
-    ] = False,
+    strict: Strict = False,
+    meta: Meta = False,
     allow_imports: Imports = False,
     as_json: Json = False,
 ) -> None:
@@ -229,14 +177,8 @@ def explain(
     with torch.device("meta") if meta else contextlib.nullcontext():
         built = model_of(model)
         examples = read_inputs(inputs or ())
-        try:
+        with captured(examples):
             plan = explain_model(built, rules, strict=strict, example_inputs=examples)
-        except CaptureError as error:
-            if examples is not None:
-                raise
-            raise UserError(
-                f"{error} On the command line, --input gives example inputs."
-            ) from error
     if as_json:
         print_json(plan.to_dict())
     else:
@@ -393,39 +335,8 @@ def ready(
 
 # --- pictures ---
 
-
-@app.command()
-def plot(
-    name: RuleName,
-    output: Annotated[
-        str,
-        typer.Option("--output", "-o", metavar="FILE", help="The picture: .png, .svg, .pdf."),
-    ],
-    param: Param = None,
-    op: Annotated[
-        str | None, typer.Option(help="The operation that the rule is drawn for.")
-    ] = None,
-    low: Annotated[float, typer.Option(help="The smallest x.")] = -3.0,
-    high: Annotated[float, typer.Option(help="The largest x.")] = 3.0,
-) -> None:
-    """Draw what a rule does to the gradient of an operation."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("plot needs matplotlib: pip install matplotlib") from None
-    from ..plot import plot_rule
-
-    entry = read_entry(name, param or ())
-    figure = Figure(figsize=(4.0, 3.0), layout="constrained")
-    replaced = entry.forward if isinstance(entry.forward, str) else None
-    plot_rule(_rule(entry), op or replaced, low=low, high=high, ax=figure.subplots())
-    try:
-        figure.savefig(output, dpi=150)
-    except OSError as error:
-        raise file_error(output, "written", error) from error
-    except ValueError as error:  # of an ending that matplotlib does not write
-        raise UserError(f"{output} cannot be written: {error}") from error
-    print_text(f"wrote {output}")
+app.command()(plot)
+app.command()(draw)
 
 
 # --- the installation ---

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +18,21 @@ from torch import Tensor, nn
 
 from .. import tables
 from ..core.contract import NATIVE
-from ..core.rule import available, get
-from ..errors import TableError, unknown
+from ..core.rule import Rule, available, get
+from ..errors import CaptureError, TableError, unknown
 from ..table import Entry, RuleTable
 from ..table.data import load_table
 from .output import UserError, file_error, in_a_line, reported
 
 __all__ = [
+    "captured",
     "find_modules_here",
     "model_of",
     "read_entry",
     "read_inputs",
     "read_table",
     "ready_table",
+    "rule_of",
 ]
 
 FORMS = (
@@ -197,6 +200,21 @@ def _read_input(text: str) -> tuple[str, Tensor]:
     return name, torch.randn(shape) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
 
 
+@contextlib.contextmanager
+def captured(examples: Any) -> Iterator[None]:
+    """Name the option for example inputs where a model cannot be captured without them.
+
+    Args:
+        examples: The example inputs; None for none.
+    """
+    try:
+        yield
+    except CaptureError as error:
+        if examples is not None:
+            raise
+        raise UserError(f"{error} On the command line, --input gives example inputs.") from error
+
+
 # --- rules ---
 
 
@@ -281,6 +299,19 @@ def read_entry(name: str, parameters: Sequence[str]) -> Entry:
         # without the number of the entry, which the user did not write
         raise UserError(str(error.__cause__ or error)) from error
     return loaded
+
+
+def rule_of(entry: Entry) -> Rule:
+    """The rule of an entry that was made from a name.
+
+    Raises:
+        UserError: The name is ``native``.
+    """
+    if not entry.rules:
+        raise UserError(
+            "native is not a rule but the backward of PyTorch, which is not described here"
+        )
+    return entry.rules[0]
 
 
 def _read_parameter(text: str) -> tuple[str, Any]:

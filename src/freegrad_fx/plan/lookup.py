@@ -15,7 +15,7 @@ from ..capture.rule_parameters import PLAN, calls_by_site, in_force
 from .noise import with_noise
 from .plan import Plan
 
-__all__ = ["PLAN", "report"]
+__all__ = ["PLAN", "layers_of", "report"]
 
 
 def report(model: Any) -> Plan:
@@ -33,7 +33,7 @@ def report(model: Any) -> Plan:
         TypeError: `model` is none of these.
         PlanError: `model` is compiled, and has not been called yet.
     """
-    layers = [*_layers(model)]
+    layers = [*layers_of(model)]
     for layer in layers:
         found = getattr(layer, "__dict__", {}).get(PLAN)
         plan = found() if callable(found) else found
@@ -54,7 +54,7 @@ def _as_module(model: Any) -> nn.Module | None:
     return model if isinstance(model, nn.Module) else None
 
 
-def _layers(model: Any) -> Iterator[Any]:
+def layers_of(model: Any) -> Iterator[Any]:
     """A model, and the models inside of its wrappers."""
     layer = model
     while layer is not None:
