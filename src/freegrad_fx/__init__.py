@@ -4,6 +4,7 @@
 >>> gm = fg.transform(model, rules)      # doctest: +SKIP
 """
 
+import difflib
 import importlib
 from typing import TYPE_CHECKING, Any
 
@@ -153,7 +154,9 @@ def __getattr__(name: str) -> Any:
     if name in _MODULES:
         return importlib.import_module(f"{__name__}.{name}")
     if name not in _LATER:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        near = () if name.startswith("_") else difflib.get_close_matches(name, __dir__())
+        hint = f". Did you mean {near[0]!r}?" if near else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{hint}")
     value = getattr(importlib.import_module(f"{__name__}.{_LATER[name]}"), name)
     globals()[name] = value
     return value

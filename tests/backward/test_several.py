@@ -378,3 +378,32 @@ def test_products_of_complex_numbers_are_those_of_autograd() -> None:
     expected = torch.autograd.grad(model(x), [x, model.weight], grad)
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b)
+
+
+def test_the_gradient_of_an_answered_weight_can_be_batched() -> None:
+    layer = torch.nn.Linear(3, 2)
+    gm = fg.transform(torch.nn.Sequential(layer), {"linear": fg.rules.int8_backward})
+    for shape in ((4, 3), (2, 4, 3)):
+        x = torch.randn(shape, requires_grad=True)
+        y, wanted = gm(x), [x, layer.weight]
+        grads = torch.randn(5, *y.shape)
+        batched = torch.autograd.grad(y, wanted, grads, is_grads_batched=True, retain_graph=True)
+        one_by_one = [torch.autograd.grad(y, wanted, g, retain_graph=True) for g in grads]
+        expected = [torch.stack(found) for found in zip(*one_by_one, strict=True)]
+        torch.testing.assert_close(list(batched), expected)
+
+
+@pytest.mark.parametrize("layer", [torch.nn.Conv1d, torch.nn.Conv2d])
+def test_complex_convolutions_have_their_native_gradient(layer: Any) -> None:
+    name = "native_of_both"
+
+    @fg.register(name, answers=("x", "weight"), kinds="operation")
+    def native_of_both(grad: Tensor, x: Tensor, weight: Tensor, *, f: Any) -> Any:
+        return {at: f.gradient(at, grad) for at in ("x", "weight")}
+
+    conv = layer(2, 3, 2, dtype=torch.complex64)
+    gm = fg.transform(torch.nn.Sequential(conv), {"conv": name})
+    x = torch.randn(2, 2, *[5] * (conv.weight.dim() - 2), dtype=torch.complex64, requires_grad=True)
+    wanted = [x, conv.weight]
+    found = torch.autograd.grad(gm(x).abs().sum(), wanted)
+    torch.testing.assert_close(found, torch.autograd.grad(conv(x).abs().sum(), wanted))

@@ -586,3 +586,29 @@ def test_what_cannot_be_composed_is_refused() -> None:
     fg.register("unbound")(lambda grad, *, k: k * grad)
     with pytest.raises(fg.RuleError, match=r"no value for k\. Bind it: unbound"):
         fg.transform(nn.ReLU(), fg.compose("scale", "unbound"))
+
+
+def test_a_parameter_with_the_name_of_an_old_option_stays_one() -> None:
+    @fg.register("has_fuse")
+    def has_fuse(grad: Tensor, *, fuse: float = 2.0) -> Tensor:
+        return grad * fuse
+
+    rule = has_fuse(fuse=3.0)
+    assert pickle.loads(pickle.dumps(rule)) == rule
+    gm = pickle.loads(pickle.dumps(fg.transform(nn.Sequential(nn.ReLU()), {"relu": rule})))
+    x = torch.ones(2, requires_grad=True)
+    (g,) = torch.autograd.grad(gm(x).sum(), x)
+    assert g.tolist() == [3.0, 3.0]
+
+
+@pytest.mark.parametrize("argument", ["learns", "answers", "kinds", "meant_for", "peers"])
+@pytest.mark.parametrize("value", [5, [5]])
+def test_what_are_no_names_are_refused(argument: str, value: Any) -> None:
+    with pytest.raises(fg.RuleError, match=rf"{argument}= of rule 'odd'.* a tuple of names, got"):
+        fg.register("odd", **{argument: value})(lambda grad: grad)
+
+
+@pytest.mark.parametrize("skip", [5, ["compiled"]])
+def test_a_list_of_checks_to_leave_out_is_refused_with_the_form(skip: Any) -> None:
+    with pytest.raises(TypeError, match="skip has to be a dict .* The checks: runs, "):
+        fg.testing.check_rule("straight_through", skip=skip)

@@ -243,3 +243,73 @@ def test_a_function_that_writes_into_its_input_is_refused() -> None:
         fg.use({InPlace: fg.rules.rectangular(a=-1.0, b=1.0)}),
     ):
         InPlace.apply(x.clone())
+
+
+# ---- Which input a rule is for, and either name of the backward ----------------------------------
+
+
+class Gated(torch.autograd.Function):
+    """A gate, which gets no gradient, and a value."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, x: Tensor) -> Tensor:
+        return gate * torch.relu(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+        return None, 7.0 * grad
+
+
+class Named(torch.autograd.Function):
+    """A product, with the other name of its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a * b
+
+    @staticmethod
+    def vjp(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        a, b = ctx.saved_tensors
+        return grad * b, grad * a
+
+
+class Holds(nn.Module):
+    def __init__(self, function: Any, held: Tensor) -> None:
+        super().__init__()
+        self.function = function
+        if isinstance(held, nn.Parameter):
+            self.held: Any = held
+        else:
+            self.register_buffer("held", held)
+
+    def forward(self, x: Tensor) -> Tensor:
+        inputs = (self.held, x) if self.function is Gated else (x, self.held)
+        return self.function.apply(*inputs)  # type: ignore[no-any-return]
+
+
+def ruled(way: str, model: nn.Module, rules: Any) -> tuple[Callable[[Tensor], Tensor], Any]:
+    if way == "transform":
+        gm = fg.transform(model, rules)
+        return gm, gm
+    block = fg.use(rules, model=model)
+    return block(lambda x: model(x)), block
+
+
+@pytest.mark.parametrize("way", ["transform", "use"])
+def test_the_rule_is_for_the_first_tensor_that_is_no_buffer(way: str) -> None:
+    model = Holds(Gated, torch.ones(3))
+    run, reported = ruled(way, model, {Gated: fg.rules.scale(s=2.0)})
+    x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
+    (g,) = torch.autograd.grad(run(x).sum(), x)
+    assert g.tolist() == [2.0, 2.0, 2.0]
+    assert "keeps its own backward" not in str(fg.report(reported))
+
+
+@pytest.mark.parametrize("way", ["transform", "use"])
+def test_the_backward_of_a_function_can_have_its_other_name(way: str) -> None:
+    model = Holds(Named, nn.Parameter(torch.tensor([2.0, 3.0, 4.0])))
+    run, _ = ruled(way, model, {Named: fg.rules.scale(s=5.0), "params": fg.rules.scale(s=10.0)})
+    x = torch.tensor([-1.0, 2.0, 3.0], requires_grad=True)
+    found = torch.autograd.grad(run(x).sum(), [x, model.held])
+    assert [g.tolist() for g in found] == [[5.0, 5.0, 5.0], [-10.0, 20.0, 30.0]]

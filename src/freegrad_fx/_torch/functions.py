@@ -29,6 +29,7 @@ __all__ = [
     "is_recorded",
     "is_running_for_apply",
     "overrides_apply",
+    "own_backward",
     "with_backward",
     "with_results",
 ]
@@ -268,6 +269,12 @@ def is_running_for_apply(frame: FrameType) -> bool:
     names = frame.f_code.co_varnames[: frame.f_code.co_argcount]
     first = frame.f_locals.get(names[0]) if names else None
     return isinstance(first, torch.autograd.function.FunctionCtx)
+
+
+def own_backward(function: Function) -> Callable[..., Any]:
+    """The backward that a Function defines, under either of the names that PyTorch takes."""
+    named_vjp: Callable[..., Any] = function.vjp
+    return function.backward if named_vjp is torch.autograd.Function.vjp else named_vjp
 
 
 @uses_private_names("giving the calls of an autograd.Function rules")

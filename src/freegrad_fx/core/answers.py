@@ -16,13 +16,26 @@ from ..errors import RuleError, unknown
 from .contract import OPERANDS, Formula, arguments_of
 from .text import shown
 
-__all__ = ["Learns", "read_answers", "read_learns"]
+__all__ = ["Learns", "read_answers", "read_learns", "several"]
 
 Learns = Mapping[str, Callable[..., Tensor] | None]
 """The parameters that a rule gives a gradient to, each with the function that computes it.
 
 None stands for the formula itself, which returns a dict.
 """
+
+
+def several(name: str, argument: str, given: Any) -> tuple[str, ...]:
+    """Return one name, or several, as a tuple. Raises `RuleError` if the argument is neither."""
+    if isinstance(given, str):
+        return (given,)
+    if isinstance(given, tuple | list | set | frozenset) and all(
+        isinstance(one, str) for one in given
+    ):
+        return tuple(given)
+    raise RuleError(
+        f"{argument}= of rule {name!r} has to be a name or a tuple of names, got {given!r}"
+    )
 
 
 def read_answers(name: str, given: str | tuple[str, ...], formula: Formula) -> tuple[str, ...]:
@@ -36,7 +49,7 @@ def read_answers(name: str, given: str | tuple[str, ...], formula: Formula) -> t
     Raises:
         RuleError: A name is not that of an operand.
     """
-    answers = (given,) if isinstance(given, str) else tuple(given)
+    answers = several(name, "answers", given)
     for answer in answers:
         if answer not in OPERANDS:
             raise RuleError(unknown(f"operand in answers= of rule {name!r}:", answer, OPERANDS))
@@ -60,10 +73,8 @@ def read_learns(
     Raises:
         RuleError: A name is not that of a parameter, or a function does not have the signature of the formula.
     """
-    if isinstance(given, str):
-        given = (given,)
     learns: dict[str, Callable[..., Tensor] | None] = (
-        dict(given) if isinstance(given, Mapping) else dict.fromkeys(given)
+        dict(given) if isinstance(given, Mapping) else dict.fromkeys(several(name, "learns", given))
     )
     for parameter, function in learns.items():
         if parameter not in formula.parameters:

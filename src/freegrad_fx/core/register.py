@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RuleError, unknown
-from .answers import read_answers, read_learns
+from .answers import read_answers, read_learns, several
 from .constraint import read_constraints
 from .contract import KINDS, NATIVE, SAVES, Formula, adapted, arguments_of, read_formula
 from .declaration import Declaration
@@ -172,8 +172,8 @@ def register(
             token=_token(identity, source, mask, *learnt.values(), *(lean or ())),
             own=_is_own(source, mask, *learnt.values(), *(lean or ())),
             takes_more=takes_more,
-            meant_for=_several(meant_for),
-            peers=_several(peers),
+            meant_for=several(name, "meant_for", meant_for),
+            peers=several(name, "peers", peers),
             linear=linear,
             reducing=reducing,
             random=random,
@@ -192,10 +192,6 @@ def register(
     return declare
 
 
-def _several(given: str | tuple[str, ...]) -> tuple[str, ...]:
-    return (given,) if isinstance(given, str) else tuple(given)
-
-
 def _check_name(name: object) -> None:
     if not isinstance(name, str) or not name:
         raise RuleError(
@@ -209,7 +205,7 @@ def _check_name(name: object) -> None:
 
 
 def _read_kinds(name: str, kinds: str | tuple[str, ...]) -> tuple[str, ...]:
-    served = _several(kinds)
+    served = several(name, "kinds", kinds)
     for kind in served or ("",):
         if kind not in KINDS:
             raise RuleError(unknown(f"kind of site for rule {name!r}:", kind, KINDS))

@@ -352,11 +352,15 @@ class Rule:
 
 
 def _rebind(name: str, bound: dict[str, Any], forward: Forward | None) -> Rule:
-    return get(name)(forward=forward, **with_names_of_now(bound))
+    return get(name)(forward=forward, **with_names_of_now(name, bound))
 
 
-def with_names_of_now(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Rename the options of a rule that an older version of the package saved."""
+def with_names_of_now(rule: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Rename the options of a rule that an older version of the package saved, but not its parameters."""
+    if "fuse" in options and rule in available():
+        declared = get(rule).declaration
+        if declared.takes_more or "fuse" in declared.parameters:
+            return dict(options)
     return {"compile" if name == "fuse" else name: value for name, value in options.items()}
 
 

@@ -19,6 +19,7 @@ from .._torch.functions import (
     Function,
     applied_by,
     is_recorded,
+    own_backward,
     with_backward,
     with_results,
 )
@@ -37,7 +38,7 @@ from .rules import (
     require_tensor,
     to_rewrite,
 )
-from .running import has_rules_already, looks_for_sites
+from .running import has_rules_already, looks_for_sites, running_modules
 
 __all__ = ["calls_of_functions", "parameters_of_functions"]
 
@@ -65,7 +66,7 @@ def calls_of_functions(
     ) -> tuple[Any, Finish | None]:
         looks = looks_for_sites(decides)
         decisions = to_rewrite([decides.function_call(function) if looks else None])
-        position = next((i for i, value in enumerate(inputs) if is_differentiable(value)), None)
+        position = _position(inputs) if decisions else None
         if not decisions or position is None:
             return compute(), None
         x = inputs[position]
@@ -86,6 +87,16 @@ def calls_of_functions(
         return result, finish
 
     return with_results(functions, applied)
+
+
+def _position(inputs: Sequence[Any]) -> int | None:
+    """The position of the `x` of the rules among the inputs: the first tensor that is no buffer of a running module."""
+    places = [i for i, value in enumerate(inputs) if is_differentiable(value)]
+    if not places or inputs[places[0]].requires_grad:
+        return places[0] if places else None
+    modules = (running.module for running in running_modules() or ())
+    buffers = {id(buffer) for module in modules for buffer in module.buffers()}
+    return next((i for i in places if id(inputs[i]) not in buffers), places[0])
 
 
 class _Thread(threading.local):
@@ -249,7 +260,7 @@ class _Backward:
             grad = gradients_by(decision.rules, y, y, grad, decision.site.name)[0]
         others = any(need for i, need in enumerate(needed) if i != self.position)
         if replaces is None or (replaces.forward is None and others):
-            own = self.function.backward(_OwnContext(ctx, self.own), grad, *further)
+            own = own_backward(self.function)(_OwnContext(ctx, self.own), grad, *further)
             given = list(own) if isinstance(own, tuple) else [own]
         if not needed[self.position]:
             return tuple(given)

@@ -88,6 +88,7 @@ class EagerSites(ABC):
     def __init__(self, table: RuleTable) -> None:
         self.table = table
         self._ordered = bool(table.ordered)
+        self._ruled: set[tuple[str, type[Any]]] = set()  # the Functions with rules, by path
         self._firsts: dict[tuple[Any, ...], list[int]] = {}
         self.wants_parameters = table.wants_parameters
         self.on_demand = table.on_demand
@@ -268,7 +269,10 @@ class EagerSites(ABC):
         def described() -> _Described:
             return _Described(f"{name}.apply", called=function)
 
-        return self._decisions((function,), place, name, described)
+        found = self._decisions((function,), place, name, described)
+        if any(decision.action == "rewrite" for decision in found.values()):
+            self._ruled.add((place.path, function))
+        return found
 
     def _decisions(
         self,
@@ -340,6 +344,9 @@ class EagerSites(ABC):
         function = running_function()
         place = None if function is None else self.place(in_functions=True)
         if function is not None and place is not None:
+            ruled = (kind for path, kind in self._ruled if path == place.path)
+            if any(issubclass(kind, function) for kind in ruled):
+                return
             what = f"autograd.Function {function.__qualname__}"
             opaque = Opaque(place.path, what, "keeps its own backward", caller())
             self.note_opaque(place, opaque)

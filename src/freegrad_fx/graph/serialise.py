@@ -117,7 +117,7 @@ def load_graph(dump: GraphDump) -> fx.Graph:
         args, kwargs = fx.node.map_aggregate((args, kwargs), lambda v: load_value(v, nodes))
         target = _resolve(target.name) if isinstance(target, _Named) else target
         if target is decoupled:
-            kwargs = with_names_of_now(kwargs)
+            kwargs = with_names_of_now(kwargs.get("rule", ""), kwargs)
         node = graph.create_node(op, target, args, kwargs, name, type_expr)
         if meta is not None:
             node.meta[META] = meta

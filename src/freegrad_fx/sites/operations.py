@@ -8,11 +8,12 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._torch.operators import Overload
 from ..graph.nodes import (
     argument,
+    attribute,
     called_module,
     called_path,
     first_argument,
@@ -61,7 +62,7 @@ def find_sites(
         step = step_at(node) if "comparison" in wanted else None
         spelling: Spelling | _Custom | None = spelled(node, root, wanted)
         if spelling is None and called is not None and issubclass(called, tuple(types)):
-            spelling = _custom_spelling(node, module)
+            spelling = _custom_spelling(node, module, root)
         if step is not None:
             spelling = Spelling(OPS["comparison"], step.key, inplace=False, writes_out=False)
         if spelling is None:
@@ -180,13 +181,24 @@ def _class_name(called: type[Any] | None) -> str:
     return called.__name__ if called is not None else ""
 
 
-def _custom_spelling(node: fx.Node, module: nn.Module | None) -> _Custom | None:
-    """Take the first tensor argument as the activated tensor. It is overwritten if the module has a true `inplace`."""
+def _custom_spelling(node: fx.Node, module: nn.Module | None, root: nn.Module) -> _Custom | None:
+    """Take the first tensor argument that is no buffer as the activated tensor.
+
+    It is overwritten if the module has a true `inplace`.
+    """
     first = first_argument(node)
     positional = list(enumerate(node.args))[first:]
     given: list[tuple[int | str, Any]] = [*positional, *node.kwargs.items()]
-    key = next((key for key, value in given if isinstance(value, fx.Node)), None)
+    tensors = {key: value for key, value in given if isinstance(value, fx.Node)}
+    moving = (key for key, value in tensors.items() if not _is_buffer(value, root))
+    key = next(moving, next(iter(tensors), None))
     return None if key is None else _Custom(key, bool(getattr(module, "inplace", False)))
+
+
+def _is_buffer(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node reads a tensor of a module that is no parameter."""
+    tensor = attribute(node, root) if node.op == "get_attr" else None
+    return isinstance(tensor, Tensor) and not isinstance(tensor, nn.Parameter)
 
 
 def _edges(

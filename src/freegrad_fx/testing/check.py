@@ -150,6 +150,11 @@ def check_rule(
 
 
 def _checked_skip(skip: Mapping[str, str]) -> Mapping[str, str]:
+    if not isinstance(skip, Mapping):
+        raise TypeError(
+            f"skip has to be a dict from the name of a check to the reason, such as {{'second': 'it rounds'}}, got "
+            f"{skip!r}. The checks: {', '.join(CHECKS)}."
+        )
     for name, reason in skip.items():
         if name not in CHECKS:
             raise RuleError(unknown("check in skip=", name, CHECKS))

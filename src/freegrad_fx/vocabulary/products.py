@@ -7,6 +7,7 @@ are those of autograd to the bit, before they are summed over the dimensions in 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias
 
@@ -31,7 +32,12 @@ def _linear_weight(
         return None
     x: Tensor = given["x"]
     # autograd computes the gradient of the transposed weight
-    return (x.flatten(0, -2).conj().t() @ grad.flatten(0, -2)).t()
+    return (_rows(x).conj().t() @ _rows(grad)).t()
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """A tensor as a matrix; `flatten` cannot be batched by ``is_grads_batched=True``."""
+    return tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 OF_LINEAR: Products = {"x": _linear_x, "weight": _linear_weight}
@@ -53,7 +59,7 @@ def _matmul_b(
     if not _is_plain(given, constants):
         return None
     if b.dim() == 2 < a.dim():  # a product of two matrices, whose rows are those of the batch
-        return a.flatten(0, -2).t().conj() @ grad.flatten(0, -2)
+        return _rows(a).t().conj() @ _rows(grad)
     return torch.matmul(a.mT.conj(), grad)
 
 
@@ -83,6 +89,8 @@ def _conv(
     x, weight, kind = given["x"], given["weight"], constants.get("kind", "")
     how = [constants.get(name) for name in ("stride", "padding", "dilation", "output_padding")]
     plain = constants.get("padding_mode", "zeros") == "zeros" and not isinstance(how[1], str)
+    if x.is_complex():
+        return None  # PyTorch computes a complex convolution from real ones
     if not plain or x.dim() != weight.dim() or not kind.startswith("conv") or kind == "convolution":
         return None
     if len({grad.dtype, x.dtype, weight.dtype}) > 1:  # under autocast
