@@ -245,5 +245,5 @@ def test_a_part_that_is_exchanged_for_another_class_runs_or_is_refused() -> None
     exported[0].fc = nn.Linear(2, 2)  # of the class that the graph knows
     assert exported(x).shape == x.shape
     gm[0] = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(fg.CaptureError, match="0 of this transformed model was a .*Block"):
+    with pytest.raises(fg.CaptureError, match=r"0 of this transformed model was a .*Block"):
         gm(x)

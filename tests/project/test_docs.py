@@ -36,6 +36,7 @@ SLOW = {
     "backend.md",
     "compile.md",
     "howto/attribution.md",
+    "howto/frameworks.md",
     "howto/trainers.md",
     "porting/lxt.md",
 }  # they compile much, or import large libraries
