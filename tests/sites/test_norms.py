@@ -211,11 +211,17 @@ def test_the_norm_wins_over_its_parts_if_its_backward_is_replaced(door: Any) -> 
 
 def test_the_report_says_which_calls_are_parts_of_a_norm() -> None:
     table = fg.RuleTable([fg.on("rsqrt", at="output").backward("stop"), *FROZEN])
-    plan = fg.explain(model_of(Llama), table)
-    reasons = {d.site.name: d.reason for d in plan.decisions if d.site.at == "output"}
-    assert reasons == {
-        "1:rsqrt[0]@output": "it is a part of 1:rms_norm[0], whose rule replaces the backward of all parts"
-    }
+    model = model_of(Llama)
+    with fg.use(table, model=model) as block:
+        model(X)
+    for plan in (fg.explain(model, table), fg.report(block)):
+        (decision,) = (d for d in plan.decisions if d.site.at == "output")
+        assert decision.site.name == "1:rsqrt[0]@output"
+        assert decision.action == "native"
+        assert (
+            decision.reason
+            == "it is a part of 1:rms_norm[0], whose rule replaces the backward of all parts"
+        )
 
 
 def test_a_norm_whose_inner_values_are_used_elsewhere_keeps_its_backward() -> None:

@@ -24,11 +24,13 @@ from ..capture import capture
 from ..errors import CaptureError
 from ..graph.provenance import is_users
 from ..plan import Decided, Decision
-from ..plan.parts import without_parts
+from ..plan.parts import is_part, wholes_of, without_parts
 from ..rewrite import rewrite
+from ..sites.compounds import NORMS
 from ..sites.operations import find_sites
 from ..sites.site import LocatedOperation
 from .interception import unintercepted
+from .rules import Decisions
 from .running import looks_for_sites, one_site
 
 __all__ = ["calls_of_compounds"]
@@ -36,8 +38,14 @@ __all__ = ["calls_of_compounds"]
 _PARTS = ("rsqrt", "sqrt", "pow")
 """The ops of a norm at which its denominator can be stopped, if the norm is not found."""
 
-_NEEDED = ({"mean"}, {"rsqrt", "sqrt", "pow"})
+_OF_NORMS = ({"mean"}, {"rsqrt", "sqrt", "pow"})
 """Names of functions, some of each set of which the code of a norm uses."""
+
+_OF_GELUS = (({"tanh", "erf"}, 0.5), ({"sigmoid"}, 1.702))
+"""Names of functions, some of which the code of a GELU uses, and a number in it."""
+
+_MOST = 16
+"""So many graphs are made for a class. It has more if its attributes change from call to call."""
 
 
 class Decides(Protocol):
@@ -48,6 +56,9 @@ class Decides(Protocol):
     def calls(self, module: nn.Module, places: Sequence[LocatedOperation]) -> Decided | None:
         """The decisions for calls of the module that runs now; None if they are no sites."""
 
+    def note_parts(self, decisions: Decisions, whole: str) -> None:
+        """Note that a call is a part of an operation whose rule has replaced the backward."""
+
     def not_traced(self, module: nn.Module, reason: str) -> None:
         """Note a module that may compute an operation by several calls, and could not be traced alone."""
 
@@ -56,12 +67,13 @@ class Decides(Protocol):
 
 
 def calls_of_compounds(
-    modules: Collection[nn.Module] | None, decides: Decides
+    modules: Collection[nn.Module] | None, wanted: frozenset[str], decides: Decides
 ) -> AbstractContextManager[None]:
     """A context in which operations of several calls in modules of their own are sites of a block.
 
     Args:
         modules: The modules of the model; None if there is no model, and all classes are looked at.
+        wanted: The ops that are looked for.
         decides: What the block sees and decides.
     """
 
@@ -73,7 +85,7 @@ def calls_of_compounds(
         return run
 
     kinds: Any = _all_classes(nn.Module) if modules is None else map(type, modules)
-    found = (kind for kind in dict.fromkeys(kinds) if _may_compute_norms(kind))
+    found = (kind for kind in dict.fromkeys(kinds) if not wanted.isdisjoint(_may_compute(kind)))
     return all_replaced((kind, "forward", around) for kind in found)
 
 
@@ -83,31 +95,41 @@ def _all_classes(kind: type[Any]) -> Iterator[type[Any]]:
         yield from _all_classes(derived)
 
 
-_may_compute: weakref.WeakKeyDictionary[type[Any], bool] = weakref.WeakKeyDictionary()
+_known: weakref.WeakKeyDictionary[type[Any], frozenset[str]] = weakref.WeakKeyDictionary()
 
 
-def _may_compute_norms(kind: type[nn.Module]) -> bool:
-    """Whether the code of a class uses the functions of which a norm consists."""
-    known = _may_compute.get(kind)
+def _may_compute(kind: type[nn.Module]) -> frozenset[str]:
+    """The ops that the code of a class may compute by several calls, by the functions and numbers that it uses."""
+    known = _known.get(kind)
     if known is None:
         own = kind.__mro__[: kind.__mro__.index(nn.Module)]
         functions = [f for base in own for f in vars(base).values() if isinstance(f, FunctionType)]
         forward = inspect.getattr_static(kind, "forward")
         forward = getattr(forward, "__wrapped__", forward)
-        users = isinstance(forward, FunctionType) and is_users(forward.__code__)
-        names = {name for f in functions for name in _names_in(f)} if users else set[str]()
-        known = _may_compute[kind] = not any(map(names.isdisjoint, _NEEDED))
+        found: set[str] = set()
+        if isinstance(forward, FunctionType) and is_users(forward.__code__):
+            codes = [code for function in functions for code in _codes_in(function)]
+            names = {name for code in codes for name in code.co_names}
+            numbers = {n for code in codes for n in code.co_consts if isinstance(n, float)}
+            if not any(map(names.isdisjoint, _OF_NORMS)):
+                found |= NORMS
+            if any(not names.isdisjoint(some) and n in numbers for some, n in _OF_GELUS):
+                found.add("gelu")
+        known = _known[kind] = frozenset(found)
     return known
 
 
-def _names_in(function: FunctionType) -> Iterator[str]:
-    """The names that a function uses, and those that the functions of its file use that it calls."""
-    code: CodeType = function.__code__
-    for name in code.co_names:
-        yield name
+def _codes_in(function: FunctionType) -> Iterator[CodeType]:
+    """The code of a function, and of the functions of users that it calls by a global name."""
+    yield function.__code__
+    for name in function.__code__.co_names:
         called = function.__globals__.get(name)
         if isinstance(called, FunctionType) and is_users(called.__code__):
-            yield from called.__code__.co_names
+            yield called.__code__
+
+
+def _is_norm(module: nn.Module, decides: Decides) -> bool:
+    return not NORMS.isdisjoint(_may_compute(type(module)) & decides.on_demand)
 
 
 @leave_to_python
@@ -126,7 +148,8 @@ def _called(
         return forward(module, *args, **kwargs)
     traced = unintercepted(lambda: _traced(forward, module, decides.on_demand))
     if traced is None or not traced.places:
-        if traced is not None and decides.on_demand.isdisjoint(_PARTS):
+        stops_parts = not decides.on_demand.isdisjoint(_PARTS)
+        if traced is not None and not stops_parts and _is_norm(module, decides):
             decides.not_traced(module, traced.problem)
         return forward(module, *args, **kwargs)
     compounds = [place for place in traced.places if place.compound is not None]
@@ -134,6 +157,10 @@ def _called(
     if decided is None or not any(decision.acts for _, decision in decided):
         return forward(module, *args, **kwargs)
     others = decides.calls(module, [place for place in traced.places if place.compound is None])
+    wholes = wholes_of(decided)
+    for place, decision in others or []:
+        if is_part(place, decision, wholes):
+            decides.note_parts({decision.site.at: decision}, wholes[place.node])
     decided = without_parts([*decided, *(others or [])])
     rewritten = traced.rewritten(decided)
 
@@ -229,6 +256,8 @@ def _traced(
     described = tuple((name, t.dtype, t.dim(), type(t)) for name, t in tensors)
     key = type(module), forward, tuple(state.items()), described, wanted
     if key not in _graphs:
+        if sum(other[:2] == key[:2] for other in _graphs) >= _MOST:
+            return _problem("its attributes change from call to call")
         _graphs[key] = _trace(forward, module, wanted)
     return _graphs[key]
 

@@ -145,9 +145,12 @@ class Observed(EagerSites):
                 functions = [kind for kind in selected if issubclass(kind, torch.autograd.Function)]
                 stack.enter_context(calls_of_modules(modules, self, self.on_demand))
                 stack.enter_context(calls_of_functions(functions, self))
-            if not NORMS.isdisjoint(self.on_demand):
+            compounds = NORMS & self.on_demand
+            if self.model is not None and any("gelu" in e.sites.ops for e in self.table):
+                compounds |= {"gelu"}
+            if compounds:
                 of_model = None if self.model is None else [*self.model.modules()]
-                stack.enter_context(calls_of_compounds(of_model, self))
+                stack.enter_context(calls_of_compounds(of_model, compounds, self))
             yield
 
     # --- decisions ---

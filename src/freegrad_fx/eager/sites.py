@@ -247,8 +247,7 @@ class EagerSites(ABC):
         for one in places:
             written = ("graph", one.site.spelling, one.site.source, one.obstacle, one.dim)
             made = self._decisions(written, place, one.site.op, _not_described, one.tensors, one)
-            for at, decision in made.items():
-                found.append((one.edge(at) if at != REPLACE else one, decision))
+            found += [(replace(one, site=decision.site), decision) for decision in made.values()]
         return found
 
     def not_traced(self, module: nn.Module, reason: str) -> None:

@@ -71,7 +71,8 @@ def check_replaceable(place: Located, forward: Forward) -> None:
             f"the forward {shown(forward)} works in place, so it would overwrite a tensor of the model, at {where}. "
             f"Give the out-of-place function: torch.relu instead of torch.relu_."
         )
-    if isinstance(place, LocatedOperation) and place.compound is not None:
+    several = place.op is not None and len(place.op.operands) > 1
+    if several and isinstance(place, LocatedOperation) and place.compound is not None:
         raise PlanError(
             f"forward={forward!r} replaces one call, but the model computes {place.site.op} in several calls, at "
             f"{where}. Leave out forward=, or write one call in the model."

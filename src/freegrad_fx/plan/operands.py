@@ -7,7 +7,7 @@ from ..core.rule import Rule
 from ..errors import PlanError
 from ..sites.site import Located, LocatedOperation
 from ..table import Entry
-from ..vocabulary.operands import operation_of
+from ..vocabulary.operands import NOT_COMPUTED, operation_of
 
 __all__ = ["check_operands"]
 
@@ -52,7 +52,8 @@ def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None
         return
     known = operation_of(op.name) is not None
     if not known or (isinstance(place, LocatedOperation) and place.constants() is None):
+        reason = f": {NOT_COMPUTED[op.name]}" if op.name in NOT_COMPUTED else ""
         raise PlanError(
             f"rule {rule.name!r} computes the operation at other operands, which is not possible for this call of "
-            f"{op.name}, at {where}. Give it None in an entry before {entry.selector!r}, or a rule without `f`."
+            f"{op.name}{reason}; at {where}. Give it None in an entry before {entry.selector!r}, or a rule without `f`."
         )

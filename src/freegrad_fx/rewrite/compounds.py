@@ -85,6 +85,7 @@ def operate_compound(
     uses = uses_at(place, first)
     answers = {place.first.name} if uses is None else uses.answers
     start: dict[str, fx.Node] = {}
+    given = place.input
     for name in compound.reads:
         value, readers = compound.operand(name), compound.readers(name)
         with graph.inserting_before(readers[0]):
@@ -102,6 +103,8 @@ def operate_compound(
     with graph.inserting_before(node.next):
         result = node
         if replaces is not None:
+            if replaces.forward is not None:
+                result = surgery.forward(given, replaces)
             x = start[place.first.name]
             call: dict[str, Any] = {}
             if uses is not None and first is not None:
@@ -112,9 +115,12 @@ def operate_compound(
                     "operation": compound.op.name,
                     "operands": {**operands, **(constants or {})},
                 }
-            result = surgery.decoupled(node, surgery.chain(x, others), x, first, call=call)
+            result = surgery.decoupled(result, surgery.chain(x, others), x, first, call=call)
         if OUTPUT in decisions:
             result = surgery_at(OUTPUT).edge(result, result, decisions[OUTPUT].rules)
         if OUTPUT in copies:
             result = surgery_at(OUTPUT if OUTPUT in decisions else REPLACE).keep(result)
     node.replace_all_uses_with(result, delete_user_cb=users.__contains__)
+    for part in reversed(compound.parts):
+        if replaces is not None and replaces.forward is not None and not part.users:
+            graph.erase_node(part)

@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from ..graph.provenance import origin
 from .compound import Compound
+from .gelus import gelu_at
 from .merged import MERGED, merged_at
 from .norms import norm_at
 
@@ -30,10 +31,13 @@ def find_compounds(
         wanted: The ops that are sites only for tables that name them, and that the table names.
     """
     found: dict[fx.Node, list[Compound]] = {}
-    if wanted_here := _COMPOUND & {*wanted}:
-        for node in graph.nodes:
+    wanted_here = _COMPOUND & {*wanted}
+    for node in graph.nodes:
+        compound = gelu_at(node)
+        if compound is None and wanted_here:
             compound = norm_at(node, root) or merged_at(node, root, wanted_here)
-            if compound is None or compound.op.name not in wanted or origin(node).function:
-                continue
+        if compound is None or origin(node).function:
+            continue
+        if not compound.op.on_demand or compound.op.name in wanted:
             found.setdefault(compound.parts[0], []).append(compound)
     return found

@@ -24,7 +24,7 @@ from .functions import (
 )
 from .products import OF_CONV, OF_LINEAR, OF_MATMUL, OF_MUL, Products
 
-__all__ = ["Operation", "operation_of"]
+__all__ = ["NOT_COMPUTED", "Operation", "operation_of"]
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,14 @@ _OPERATIONS = dict(
         _operation("avg_pool", pool, accepts=f"{_POOL} output_size"),
     )
 )
+
+
+NOT_COMPUTED = {
+    "dropout": "it would draw other random numbers",
+    "batch_norm": "it depends on statistics that are no operands",
+    "embedding": "it depends on indices, which are no operand",
+}
+"""The operations that are not known as functions of their operands, and why."""
 
 
 def operation_of(name: str) -> Operation | None:
