@@ -239,6 +239,20 @@ def test_factors_that_are_numbers_are_broadcast_or_need_no_gradient() -> None:
     check(Products(), {"mul": "exact_mul"}, images(4, 6))
 
 
+def test_products_in_place_and_of_complex_numbers() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.randn(6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = x + 1
+            y *= self.scale
+            return (torch.complex(y, x).mul(self.scale) * y).abs()
+
+    check(Product(), {"mul": "exact_mul"}, images(4, 6))
+
+
 # --- all together, in every way in ---
 
 

@@ -23,6 +23,7 @@ GIVEN: dict[str, dict[str, Any]] = {
     "squarewave_fourier": {"skip": _PERIODIC},
     "reinmax": {"op": "sigmoid", "skip": _SOFTMAX},
     "gumbel_straight_through": {"op": "sigmoid", "skip": _SOFTMAX},
+    "exact_silu": {"skip": {"non_finite": "PyTorch's own gradient is NaN at infinity"}},
     "rotation_trick": {"skip": {"non_finite": "an infinite vector has no direction"}},
 }
 """What `check_rule` is given for a rule besides its formula. A new rule needs no line."""

@@ -300,19 +300,21 @@ def _source(factor: Tensor | None) -> tuple[Tensor | None, bool]:
 def _keep_factors(a: Tensor | None, b: Tensor | None, *, f: Any) -> tuple[Any, ...]:
     kept_a, silu_a = _source(a if "b" in f.needs else None)
     kept_b, silu_b = _source(b if "a" in f.needs else None)
-    return kept_a, silu_a, kept_b, silu_b
+    real_a, real_b = (factor is None or not factor.is_complex() for factor in (a, b))
+    return kept_a, silu_a, real_a, kept_b, silu_b, real_b
 
 
 def _of_mul(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> dict[str, Any]:
-    a, silu_a, b, silu_b = kept
+    a, silu_a, real_a, b, silu_b, real_b = kept
 
-    def times(factor: Any, is_silu: bool) -> Tensor:
+    def times(factor: Any, is_silu: bool, real: bool) -> Tensor:
         if factor is None:  # a number
             factor = next(iter(f.constants.values()))
         factor = torch.nn.functional.silu(factor) if is_silu else factor
-        return grad * (factor.conj() if isinstance(factor, Tensor) else factor)
+        found = grad * (factor.conj() if isinstance(factor, Tensor) else factor)
+        return found.real if real and found.is_complex() else found
 
-    return {"a": lambda: times(b, silu_b), "b": lambda: times(a, silu_a)}
+    return {"a": lambda: times(b, silu_b, real_a), "b": lambda: times(a, silu_a, real_b)}
 
 
 @register(
