@@ -422,7 +422,8 @@ def test_ready_tables_are_printed_as_files_of_tables() -> None:
     assert [line.split()[0] for line in run("tables").stdout.splitlines()[2:]] == fg.tables.__all__
     for name in fg.tables.__all__:
         table = getattr(fg.tables, name)()
-        assert fg.RuleTable.from_toml(run("tables", name).stdout) == table
+        # not the tables themselves: of two tables, each has steps of its own to learn
+        assert fg.RuleTable.from_toml(run("tables", name).stdout).to_toml() == table.to_toml()
     found = run("explain", "mine_of_test_cli:net", "-r", "attn_lrp", "--json").stdout
     plan = fg.explain(model_of("mine_of_test_cli:net"), fg.tables.attn_lrp())
     assert json.loads(found)["entries"] == json.loads(plan.to_json())["entries"]

@@ -89,7 +89,7 @@ def test_an_entry_for_a_class_that_is_absent_names_the_classes_that_are_there(
 
 
 def test_a_misspelt_name_of_the_package_has_a_suggestion() -> None:
-    with pytest.raises(AttributeError, match="no attribute 'rulse'. Did you mean 'rules'"):
+    with pytest.raises(AttributeError, match=r"no attribute 'rulse'. Did you mean 'rules'"):
         _ = fg.rulse
-    with pytest.raises(AttributeError, match="no attribute 'zzz'$"):
+    with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
         _ = fg.zzz

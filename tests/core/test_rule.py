@@ -610,5 +610,5 @@ def test_what_are_no_names_are_refused(argument: str, value: Any) -> None:
 
 @pytest.mark.parametrize("skip", [5, ["compiled"]])
 def test_a_list_of_checks_to_leave_out_is_refused_with_the_form(skip: Any) -> None:
-    with pytest.raises(TypeError, match="skip has to be a dict .* The checks: runs, "):
+    with pytest.raises(TypeError, match=r"skip has to be a dict .* The checks: runs, "):
         fg.testing.check_rule("straight_through", skip=skip)
