@@ -236,7 +236,12 @@ ACTIONS: dict[str, tuple[Callable[[nn.Module], Any], list[str]]] = {
 
 
 @pytest.mark.parametrize(
-    ("way", "where"), [(way, where) for way, (_, places) in ACTIONS.items() for where in places]
+    ("way", "where"),
+    [
+        pytest.param(way, where, marks=pytest.mark.slow if way == "example_inputs" else ())
+        for way, (_, places) in ACTIONS.items()
+        for where in places
+    ],
 )
 def test_an_interrupt_leaves_nothing_half_changed(way: str, where: str) -> None:
     net = make()
