@@ -1,12 +1,15 @@
 """What every test starts from: torchvision, a fixed seed, a fair share of the cores."""
 
+import contextlib
 import os
 import re
 import shutil
 import sys
+import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +21,7 @@ from torch import Tensor
 import _torchvision  # noqa: F401
 from freegrad_fx._torch.releases import warn_if_untested
 from freegrad_fx.core import rule as rule_module
+from freegrad_fx.extension import library
 
 # Times on a shared machine say nothing about an example, so no deadline. In CI the examples are the
 # same at every run: a red run is then the fault of the change under test.
@@ -29,6 +33,10 @@ settings.load_profile("ci" if os.environ.get("CI") else "local")
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
     warn_if_untested()
+
+# What is built on this machine must not decide what is tested: FREEGRAD_FX_EXTENSION=build runs all tests with the C++
+# extension, and without it only those that ask for the fixture `extension` do
+os.environ.setdefault(library.VARIABLE, "off")
 
 # Kernels this small are slower on several threads, and much slower on cores that other workers use.
 torch.set_num_threads(1)
@@ -87,9 +95,13 @@ def _refuse_addresses(items: list[pytest.Item]) -> None:
         )
 
 
-def _skip_without_compiler(items: list[pytest.Item]) -> None:
+def _has_compiler() -> bool:
     compilers = [os.environ.get("CXX", "c++"), "g++", "clang++", "cl"]
-    if any(shutil.which(compiler) for compiler in compilers):
+    return any(shutil.which(compiler) for compiler in compilers)
+
+
+def _skip_without_compiler(items: list[pytest.Item]) -> None:
+    if _has_compiler():
         return
     no_compiler = pytest.mark.skip(reason="inductor needs a C++ compiler; none is on the PATH")
     for item in items:
@@ -116,6 +128,34 @@ def _same_start_for_every_test() -> Iterator[None]:
     # Dynamo counts recompilations per code object: without this, the order of tests would matter.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One worker builds, and the others wait for it."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with open(Path(tempfile.gettempdir(), "freegrad_fx_extension.lock"), "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@pytest.fixture
+def extension() -> Iterator[None]:
+    """The C++ extension is in use. Building it takes a minute, on each machine once."""
+    if not (_has_compiler() and shutil.which("ninja")):
+        pytest.skip(
+            "the C++ extension needs a C++ compiler and ninja; one of them is not on the PATH"
+        )
+    before = library.current() is not None
+    with _alone():
+        assert library.build().active, library.status()
+    library.switch(on=True)
+    yield
+    library.switch(on=before)
 
 
 @pytest.fixture

@@ -27,7 +27,7 @@ from .modules import Activation
 from .vocabulary.forwards import forward
 
 if TYPE_CHECKING:
-    from . import functional, integrations, quantizers, schedules, tables, testing
+    from . import extension, functional, integrations, quantizers, schedules, tables, testing
     from .capture.captured import CapturedModule
     from .compared import Comparison, compare
     from .counted import MemoryReport, memory
@@ -54,7 +54,15 @@ __version__ = "0.1.0"
 find_moved()
 
 # Modules and names that are imported on first access, so that writing rules and tables does not import the capture
-_MODULES = ("functional", "integrations", "quantizers", "schedules", "tables", "testing")
+_MODULES = (
+    "extension",
+    "functional",
+    "integrations",
+    "quantizers",
+    "schedules",
+    "tables",
+    "testing",
+)
 _LATER = {
     "Backend": "dynamo",
     "CapturedModule": "capture.captured",
@@ -122,6 +130,7 @@ __all__ = [
     "core",
     "draw",
     "explain",
+    "extension",
     "forward",
     "functional",
     "get",

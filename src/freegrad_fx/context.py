@@ -46,6 +46,7 @@ __all__ = [
     "surrounded",
     "table_in_force",
     "tables_cannot_be_traced",
+    "thread_state",
 ]
 
 Called = TypeVar("Called", bound=Callable[..., Any])
@@ -78,6 +79,20 @@ _state = _State()
 # never uses the blocks of another task. This cannot replace `_State`: Dynamo can guard thread-local attributes, but not
 # context variables.
 _entered: ContextVar[tuple[Block, ...]] = ContextVar("freegrad_fx_blocks", default=())
+
+
+# Has an entry as soon as any thread has entered a block: until then, nobody has to look at the state of a thread
+_used: list[bool] = []
+
+
+def thread_state() -> tuple[list[bool], Any, ContextVar[Any]]:
+    """What says whether rules that tables gave to sites act, for code in C++ that asks at every site.
+
+    Returns:
+        A list that is empty until a block is entered; the state of the thread; and the blocks of the asynchronous task.
+        Rules act if ``blocks`` of the state are those of the task, and ``explicit`` is true.
+    """
+    return _used, _state, _entered
 
 
 def ambient_rules(scope: str, site: str = "") -> tuple[Rule, ...]:
@@ -134,7 +149,10 @@ def explicit_rules_act() -> bool:
     Raises:
         RuntimeError: The thread is in the blocks of another asynchronous task.
     """
-    require_own_blocks()
+    if not is_compiling():
+        if not _used:
+            return True
+        require_own_blocks()
     return _state.explicit
 
 
@@ -180,6 +198,8 @@ def require_own_blocks() -> None:
 
 def _put(blocks: tuple[Block, ...]) -> None:
     """Set the blocks of the thread, the innermost last."""
+    if not _used:
+        _used.append(True)
     values: dict[str, Any] = {
         "explicit": True,
         "table": False,
@@ -226,7 +246,11 @@ def intercepted() -> bool:
 
     Compiled code asks when it is traced.
     """
-    return not is_compiling() and (bool(_state.intercepting) or _state.sites is not None)
+    return (
+        not is_compiling()
+        and bool(_used)
+        and (bool(_state.intercepting) or _state.sites is not None)
+    )
 
 
 def left_alone(model: Any = None) -> AbstractContextManager[Any]:

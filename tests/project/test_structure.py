@@ -23,7 +23,7 @@ FLOORS = """
 errors _moved
 _torch
 core
-rules blocks context vocabulary
+rules blocks context vocabulary extension
 backward
 ops
 functional plot modules graph testing quantizers

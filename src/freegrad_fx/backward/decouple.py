@@ -23,8 +23,9 @@ from .._torch.dispatch import function_transforms_active, without_dead_transform
 from .._torch.dynamo import is_compiling
 from ..core.rule import Rule
 from ..errors import RuleError
-from .functions import OVERWRITTEN, Call, Composable, apply, follows_another
+from .functions import OVERWRITTEN, Call, Composable, follows_another
 from .hazards import refuse_compiled_transform
+from .node import apply
 from .observing import observers_of_now
 from .operator import operands
 from .several import Operands, answers_for_several, apply_composable, apply_several
@@ -87,8 +88,8 @@ def decouple(
         if several:
             return apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
         if read is None:
-            return apply(y, x, described)  # type: ignore[no-any-return]
-        return apply(y, x, described, without_dead_transform(read))  # type: ignore[no-any-return]
+            return apply(y, x, described)
+        return apply(y, x, described, without_dead_transform(read))
     if several:
         described = Call(rule, site, parameters, save, compile)
         return apply_composable(y, operation or Operands("", {"x": x}, {}), described, read)

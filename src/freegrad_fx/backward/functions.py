@@ -25,7 +25,7 @@ __all__ = [
     "OVERWRITTEN",
     "Call",
     "Composable",
-    "apply",
+    "apply_function",
     "blame_parameters",
     "blame_shapes",
     "checked",
@@ -33,6 +33,7 @@ __all__ = [
     "explain",
     "explained",
     "follows_another",
+    "gradient",
     "parameter_versions",
     "refuse_writes",
     "rule_behind",
@@ -70,14 +71,14 @@ class _Decoupled(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (grad,) = grads
-        found = _gradient(ctx, grad) if ctx.needs_input_grad[1] else None
+        found = gradient(ctx, grad) if ctx.needs_input_grad[1] else None
         if ctx.call.observers and found is not None:
             tell(ctx.call, found)
         return grad, found, None, None  # autograd ignores the last None if `read` was not given
 
 
-apply = direct_apply(_Decoupled)
-"""`_Decoupled.apply`, for use where no `torch.func` transform is active; see `decouple`."""
+apply_function = direct_apply(_Decoupled)
+"""`_Decoupled.apply`, for use where no `torch.func` transform is active; see `node.apply`."""
 
 
 class Composable(torch.autograd.Function):
@@ -114,7 +115,7 @@ class Composable(torch.autograd.Function):
         """Return the gradients of `y` and `x`, and None for the other arguments."""
         (grad,) = grads
         unlearned = (None,) * len(ctx.needs_input_grad[2:])
-        return grad, _gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
+        return grad, gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
 
 
 def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
@@ -233,7 +234,7 @@ def blame_parameters(call: Call, versions: dict[str, int], error: RuntimeError) 
             ) from error
 
 
-def _gradient(ctx: Any, grad: Tensor) -> Tensor:
+def gradient(ctx: Any, grad: Tensor) -> Tensor:
     """Compute the gradient of `x`."""
     call: Call = ctx.call
     result: Any

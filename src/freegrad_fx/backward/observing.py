@@ -9,7 +9,7 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-__all__ = ["Observer", "observed_by", "observers_of_now"]
+__all__ = ["Observer", "observed_by", "observers_of_now", "thread_observers"]
 
 Observer: TypeAlias = Callable[[str, Tensor], None]
 """Called in the backward with the name of a site, and the gradient that its rules give the input of the operation."""
@@ -21,6 +21,18 @@ class _Thread(threading.local):
 
 
 _thread = _Thread()
+
+# Has an entry as soon as anybody has observed: until then, nobody has to look at a thread
+_used: list[bool] = []
+
+
+def thread_observers() -> tuple[list[bool], object]:
+    """What says whether anybody observes, for code in C++ that asks at every site.
+
+    Returns:
+        A list that is empty until anybody observes, and the state of the thread, whose ``observers`` are those of now.
+    """
+    return _used, _thread
 
 
 def observers_of_now() -> tuple[Observer, ...]:
@@ -37,6 +49,8 @@ def observed_by(owner: object, observer: Observer) -> Iterator[None]:
         owner: Whose observer it is. Another one of the same owner around this one is not called.
         observer: The observer.
     """
+    if not _used:
+        _used.append(True)
     before = _thread.observers
     _thread.observers = {**before, id(owner): observer}
     try:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from .._torch.dynamo import takes_for_constant
 from ..core.rule import Rule, of_token
-from .functions import Call, apply
+from .functions import Call
+from .node import apply
 from .several import Operands, answers_for_several, apply_several
 
 __all__ = ["described", "operands"]
@@ -155,7 +156,7 @@ def _run_operator(
     described = Call(rule, site, parameters, save, False)
     if answers_for_several(rule.declaration, parameters):
         return apply_several(y, operation, described, read)
-    return apply(y, x, described, read)  # type: ignore[no-any-return]
+    return apply(y, x, described, read)
 
 
 # Composite, so that autograd and AOTAutograd trace into it

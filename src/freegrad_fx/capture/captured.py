@@ -26,6 +26,7 @@ from ..errors import CaptureError
 from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
 from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_graph
+from ..ops.direct import called_directly
 from ..ops.hooked import with_hooks_on_errors
 from .constants import (
     CONSTANTS,
@@ -35,7 +36,7 @@ from .constants import (
     require_constants_compiled,
 )
 from .dispatcher import dispatcher
-from .hooking import TRACED, Versions
+from .hooking import DIRECT, TRACED, Versions
 from .methods import warn_in_methods
 from .questions import Question, reader
 from .rule_parameters import LEARNT, RuleParameters
@@ -215,11 +216,12 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         versions = Versions(self)
         type(self)._forwards = {
             0: tuple(forwards),
+            DIRECT: tuple(map(called_directly, forwards)),
             TRACED: (versions.run_traced,) * len(forwards),
         }
         type(self).forward = dispatcher(
             result.src,
-            {**result.globals, "_version": versions.current},
+            {**result.globals, "_version": versions.current, "_is_usual": versions.is_usual},
             len(forwards) > 1 or bool(depends),
             guard,
             alone,

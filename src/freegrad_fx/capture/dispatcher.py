@@ -11,6 +11,7 @@ import torch
 from .._torch import graphs
 from ..context import OWN_RULES, in_python, intercepted, left_alone, tables_cannot_be_traced
 from ..ops.checks import require_no_others, require_specialised
+from .hooking import DIRECT
 
 __all__ = ["dispatcher"]
 
@@ -29,7 +30,7 @@ def dispatcher(
 
     Args:
         src: The source of one generated `forward`.
-        names: The names that the source refers to, and `_version`, the function that chooses the version.
+        names: The names that the source refers to; `_version`, the function that chooses the version; and `_is_usual`.
         several: Whether there are several graphs, so that the training flags decide.
         guard: Restore the grad mode even if the graph raises between two changes of it.
         alone: Let only one thread at a time run it.
@@ -68,8 +69,12 @@ def dispatcher(
         separator = ", *, " if number == 0 and keyword_only and not signature.kwonlyargs else ", "
         parameters += f"{separator}{name}=_default_{number}"
         checks += f"    _require_specialised({name}, _default_{number}, {name!r}, _remedy)\n"
-    # Choosing a version can add one to the table
     body = f"def forward({parameters}):\n{checks}"
+    if not contexts:
+        # nearly every call: nothing traces it, no hook has to run, and no block is around it
+        quick = call.replace("_number", str(DIRECT))
+        body += f"    if _is_usual():\n        {quick}\n"
+    # Choosing a version can add one to the table
     body += f"    if _tables_cannot_be_traced():\n        return _in_python(type(self).forward, {again})\n"
     body += "    _number = _version()\n"
     # A block around the call does not act on what the model's own table decides

@@ -20,6 +20,7 @@ from .._torch.dynamo import add_guard, is_compiling, takes_for_constant
 from .._torch.graphs import is_fx_tracing
 from .._torch.modules import HOOKS_OF_ALL, children_of, hooks_of
 from ..backward.hazards import is_sharded
+from ..context import intercepted, thread_state
 from ..errors import CaptureError, FreegradWarning
 from ..graph.hooked import read_parameters_late, run_hooks_at
 from ..graph.marks import calls, insert_marks, take_marks
@@ -28,7 +29,10 @@ from ..graph.provenance import origin
 from ..graph.serialise import copy_graph
 from .scopes import names_by_scope, run_in_scopes
 
-__all__ = ["TRACED", "Versions"]
+__all__ = ["DIRECT", "TRACED", "Versions"]
+
+DIRECT = -2
+"""The version for a call that runs, without hooks: the functions around operations are those of the C++ extension."""
 
 TRACED = -1
 """The version for a call that is traced by `torch.fx`."""
@@ -43,6 +47,7 @@ class Versions:
 
     Attributes:
         current: Returns the number of the version. A function, because `torch.compile` takes its result for a constant.
+        is_usual: Returns whether the version is `DIRECT` and no block acts on the call from outside.
     """
 
     def __init__(self, module: Any) -> None:
@@ -66,7 +71,7 @@ class Versions:
         parts = [part for _, part in self.parts]
 
         def current() -> int:
-            number = 0
+            number = DIRECT
             if [*map(dict.get, holders, names)] != parts:
                 self.refuse_others()
             if is_fx_tracing():
@@ -76,9 +81,22 @@ class Versions:
             if is_compiling():
                 wanted = self.wanted()
                 add_guard(lambda _: self.wanted() == wanted, "the modules that have hooks")
+                number = 0 if number == DIRECT else number
             return number
 
         self.current: Callable[[], int] = takes_for_constant(current)
+        used, *_ = thread_state()
+
+        def is_usual() -> bool:
+            return not (
+                is_compiling()
+                or any(tables)
+                or is_fx_tracing()
+                or (used and intercepted())
+                or [*map(dict.get, holders, names)] != parts
+            )
+
+        self.is_usual: Callable[[], bool] = takes_for_constant(is_usual)
 
     def refuse_others(self) -> None:
         """Raise `CaptureError` if an opened module was exchanged for one of another class, which would not run."""

@@ -343,6 +343,23 @@ app.command()(draw)
 
 
 @app.command()
+def build(
+    force: Annotated[bool, typer.Option("--force", help="Build it again if it is there.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Build the C++ extension for this PyTorch and Python, which makes rules on small tensors faster."""
+    from ..extension import build as build_extension
+
+    found = build_extension(force=force)
+    if as_json:
+        print_json({"active": found.active, "reason": found.reason, "library": str(found.library)})
+    else:
+        print_text(f"The C++ extension is {found}.")
+    if not found.active:
+        raise typer.Exit(1)
+
+
+@app.command()
 def doctor(as_json: Json = False) -> None:
     """Show versions, what is available on this machine, and the releases that were tested; for bug reports."""
     found = examine()

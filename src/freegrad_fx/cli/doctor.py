@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from .._torch.releases import TESTED, release
+from ..extension import status as extension_status
 
 __all__ = ["as_rows", "examine", "version_of"]
 
@@ -37,6 +38,7 @@ def examine() -> dict[str, Any]:
             "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())],
         },
         "compiler": _compiler(),
+        "extension": str(extension_status()),
         "threads": torch.get_num_threads(),
         "packages": {name: version_of(name) for name in _OPTIONAL},
         "faults": _faults(),
@@ -98,6 +100,7 @@ def as_rows(found: dict[str, Any]) -> list[tuple[str, str]]:
             "C++ compiler",
             found["compiler"] or "not found; the inductor back end needs one on a CPU",
         ),
+        ("extension", found["extension"]),
         ("threads", str(found["threads"])),
     ]
     for name, version in found["packages"].items():

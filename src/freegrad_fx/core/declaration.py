@@ -59,6 +59,8 @@ class Declaration:
         gate: For a formula that reads a mask, the formula, called as ``gate(grad, mask, [y], **parameters)``.
         fast: The formula in fewer passes over memory, for eager mode; see `register`.
         lean: The same gradients from less than the formula reads; see `register`.
+        pointwise: Whether an entry of the result depends only on the entries at its place, by the same few operations
+            for all places and shapes; see `register`.
         examples: Values of the parameters that the rule is tested with, besides the defaults.
         token: A text that identifies the formula in every process; ``""`` if the formula reads variables, so that no
             text can identify it.
@@ -99,6 +101,7 @@ class Declaration:
     gate: Callable[..., Tensor] | None = None
     fast: Callable[..., Tensor] | None = None
     lean: Lean | None = None
+    pointwise: bool = False
     examples: tuple[Mapping[str, Any], ...] = ()
     token: str = ""
     own: bool = False

@@ -37,6 +37,7 @@ def register(
     of_site: Callable[..., Mapping[str, Any]] | None = None,
     fast: Callable[..., Tensor] | None = None,
     lean: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
+    pointwise: bool = False,
     examples: Iterable[Mapping[str, Any]] = (),
     meant_for: str | tuple[str, ...] = (),
     peers: str | tuple[str, ...] = (),
@@ -95,6 +96,9 @@ def register(
             such as shapes. The other takes ``grad``, ``kept``, which is this tuple, and operands and ``y`` that are
             saved besides. Both take by keyword the parameters of the rule, and ``f`` if the formula does;
             ``f.needs`` is the operands whose gradient is needed. The formula itself runs only under torch.func.
+        pointwise: True for a formula of sums, products, quotients, comparisons, bounds and choices that does the same
+            for every entry and every shape. The C++ extension, if it is built, then runs it without Python. A formula
+            that reads variables, or uses other operations, runs in Python.
         examples: Values of the parameters that the rule is tested with, besides the defaults, as dicts:
             ``({"a": -1.0, "b": 1.0}, {"a": 0.0})``. They are bound, and so checked, at registration.
         meant_for: The canonical names of the operations that the formula is meant for, such as ``"relu"``. At other
@@ -168,6 +172,7 @@ def register(
             gate=formula.gate,
             fast=fast,
             lean=leaner,
+            pointwise=pointwise,
             examples=tuple(examples),
             token=_token(identity, source, mask, *learnt.values(), *(lean or ())),
             own=_is_own(source, mask, *learnt.values(), *(lean or ())),

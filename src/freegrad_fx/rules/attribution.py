@@ -30,6 +30,7 @@ def _fast_guided(grad: Tensor, x: Tensor) -> Any:
     mask=masks.positive,
     fast=_fast_guided,
     meant_for="relu",
+    pointwise=True,
 )
 def guided(grad: Tensor, mask: Tensor) -> Tensor:
     """max(grad, 0)·1[x > 0]
@@ -46,6 +47,7 @@ def guided(grad: Tensor, mask: Tensor) -> Tensor:
     peers=("Captum Deconvolution", "zennit DeconvNet"),
     linear=False,
     meant_for="relu",
+    pointwise=True,
 )
 def deconvnet(grad: Tensor) -> Tensor:
     """max(grad, 0)"""
@@ -59,6 +61,7 @@ def deconvnet(grad: Tensor) -> Tensor:
     mask=masks.nonnegative,
     meant_for="relu",
     examples=({"leak": 0.0}, {"leak": 0.5}),
+    pointwise=True,
 )
 def redirected(grad: Tensor, mask: Tensor, *, leak: float = 0.1) -> Tensor:
     """grad where x ≥ 0, leak·grad elsewhere
@@ -109,6 +112,7 @@ def smooth_relu(grad: Tensor, x: Tensor, *, beta: float = 10.0) -> Tensor:
         "celu",
     ),
     examples=({"at_zero": 0.0}, {"at_zero": 1.0}),
+    pointwise=True,
 )
 def identity_rule(grad: Tensor, x: Tensor, y: Tensor, *, at_zero: float = 0.5) -> Tensor:
     """grad·y/x, and grad·at_zero where x = 0

@@ -23,6 +23,7 @@ __all__ = ["attention_temperature", "frozen_norm", "half", "softmax_temperature"
     reference="Jafari et al. 2025, arXiv:2508.21258 (RelP); Achtibat et al. 2024, arXiv:2402.05602 (AttnLRP)",
     peers="LXT divide_gradient",
     sparse=True,
+    pointwise=True,
 )
 def half(grad: Tensor) -> Tensor:
     """grad/2

@@ -28,6 +28,7 @@ __all__ = [
     linear=False,
     requires="max_value >= 0",
     examples=({"max_value": 0.0}, {"max_value": 0.3}, {"max_value": 3.0}, {"max_value": math.inf}),
+    pointwise=True,
 )
 def clip_value(grad: Tensor, *, max_value: float = 1.0) -> Tensor:
     """min(max(grad, −max_value), max_value)

@@ -36,6 +36,7 @@ __all__ = [
     peers="FreeGrad d(ReLU)",
     mask=masks.positive,
     fast=masks.where_positive,
+    pointwise=True,
 )
 def d_relu(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·1[x > 0]"""
@@ -47,6 +48,7 @@ def d_relu(grad: Tensor, mask: Tensor) -> Tensor:
     reference="FreeGrad; the derivative of the identity",
     peers="FreeGrad d(Linear)",
     sparse=True,
+    pointwise=True,
 )
 def d_linear(grad: Tensor) -> Tensor:
     """grad"""
@@ -67,6 +69,7 @@ def d_linear(grad: Tensor) -> Tensor:
         {"a": -math.inf, "b": 0.3},
         {"a": 0.0, "b": math.inf},
     ),
+    pointwise=True,
 )
 def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) -> Tensor:
     """grad·1[a ≤ x ≤ b], both ends inclusive
@@ -91,6 +94,7 @@ def _fast_triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
     peers=("FreeGrad triangular", "Norse triangle"),
     fast=_fast_triangular,
     examples=({"width": 0.25}, {"width": 0.3}, {"width": 2.5}, {"width": 0.0}, {"width": -1.0}),
+    pointwise=True,
 )
 def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     """grad·max(0, 1 − |x|/max(width, 10⁻⁶))
@@ -110,6 +114,7 @@ def triangular(grad: Tensor, x: Tensor, *, width: float = 1.0) -> Tensor:
     peers=("FreeGrad scale", "optax scale"),
     sparse=True,
     examples=({"s": -1.5}, {"s": 0.0}, {"s": 0.1}, {"s": 7.0}),
+    pointwise=True,
 )
 def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
     """s·grad
@@ -129,6 +134,7 @@ def scale(grad: Tensor, *, s: float = 1.0) -> Tensor:
     peers="pytorch-revgrad RevGrad",
     sparse=True,
     examples=({"alpha": -2.0}, {"alpha": 0.0}, {"alpha": 0.3}),
+    pointwise=True,
 )
 def reverse(grad: Tensor, *, alpha: float = 1.0) -> Tensor:
     """−alpha·grad
@@ -190,6 +196,7 @@ def centralize(grad: Tensor, *, dim: int | tuple[int, ...] = -1) -> Tensor:
     kinds="parameter",
     linear=False,
     examples=({"rate": 0.0}, {"rate": 0.3}, {"rate": -2.0}),
+    pointwise=True,
 )
 def decay(grad: Tensor, x: Tensor, *, rate: float = 0.01) -> Tensor:
     """grad + rate·x
@@ -202,7 +209,7 @@ def decay(grad: Tensor, x: Tensor, *, rate: float = 0.01) -> Tensor:
     return grad + rate * x
 
 
-@register("nan_to_zero", reference="torch.nan_to_num", peers="optax zero_nans")
+@register("nan_to_zero", reference="torch.nan_to_num", peers="optax zero_nans", pointwise=True)
 def nan_to_zero(grad: Tensor) -> Tensor:
     """grad where it is finite, 0 where grad is infinite or NaN
 
@@ -211,7 +218,13 @@ def nan_to_zero(grad: Tensor) -> Tensor:
     return torch.where(grad.isfinite(), grad, 0)
 
 
-@register("stop", reference="torch.Tensor.detach", peers="jax.lax.stop_gradient", sparse=True)
+@register(
+    "stop",
+    reference="torch.Tensor.detach",
+    peers="jax.lax.stop_gradient",
+    sparse=True,
+    pointwise=True,
+)
 def stop(grad: Tensor) -> Tensor:
     """0, whatever grad is
 

@@ -154,6 +154,7 @@ def _pact_by_bound(grad: Tensor, x: Tensor, *, bound: float | Tensor) -> Tensor:
     requires="bound > 0",
     learns={"bound": _pact_by_bound},
     examples=({"bound": 0.5}, {"bound": 1.0}),
+    pointwise=True,
 )
 def pact(grad: Tensor, x: Tensor, *, bound: float = 10.0) -> Tensor:
     """grad where 0 ≤ x < bound, 0 elsewhere
@@ -181,6 +182,7 @@ def _jump_by_threshold(
     requires="bandwidth > 0",
     learns={"threshold": _jump_by_threshold},
     examples=({"threshold": 0.5, "bandwidth": 1.0}, {"threshold": 0.25}),
+    pointwise=True,
 )
 def jump_relu(
     grad: Tensor, x: Tensor, *, threshold: float = 0.0, bandwidth: float = 0.001

@@ -37,6 +37,7 @@ __all__ = [
         "snnTorch straight_through_estimator",
     ),
     sparse=True,
+    pointwise=True,
 )
 def straight_through(grad: Tensor) -> Tensor:
     """grad"""
@@ -51,6 +52,7 @@ def straight_through(grad: Tensor) -> Tensor:
     mask=masks.ball,
     fast=masks.where_in_ball,
     examples=({"bound": 0.0}, {"bound": 0.3}, {"bound": 4.0}, {"bound": math.inf}),
+    pointwise=True,
 )
 def clipped_straight_through(grad: Tensor, mask: Tensor, *, bound: float = 1.0) -> Tensor:
     """grad·1[|x| ≤ bound], the bound inclusive
@@ -67,6 +69,7 @@ def clipped_straight_through(grad: Tensor, mask: Tensor, *, bound: float = 1.0) 
     "approx_sign",
     reference="Liu et al. 2018, arXiv:1808.00278 (Bi-Real Net)",
     peers=("larq ApproxSign", "bitorch ApproxSign"),
+    pointwise=True,
 )
 def approx_sign(grad: Tensor, x: Tensor) -> Tensor:
     """grad·max(0, 2 − 2·|x|)
@@ -139,6 +142,7 @@ def _in_unit_interval(x: Tensor) -> Tensor:
     reference="Zhou et al. 2016, arXiv:1606.06160 (DoReFa-Net)",
     peers="larq DoReFa",
     mask=_in_unit_interval,
+    pointwise=True,
 )
 def dorefa_activation(grad: Tensor, mask: Tensor) -> Tensor:
     """grad·1[0 ≤ x ≤ 1]"""
@@ -197,6 +201,7 @@ def dorefa_weight(grad: Tensor, x: Tensor) -> Tensor:
     reference="Brevitas",
     peers="Brevitas abs_binary_sign_grad",
     mask=masks.nonnegative,
+    pointwise=True,
 )
 def abs_subgradient(grad: Tensor, mask: Tensor) -> Tensor:
     """grad where x ≥ 0, −grad elsewhere

@@ -55,6 +55,7 @@ def _fast_sigmoid_by_slope(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
     fast=_in_one_buffer_sigmoid,
     learns={"slope": _fast_sigmoid_by_slope},
     examples=({"slope": 0.0}, {"slope": 0.3}, {"slope": 5.0}, {"slope": 100.0}),
+    pointwise=True,
 )
 def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
     """grad / (1 + slope·|x|)²
@@ -87,6 +88,7 @@ def _arctan_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     fast=_in_one_buffer_arctan,
     learns={"alpha": _arctan_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 1.0}, {"alpha": 5.0}),
+    pointwise=True,
 )
 def arctan(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + (π·alpha·x/2)²)
@@ -110,6 +112,7 @@ def _softsign_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     requires="alpha > 0",
     learns={"alpha": _softsign_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 1.0}, {"alpha": 50.0}),
+    pointwise=True,
 )
 def softsign(grad: Tensor, x: Tensor, *, alpha: float = 2.0) -> Tensor:
     """grad·(alpha/2) / (1 + alpha·|x|)²
@@ -132,6 +135,7 @@ def _superspike_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     requires="alpha >= 0",
     learns={"alpha": _superspike_by_alpha},
     examples=({"alpha": 0.0}, {"alpha": 0.3}, {"alpha": 7.0}),
+    pointwise=True,
 )
 def superspike(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """grad·alpha / (1 + |x|)²
@@ -179,6 +183,7 @@ def _piecewise_quadratic_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> T
     requires="alpha > 0",
     learns={"alpha": _piecewise_quadratic_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 4.0}),
+    pointwise=True,
 )
 def piecewise_quadratic(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """grad·alpha·max(0, 1 − alpha·|x|)
@@ -304,6 +309,7 @@ def _piecewise_leaky_by_leak(grad: Tensor, x: Tensor, *, width: float, leak: flo
     mask=_inside,
     learns={"width": _piecewise_leaky_by_width, "leak": _piecewise_leaky_by_leak},
     examples=({"width": 0.3, "leak": 0.0}, {"width": 5.0, "leak": -0.5}),
+    pointwise=True,
 )
 def piecewise_leaky(
     grad: Tensor, mask: Tensor, *, width: float = 1.0, leak: float = 0.01
@@ -328,6 +334,7 @@ def _log_abs_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     requires="alpha > 0",
     learns={"alpha": _log_abs_by_alpha},
     examples=({"alpha": 0.3}, {"alpha": 20.0}),
+    pointwise=True,
 )
 def log_abs(grad: Tensor, x: Tensor, *, alpha: float = 1.0) -> Tensor:
     """grad / (1/alpha + |x|)

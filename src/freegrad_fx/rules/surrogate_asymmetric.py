@@ -52,6 +52,7 @@ def spike_rate_escape(grad: Tensor, x: Tensor, *, beta: float = 1.0, slope: floa
     peers="snnTorch SFS",
     requires="slope >= 0",
     examples=({"slope": 0.3, "bound": -1.0}, {"slope": 5.0, "bound": 0.0}),
+    pointwise=True,
 )
 def sparse_fast_sigmoid(
     grad: Tensor, x: Tensor, *, slope: float = 25.0, bound: float = 1.0
@@ -84,6 +85,7 @@ def _leaky_by_slope(grad: Tensor, x: Tensor, *, leak: float, slope: float) -> Te
     mask=masks.nonnegative,
     learns={"leak": _leaky_by_leak, "slope": _leaky_by_slope},
     examples=({"leak": 0.1}, {"leak": 0.3, "slope": -2.0}, {"leak": -1.0, "slope": 0.0}),
+    pointwise=True,
 )
 def leaky_relu_derivative(
     grad: Tensor, mask: Tensor, *, leak: float = 0.0, slope: float = 1.0
@@ -163,6 +165,7 @@ def _log_tailed_by_alpha(grad: Tensor, x: Tensor, *, alpha: float) -> Tensor:
     peers="SpikingJelly LogTailedReLU",
     learns={"alpha": _log_tailed_by_alpha},
     examples=({"alpha": 0.1}, {"alpha": -2.0}),
+    pointwise=True,
 )
 def log_tailed_relu(grad: Tensor, x: Tensor, *, alpha: float = 0.0) -> Tensor:
     """alpha·grad where x < 0, grad where 0 ≤ x ≤ 1, grad/x where x > 1

@@ -17,7 +17,7 @@ from ..errors import RuleCheckError, RuleError, unknown
 from ..vocabulary import OPS
 from .declared import check_joint, check_linear, check_reducing, check_sparse, check_texts
 from .failure import Failure, first_line, listed
-from .forms import check_compiled, check_fast, check_func, check_mask
+from .forms import check_compiled, check_fast, check_func, check_mask, check_pointwise
 from .learnt import check_learnt, check_learnt_reference, check_primitive
 from .numbers import check_reference, check_rounding, check_second_derivative, check_unbounded
 from .results import (
@@ -48,6 +48,7 @@ CHECKS = MappingProxyType(
         "joint": "with joint=True, the result does not depend on the shape of grad",
         "sparse": "with sparse=True, a sparse gradient gives what the dense one gives",
         "fast": "the fast form gives the bits of the formula",
+        "pointwise": "with pointwise=True, the C++ extension, if it is in use, gives the bits of the formula",
         "mask": "save='mask' and save='bits' give the gradient of save='x', bit by bit",
         "compiled": "torch.compile takes the rule in one graph, and gives the gradient of the formula",
         "func": "torch.func.vjp and torch.vmap give the gradients of the formula",
@@ -72,6 +73,7 @@ _ORDER: tuple[tuple[tuple[str, ...], Callable[[list[Subject]], Iterator[Failure]
     (("joint",), check_joint),
     (("sparse",), check_sparse),
     (("fast",), check_fast),
+    (("pointwise",), check_pointwise),
     (("mask",), check_mask),
     (("compiled",), check_compiled),
     (("func",), check_func),

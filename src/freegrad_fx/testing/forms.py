@@ -13,10 +13,11 @@ from torch import Tensor
 
 from .._torch.generators import seed
 from ..core.contract import OF_MASK
+from ..extension import library
 from .failure import Failure, apart, first_line
 from .subject import FLOATS, Inputs, Subject, named, pairs
 
-__all__ = ["check_compiled", "check_fast", "check_func", "check_mask"]
+__all__ = ["check_compiled", "check_fast", "check_func", "check_mask", "check_pointwise"]
 
 
 def check_fast(subjects: list[Subject]) -> Iterator[Failure]:
@@ -51,6 +52,24 @@ def check_fast(subjects: list[Subject]) -> Iterator[Failure]:
                 "a gradient from the fast form",
                 "NotImplemented for all inputs and values",
                 "leave out fast=, or let it serve the usual case",
+            )
+
+
+def check_pointwise(subjects: list[Subject]) -> Iterator[Failure]:
+    """The C++ extension, if it is in use, gives the bits of the formula."""
+    if not subjects[0].rule.declaration.pointwise or library.current() is None:
+        return
+    remedy = (
+        "leave out pointwise=True: the formula does not do the same for every entry and every shape"
+    )
+    for subject, inputs in pairs(subjects, _everything):
+        if inputs.grad.shape != inputs.y.shape:
+            continue
+        expected, result = subject.run(inputs).to(inputs.x.dtype), subject.gradient(inputs)
+        if (found := apart(result, expected)) is not None:
+            at = named(subject, inputs)
+            yield Failure(
+                "pointwise", at, f"the gradient of the formula: {found[0]}", found[1], remedy
             )
 
 
