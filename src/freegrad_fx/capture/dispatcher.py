@@ -41,7 +41,10 @@ def dispatcher(
     """
     signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
     active = "self._active()" if several else "0"
-    call = f"return type(self)._forwards[_number][{active}]({_passed_on(signature)})"
+    call, quick = (
+        f"return type(self)._forwards[{number}][{active}]({_passed_on(signature)})"
+        for number in ("_number", DIRECT)
+    )
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
     alone_in_blocks = f"with {', '.join(['_left_alone(self)', *contexts])}:\n            {call}"
@@ -72,7 +75,6 @@ def dispatcher(
     body = f"def forward({parameters}):\n{checks}"
     if not contexts:
         # nearly every call: nothing traces it, no hook has to run, and no block is around it
-        quick = call.replace("_number", str(DIRECT))
         body += f"    if _is_usual():\n        {quick}\n"
     # Choosing a version can add one to the table
     body += f"    if _tables_cannot_be_traced():\n        return _in_python(type(self).forward, {again})\n"
