@@ -23,6 +23,7 @@ import freegrad_fx as fg
 from built_in import BUILT_IN, EXAMPLES
 from freegrad_fx.backward.functions import gradient
 from freegrad_fx.backward.observing import observed_by
+from freegrad_fx.capture.hooking import DIRECT
 from freegrad_fx.extension import library
 from freegrad_fx.ops import decoupled, stop_gradient
 
@@ -58,19 +59,23 @@ def node_of(out: Tensor) -> Any:
 
 
 def is_ours(node: Any) -> bool:
-    return type(node) is library.current().Node
+    return type(node) is library._Loaded.module.Node
 
 
-def both(run: Callable[[], Any]) -> tuple[Any, Any]:
-    """The result with the extension and without it."""
+def both(run: Callable[[], Any], gm: fg.CapturedModule | None = None) -> tuple[Any, Any]:
+    """The result with the extension and without it, also in the generated code of a model."""
     torch.manual_seed(3)
     with_extension = run()
     library.switch(on=False)
+    forwards = {} if gm is None else type(gm)._forwards
+    before = dict(forwards)
+    forwards.update({DIRECT: forwards[0]} if forwards else {})
     torch.manual_seed(3)
     try:
         return with_extension, run()
     finally:
         library.switch(on=True)
+        forwards.update(before)
 
 
 def gradients(module: nn.Module, x: Tensor) -> list[Tensor]:
@@ -139,7 +144,7 @@ def test_all_rules_give_the_gradients_of_the_function() -> None:
         model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 2))
         for options in ({}, {"save": "bits"}) if fg.get(name).declaration.mask else ({},):
             gm, x = fg.transform(model, {"relu": fg.get(name)(**options)}), torch.randn(4, 6)
-            a, b = both(lambda gm=gm, x=x: gradients(gm, x))
+            a, b = both(lambda gm=gm, x=x: gradients(gm, x), gm)
             torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True, msg=name)
 
 
@@ -155,6 +160,19 @@ def calls_of_gradient(run: Callable[[], Any]) -> int:
     finally:
         sys.setprofile(None)
     return len(seen)
+
+
+def test_both_ways_are_what_they_are_called(gm: fg.CapturedModule, x: Tensor) -> None:
+    def nodes() -> list[bool]:
+        node, found = gm(x).grad_fn, []
+        while node is not None:
+            found += [is_ours(node)] if node.name() == "_DecoupledBackward" else []
+            node = next(
+                (n for n, _ in node.next_functions if n and "Accumulate" not in n.name()), None
+            )
+        return found
+
+    assert both(nodes, gm) == ([True, True], [False, False])
 
 
 def test_python_runs_only_for_rules_without_a_program(gm: fg.CapturedModule, x: Tensor) -> None:
@@ -194,7 +212,7 @@ def test_the_node_shows_what_that_of_the_function_shows(x: Tensor) -> None:
 
 
 def test_functional_finds_the_rules(gm: fg.CapturedModule, x: Tensor) -> None:
-    a, b = both(lambda: fg.functional.jvp(gm, x, torch.ones_like(x)))
+    a, b = both(lambda: fg.functional.jvp(gm, x, torch.ones_like(x)), gm)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -232,7 +250,7 @@ def test_saved_tensors_pass_through_hooks_and_checkpoints(gm: fg.CapturedModule,
             found.append(inner.grad)
         return found
 
-    a, b = both(run)
+    a, b = both(run, gm)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 
@@ -250,7 +268,7 @@ def test_transforms_and_second_derivatives(gm: fg.CapturedModule, x: Tensor) -> 
         jacobian = torch.func.jacrev(gm)(x[0])
         return [first, second, batched[0], of_one, jacobian]
 
-    torch.testing.assert_close(*both(run), rtol=0, atol=0)
+    torch.testing.assert_close(*both(run, gm), rtol=0, atol=0)
 
 
 def test_forward_mode_is_refused(x: Tensor) -> None:
@@ -299,7 +317,7 @@ def test_blocks_and_modes_act(gm: fg.CapturedModule, x: Tensor) -> None:
         return [found, list(names)]
 
     with pytest.warns(UserWarning, match="Anomaly Detection"):
-        (a, ops_a), (b, ops_b) = both(run)
+        (a, ops_a), (b, ops_b) = both(run, gm)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
     assert ops_a == ops_b
 
@@ -313,7 +331,7 @@ def test_observers_see_the_gradients(gm: fg.CapturedModule, x: Tensor) -> None:
         gradients(gm, x)
         return [[site for site, _ in seen], [gradient for _, gradient in seen]]
 
-    a, b = both(run)
+    a, b = both(run, gm)
     assert a[0] == b[0]
     assert len(a[0]) == 2
     torch.testing.assert_close(a[1], b[1], rtol=0, atol=0)
@@ -385,7 +403,7 @@ def test_it_is_compiled_copied_saved_and_traced(gm: fg.CapturedModule, x: Tensor
         made += [torch.compile(gm, backend=b, fullgraph=True) for b in ("eager", "aot_eager")]
         return [gradients(m, x) for m in made]
 
-    a, b = both(run)
+    a, b = both(run, gm)
     torch.testing.assert_close(a, b, rtol=0, atol=0)
 
 

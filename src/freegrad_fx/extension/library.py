@@ -67,7 +67,10 @@ def current() -> Any:
 
 
 def switch(*, on: bool) -> None:
-    """Use a loaded extension, or do not, in all threads from now on. For comparisons of both ways."""
+    """Use a loaded extension, or do not, in all threads from now on. For comparisons of both ways.
+
+    The generated code of a model keeps what was in use when it was transformed.
+    """
     _Loaded.off = not on
 
 
