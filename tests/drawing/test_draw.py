@@ -103,6 +103,25 @@ def test_arrows_follow_the_values() -> None:
     assert len(once) == 8
 
 
+def test_arrows_follow_the_values_through_hooks_and_writes() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 4), nn.ReLU(), nn.GELU(), nn.ReLU(inplace=True), nn.Linear(4, 4)
+    )
+    model[1].register_forward_hook(lambda module, inputs, output: output * 2)
+    model[1].register_forward_pre_hook(lambda module, inputs: (inputs[0] + 1,))
+    table = {"relu": "half", "gelu": "identity_rule"}
+    rows = rows_of_graph(gm := fg.transform(model, table), fg.report(gm))
+    assert [(row.path, row.name, sorted(row.sources)) for row in rows] == [
+        ("", "input", []),
+        ("0", "Linear", [0]),
+        ("1", "ReLU", [1]),
+        ("2", "GELU", [2]),
+        ("3", "ReLU", [3]),
+        ("4", "Linear", [4]),
+        ("", "output", [5]),
+    ]
+
+
 def test_a_parameter_stands_before_its_reader_and_a_shared_one_once() -> None:
     table = fg.RuleTable([fg.on(parameter="*.weight").backward("clip_norm")])
     rows = rows_of_graph(gm := fg.transform(Residual(), table), fg.report(gm))

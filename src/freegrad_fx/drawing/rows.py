@@ -19,8 +19,17 @@ __all__ = ["Row", "folded", "rows_of_graph", "rows_of_plan"]
 
 _GIVEN_RULES = ("rewrite", "ambient")
 # Functions of this package that stand for an operation of the model; the others belong to the row that they are given
-_OPERATIONS = ("apply_forward", "apply_function", "call_with", "call_without_hooks", "leave_call")
-_JOIN = ("gathered", "scattered")
+_OPERATIONS = ("apply_forward", "apply_function", "call_with", "call_without_hooks", "forward_of")
+_OF_MODULES = _OPERATIONS[2:]
+# The argument that holds the row; of others, all arguments do
+_HOLDS = {
+    "decoupled": 0,
+    "stop_gradient": 0,
+    "kept": 0,
+    "written_back": 1,
+    "run_hooks": 2,
+    "leave_call": 2,
+}
 _READS = ("getattr", "getitem")
 
 
@@ -113,7 +122,11 @@ class _Rows:
             carried = (*carried, decision) if before else carried
         if carried:
             self._before[node] = carried
-        return read if function in _JOIN else first
+        if function not in _HOLDS:
+            return read
+        held: list[fx.Node] = []
+        fx.node.map_arg(node.args[_HOLDS[function]], held.append)
+        return self._read(held)
 
     def _decide(self, number: int, decisions: Iterable[Decision]) -> None:
         row = self.rows[number]
@@ -131,7 +144,7 @@ class _Rows:
             return Row("input", "", str(node.target))
         if node.op == "output":
             return Row("output", "", "output", (), read)
-        called = node.args[0] if function == "call_with" else None
+        called = node.args[0] if function in _OF_MODULES else None
         path = str(node.target) if node.op == "call_module" else _owner(node)
         if isinstance(called, fx.Node) and called.op == "get_attr":
             path = str(called.target)
