@@ -51,11 +51,11 @@ def test_the_origin_of_a_node_is_what_its_meta_holds() -> None:
 def test_a_node_without_an_origin_has_an_empty_one(meta: dict[str, Any]) -> None:
     node = fx.Graph().placeholder("x")
     node.meta.update(meta)
-    assert origin(node) == Origin(owner="", source="", owner_type=None, parameter=(), call=None)
+    assert origin(node) == Origin(owner="", source="", owner_type=None, parameter=(), calls=None)
 
 
 def test_an_origin_survives_pickling_and_cannot_be_changed() -> None:
-    written = Origin("layer", "model.py:3", nn.ReLU, ("a.weight", "b.weight"), 2)
+    written = Origin("layer", "model.py:3", nn.ReLU, ("a.weight", "b.weight"), (("relu", 2),))
     assert pickle.loads(pickle.dumps(written)) == written
     with pytest.raises(AttributeError):
         written.owner = "other"  # type: ignore[misc]
