@@ -305,3 +305,16 @@ def test_a_block_names_a_norm_that_it_cannot_find() -> None:
     with pytest.warns(fg.FreegradWarning, match="matched nothing"), fg.use(stops, model=model) as b:
         model(X)
     assert not fg.report(b).opaque
+
+
+def test_the_innermost_block_decides_a_norm() -> None:
+    model = model_of(Llama, Gemma)
+    expected = gradients(fg.transform(model, FROZEN), model)[1]
+    native = gradients(model, model)[1]
+    cases = [(FROZEN, expected), ({"rms_norm": None}, native)]
+    for inner, wanted in cases:
+        with fg.use({"rms_norm": "stop"}, model=model), fg.use(inner, model=model):
+            found = gradients(model, model)[1]
+        torch.testing.assert_close(found, wanted)
+    with fg.use(FROZEN, model=model), fg.use("straight_through", model=model):
+        torch.testing.assert_close(gradients(model, model)[1], expected)

@@ -21,6 +21,7 @@ from torch import fx, nn
 from .._torch.dynamo import is_compiling, leave_to_python
 from .._torch.replacing import all_replaced
 from ..capture import capture
+from ..context import intercepting_blocks
 from ..errors import CaptureError
 from ..graph.provenance import is_users
 from ..plan import Decided, Decision
@@ -82,11 +83,21 @@ def calls_of_compounds(
             called = _called_in_python if is_compiling() else _called
             return called(forward, decides, self, args, kwargs)
 
+        setattr(run, _ORIGINAL, _original(forward))  # blocks can be nested
         return run
 
     kinds: Any = _all_classes(nn.Module) if modules is None else map(type, modules)
     found = (kind for kind in dict.fromkeys(kinds) if not wanted.isdisjoint(_may_compute(kind)))
     return all_replaced((kind, "forward", around) for kind in found)
+
+
+_ORIGINAL = "_freegrad_fx_original"
+
+
+def _original(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward of the class, without the blocks in force."""
+    found: Callable[..., Any] = getattr(forward, _ORIGINAL, forward)
+    return found
 
 
 def _all_classes(kind: type[Any]) -> Iterator[type[Any]]:
@@ -146,7 +157,7 @@ def _called(
 ) -> Any:
     if not looks_for_sites(decides):
         return forward(module, *args, **kwargs)
-    traced = unintercepted(lambda: _traced(forward, module, decides.on_demand))
+    traced = unintercepted(lambda: _traced(_original(forward), module, decides.on_demand))
     if traced is None or not traced.places:
         stops_parts = not decides.on_demand.isdisjoint(_PARTS)
         if traced is not None and not stops_parts and _is_norm(module, decides):
@@ -154,8 +165,13 @@ def _called(
         return forward(module, *args, **kwargs)
     compounds = [place for place in traced.places if place.compound is not None]
     decided = decides.calls(module, compounds)
-    if decided is None or not any(decision.acts for _, decision in decided):
+    if decided is None or all(decision.entry is None for _, decision in decided):
         return forward(module, *args, **kwargs)
+    observing = [block.observed for block in intercepting_blocks()]
+    for outer in observing[observing.index(decides) + 1 :]:
+        outer.calls(module, compounds)  # a block also lists what another one decides
+    if not any(decision.acts for _, decision in decided):
+        return _original(forward)(module, *args, **kwargs)
     others = decides.calls(module, [place for place in traced.places if place.compound is None])
     wholes = wholes_of(decided)
     for place, decision in others or []:
