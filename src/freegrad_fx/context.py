@@ -20,7 +20,12 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
-from ._torch.dynamo import is_compiling, is_traced_by_dynamo, leave_to_python
+from ._torch.dynamo import (
+    is_compiling,
+    is_traced_by_dynamo,
+    leave_to_python,
+    takes_for_constant,
+)
 from ._torch.functions import follow_checkpoints
 from .core.declaration import Declaration
 from .core.rule import Rule
@@ -31,6 +36,7 @@ __all__ = [
     "OWN_RULES",
     "Block",
     "ambient_rules",
+    "ambient_sites_were_compiled",
     "deciding_blocks",
     "explicit_rules_act",
     "in_a_block",
@@ -106,6 +112,8 @@ def ambient_rules(scope: str, site: str = "") -> tuple[Rule, ...]:
         RuntimeError: The thread is in the blocks of another asynchronous task.
         RuleError: A block has a table, which cannot decide the site where it runs.
     """
+    if is_compiling():
+        _note_compiled()
     require_own_blocks()
     if _state.table and (decided := _by_table(site)) is not None:
         return decided
@@ -125,6 +133,19 @@ def _by_table(site: str) -> tuple[Rule, ...] | None:
         f"that an earlier version saved, ambient sites follow blocks with one rule. Give use() one rule, or transform "
         f"the original model with the table: transform(model, rules)."
     )
+
+
+_compiled: list[bool] = []
+
+
+@takes_for_constant
+def _note_compiled() -> None:
+    _compiled[:] = [True]
+
+
+def ambient_sites_were_compiled() -> bool:
+    """Whether a compiler has traced ambient sites in this process. Compiled code does not tell that it runs."""
+    return bool(_compiled)
 
 
 def table_in_force() -> bool:

@@ -460,3 +460,34 @@ def test_the_report_names_transformed_models_that_ran() -> None:
         assert not plan.decisions
         assert [o.path for o in plan.opaque] == [path]
         assert "ambient sites follow the block; report(model) lists them" in str(plan)
+
+
+# --- a single rule without a site ---
+
+
+@pytest.mark.parametrize("scope", ["activations", "params", "all"])
+def test_a_rule_that_gets_no_site_warns_once(scope: str) -> None:
+    model = nn.Sequential(nn.Flatten())
+    block = fg.use("straight_through", scope=scope, model=model)
+    with pytest.warns(fg.FreegradWarning, match="straight_through got no site"), block:
+        model(torch.ones(2, 2))
+    with block:
+        model(torch.ones(2, 2))
+
+
+def test_a_rule_that_gets_a_site_in_any_of_its_scopes_does_not_warn() -> None:
+    with fg.use("straight_through", scope="all"):
+        torch.relu(torch.ones(2, 2))
+    with fg.use("straight_through"):
+        fg.transform(nn.Sequential(nn.ReLU()))(torch.ones(2))  # its ambient sites follow the block
+    with fg.use("straight_through"):
+        fg.Activation("relu")(torch.ones(2))
+    with fg.use("scale", {"s": 2.0}), fg.use("straight_through"):
+        torch.relu(torch.ones(2))  # the inner rule decides
+
+
+def test_ambient_sites_in_compiled_code_count_as_sites() -> None:
+    compiled = torch.compile(fg.transform(nn.Sequential(nn.ReLU())), backend="eager")
+    with fg.use("straight_through"):
+        compiled(torch.ones(2, requires_grad=True)).sum().backward()
+        torch.ones(2) + 1

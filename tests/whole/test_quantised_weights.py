@@ -413,3 +413,27 @@ def test_a_quantised_cnn_learns_the_digits_step_for_step_as_by_hand(
         assert torch.equal(actual, expected)
     assert accuracy > 0.8  # chance is 0.1
     assert torch.equal(gm(data.held_out_inputs), reference(data.held_out_inputs))
+
+
+def test_a_learnt_step_follows_its_parameter_in_a_block() -> None:
+    def gradients(converted: bool) -> list[Any]:
+        torch.manual_seed(0)
+        model = nn.Linear(4, 3)
+        table = fg.RuleTable(
+            [fg.on(parameter="weight").backward(fg.quantizers.lsq(per_channel=True))]
+        )
+        with fg.use(table, model=model) as block:
+            model(torch.ones(2, 4)).sum().backward()
+            (step,) = (r.bound["step"] for d in fg.report(block).decisions for r in d.rules)
+            step.grad = model.weight.grad = None
+            if converted:
+                model.to(torch.bfloat16)
+            y = model(torch.linspace(-1, 1, 8, dtype=model.weight.dtype).view(2, 4))
+            y.square().sum().backward()
+            (now,) = (r.bound["step"] for d in fg.report(block).decisions for r in d.rules)
+        assert now is step
+        assert step.dtype == step.grad.dtype == model.weight.dtype
+        return [step.detach(), step.grad]
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        torch.testing.assert_close(found.float(), expected, rtol=0.1, atol=0.1)

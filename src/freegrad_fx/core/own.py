@@ -3,16 +3,34 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import WeakIdKeyDictionary, WeakTensorKeyDictionary
 
-__all__ = ["Own"]
+__all__ = ["Own", "follow"]
 
 _lock = threading.Lock()
+_made_for: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""For each tensor that was made, the device and the dtype that its parameter had when it was last used."""
+
+
+def follow(parameter: Tensor, tensors: Iterable[Tensor]) -> None:
+    """Convert tensors that were made for a parameter as the parameter was converted since.
+
+    As PyTorch does with parameters, the tensors stay the same objects, which an optimizer can have.
+    """
+    now = parameter.device, parameter.dtype
+    for tensor in tensors:
+        if tensor not in _made_for or _made_for[tensor] == now:
+            continue
+        dtype = parameter.dtype if tensor.dtype == _made_for[tensor][1] else tensor.dtype
+        tensor.data = tensor.detach().to(parameter.device, dtype)
+        if tensor.grad is not None:
+            tensor.grad = tensor.grad.to(parameter.device, dtype)
+        _made_for[tensor] = now
 
 
 class Own:
@@ -41,7 +59,9 @@ class Own:
             if parameter not in self._made:
                 # It is learnt later, also if the model runs in inference mode first
                 with torch.inference_mode(False), torch.no_grad():
-                    self._made[parameter] = nn.Parameter(self.make(parameter.detach()).clone())
+                    made = nn.Parameter(self.make(parameter.detach()).clone())
+                self._made[parameter] = made
+                _made_for[made] = parameter.device, parameter.dtype
             found: nn.Parameter = self._made[parameter]
         return found
 

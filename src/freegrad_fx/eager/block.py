@@ -102,6 +102,7 @@ class use(ambient_use):
             Block.__init__(self, table=True)
             table = RuleTable.of(given)
             _require_model(table, model)
+        self._tells = True  # the first time tells
         self._table_given = "table" in self.changes
         if model is not None and not _has_ambient_sites(model):
             self.changes = {}  # the ambient sites of other models are not those of this one
@@ -130,9 +131,11 @@ class use(ambient_use):
         leave(self)
         self._inside -= 1
         self.observed.end_call()
-        if self._table_given and self.observed.ran and error[:1] in ((), (None,)):
-            self._table_given = False  # the first time tells
-            for problem in self.observed.unmatched():
+        if self._tells and self.observed.ran and error[:1] in ((), (None,)):
+            self._tells = False
+            observed = self.observed
+            problems = observed.unmatched() if self._table_given else observed.without_a_site()
+            for problem in problems:
                 warnings.warn(problem, FreegradWarning, stacklevel=2)
             self.observed.require_reached()
 

@@ -19,7 +19,7 @@ from .._torch.modules import is_replica
 from .._torch.tensors import version
 from ..backward.joint import recomputations, require_whole
 from ..capture.captured import CapturedModule
-from ..context import table_in_force
+from ..context import ambient_sites_were_compiled, table_in_force
 from ..core.rule import Rule
 from ..errors import RuleError
 from ..graph.provenance import caller
@@ -110,6 +110,7 @@ class Observed(EagerSites):
         self._thread = _Thread()
         self._ran: set[int] = set()  # the modules that were called
         self.ran = False
+        self._follow = False  # whether models with sites of their own, which may be ambient, ran
         self._paths: dict[int, str] = {}
         self._names = ParameterNames(model)
         self._ambient: WeakKeyDictionary[nn.Module, Mapping[str, tuple[Rule, ...] | None]] = (
@@ -175,6 +176,7 @@ class Observed(EagerSites):
     def takes(self, place: Place) -> bool:
         """Whether a call at a place is a site: that in an `Activation` is one if a table decides."""
         innermost = place.modules[0] if place.modules else None
+        self._follow = self._follow or isinstance(innermost, Activation)
         return not isinstance(innermost, Activation) or (table_in_force() and not innermost.rules)
 
     def at_ambient_sites(self, model: CapturedModule) -> Mapping[str, tuple[Rule, ...] | None]:
@@ -363,6 +365,17 @@ class Observed(EagerSites):
             ran = {path for identity, path in self._paths.items() if identity in self._ran}
             require_reached(self.plan(), self.model, ran)
 
+    def without_a_site(self) -> Iterator[str]:
+        """That the rule of the block, which has no table, got no site at all, as a text."""
+        if self._follow or ambient_sites_were_compiled() or any(self.plan().meant):
+            return
+        seen = ", ".join(sorted({d.site.op for d in self.plan().decisions})) or "none"
+        rules = " and ".join(dict.fromkeys(repr(r) for e in self.table for r in e.rules or ()))
+        yield (
+            f"{rules} got no site in the use() block; the ops that ran: {seen}. A single rule is for activations, "
+            f"or with scope='params' for parameters; a table names other operations: use({{'linear': rule}}, model=model)"
+        )
+
     def unmatched(self) -> Iterator[str]:
         """The entries of the table that matched no site, and the sites where no rule can act, as texts."""
         plan = self.plan()
@@ -389,6 +402,7 @@ class Observed(EagerSites):
 
     def transformed(self, model: nn.Module) -> None:
         """Note a call of a model that was transformed."""
+        self._follow = True
         place = self.place()
         if place is not None:
             name = type(model).__name__

@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.dispatch import is_transformed
+from ..core.own import follow
+from ..core.rule import learnt_by
 from ..errors import RuleError
 from ..graph.provenance import caller
 from ..modules import Activation
@@ -442,6 +444,7 @@ def parameter_site(
 def decoupled_parameter(parameter: Tensor, decision: Decision, acts: bool) -> Tensor:
     """The tensor that takes the place of a parameter: with the forward of a decision, and, if they act, its rules."""
     value: Tensor = parameter.detach()
+    follow(parameter, learnt_by(decision.rules))
     if decision.forward is not None:
         value = replaced_forward(decision.forward, value, decision.rules if acts else ())
     result = parameter_by(decision, value, parameter) if acts else value
