@@ -17,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.checkpoint import checkpoint
 
 import freegrad_fx as fg
+from freegrad_fx import context
 from runs import loss
 from sweep import Interception
 
@@ -137,6 +138,7 @@ def test_another_asynchronous_task_is_refused() -> None:
     asyncio.run(both())
 
 
+@pytest.mark.filterwarnings("ignore:reverse.* got no site")
 @pytest.mark.parametrize("reentrant", [False, True])
 @pytest.mark.parametrize("with_model", [False, True])
 def test_a_checkpoint_runs_again_in_its_block(reentrant: bool, with_model: bool) -> None:
@@ -352,6 +354,7 @@ def test_compiled_code_acts_in_a_block(backend: str) -> None:
 
 
 @pytest.mark.sampled(2)
+@pytest.mark.filterwarnings("ignore:reverse.* got no site")
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_the_table_of_a_compiled_model_decides_in_it(backend: str) -> None:
     torch._dynamo.reset()
@@ -466,7 +469,8 @@ def test_the_report_names_transformed_models_that_ran() -> None:
 
 
 @pytest.mark.parametrize("scope", ["activations", "params", "all"])
-def test_a_rule_that_gets_no_site_warns_once(scope: str) -> None:
+def test_a_rule_that_gets_no_site_warns_once(scope: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_compiled", [])  # as if no test before had compiled ambient sites
     model = nn.Sequential(nn.Flatten())
     block = fg.use("straight_through", scope=scope, model=model)
     with pytest.warns(fg.FreegradWarning, match="straight_through got no site"), block:
@@ -475,7 +479,10 @@ def test_a_rule_that_gets_no_site_warns_once(scope: str) -> None:
         model(torch.ones(2, 2))
 
 
-def test_a_rule_that_gets_a_site_in_any_of_its_scopes_does_not_warn() -> None:
+def test_a_rule_that_gets_a_site_in_any_of_its_scopes_does_not_warn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(context, "_compiled", [])
     with fg.use("straight_through", scope="all"):
         torch.relu(torch.ones(2, 2))
     with fg.use("straight_through"):
@@ -486,7 +493,8 @@ def test_a_rule_that_gets_a_site_in_any_of_its_scopes_does_not_warn() -> None:
         torch.relu(torch.ones(2))  # the inner rule decides
 
 
-def test_ambient_sites_in_compiled_code_count_as_sites() -> None:
+def test_ambient_sites_in_compiled_code_count_as_sites(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(context, "_compiled", [])
     compiled = torch.compile(fg.transform(nn.Sequential(nn.ReLU())), backend="eager")
     with fg.use("straight_through"):
         compiled(torch.ones(2, requires_grad=True)).sum().backward()

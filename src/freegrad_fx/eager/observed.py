@@ -373,7 +373,7 @@ class Observed(EagerSites):
         rules = " and ".join(dict.fromkeys(repr(r) for e in self.table for r in e.rules or ()))
         yield (
             f"{rules} got no site in the use() block; the ops that ran: {seen}. A single rule is for activations, "
-            f"or with scope='params' for parameters; a table names other operations: use({{'linear': rule}}, model=model)"
+            f"or with scope='params' for parameters; a table names others: use({{'linear': rule}}, model=model)"
         )
 
     def unmatched(self) -> Iterator[str]:
