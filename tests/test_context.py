@@ -264,6 +264,7 @@ def test_a_composition_acts_in_its_order() -> None:
     assert close(actual, intercepted(lambda g, x: -rectangular(g.clamp(-0.1, 0.1), x)))
 
 
+@pytest.mark.filterwarnings("ignore:scale.* got no site")
 def test_the_rule_is_bound_when_the_forward_runs() -> None:
     gm = fg.transform(NET)
     with fg.use(RECTANGULAR):
@@ -567,6 +568,7 @@ def test_checkpoints_in_checkpoints() -> None:
     assert close(found, backward(a * b))
 
 
+@pytest.mark.filterwarnings("ignore:scale.* got no site")
 def test_a_compiled_function_with_a_checkpoint_in_it() -> None:
     gm = fg.transform(NET)
     compiled = torch.compile(
@@ -580,6 +582,7 @@ def test_a_compiled_function_with_a_checkpoint_in_it() -> None:
         assert close(backward(outside), gradients(NET, X))
 
 
+@pytest.mark.filterwarnings("ignore:scale.* got no site")
 @pytest.mark.parametrize("wrap", [lambda m: m, nn.Sequential], ids=["itself", "in a container"])
 def test_a_replica_follows_the_blocks_of_the_thread_that_made_it(wrap: Any) -> None:
     for model in (nn.Sequential(nn.ReLU()), fg.Activation("ReLU")):
@@ -756,6 +759,7 @@ def test_a_block_inside_of_a_compiled_function() -> None:
 # --- captures of models with blocks and ambient parts in them ---
 
 
+@pytest.mark.filterwarnings("ignore:scale.* got no site")
 @pytest.mark.parametrize("examples", [None, (X,)], ids=["traced", "exported"])
 def test_an_exported_model_is_ambient_like_a_traced_one(examples: Any) -> None:
     with fg.use("scale", {"s": 7.0}, scope="all"):  # no matter where it is transformed
