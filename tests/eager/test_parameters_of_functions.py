@@ -198,6 +198,7 @@ def test_transforms_of_functions_give_the_rule_once(x: Tensor) -> None:
 # Dynamo reads the gradients of its inputs after a graph break
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")
 @pytest.mark.parametrize("door", ["plain", "compile", "transform"])
+@pytest.mark.filterwarnings("ignore:scale.* got no site")
 def test_compiled_code_gives_the_rule_once(door: str, x: Tensor) -> None:
     """That of the block in a plain model, and that of its own table in another one, also in one graph."""
     model = Layer(Scaled)
