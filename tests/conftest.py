@@ -19,6 +19,7 @@ from torch import Tensor
 
 # On the path through pytest's `pythonpath`. After it a test may import torchvision as a user does.
 import _torchvision  # noqa: F401
+from freegrad_fx import context
 from freegrad_fx._torch.releases import warn_if_untested
 from freegrad_fx.core import rule as rule_module
 from freegrad_fx.extension import library
@@ -128,6 +129,12 @@ def _same_start_for_every_test() -> Iterator[None]:
     # Dynamo counts recompilations per code object: without this, the order of tests would matter.
     if "torch._dynamo" in sys.modules:
         torch._dynamo.reset()
+
+
+@pytest.fixture(autouse=True)
+def _no_sites_were_compiled_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where some were, a block cannot know that it has no site, and does not warn of it."""
+    monkeypatch.setattr(context, "_compiled", [])
 
 
 @contextlib.contextmanager
