@@ -133,6 +133,7 @@ def test_a_transformed_model_is_compared_with_its_native_backward() -> None:
     assert {row.kind for row in found.rows} == {"parameter"}
 
 
+@pytest.mark.filterwarnings("ignore:full_jam got no site")
 def test_a_compiled_model_and_blocks_around_change_nothing() -> None:
     expected = fg.compare(make(), "d(Linear)", sample(), CLASSES).to_dict()
     compiled = torch.compile(make(), backend="eager")

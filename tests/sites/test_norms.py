@@ -307,6 +307,7 @@ def test_a_block_names_a_norm_that_it_cannot_find() -> None:
     assert not fg.report(b).opaque
 
 
+@pytest.mark.filterwarnings("ignore:straight_through got no site")
 def test_the_innermost_block_decides_a_norm() -> None:
     model = model_of(Llama, Gemma)
     expected = gradients(fg.transform(model, FROZEN), model)[1]
