@@ -116,6 +116,12 @@ def test_an_ambient_gelu_follows_blocks() -> None:
     assert torch.equal(found, gradient(fg.transform(model_of(New), rules))[1])
 
 
+def without_gradient(x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = torch.sigmoid(1.702 * x)
+    return x * gate
+
+
 OTHERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x * torch.sigmoid(x),
     lambda x: 0.5 * x * (1.0 + torch.tanh(x)),
@@ -123,6 +129,7 @@ OTHERS: list[Callable[[Tensor], Tensor]] = [
     lambda x: x.flip(0) * torch.sigmoid(1.702 * x),
     lambda x: F.relu(x) * 0.5 * (1.0 + torch.erf(x / math.sqrt(2.0))),
     lambda x: torch.tanh(x),
+    without_gradient,
 ]
 
 
@@ -134,3 +141,16 @@ def test_what_is_no_gelu(forward: Any) -> None:
 
     plan = fg.explain(Other(), fg.RuleTable([fg.on("gelu", optional=True).backward("stop")]))
     assert not [d for d in plan.decisions if d.site.op == "gelu"]
+
+
+def test_an_input_that_is_written_between_the_calls_is_no_gelu() -> None:
+    class Writes(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            gate = torch.sigmoid(1.702 * x)
+            x.mul_(2)
+            return x * gate
+
+    model = model_of(Writes)
+    with pytest.warns(fg.FreegradWarning, match="written into between the calls that read it"):
+        gm = fg.transform(model, {"gelu": "stop"})
+    assert all(map(torch.equal, gradient(gm), gradient(model)))

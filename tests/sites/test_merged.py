@@ -244,3 +244,95 @@ def test_attribute_knows_the_relevance_of_a_pair() -> None:
     found = fg.attribute(model, table, x, 1)
     assert torch.equal(found, fg.attribute(model, table, x, 1, multiply=False))
     assert torch.equal(found, fg.attribute(fg.transform(model, table), None, x, 1))
+
+
+# --- what happens to the model later ---
+
+
+@fg.register("native_layer", kinds="operation")
+def native_layer(grad: Tensor, x: Tensor, weight: Tensor, *, f: Any) -> Tensor:
+    """With the merged weight, this is the native gradient."""
+    return f.gradient("x", grad)  # type: ignore[no-any-return]
+
+
+NATIVE = fg.RuleTable([fg.on(["conv_bn", "linear_bn"]).backward("native_layer")])
+
+
+class Wrapped(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.norm = nn.Sequential(nn.Conv1d(2, 3, 2)), nn.Sequential(nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.layer(x)).square()
+
+
+def hook(module: nn.Module, path: str, after: bool) -> None:
+    part = module.get_submodule(path)
+    if after:
+        part.register_forward_hook(lambda _m, _x, result: result * 2)
+    else:
+        part.register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+
+
+@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize("path", ["layer.0", "layer", "norm.0", "norm"])
+def test_hooks_run_around_a_pair_and_never_inside(path: str, later: bool) -> None:
+    outside, x = path.startswith("norm"), torch.randn(2, 2, 4)
+    model = Wrapped().eval()
+    gm = fg.transform(model, NATIVE) if later else None
+    hook(model, path, after=outside)
+    if gm is None:
+        gm = fg.transform(
+            model, fg.RuleTable([fg.on("conv_bn", optional=True).backward("native_layer")])
+        )
+    else:
+        hook(gm, path, after=outside)
+    assert torch.equal(gm(x), model(x))
+    torch.testing.assert_close(relevance(gm, x), relevance(model, x))
+    if later:
+        hook(gm, path, after=not outside)
+        with pytest.raises(fg.RuleError, match="a hook that runs between the layer and the batch"):
+            gm(x)
+
+
+def test_the_epsilon_of_now_counts() -> None:
+    model, x = made("conv1d")
+    gm = fg.transform(model, NATIVE)
+    model.norm.eps = gm.norm.eps = 0.5
+    torch.testing.assert_close(relevance(gm, x), relevance(model, x))
+
+
+@BOTH
+def test_a_batch_norm_can_have_a_higher_precision(door: Any) -> None:
+    model, x = made("conv1d")
+    expected = relevance(door(model, ZPLUS, (x,)), x)
+    for layer in (model.layer, model.second):
+        layer.to(torch.bfloat16)
+    model.norm.float(), model.other.float()
+    x = x.to(torch.bfloat16)
+    found = relevance(door(model, ZPLUS, (x,)), x)
+    torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=0.02)
+
+
+def test_second_derivatives_reach_the_merged_parameters() -> None:
+    model, x = made("conv2d, groups")
+    nn.init.ones_(model.other.weight)
+    found = []
+    for called in (model, fg.transform(model, NATIVE)):
+        x = x.clone().requires_grad_()
+        (grad,) = torch.autograd.grad(called(x).square().sum(), x, create_graph=True)
+        wanted = [model.layer.weight, model.second.weight, model.other.weight]
+        if called is not model:
+            wanted = [called.layer.weight, called.second.weight, called.other.weight]
+        found.append(torch.autograd.grad(grad.square().sum(), wanted))
+    torch.testing.assert_close(found[1], found[0])
+
+
+@BOTH
+def test_a_convolution_without_a_batch_is_refused(door: Any) -> None:
+    # The batch norm takes the channels for the batch, and normalises the positions
+    model = nn.Sequential(nn.Conv1d(2, 3, 3), nn.BatchNorm1d(4)).eval()
+    x = torch.randn(2, 6)
+    with pytest.raises(fg.RuleError, match=r"normalises another dimension .* Give conv_bn None"):
+        door(model, ZPLUS, (x,))(x)

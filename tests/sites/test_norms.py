@@ -264,6 +264,67 @@ def test_what_is_no_norm(forward: Any) -> None:
     assert not fg.explain(Plain(forward), table).decisions
 
 
+class WritesX(Norm):
+    """The square reads a copy of other precision, so that PyTorch allows the write."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        scale = torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        x.view(-1).mul_(2)
+        return x * scale.double() * self.weight
+
+
+class WritesAfterMean(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        mean = x.mean(-1, keepdim=True)
+        x.add_(1)
+        centred = x - mean
+        return centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + self.eps)
+
+
+@BOTH
+@pytest.mark.parametrize("kind", [WritesX, WritesAfterMean])
+def test_an_input_that_is_written_between_the_calls_is_no_norm(kind: type[Norm], door: Any) -> None:
+    model = model_of(kind)
+    with pytest.warns(fg.FreegradWarning, match="written into between the calls that read it"):
+        found = gradients(door(model, FROZEN, (X,)), model)
+    assert all(map(torch.equal, found[1], gradients(model, model)[1]))
+
+
+class Squares(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.pow(2)
+
+
+class Outer(Norm):
+    """The square is in a module of its own, and the conversion outside of that of the norm."""
+
+    def __init__(self, size: int = 6) -> None:
+        super().__init__(size)
+        self.inner, self.squares = Olmo(size), Squares()
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.squares(x).mean(-1, keepdim=True)
+        return self.inner((x * torch.rsqrt(mean + self.eps)).to(torch.float64))
+
+
+@pytest.mark.parametrize("path", ["1.squares", "1.inner", "1"])
+def test_hooks_that_are_registered_later_run_outside_of_a_norm(path: str) -> None:
+    @fg.register("native_norm", kinds="operation")
+    def native_norm(grad: Tensor, x: Tensor, weight: Tensor | None, *, f: Any) -> Tensor:
+        return f.gradient("x", grad)  # type: ignore[no-any-return]
+
+    model = model_of(Outer)
+    gm = fg.transform(model, {"rms_norm": "native_norm"})
+    assert [d.site.name for d in fg.report(gm).with_action("rewrite")] == ["1.inner:rms_norm[0]"]
+    for m in (gm, model):
+        m.get_submodule(path).register_forward_pre_hook(lambda _, given: (given[0] * 2,))
+        m.get_submodule(path).register_forward_hook(lambda _m, _x, result: result * 3)
+    expected = gradients(model, model)
+    found = gradients(gm, gm)
+    assert torch.equal(found[0], expected[0])
+    torch.testing.assert_close(found[1], expected[1])
+
+
 def test_an_input_that_is_overwritten_later_is_kept_for_the_rule() -> None:
     class Overwrites(nn.Module):
         def __init__(self) -> None:

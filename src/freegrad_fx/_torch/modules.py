@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 from typing import Any, ClassVar, Self
@@ -39,6 +39,7 @@ __all__ = [
     "has_global_forward_hooks",
     "has_global_hooks",
     "has_hooks",
+    "has_hooks_between",
     "has_hooks_on_errors",
     "hooks_of",
     "is_compiled_wrapper",
@@ -140,6 +141,18 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
         module._forward_hooks,
         module._backward_pre_hooks,
         module._backward_hooks,
+    )
+
+
+def has_hooks_between(left: Iterable[nn.Module], entered: Iterable[nn.Module]) -> bool:
+    """Whether hooks run between two operations.
+
+    Args:
+        left: The modules whose calls end there.
+        entered: The modules whose calls begin there.
+    """
+    return any(has_backward_hooks(m) or bool(m._forward_hooks) for m in left) or any(
+        has_backward_hooks(m) or bool(m._forward_pre_hooks) for m in entered
     )
 
 

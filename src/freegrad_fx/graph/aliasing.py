@@ -23,6 +23,7 @@ from .nodes import argument, attribute, called_module, first_argument, hooked_mo
 __all__ = [
     "LIBRARIES",
     "Aliasing",
+    "may_write",
     "named_in_place",
     "of_library",
     "written_argument",
@@ -192,6 +193,10 @@ class Aliasing:
             for writer in self._writes[self._find(x)]
         )
 
+    def written_between(self, x: fx.Node, first: fx.Node, last: fx.Node) -> bool:
+        """Whether a node between two others may write into memory that `x` may share."""
+        return any(first < writer < last for writer in self._writes[self._find(x)])
+
     def written(self, x: fx.Node) -> bool:
         """Whether a call that is known to write writes into memory that `x` may share; opaque calls do not count."""
         return any(
@@ -242,6 +247,11 @@ def of_library(function: Any) -> bool:
 def named_in_place(name: str) -> bool:
     """Whether a name ends in a single underscore, PyTorch's convention for in-place functions and methods."""
     return name.endswith("_") and not name.endswith("__")
+
+
+def may_write(node: fx.Node, root: nn.Module) -> bool:
+    """Whether a node may write into one of its arguments."""
+    return written_argument(node, root) is not None or _may_write_anything(node, root)
 
 
 def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import handle_torch_function, has_torch_function
 
+from .._torch.modules import has_hooks_between
 from ..context import explicit_rules_act
 from ..errors import RuleError
 
@@ -23,10 +24,12 @@ def merged_parameters(
     gamma: Tensor | None,
     beta: Tensor | None,
     *,
-    eps: float,
+    eps: float = 1e-5,
     site: str,
     training: Any = False,
     norm: Any = None,
+    left: tuple[nn.Module, ...] = (),
+    entered: tuple[nn.Module, ...] = (),
     groups: int = 1,
     transposed: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
@@ -34,7 +37,7 @@ def merged_parameters(
 
     Formula: W·γ/√(σ² + ε) for each output channel, and (b − μ)·γ/√(σ² + ε) + β.
 
-    They are for rules to read, and have no gradient. If no rule acts, those of the layer are returned.
+    They are for rules to read. If no rule acts, those of the layer are returned.
 
     Args:
         x: The input of the layer.
@@ -44,45 +47,57 @@ def merged_parameters(
         variance: Its running variance σ².
         gamma: Its weight γ.
         beta: Its bias β.
-        eps: Its ε.
+        eps: Its ε. A module says that itself.
         site: The name of the site, for errors.
         training: Whether it normalises with the statistics of the batch.
         norm: The module of the batch norm, which says that itself; None for a function.
+        left: The modules whose calls end between the layer and the batch norm.
+        entered: The modules whose calls begin there.
         groups: The groups of a convolution.
         transposed: Whether it is a transposed convolution.
 
     Raises:
-        RuleError: The batch norm uses the statistics of the batch, or normalises another dimension than the outputs.
+        RuleError: The batch norm uses the statistics of the batch, or normalises another dimension than the outputs; or
+            a module has a hook that runs between the two.
     """
     tensors = (x, weight, bias, mean, variance, gamma, beta)
     if has_torch_function(tensors):
         return handle_torch_function(
             merged_parameters, tensors, *tensors, eps=eps, site=site, training=training,
-            norm=norm, groups=groups, transposed=transposed,
+            norm=norm, left=left, entered=entered, groups=groups, transposed=transposed,
         )  # fmt: skip
     if not (torch.is_grad_enabled() and explicit_rules_act()):
         return weight, bias
+    if has_hooks_between(left, entered):
+        raise RuleError(
+            f"a hook that runs between the layer and the batch norm at site {site!r} can change what goes from one "
+            f"into the other, so that they are no single layer. Remove the hook; or leave conv_bn and linear_bn out of the "
+            f"table."
+        )
     if norm is not None:
-        training = norm.training
+        training, eps = norm.training, norm.eps
     if training or mean is None or variance is None:
         raise RuleError(
             f"the batch norm at site {site!r} normalises with the statistics of the batch, so that it is no part of "
             f"the layer before it. Call model.eval(); or leave conv_bn and linear_bn out of the table."
         )
-    if weight.dim() == 2 != x.dim():
+    if weight.dim() != x.dim():
+        op, pair = ("linear", "linear_bn") if weight.dim() == 2 else ("conv", "conv_bn")
         raise RuleError(
-            f"the batch norm at site {site!r} normalises another dimension of its input, of {x.dim()} dimensions, than "
-            f"the outputs of the linear layer before it. Give linear_bn None there, and linear a rule."
+            f"the batch norm at site {site!r} normalises another dimension than that of the outputs of the layer "
+            f"before it, as the input has {x.dim()} dimensions, not {weight.dim()}. Give {pair} None there, and {op} a rule."
         )
-    with torch.no_grad():
-        scale = torch.rsqrt(variance + eps) if gamma is None else gamma / torch.sqrt(variance + eps)
-        shift = -mean if bias is None else bias - mean
-        shift = shift * scale if beta is None else shift * scale + beta
-        if transposed:  # the weight of a transposed convolution has the outputs of a group second
-            by_group = weight.reshape(groups, -1, *weight.shape[1:])
-            by_group = by_group * _beside(scale.reshape(groups, 1, -1), by_group.dim())
-            return by_group.flatten(0, 1), shift
-        return weight * _beside(scale, weight.dim()), shift
+    scale = torch.rsqrt(variance + eps) if gamma is None else gamma / torch.sqrt(variance + eps)
+    shift = -mean if bias is None else bias - mean
+    shift = shift * scale if beta is None else shift * scale + beta
+    if transposed:  # the weight of a transposed convolution has the outputs of a group second
+        by_group = weight.reshape(groups, -1, *weight.shape[1:])
+        by_group = by_group * _beside(scale.reshape(groups, 1, -1), by_group.dim())
+        merged = by_group.flatten(0, 1)
+    else:
+        merged = weight * _beside(scale, weight.dim())
+    # A batch norm can have a higher precision than the layer
+    return merged.to(weight.dtype), shift.to(weight.dtype)
 
 
 def _beside(scale: Tensor, dims: int) -> Tensor:

@@ -32,7 +32,7 @@ from ..sites.site import Located, LocatedOperation, LocatedParameter
 from .calls import calls_to_give, calls_to_open, with_given_parameters, with_open_calls
 from .compounds import copies_at, operate_compound
 from .memory import memory_at
-from .merged import with_merged_parameters
+from .merged import has_merged, with_merged_parameters
 from .operations import at_operations, operate
 from .parameters import decouple
 from .steps import steps_to_open, with_open_steps
@@ -89,7 +89,10 @@ def rewrite(
         insert_marks(graph, marks or Marks())
         decided = with_open_steps(decided)
         marks = None if marks is None else take_marks(graph)
-    decided = with_merged_parameters(root, decided)
+    if has_merged(decided):
+        insert_marks(graph, marks or Marks())
+        decided = with_merged_parameters(root, decided)
+        marks = None if marks is None else take_marks(graph)
     wanted = [pair for pair in decided if pair[1].acts]
     aliasing = Aliasing(graph, root)
     # The aliasing describes the graph before any insertion, so all sites are analysed first
@@ -112,12 +115,11 @@ def rewrite(
     frozen = [p for p, d in decided if isinstance(p, LocatedParameter) and d.frozen]
     if marks is not None:
         insert_marks(graph, marks)
-        for place, _, _ in judged:
-            if (
-                place.node.target is not call_without_hooks
-                and called_module(place.node, root) is not None
-            ):
-                mark_call(place.node)
+        calls = [place.node for place, _, _ in judged]
+        calls += [part for place, _, _ in compounds for part in _parts(place)]
+        for node in dict.fromkeys(calls):
+            if node.target is not call_without_hooks and called_module(node, root) is not None:
+                mark_call(node)
     replaced = [place for place, decision in wanted if decision.forward is not None]
     if replaced:
         _warn_at(replaced[0], len(replaced), graph, root)
@@ -136,6 +138,10 @@ def rewrite(
             surgery.node("call_function", require_frozen, (surgery.read(unlearned), name))
     _use(graph, [(p, result) for (p, _, _), result in zip(parameters, results, strict=True)])
     return Marks() if marks is None else take_marks(graph, unmarked)
+
+
+def _parts(place: LocatedOperation) -> tuple[fx.Node, ...]:
+    return () if place.compound is None else place.compound.parts
 
 
 def _warn_at(first: Located, count: int, graph: fx.Graph, root: nn.Module) -> None:

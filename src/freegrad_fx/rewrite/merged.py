@@ -11,13 +11,26 @@ from torch import fx, nn
 
 from ..graph.nodes import called_module, called_path, operand_node
 from ..ops.merging import merged_parameters
-from ..plan import Decided
+from ..plan import Decided, Decision
+from ..sites.merged import boundaries
 from ..sites.site import REPLACE, Located, LocatedOperation, LocatedParameter
 from ..vocabulary.arguments import argument_names
 from ..vocabulary.op import Operand
 from .surgery import Surgery
 
-__all__ = ["with_merged_parameters"]
+__all__ = ["has_merged", "with_merged_parameters"]
+
+
+def has_merged(decided: Decided) -> bool:
+    """Whether a layer into which a batch norm is merged gets a rule."""
+    return any(_gets_rule(place, decision) for place, decision in decided)
+
+
+def _gets_rule(place: Located, decision: Decision) -> bool:
+    if not isinstance(place, LocatedOperation) or place.compound is None:
+        return False
+    merged = place.compound.merged is not None
+    return merged and decision.acts and place.site.at == REPLACE
 
 
 def with_merged_parameters(root: nn.Module, decided: Decided) -> Decided:
@@ -29,9 +42,7 @@ def with_merged_parameters(root: nn.Module, decided: Decided) -> Decided:
     reads: dict[str, list[fx.Node]] = {}
     found: Decided = []
     for place, decision in decided:
-        acts = decision.acts and place.site.at == REPLACE
-        compound = place.compound if acts and isinstance(place, LocatedOperation) else None
-        if isinstance(place, LocatedOperation) and compound is not None and compound.merged:
+        if isinstance(place, LocatedOperation) and _gets_rule(place, decision):
             place = _with_parameters(root, place, reads)
         found.append((place, decision))
     return [(_read(place, reads), decision) for place, decision in found] if reads else found
@@ -82,12 +93,14 @@ def _with_parameters(
         if module is not None:
             path = called_path(norm)
             given += [read(path, module, name) for name in _STATISTICS]
-            how |= {"eps": module.eps, "norm": surgery.node("get_attr", path)}
+            how["norm"] = surgery.node("get_attr", path)
         else:
             names = argument_names(norm.target)
             arguments = {**dict(zip(names, norm.args, strict=False)), **norm.kwargs}
             given += [arguments.get(name) for name in _STATISTICS]
             how |= {"eps": arguments.get("eps", 1e-5), "training": arguments.get("training", False)}
+        for name, paths in zip(("left", "entered"), boundaries(layer, norm, root), strict=True):
+            how[name] = tuple(surgery.node("get_attr", path) for path in paths)
         given.insert(0, compound.operand("x"))
         both = surgery.node("call_function", merged_parameters, tuple(given), how)
         weight, bias = (

@@ -9,6 +9,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
+import torch
 from torch import fx
 
 from .._torch.graphs import grad_mode_setter
@@ -19,10 +20,12 @@ from .alone import Alone
 
 __all__ = [
     "Compound",
+    "changes_grad_mode",
     "given",
     "is_cast",
     "is_number",
     "name_of",
+    "nodes_between",
     "obstacle_inside",
     "uses_of",
     "without_casts",
@@ -132,8 +135,11 @@ def is_number(value: Any) -> bool:
 
 
 def is_cast(node: Any) -> bool:
-    """Whether a node converts its first argument to another dtype or device, and does nothing else."""
-    return name_of(node) in _CASTS and isinstance(node.args[0] if node.args else None, fx.Node)
+    """Whether a node converts its first argument to another dtype of floats or device, and does nothing else."""
+    if name_of(node) not in _CASTS or not isinstance(node.args[0] if node.args else None, fx.Node):
+        return False
+    dtypes = (a for a in (*node.args, *node.kwargs.values()) if isinstance(a, torch.dtype))
+    return all(dtype.is_floating_point for dtype in dtypes)
 
 
 def without_casts(node: fx.Node) -> list[fx.Node]:
@@ -178,10 +184,11 @@ def obstacle_inside(parts: Collection[fx.Node], result: fx.Node) -> str:
 
 def changes_grad_mode(first: fx.Node, last: fx.Node) -> bool:
     """Whether gradients are switched on or off between two nodes."""
-    return any(node.target is grad_mode_setter() for node in _between(first, last))
+    return any(node.target is grad_mode_setter() for node in nodes_between(first, last))
 
 
-def _between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+def nodes_between(first: fx.Node, last: fx.Node) -> Iterator[fx.Node]:
+    """The nodes from one on, up to another one, which does not count."""
     node = first
     while node is not last:
         yield node

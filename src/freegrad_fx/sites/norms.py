@@ -17,7 +17,6 @@ from ..graph.provenance import origin
 from ..vocabulary.activations import OPS
 from .compound import (
     Compound,
-    changes_grad_mode,
     given,
     is_cast,
     is_number,
@@ -132,7 +131,7 @@ def _common(
 ) -> fx.Node | None:
     """The input that is squared and divided; None if these are different tensors.
 
-    Conversions of the input belong to the norm, unless other code uses what they return.
+    Conversions of the input belong to the norm, unless another module makes them, or other code uses what they return.
     """
     centred = _centred(squared, numerator, found.dims)
     if centred is not None:
@@ -145,7 +144,10 @@ def _common(
             continue
         casts = [*first[: first.index(base)], *second[: second.index(base)]]
         inside = {*found.parts, *casts, product}
-        if all(inside.issuperset(uses_of(cast)) for cast in casts):
+        if all(
+            inside.issuperset(uses_of(cast)) and origin(cast).owner == origin(product).owner
+            for cast in casts
+        ):
             found.parts.update(dict.fromkeys(casts))
             return base
     return None
@@ -186,7 +188,7 @@ def _norm(product: fx.Node, base: fx.Node, found: _Found, root: nn.Module) -> Co
         parts[user] = None
         result = user
     ordered = tuple(sorted(parts))
-    if ordered[-1] is not result or changes_grad_mode(ordered[0], result):
+    if ordered[-1] is not result:
         return None
     for part in ordered:
         if base in part.all_input_nodes:
