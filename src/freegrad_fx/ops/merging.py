@@ -71,8 +71,8 @@ def merged_parameters(
     if has_hooks_between(left, entered):
         raise RuleError(
             f"a hook that runs between the layer and the batch norm at site {site!r} can change what goes from one "
-            f"into the other, so that they are no single layer. Remove the hook; or leave conv_bn and linear_bn out of the "
-            f"table."
+            f"into the other, so that they are no single layer. Remove the hook; or leave conv_bn and linear_bn out of "
+            f"the table."
         )
     if norm is not None:
         training, eps = norm.training, norm.eps
@@ -85,7 +85,8 @@ def merged_parameters(
         op, pair = ("linear", "linear_bn") if weight.dim() == 2 else ("conv", "conv_bn")
         raise RuleError(
             f"the batch norm at site {site!r} normalises another dimension than that of the outputs of the layer "
-            f"before it, as the input has {x.dim()} dimensions, not {weight.dim()}. Give {pair} None there, and {op} a rule."
+            f"before it, as the input has {x.dim()} dimensions, not {weight.dim()}. Give {pair} None there, "
+            f"and {op} a rule."
         )
     scale = torch.rsqrt(variance + eps) if gamma is None else gamma / torch.sqrt(variance + eps)
     shift = -mean if bias is None else bias - mean
