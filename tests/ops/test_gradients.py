@@ -446,7 +446,10 @@ def test_gradients_of_samples_are_those_of_each_sample(name: str) -> None:
         return (around(torch.sigmoid, name)(x) * grad).sum()
 
     each = [gradient(around(torch.sigmoid, name), *pair) for pair in zip(x, grad, strict=True)]
-    assert torch.equal(torch.func.grad(loss)(x[0], grad[0]), each[0])
+    one = torch.func.grad(loss)(x[0], grad[0])
+    # A lean form rounds in another way than the formula, which acts under torch.func
+    lean = fg.get(name).declaration.lean is not None
+    torch.testing.assert_close(one, each[0], **({} if lean else {"rtol": 0, "atol": 0}))
     torch.testing.assert_close(torch.vmap(torch.func.grad(loss))(x, grad), torch.stack(each))
     columns = torch.vmap(torch.func.grad(loss), in_dims=(1, None))(x.movedim(0, 1), grad[0])
     torch.testing.assert_close(columns[0], each[0])

@@ -109,6 +109,7 @@ def test_the_pass_behind_the_compiler_counts_calls_over_the_buckets(
         assert set(result["sites"]) == names
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scenario", scenarios("FSDP", "FSDP, compiled"))
 def test_a_sharded_model_keeps_the_rules_of_its_parameters(
     request: pytest.FixtureRequest, scenario: str
