@@ -367,5 +367,25 @@ def test_a_strict_table_refuses_attention_and_gates_that_it_does_not_reach() -> 
     with pytest.raises(fg.PlanError) as error:
         fg.explain(Gated(), fg.tables.circuit_freeze(strict=True))
     assert "gate" not in str(error.value)
+
+
+@pytest.mark.parametrize("door", [DOORS["symbolic"], DOORS["compiled"], DOORS["in a block"]])
+def test_a_table_for_some_attentions_does_not_reach_the_others(door: Any) -> None:
+    class Attention(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return F.scaled_dot_product_attention(x, x, x)
+
+    model = nn.Sequential(Attention(), Attention(), Attention())
+    fused = fg.on("scaled_dot_product_attention", module="re:[12]", at=["query", "key"])
+    table = fg.RuleTable([fused.backward("stop")], reaches=["attention"])
+    with pytest.raises(fg.PlanError) as error:
+        door(model, table, (X,))(X)
+    [missed] = str(error.value).split("does not reach: ")[1].split(". Add")[0].split("; ")
+    assert missed.removeprefix("the attention ").startswith("0:")
+    native = fg.RuleTable([fg.on("scaled_dot_product_attention").backward(None)])
+    door(model, table + native, (X,))(X)
+
+
+def test_the_names_of_what_a_table_reaches_are_checked() -> None:
     with pytest.raises(fg.TableError, match="unknown name in reaches: 'norms'"):
         fg.RuleTable([], reaches=["norms"])

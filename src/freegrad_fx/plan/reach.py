@@ -61,7 +61,8 @@ def require_reached(
         raise PlanError(
             f"the table has to reach every {' and every '.join(plan.table.reaches)}, and does not reach: "
             f"{'; '.join(missed)}. {other_way if whole else 'Add'} an entry for each; with None as the backward, it "
-            f"stays native on purpose. To do without this check, make the table without strict=True."
+            f"stays native on purpose. To do without this check, make the table without strict=True or "
+            f"reaches=."
         )
 
 
@@ -79,10 +80,17 @@ def _norms(plan: Plan, model: nn.Module, ran: Collection[str]) -> Iterator[str]:
 
 def _attentions(plan: Plan) -> Iterator[str]:
     """The calls inside of which PyTorch computes activations, and that have no rule at their operands."""
-    fused = {d.site.path for d in plan.decisions if d.site.op == _ATTENTION and d.entry is not None}
+    calls = [d for d in plan.decisions if d.site.op == _ATTENTION]
+    decided = {(d.site.path, d.site.call) for d in calls if d.entry is not None}
+    fused = {path for path, _ in decided}
     for note in plan.opaque:
         if not note.asked and not (note.path in fused and _ATTENTION in note.what):
             yield str(note)
+    # In a block, a table that names the operation makes its calls sites, which no note lists.
+    noted = {note.path for note in plan.opaque if _ATTENTION in note.what}
+    for site in (d.site for d in calls if d.site.at == "replace"):
+        if (site.path, site.call) not in decided and site.path not in noted:
+            yield f"the attention {site.name} ({site.source})"
 
 
 def _gates(plan: Plan, capture: Capture) -> Iterator[str]:
