@@ -169,6 +169,14 @@ def test_the_steps_of_an_optimizer_are_recorded_every_so_often() -> None:
     assert monitor._repr_html_().count("<tr>") == 7
 
 
+def test_a_monitor_without_steps_says_what_it_waits_for() -> None:
+    with fg.GradientMonitor(Net()) as monitor:
+        pass
+    assert str(monitor).endswith(
+        "of 0 steps. Give the monitor the optimizer, or call step() in each step"
+    )
+
+
 def test_a_checkpoint_that_runs_again_is_observed_and_another_model_is_not() -> None:
     gm = fg.transform(Net(), RULES)
     model = Net()

@@ -272,7 +272,10 @@ class GradientMonitor:
     def _head(self) -> str:
         name, count = type(self._model).__name__, self._recorded
         sites = "; of compiled code, only parameters" * self._compiled
-        return f"{name}: gradients of {count} step{'s' * (count != 1)}{sites}"
+        hint = (
+            "" if self._steps else ". Give the monitor the optimizer, or call step() in each step"
+        )
+        return f"{name}: gradients of {count} step{'s' * (count != 1)}{sites}{hint}"
 
     def _cells(self) -> list[list[str]]:
         """The mean and the spread of each measure over the records."""

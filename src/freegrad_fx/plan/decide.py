@@ -344,7 +344,8 @@ def _check_rules(place: Located, entry: Entry) -> None:
         if place.op is not None and not (place.op.keeps_shape or several) and rule.keeps_shape:
             raise PlanError(
                 f"rule {rule.name!r} returns a gradient of the shape of the output, but {place.op.name} changes "
-                f"the shape, at {where}. Keep its native backward ({{{place.op.name!r}: None}}), or give it a rule "
+                f"the shape, at {where}. Keep its native backward ({{{place.op.name!r}: None}}), let the rule act "
+                f"beside it (on({place.op.name!r}, at={place.op.operands[0]!r}), or at='output'), or give it a rule "
                 f"registered with keeps_shape=False."
             )
         if isinstance(place, LocatedParameter) and place.sparse and not rule.sparse:
