@@ -168,7 +168,7 @@ def tokens_table(sequences: Sequences, found: Mapping[str, Tensor]) -> Table:
 def summary_table() -> Table:
     shown = Table("model", box=box.SIMPLE_HEAD)
     shown.add_column("table", no_wrap=True)
-    for heading in ("score", "sum of relevance", "differ by at most", "letter or mark"):
+    for heading in ("score", "sum of relevance", "differ by at most", "letter or mark first"):
         shown.add_column(heading, justify="right")
     return shown
 
@@ -243,6 +243,10 @@ def main() -> None:
         lambda variant: picture(sequences, maps, variant), chosen.out / "attribution_llm"
     )
     console.print(f"The tokens: {paths[0]}", soft_wrap=True, highlight=False)
+    if chosen.quick:
+        console.print(
+            "With --quick the models have learnt little: the numbers only show that it runs."
+        )
 
 
 if __name__ == "__main__":

@@ -170,9 +170,11 @@ def relevances(
     return found
 
 
-def on_the_flower(relevance: Tensor, flower: Tensor) -> float:
+def on_the_flower(relevance: Tensor, flower: Tensor) -> float | None:
+    """The share of the positive relevance that is on the flower; None if there is no positive relevance."""
     positive = relevance.clamp(min=0)
-    return ((positive * flower).sum() / positive.sum()).item()
+    total = positive.sum()
+    return ((positive * flower).sum() / total).item() if total > 0 else None
 
 
 # ---- What is shown -------------------------------------------------------------------------------
@@ -238,13 +240,23 @@ def main() -> None:
         for table, relevance in maps[name].items():
             share = on_the_flower(relevance, mask)
             total = relevance.sum().item()
-            shown.add_row(name, table, f"{score:.2f}", f"{total:.2f}", f"{share:.0%}")
+            shown.add_row(
+                name,
+                table,
+                f"{score:.2f}",
+                f"{total:.2f}",
+                "none positive" if share is None else f"{share:.0%}",
+            )
     console.print(shown)
     console.print(f"The flower's box is {mask.mean():.0%} of the photograph.")
     paths = draw_variants(
         lambda variant: picture(image, maps, variant), chosen.out / "attribution_vit"
     )
     console.print(f"The heat maps: {paths[0]}", soft_wrap=True, highlight=False)
+    if chosen.quick:
+        console.print(
+            "With --quick the models have learnt little: the numbers only show that it runs."
+        )
 
 
 if __name__ == "__main__":
