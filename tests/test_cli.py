@@ -541,3 +541,22 @@ def test_the_documentation_has_every_command() -> None:
     commands = typer.main.get_command(app).commands
     missing = [name for name in commands if f"freegrad-fx {name}" not in page.read_text("utf-8")]
     assert missing == []
+
+
+def test_the_demo_trains_with_each_backward_and_concludes_from_what_it_found() -> None:
+    found = json.loads(run("demo", "--epochs", "40", "--json").stdout)
+    results = found["results"]
+    assert found["forward_is_bit_identical"]
+    assert results["native"]["cosine"] == pytest.approx(1.0)
+    assert all(abs(one["cosine"]) < 0.99 for name, one in results.items() if name != "native")
+    assert all(one["accuracy"] > 0.6 for one in results.values())
+    assert [name for name, one in results.items() if one["forward"] != "relu"] == ["spiking"]
+    text = run("demo", "--epochs", "40").stdout
+    assert f"the network reaches {results['native']['accuracy']:.1%}" in text
+    assert all(one["backward"] in text for one in results.values())
+    assert "Conclusion: " in text
+
+
+def test_the_demo_needs_an_epoch() -> None:
+    result = run("demo", "--epochs", "0", code=2)
+    assert "--epochs" in result.stderr

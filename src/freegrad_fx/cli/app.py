@@ -21,6 +21,7 @@ from ..table import RuleTable
 from ..table.listing import list_rules
 from ..vocabulary.activations import FORWARDS, GROUPS, OPS
 from .check import check_table
+from .demo import demo
 from .doctor import as_rows, examine, version_of
 from .models import (
     captured,
@@ -333,10 +334,11 @@ def ready(
         print_rows([("table", "entries", "what"), *(tuple(map(str, t.values())) for t in found)])
 
 
-# --- pictures ---
+# --- pictures, and the package at work ---
 
 app.command()(plot)
 app.command()(draw)
+app.command()(demo)
 
 
 # --- the installation ---
