@@ -208,7 +208,7 @@ def test_the_text_and_the_notebook_view() -> None:
     assert "second.bias" in text
     assert "0 ± 0" in text
     assert max(map(len, found.to_text(width=90).splitlines())) <= 90
-    assert "<td>second.weight</td>" in found._repr_html_()
+    assert ">second.weight</td>" in found._repr_html_()
     assert str(found) == found.to_text()
 
 

@@ -101,7 +101,7 @@ def test_text_and_html_and_json(net: Net) -> None:
     found = fg.memory(fg.transform(net, BITS), X)
     assert str(found).startswith("Net: 1.03 KiB kept for the backward, 1.50 KiB natively (× 0.688)")
     assert re.search(r"<root>:gelu +few_bit +512 B +32 B\n", str(found))
-    assert "<td>few_bit</td>" in found._repr_html_()
+    assert ">few_bit</td>" in found._repr_html_()
     data = json.loads(found.to_json())
     assert data == found.to_dict()
     assert (data["native"], data["rows"][0]["kept"]) == (1536, 32)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -19,11 +18,12 @@ from .batches import called, restored, shown
 from .blocks import native
 from .capture.captured import CapturedModule
 from .core.declaration import Declaration
+from .core.markup import html_view
 from .core.rule import Rule
 from .eager import use
 from .errors import unknown
 from .plan import report
-from .plan.layout import aligned, as_json, html_table, terminal_width
+from .plan.layout import aligned, as_json, terminal_width
 from .sites.site import REPLACE, Site
 from .table import RulesLike, RuleTable, on
 from .table.entry import Entry
@@ -135,8 +135,7 @@ class Comparison:
         return "\n\n".join(part for part in parts if part)
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<p>{html.escape(self._head())}</p>{html_table(self._cells())}{notes}"
+        return html_view(self._head(), self._cells(), self.notes)
 
     def _head(self) -> str:
         batches = f"{self.batches} batch{'es' * (self.batches != 1)}"

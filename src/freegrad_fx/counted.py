@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -19,10 +18,11 @@ from ._torch.tree import leaves
 from .batches import restored
 from .blocks import native
 from .context import intercepting_blocks
+from .core.markup import html_view
 from .core.rule import Rule
 from .eager.running import running_modules
 from .plan import report
-from .plan.layout import aligned, as_json, html_table, terminal_width
+from .plan.layout import aligned, as_json, terminal_width
 from .vocabulary.activations import OPS
 from .vocabulary.arguments import name_of
 from .vocabulary.recognition import recognise_call
@@ -92,8 +92,7 @@ class MemoryReport:
         return "\n\n".join(part for part in parts if part)
 
     def _repr_html_(self) -> str:
-        notes = "".join(f"<p>{html.escape(note)}</p>" for note in self.notes)
-        return f"<p>{html.escape(self._head())}</p>{html_table(self._cells())}{notes}"
+        return html_view(self._head(), self._cells(), self.notes)
 
     def _head(self) -> str:
         return (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import importlib
 import json
 import math
@@ -24,7 +23,8 @@ from .blocks import native
 from .capture.captured import CapturedModule
 from .compared import Statistic
 from .context import surrounded
-from .plan.layout import aligned, html_table, terminal_width
+from .core.markup import html_view
+from .plan.layout import aligned, terminal_width
 
 __all__ = ["GradientMonitor"]
 
@@ -267,7 +267,7 @@ class GradientMonitor:
         )
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self._head())}</p>{html_table(self._cells())}"
+        return html_view(self._head(), self._cells())
 
     def _head(self) -> str:
         name, count = type(self._model).__name__, self._recorded

@@ -75,3 +75,12 @@ def test_a_rule_of_the_user_s_is_described_as_it_declares() -> None:
     assert mine.info.properties == ("reducing",)
     assert mine.info.parameters["k"].value is None
     assert (mine.info.peers, mine.info.kinds) == (("a library",), ("parameter",))
+
+
+def test_a_rule_in_a_notebook_is_shown_with_its_description() -> None:
+    rule = fg.rules.rectangular(a=-2.0, forward="heaviside")
+    shown, described = rule._repr_html_(), rule.info._repr_html_()
+    assert shown.startswith("<p>rectangular(a=-2.0, b=0.5, forward=&#x27;heaviside&#x27;): ")
+    assert described.startswith("<p>rectangular: ")
+    assert shown.partition("<table>")[2] == described.partition("<table>")[2]
+    assert "a = -2.0 (float, a &lt;= b)" in shown

@@ -691,3 +691,24 @@ def test_the_rules_that_take_a_sparse_gradient_keep_it_sparse() -> None:
         result = fg.get(name).backward(grad)
         assert result.is_sparse
         torch.testing.assert_close(result.to_dense(), fg.get(name).backward(grad.to_dense()))
+
+
+def test_a_table_in_a_notebook_has_a_row_for_each_entry() -> None:
+    entries = [
+        fg.on("relu", module="<root>", forward="heaviside").backward("arctan", alpha=3.0),
+        fg.on("gelu").backward(None),
+        fg.on().backward(fg.compose("full_jam", "reverse")),
+    ]
+    shown = fg.RuleTable(entries)._repr_html_()
+    assert shown.count("<tr>") == 1 + 3
+    for cell in ("relu, module=&lt;root&gt;", "arctan(alpha=3.0)", "heaviside", "native"):
+        assert f">{cell}</td>" in shown
+    assert ">full_jam → reverse(alpha=1.0)</td>" in shown
+    assert "may match nothing" not in shown
+    assert (
+        "may match nothing" in fg.RuleTable([fg.on(optional=True).backward("guided")])._repr_html_()
+    )
+    assert (
+        fg.RuleTable(reaches=["norm"])._repr_html_()
+        == "<p>RuleTable: 0 entries; has to reach: norm</p>"
+    )

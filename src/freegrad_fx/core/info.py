@@ -11,9 +11,10 @@ import torch
 from .contract import BITS, MASK
 from .declaration import Declaration
 from .lean import KEPT
+from .markup import html_view
 from .text import shown
 
-__all__ = ["ParameterInfo", "RuleInfo", "info_of"]
+__all__ = ["ParameterInfo", "RuleInfo", "described", "info_of"]
 
 
 class ParameterInfo(NamedTuple):
@@ -85,6 +86,14 @@ class RuleInfo:
         return sum(sizes.get(name, dtype.itemsize) for name in self.saves)
 
     def __str__(self) -> str:
+        lines = (f"  {name}: {value}" for name, value in self._lines())
+        return "\n".join([f"{self.name}: {self.formula}", *lines])
+
+    def _repr_html_(self) -> str:
+        return described(self, self.name)
+
+    def _lines(self) -> list[tuple[str, str]]:
+        """What the description holds, without what is empty."""
         parameters = [
             f"{name} = {shown(p.value)} ({', '.join(filter(None, (p.types, p.range)))})"
             for name, p in self.parameters.items()
@@ -101,15 +110,23 @@ class RuleInfo:
             "source": self.source,
             "also in": ", ".join(self.peers),
         }
-        return "\n".join(
-            [f"{self.name}: {self.formula}", *(f"  {k}: {v}" for k, v in lines.items() if v)]
-        )
+        return [(name, value) for name, value in lines.items() if value]
 
     def _saved(self) -> str:
         if KEPT in self.saves:
             return "less than it reads; freegrad_fx.memory counts it"
         size = f"{self.saved_bytes()} bytes for each float32 entry"
         return f"{' and '.join(self.saves)}, {size}" if self.saves else "nothing"
+
+
+def described(info: RuleInfo, rule: str) -> str:
+    """A description as HTML, for notebooks.
+
+    Args:
+        info: The description.
+        rule: The rule as text.
+    """
+    return html_view(f"{rule}: {info.formula}", [("field", "value"), *info._lines()])
 
 
 def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> RuleInfo:

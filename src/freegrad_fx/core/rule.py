@@ -17,7 +17,7 @@ from torch import Tensor
 from ..errors import RuleError, unknown
 from .contract import NATIVE, OF_MASK, OPERATION, OVER, RESERVED, SAVES
 from .declaration import Declaration
-from .info import RuleInfo, info_of
+from .info import RuleInfo, described, info_of
 from .parameter import Parameter
 from .text import shown
 from .unscaled import UNSCALED, with_scale, without_scale
@@ -341,6 +341,9 @@ class Rule:
             values.append(f"forward={shown(self.forward)}")
         head = self.name if self.name.isidentifier() else f"get({self.name!r})"
         return f"{head}({', '.join(values)})" if values else head
+
+    def _repr_html_(self) -> str:
+        return described(self.info, repr(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebind, (self.name, self.given, self.forward)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.markup import html_view
 from .decision import Decision, backward_of, site_as_dict
-from .layout import aligned, as_json, html_table, terminal_width
+from .layout import aligned, as_json, terminal_width
 
 __all__ = ["PlanDiff", "diff"]
 
@@ -54,7 +54,7 @@ class PlanDiff:
         return f"{self._totals()}\n\n{aligned(rows, width)}" if self else self._totals()
 
     def _repr_html_(self) -> str:
-        return f"<p>{html.escape(self._totals())}</p>{html_table([_COLUMNS, *self._rows()])}"
+        return html_view(self._totals(), [_COLUMNS, *self._rows()])
 
     def to_dict(self) -> dict[str, Any]:
         """The differences as plain data."""

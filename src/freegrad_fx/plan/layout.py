@@ -1,8 +1,7 @@
-"""Text tables, HTML tables, and plain data as JSON. This module does not know plans."""
+"""Text tables, and plain data as JSON. This module does not know plans."""
 
 from __future__ import annotations
 
-import html
 import itertools
 import json
 import math
@@ -14,7 +13,7 @@ from typing import Any
 
 from ..core.text import shown
 
-__all__ = ["aligned", "as_json", "filled", "html_table", "plain", "terminal_width"]
+__all__ = ["aligned", "as_json", "filled", "plain", "terminal_width"]
 
 
 def terminal_width() -> int:
@@ -76,17 +75,6 @@ def _broken(text: str, width: int) -> list[str]:
 def filled(text: str, width: int) -> str:
     """A paragraph, broken into lines of at most `width` characters; 0 for no limit."""
     return textwrap.fill(text, width, subsequent_indent="    ") if width else text
-
-
-def html_table(rows: Iterable[Sequence[str]]) -> str:
-    """Rows as an HTML table. The first row is the head."""
-
-    def line(cells: Sequence[str], tag: str) -> str:
-        return "<tr>" + "".join(f"<{tag}>{html.escape(c)}</{tag}>" for c in cells) + "</tr>"
-
-    head, *body = rows
-    lines = "".join(line(row, "td") for row in body)
-    return f"<table><thead>{line(head, 'th')}</thead><tbody>{lines}</tbody></table>"
 
 
 def as_json(data: dict[str, Any], indent: int | None = None) -> str:

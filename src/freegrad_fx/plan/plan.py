@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import html
 import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+from ..core.markup import html_view
 from ..sites.remarks import Cache, Lost, Opaque, Remark
 from ..table import Entry, RuleTable
 from .decision import Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
-from .layout import aligned, as_json, filled, html_table, plain, terminal_width
+from .layout import aligned, as_json, filled, plain, terminal_width
 
 __all__ = ["Plan"]
 
@@ -102,9 +102,8 @@ class Plan:
         return "\n\n".join(part for part in parts if part)
 
     def _repr_html_(self) -> str:
-        remarks = "".join(f"<li>{html.escape(r)}</li>" for r in self._remarks())
-        table = html_table([_COLUMNS, *(self._row(d) for d in self.decisions)])
-        return f"<p>{html.escape(self._totals())}</p>{table}<ul>{remarks}</ul>"
+        rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
+        return html_view(self._totals(), rows, self._remarks())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors become text."""

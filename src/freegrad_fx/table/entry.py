@@ -75,6 +75,14 @@ class Entry:
         """Whether the entry selects a site."""
         return self.sites.matches(located)
 
+    def texts(self) -> tuple[str, str, str, str]:
+        """The sites, the backward, the forward, and whether the entry may match nothing, for people."""
+        backward = " → ".join(map(repr, self.rules or ()))
+        replaced = self.forward or ""
+        forward = replaced if isinstance(replaced, str) else shown(replaced)
+        sites = self.selector or "activations"
+        return sites, backward or "native", forward, "yes" if self.optional else ""
+
     def __repr__(self) -> str:
         fields = self.sites.given()
         op = fields.pop("op", None)

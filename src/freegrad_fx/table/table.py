@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
@@ -13,6 +14,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 import torch
 from torch import nn
 
+from ..core.markup import html_view
 from ..core.rule import RuleLike, available
 from ..errors import RuleError, TableError, unknown
 from ..sites.site import REPLACE, Located
@@ -330,6 +332,17 @@ class RuleTable:
         given = [f"[\n{lines}]"] if lines else []
         given += [f"reaches={list(self.reaches)!r}"] if self.reaches else []
         return f"RuleTable({', '.join(given)})"
+
+    def _repr_html_(self) -> str:
+        entries = f"{len(self)} entr{'y' if len(self) == 1 else 'ies'}"
+        reaches = f"; has to reach: {', '.join(self.reaches)}" if self.reaches else ""
+        rows = [("", "sites", "backward", "forward", "may match nothing")]
+        rows += [
+            (str(number), *entry.texts()) for number, entry in enumerate(self.entries, start=1)
+        ]
+        used = [any(column[1:]) for column in zip(*rows, strict=True)]
+        cells = [list(itertools.compress(row, used)) for row in rows]
+        return html_view(f"RuleTable: {entries}{reaches}", cells)
 
 
 LARGEST = 2**24
