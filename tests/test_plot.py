@@ -127,3 +127,9 @@ def test_without_matplotlib_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     with pytest.raises(ImportError, match=r"pip install matplotlib"):
         fg.plot_rule("arctan")
+
+
+def test_a_long_title_is_broken_into_lines() -> None:
+    title = fg.plot_rule("lsq").get_title()
+    assert title.replace("\n", " ") == repr(fg.rules.lsq)
+    assert max(map(len, title.splitlines())) <= 44

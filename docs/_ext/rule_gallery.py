@@ -38,6 +38,8 @@ class RulesGallery(SphinxDirective):
                 for number, rule in enumerate(family)
                 if (name := drawn(rule, operation, folder, f"{module}_{number}.svg"))
             ]
+            if not pictures:
+                continue
             found.append(nodes.rubric(text=first_line(module)))
             found.append(nodes.raw("", "\n".join(pictures), format="html"))
         return found

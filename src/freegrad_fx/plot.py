@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,7 @@ __all__ = ["plot_rule"]
 
 _POINTS = 601
 _DRAWS = 400
+_TITLE = 44  # characters in a line
 _BAND = (0.1, 0.9)
 
 
@@ -99,7 +101,8 @@ def plot_rule(
     what = "effective derivative" if curve.against == "x" else "gradient of x"
     ax.plot(x, curve.gradient.numpy(), label=f"mean {what}" if curve.band else what)
     ax.set_xlabel("x" if curve.against == "x" else "gradient of y")
-    ax.set_title(repr(_resolved(rule)), fontsize="medium")
+    title = textwrap.fill(repr(_resolved(rule)), _TITLE, break_long_words=False)
+    ax.set_title(title, fontsize="medium")
     ax.axhline(0.0, color="0.85", linewidth=0.8, zorder=0)
     ax.axvline(0.0, color="0.85", linewidth=0.8, zorder=0)
     ax.legend(fontsize="small")
