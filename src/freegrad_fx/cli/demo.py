@@ -89,7 +89,7 @@ def _train(name: str, training: _Data, held_out: _Data, epochs: int) -> dict[str
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        firsts = [_gradient(one, training) for one in (model, native)]
+        first, expected = (_gradient(one, training) for one in (model, native))
         for _ in range(epochs):
             optimizer.zero_grad()
             loss = F.cross_entropy(model(training[0]), training[1])
@@ -102,7 +102,7 @@ def _train(name: str, training: _Data, held_out: _Data, epochs: int) -> dict[str
         "forward": str((rule and rule.forward) or "relu"),
         "accuracy": accuracy.item(),
         "loss": loss.item(),
-        "cosine": F.cosine_similarity(*firsts, dim=0).item(),
+        "cosine": F.cosine_similarity(first, expected, dim=0).item(),
     }
 
 
