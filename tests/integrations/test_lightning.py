@@ -119,6 +119,17 @@ def test_an_error_in_a_step_leaves_no_block(tmp_path: Path) -> None:
     assert x.grad == 0
 
 
+def test_an_epoch_that_the_module_ends_early_leaves_no_block(tmp_path: Path) -> None:
+    class Early(Module):
+        def on_train_batch_start(self, batch: Any, index: int) -> int | None:
+            return -1 if index == 2 else None
+
+    fit(Early(network()), [callback()], 1, tmp_path)
+    x = torch.tensor([-1.0, 1.0], requires_grad=True)
+    (grad,) = torch.autograd.grad(torch.relu(x).sum(), x)
+    assert grad.tolist() == [0.0, 1.0]
+
+
 def test_replaced_forwards_act_in_validation(tmp_path: Path) -> None:
     table = fg.RuleTable([fg.on("relu").backward("straight_through", forward="heaviside")])
     model, loader = Module(network()), torch.utils.data.DataLoader(rows(), batch_size=16)

@@ -95,6 +95,7 @@ class RulesCallback(Callback):
 
     def on_train_epoch_end(self, *args: Any) -> None:
         """Make a step of the schedules."""
+        self._rules.leave_all()  # a batch with which the module ends the epoch early has no end
         self._rules.step("epoch")
 
     def on_validation_batch_start(self, *args: Any) -> None:

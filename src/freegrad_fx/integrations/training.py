@@ -14,6 +14,7 @@ from ..capture.rule_parameters import hold_beside
 from ..core.copies import forget
 from ..core.rule import Rule, learnt_by
 from ..eager import use
+from ..eager.decided import decided_parameters
 from ..errors import FreegradWarning, RuleError, TableError
 from ..schedules import RuleScheduler, Schedule
 from ..table import RulesLike, RuleTable
@@ -60,6 +61,7 @@ class TrainingRules:
         self._block: use | None = None
         self._model: nn.Module | None = None
         self._inside = 0
+        self._made: tuple[Tensor, ...] = ()
 
     def attach(self, model: nn.Module) -> None:
         """Give a model the rules in the blocks that follow. What the rules learn becomes parameters of the model."""
@@ -71,6 +73,8 @@ class TrainingRules:
                 f"each model."
             )
         self._block = use(self.table, model=model)  # before the model has parameters of rules
+        decided = decided_parameters(model, self.table)
+        self._made = learnt_by(rule for _, decision in decided for rule in decision.rules)
         hold_beside(model, self.learnt)
         self._model = model
 
@@ -86,10 +90,14 @@ class TrainingRules:
             self._inside -= 1
             self._block.__exit__(*(error or (None, None, None)))
 
-    def leave_all(self, error: BaseException) -> None:
-        """Leave the block as often as it was entered, because of an error."""
+    def leave_all(self, error: BaseException | None = None) -> None:
+        """Leave the block as often as it was entered.
+
+        Args:
+            error: The error because of which it is left, if there is one.
+        """
         while self._inside:
-            self.leave(type(error), error, error.__traceback__)
+            self.leave(*(() if error is None else (type(error), error, error.__traceback__)))
 
     def step(self, every: str) -> None:
         """Set the scheduled values of the next step, if the schedules follow these steps."""
@@ -98,8 +106,21 @@ class TrainingRules:
 
     @property
     def learnt(self) -> tuple[Tensor, ...]:
-        """The tensors that the rules learn."""
-        return learnt_by(_rules_of(self.table))
+        """The tensors that the rules learn: those in the table, and those that are made for each parameter."""
+        of_table = learnt_by(_rules_of(self.table))
+        return tuple({id(tensor): tensor for tensor in (*of_table, *self._made)}.values())
+
+    @property
+    def _tensors(self) -> list[Tensor]:
+        """The tensors that change in training, in a fixed order."""
+        held = [v for v in _held(self.table) if isinstance(v, Tensor)]
+        known = {id(tensor) for tensor in held}
+        return [*held, *(tensor for tensor in self._made if id(tensor) not in known)]
+
+    @property
+    def _generators(self) -> list[torch.Generator]:
+        """The generators of random rules, in a fixed order."""
+        return [v for v in _held(self.table) if isinstance(v, torch.Generator)]
 
     def require_trained(self, optimizers: Iterable[Any]) -> None:
         """Raise `RuleError` unless optimizers have all that the rules learn.
@@ -124,13 +145,12 @@ class TrainingRules:
 
     def state(self) -> dict[str, Any]:
         """The rules and all that changes in them during training, in types that ``weights_only=True`` loads."""
-        held = list(_held(self.table))
         return {
             RULES_FILE: self.toml(),
             "entries": _described(self.table),
             "schedule": None if self.scheduler is None else self.scheduler.state_dict(),
-            "tensors": [v.detach().clone() for v in held if isinstance(v, Tensor)],
-            "generators": [v.get_state() for v in held if isinstance(v, torch.Generator)],
+            "tensors": [tensor.detach().clone() for tensor in self._tensors],
+            "generators": [generator.get_state() for generator in self._generators],
         }
 
     def load(self, state: Mapping[str, Any] | None, where: str) -> None:
@@ -162,16 +182,11 @@ class TrainingRules:
             )
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["schedule"])
-        held = list(_held(self.table))
         with torch.no_grad():
-            for own_tensor, saved in zip(
-                (v for v in held if isinstance(v, Tensor)), state["tensors"], strict=True
-            ):
+            for own_tensor, saved in zip(self._tensors, state["tensors"], strict=True):
                 own_tensor.copy_(saved)
                 forget(own_tensor)
-        for generator, saved in zip(
-            (v for v in held if isinstance(v, torch.Generator)), state["generators"], strict=True
-        ):
+        for generator, saved in zip(self._generators, state["generators"], strict=True):
             generator.set_state(saved)
 
     def toml(self) -> str:

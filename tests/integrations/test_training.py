@@ -1,0 +1,47 @@
+"""What the callbacks of trainers have in common, without a trainer."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import freegrad_fx as fg
+from freegrad_fx.integrations.training import TrainingRules
+
+
+def training() -> tuple[nn.Module, TrainingRules, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
+    rules = TrainingRules(fg.tables.lsq(bits=3), None, "*", "step")
+    rules.attach(model)
+    return model, rules, torch.optim.Adam(model.parameters(), lr=0.05)
+
+
+def trained(steps: int, model: nn.Module, rules: TrainingRules, optimizer: Any) -> list[Tensor]:
+    rules.require_trained([optimizer])
+    for _ in range(steps):
+        rules.enter()
+        model(torch.linspace(-1, 1, 12).view(3, 4)).square().mean().backward()
+        optimizer.step()
+        rules.leave()
+        optimizer.zero_grad()
+    return [parameter.detach().clone() for parameter in model.parameters()]
+
+
+def test_a_step_that_each_weight_learns_is_trained_and_resumed() -> None:
+    model, rules, optimizer = training()
+    first = [step.detach().clone() for step in rules.learnt]
+    expected = trained(4, model, rules, optimizer)
+    assert len(first) == 2
+    assert not any(map(torch.equal, first, rules.learnt))
+
+    half = training()
+    trained(2, *half)
+    states = half[0].state_dict(), half[1].state(), half[2].state_dict()
+    resumed = training()
+    for part, state in zip((resumed[0], resumed[2]), (states[0], states[2]), strict=True):
+        part.load_state_dict(state)  # type: ignore[attr-defined]
+    resumed[1].load(states[1], "the checkpoint")
+    assert all(map(torch.equal, trained(2, *resumed), expected))
