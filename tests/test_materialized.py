@@ -168,6 +168,19 @@ def test_copies_compiled_models_and_parts_are_taken(copied: str) -> None:
 SPIKING = {"relu": fg.rules.arctan(forward="heaviside")}
 
 
+def partly(rule: str) -> nn.Module:
+    """A weight of two parts, of which only one reads it through another forward, or both through different ones."""
+    first, second = nn.Linear(2, 2), nn.Linear(2, 2)
+    ruled = fg.transform(first, fg.tables.binary_weights())
+    second.weight = ruled.weight
+    table = {
+        "": None,
+        "native": {"params": fg.rules.scale(s=2.0)},
+        "other": fg.tables.ternary_weights(),
+    }[rule]
+    return nn.Sequential(ruled, second if table is None else fg.transform(second, table))
+
+
 def graph() -> Any:
     return torch.fx.symbolic_trace(nn.Sequential(nn.Linear(2, 2)))
 
@@ -184,6 +197,9 @@ def drawn(weight: Tensor) -> Tensor:
         (lambda: nn.ReLU(), None, TypeError, "without rules"),
         (lambda: fg.transform(Net(), TABLES["int4"]), SPIKING, TypeError, "has its own"),
         (lambda: 3, None, TypeError, "has to be an nn.Module"),
+        (lambda: partly(""), None, fg.PlanError, "'1.weight' is tied"),
+        (lambda: partly("native"), None, fg.PlanError, "'1.weight' is tied"),
+        (lambda: partly("other"), None, fg.PlanError, "'0.weight' is tied"),
         (
             lambda: fg.transform(graph(), fg.tables.binary_weights()),
             None,

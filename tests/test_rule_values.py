@@ -40,6 +40,11 @@ def gradient(model: Any) -> Tensor:
     return found
 
 
+def shared() -> fg.RuleTable:
+    rule = fg.rules.fast_sigmoid(slope=torch.tensor(25.0))
+    return fg.RuleTable.of({"relu": rule, "gelu": rule})
+
+
 def table(slope: Any = 25.0, alpha: Any = 2.0) -> fg.RuleTable:
     rules = {"relu": fg.rules.fast_sigmoid(slope=slope), "gelu": fg.rules.arctan(alpha=alpha)}
     return fg.RuleTable.of(rules)
@@ -148,6 +153,15 @@ def test_a_number_of_a_double_model_is_exact() -> None:
         (table, "*", {"slope": -1.0}, fg.RuleError, "slope"),
         (table, "*", {"slope": "1"}, TypeError, "takes a number"),
         (table, "*", {"slope": torch.ones(3)}, TypeError, "takes a number"),
+        (table, "*", {"slope": torch.tensor(-1.0)}, fg.RuleError, "slope"),
+        (table, "*", {"slope": torch.tensor(torch.nan)}, fg.RuleError, "is NaN"),
+        (
+            shared,
+            "relu",
+            {"slope": 1.0},
+            fg.RuleError,
+            r"also 'slope' of entry 'gelu'\. Select both",
+        ),
         (table, 3, {"slope": 1.0}, TypeError, "as text"),
         (lambda: fg.transform(make(), table()), "tanh", {"slope": 1.0}, fg.PlanError, "tanh"),
     ],

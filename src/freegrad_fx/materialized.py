@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -14,11 +15,10 @@ from .blocks import native
 from .capture.captured import CapturedModule
 from .capture.plain import plain_model
 from .eager import use
+from .eager.decided import decided_parameters
 from .eager.rules import replaced_forward
-from .eager.sites import parameter_site
 from .errors import PlanError, VerificationError
 from .plan import PLAN, Decision, Plan, report
-from .plan.decide import decide
 from .sites.parameters import named_parameters
 from .table import RulesLike, RuleTable
 from .verification.values import same_bits, take_apart
@@ -49,8 +49,8 @@ def materialize(
         The plain model.
 
     Raises:
-        PlanError: An operation has a replaced forward, which is not in the weights; or a transformed model cannot be
-            taken back to its class.
+        PlanError: An operation has a replaced forward, which is not in the weights; the uses of a tied parameter do not
+            all read it through the same forward; or a transformed model cannot be taken back to its class.
         VerificationError: The outputs for the example inputs differ.
         TypeError: `model` is no module, `rules` are given for a transformed model, or none for a plain one.
         RuleError: As for `use`.
@@ -81,8 +81,13 @@ def materialize(
             f"materialize(model, rules)."
         )
     table = None if rules is None else RuleTable.of(rules)
-    of_parts = (pair for part in parts for pair in _read_in(part))
-    read = [*of_parts] if table is None else _read_through(model, table)
+    if table is None:
+        of_parts: dict[nn.Module, list[tuple[Tensor, Decision]]]
+        of_parts = {part: _read_in(part) for part in parts}
+        _require_read_alike(model, of_parts)
+        read = [pair for pairs in of_parts.values() for pair in pairs]
+    else:
+        read = _read_through(model, table)
     memo: dict[int, Any] = {}
     for part in parts:
         plain_model(part, memo)
@@ -113,24 +118,36 @@ def _read_in(model: CapturedModule) -> list[tuple[Tensor, Decision]]:
     return [(parameters[d.site.names[0]], d) for d in chosen]
 
 
+def _require_read_alike(
+    model: nn.Module, of_parts: Mapping[nn.Module, list[tuple[Tensor, Decision]]]
+) -> None:
+    """Raise `PlanError` if a tied parameter is read through another forward in one place, and not in another."""
+    reading: dict[int, list[tuple[str, Tensor]]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for parameter, decision in of_parts.get(module, ()):
+            assert decision.forward is not None
+            value = replaced_forward(decision.forward, parameter.detach())
+            reading.setdefault(id(parameter), []).append((f"{path}." if path else "", value))
+    for name, parameter in named_parameters(model):
+        places = reading.get(id(parameter))
+        if places is None:
+            continue
+        (_, first), *others = places
+        alike = all(same_bits(first, value) for _, value in others)
+        if not alike or not any(name.startswith(prefix) for prefix, _ in places):
+            raise PlanError(
+                f"the parameter {name!r} is tied, and its uses do not all read it through the same forward, so that no "
+                f"plain model has one value for it. Transform the whole model with one table, "
+                f"transform(model, rules), and materialize that; or untie the parameter."
+            )
+
+
 def _read_through(model: nn.Module, table: RuleTable) -> list[tuple[Tensor, Decision]]:
     """The parameters of a plain model that a table reads through another forward, with the decisions."""
     for entry in table:
         if entry.forward is not None and entry.sites.selects_operations:
             raise PlanError(_of_operation(f"the entry {entry.selector!r}"))
-    names: dict[int, tuple[str, ...]] = {}
-    tensors: dict[int, Tensor] = {}
-    for name, parameter in named_parameters(model):
-        names[id(parameter)] = (*names.get(id(parameter), ()), name)
-        tensors[id(parameter)] = parameter
-    found: list[tuple[Tensor, Decision]] = []
-    for identity, tensor in tensors.items():
-        own = names[identity]
-        holders = [model.get_submodule(name.rpartition(".")[0]) for name in own]
-        decision = decide(parameter_site(tensor, own, holders), table)
-        if decision.action == "rewrite" and decision.forward is not None:
-            found.append((tensor, decision))
-    return found
+    return [pair for pair in decided_parameters(model, table) if pair[1].forward is not None]
 
 
 def _of_operation(what: str) -> str:

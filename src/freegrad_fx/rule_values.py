@@ -117,7 +117,8 @@ def set_parameters(target: Any, selector: str = "*", /, **values: Any) -> Any:
 
     Raises:
         PlanError: No site or entry matches.
-        RuleError: No rule there has such a parameter, or a value does not satisfy the constraints of the rule.
+        RuleError: No rule there has such a parameter; a value does not satisfy the constraints of the rule; or a tensor
+            is used at other sites or entries, too.
         TypeError: A value has the wrong type, or `target` is neither a model nor a table.
 
     Example:
@@ -141,6 +142,12 @@ def set_parameters(target: Any, selector: str = "*", /, **values: Any) -> Any:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _number_in(value: Any) -> Any:
+    """The number that a tensor of one number holds, which can be checked as a number; any other value as it is."""
+    one = isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
+    return value.item() if one else value
 
 
 def _takes_tensor(rule: Rule, name: str) -> bool:
@@ -200,8 +207,28 @@ class _InTable:
                 raise RuleError(
                     unknown(f"parameter of the rules of entry {entries!r}:", name, declared)
                 )
+        self._require_alone(table, chosen)
         own = (self._with_tensors(e) if e in chosen else e for e in table.entries)
         self.target = RuleTable(own, table.reaches)
+
+    def _require_alone(self, table: RuleTable, chosen: list[Entry]) -> None:
+        """Raise `RuleError` if a tensor that would be set is used by an entry that is not chosen, too."""
+        used = [
+            (entry, name, value)
+            for entry in table
+            for rule in entry.rules or ()
+            for name, value in rule.values
+            if isinstance(value, Tensor)
+        ]
+        for entry, name, value in used:
+            if entry not in chosen or name not in self._names:
+                continue
+            for other, other_name, other_value in used:
+                if other_value is value and (other not in chosen or other_name != name):
+                    raise RuleError(
+                        f"the tensor {name!r} of entry {entry.selector!r} is also {other_name!r} of entry "
+                        f"{other.selector!r}. Select both entries, or give each a tensor of its own."
+                    )
 
     def _with_tensors(self, entry: Entry) -> Entry:
         rules = entry.rules and tuple(self._with_tensor_parameters(rule) for rule in entry.rules)
@@ -231,9 +258,9 @@ class _InTable:
 
     def set(self, values: Mapping[str, Any]) -> None:
         """Set the parameters, if the values satisfy the constraints of the rules."""
+        values = {name: _number_in(value) for name, value in values.items()}
         for name, value in values.items():
-            one = _is_number(value) or (isinstance(value, Tensor) and value.numel() == 1)
-            shapes = [[*t.shape] for t in self._tensors[name] if not one]
+            shapes = [[*t.shape] for t in self._tensors[name] if not _is_number(value)]
             if shapes and (
                 not isinstance(value, Tensor) or shapes != [[*value.shape]] * len(shapes)
             ):
@@ -266,7 +293,7 @@ def holder_of(target: Any, names: Iterable[str], entries: str, asked: str) -> Ho
     Raises:
         TypeError: `target` is neither a model nor a table, or a parameter cannot be kept in a table.
         PlanError: No entry matches.
-        RuleError: No rule there has such a parameter.
+        RuleError: No rule there has such a parameter, or a tensor is used by other entries, too.
     """
     if isinstance(target, RuleTable):
         return _InTable(target, names, entries)

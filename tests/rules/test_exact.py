@@ -248,7 +248,7 @@ def test_products_in_place_and_of_complex_numbers() -> None:
         def forward(self, x: Tensor) -> Tensor:
             y = x + 1
             y *= self.scale
-            return (torch.complex(y, x).mul(self.scale) * y).abs()
+            return (torch.complex(y, x).mul(self.scale) * y * (1 + 2j)).abs() + (x * (3 - 1j)).imag
 
     check(Product(), {"mul": "exact_mul"}, images(4, 6))
 

@@ -311,7 +311,11 @@ def _of_mul(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> dict[str, Any]:
         if factor is None:  # a number
             factor = next(iter(f.constants.values()))
         factor = torch.nn.functional.silu(factor) if is_silu else factor
-        found = grad * (factor.conj() if isinstance(factor, Tensor) else factor)
+        if isinstance(factor, Tensor):
+            factor = factor.conj()
+        elif isinstance(factor, complex):
+            factor = factor.conjugate()
+        found: Tensor = grad * factor
         return found.real if real and found.is_complex() else found
 
     return {"a": lambda: times(b, silu_b, real_a), "b": lambda: times(a, silu_a, real_b)}
