@@ -367,6 +367,18 @@ def refusals() -> Iterator[Any]:
         "a rule has to be a name, a Rule or a composition",
     )
     yield case(
+        "a ready table that is not called",
+        lambda: fg.RuleTable.of(fg.tables.epsilon_plus),  # type: ignore[arg-type]
+        fg.RuleError,
+        "Call it: freegrad_fx.tables.epsilon_plus()",
+    )
+    yield case(
+        "the name of a ready table",
+        lambda: fg.RuleTable.of("save_memory"),
+        fg.RuleError,
+        "A ready table is called: freegrad_fx.tables.save_memory()",
+    )
+    yield case(
         "unknown parameter",
         lambda: fg.on("relu").backward("scale", t=1.0),
         fg.RuleError,

@@ -442,7 +442,10 @@ def get(rule: RuleLike) -> Rule:
         if inner := without_scale(str(rule)):
             _add_with_scale(get(inner))
             return _registry[str(rule)]
-        remedy = "To use a rule of your own, first import the module that registers it."
+        remedy = (
+            "To use a rule of your own, first import the module that registers it. A ready table is called: "
+            "freegrad_fx.tables.save_memory()."
+        )
         if str(rule).casefold() in ("none", "null", NATIVE):
             raise RuleError(
                 f"{rule!r} is not a rule. To keep the native backward, use None in a table, {NATIVE!r} in its file, "

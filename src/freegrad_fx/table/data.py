@@ -196,7 +196,7 @@ def _load_reference(name: str, allow_imports: bool) -> Any:
     if not allow_imports:
         raise TableError(
             f"{name!r} has to be imported, which runs the code of its module. If you trust the table, pass "
-            f"allow_imports=True: RuleTable.from_toml(..., allow_imports=True)"
+            f"allow_imports=True: RuleTable.from_toml(..., allow_imports=True); on the command line --allow-imports"
         )
     module, _, qualname = name.partition(":")
     if module == "__main__":

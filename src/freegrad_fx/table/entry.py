@@ -242,6 +242,9 @@ def _read_forward(forward: Any) -> Forward | None:
 
 def _rules(rule: RuleLike) -> tuple[Rule, ...]:
     if not isinstance(rule, str | Rule | Composition):
+        if getattr(rule, "__module__", "") == "freegrad_fx.tables" and callable(rule):
+            name = f"freegrad_fx.tables.{rule.__name__}"
+            raise RuleError(f"{name} is a function that returns a table. Call it: {name}()")
         raise RuleError(
             f"a rule has to be a name, a Rule or a composition, got {rule!r} of type {type(rule).__name__}. "
             f"Declare a function as a rule with @freegrad_fx.register('name'). Combine several rules with "

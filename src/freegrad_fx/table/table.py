@@ -161,7 +161,7 @@ class RuleTable:
         except UnicodeDecodeError as error:
             raise TableError(f"{where}the file is not UTF-8 text: {error}") from error
         except TableError as error:
-            raise TableError(f"{where}{error}") from error
+            raise TableError(f"{where}{error}") from error.__cause__  # not twice the same message
 
     def to_toml(self) -> str:
         """Return the table as TOML text. `from_toml` reads it back to an equal table.
