@@ -33,6 +33,7 @@ from ..sites.site import LocatedOperation
 from .interception import unintercepted
 from .rules import Decisions
 from .running import looks_for_sites, one_site
+from .surroundings import PLAIN, values_read
 
 __all__ = ["calls_of_compounds"]
 
@@ -246,7 +247,8 @@ class _Tensors:
         return getattr(self._module if name in self._own else self._held, name)
 
 
-_PLAIN = (int, float, str, type(None), torch.dtype)
+_OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
 
 
 def _problem(reason: str) -> _Traced:
@@ -264,13 +266,17 @@ def _traced(
         return None  # the class does not compute it
     if any(True for _ in module.children()):
         return _problem("it has submodules; write the norm as a module of its own")
-    state = {k: v for k, v in vars(module).items() if not k.startswith("_")}
+    state = {k: v for k, v in vars(module).items() if k not in _OF_MODULES}
     for name, value in state.items():
-        if not isinstance(value, _PLAIN):
+        if not isinstance(value, PLAIN):
             return _problem(f"its attribute {name!r} is a {type(value).__name__}")
+    read = values_read(type(module), _original(forward))
+    for name, value in read.items():
+        if not isinstance(value, (*PLAIN, FunctionType)):
+            return _problem(f"its code reads {name.split()[1]!r}, a {type(value).__name__}")
     tensors = [*module.named_parameters(), *module.named_buffers()]
-    described = tuple((name, t.dtype, t.dim(), type(t)) for name, t in tensors)
-    key = type(module), forward, tuple(state.items()), described, wanted
+    described = tuple((n, t.dtype, t.shape, t.device, t.requires_grad, type(t)) for n, t in tensors)
+    key = type(module), forward, (*state.items(), *read.items()), described, wanted
     if key not in _graphs:
         if sum(other[:2] == key[:2] for other in _graphs) >= _MOST:
             return _problem("its attributes change from call to call")
