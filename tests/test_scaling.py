@@ -120,6 +120,13 @@ def test_every_rule_that_is_not_linear_sees_the_gradient_of_the_loss(name: str) 
             assert not under.backward(overflowed, **given).isfinite().all()
 
 
+def test_the_scale_is_not_among_the_parameters_of_rules() -> None:
+    table = fg.unscaled({"relu": fg.rules.clip_value()}, torch.amp.GradScaler("cpu"))
+    assert [one.name for one in fg.rule_parameters(table)] == ["max_value"]
+    with pytest.raises(fg.RuleError, match=r"scaler\.update"):
+        fg.set_parameters(table, loss_scale=torch.tensor(2.0))
+
+
 def test_a_linear_rule_of_the_package_is_not_changed() -> None:
     table = fg.RuleTable.of({"relu": fg.rules.rectangular(a=-1.0, b=1.0), "gelu": None})
     assert fg.unscaled(table, scaler()) == table

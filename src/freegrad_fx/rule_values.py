@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ._torch.modules import compiled_model
 from .capture.rule_parameters import RuleParameters
+from .core.contract import LOSS_SCALE
 from .core.rule import Rule
 from .core.text import shown
 from .errors import PlanError, RuleError, unknown
@@ -93,6 +94,8 @@ def _listed(target: Any) -> Iterator[RuleValue]:
     for site, entry, rules in found:
         for rule in rules:
             for name, value in rule.values:
+                if name == LOSS_SCALE:
+                    continue
                 learnable = name in rule.declaration.learns
                 yield RuleValue(site, entry, rule.name, name, value, learnable, name in rule.learnt)
 
@@ -295,6 +298,12 @@ def holder_of(target: Any, names: Iterable[str], entries: str, asked: str) -> Ho
         PlanError: No entry matches.
         RuleError: No rule there has such a parameter, or a tensor is used by other entries, too.
     """
+    names = tuple(names)
+    if LOSS_SCALE in names:
+        raise RuleError(
+            f"{asked} does not set {LOSS_SCALE!r}, which the GradScaler of unscaled() keeps and changes. Set it there: "
+            f"scaler.update(new_scale)."
+        )
     if isinstance(target, RuleTable):
         return _InTable(target, names, entries)
     compiled = compiled_model(target) if isinstance(target, nn.Module) else None

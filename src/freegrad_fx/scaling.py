@@ -13,12 +13,12 @@ from torch.amp import GradScaler
 from ._torch.tensors import scale_of
 from .core.contract import LOSS_SCALE
 from .core.rule import Composition, Rule, RuleLike, get
-from .core.unscaled import UNSCALED, follow_scale
+from .core.unscaled import UNSCALED, follow_scale, without_scale
 from .errors import RuleError
 from .table import RulesLike, RuleTable
 from .table.table import is_path
 
-__all__ = ["unscaled"]
+__all__ = ["rule_without_scaler", "unscaled"]
 
 
 @overload
@@ -102,3 +102,12 @@ def _unscaled(rule: Rule, scale: Tensor | None) -> Rule:
     other = get(UNSCALED + rule.name)
     values: dict[str, Any] = {**rule.bound, LOSS_SCALE: scale}
     return other(forward=rule.forward, **rule.options, **values)
+
+
+def rule_without_scaler(rule: Rule) -> Rule:
+    """The rule that was given to `unscaled`; the rule itself if it has no scaler."""
+    name = without_scale(rule.name)
+    if not name:
+        return rule
+    values: dict[str, Any] = {n: v for n, v in rule.bound.items() if n != LOSS_SCALE}
+    return get(name)(forward=rule.forward, **rule.options, **values)

@@ -30,6 +30,18 @@ def trained(steps: int, model: nn.Module, rules: TrainingRules, optimizer: Any) 
     return [parameter.detach().clone() for parameter in model.parameters()]
 
 
+def test_a_scaler_belongs_to_the_training_and_not_to_the_checkpoint() -> None:
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    table = {"relu": fg.rules.clip_value(max_value=0.5)}
+    rules = TrainingRules(fg.unscaled(table, scaler), None, "*", "step")
+    state = rules.state()
+    assert fg.RuleTable.from_toml(state["rules.toml"]) == fg.RuleTable.of(table)
+    scaler.update(64.0)
+    rules.load(state, "the checkpoint")
+    TrainingRules(table, None, "*", "step").load(state, "the checkpoint")
+    assert scaler.get_scale() == 64.0
+
+
 def test_a_step_that_each_weight_learns_is_trained_and_resumed() -> None:
     model, rules, optimizer = training()
     first = [step.detach().clone() for step in rules.learnt]

@@ -16,6 +16,7 @@ from ..core.rule import Rule, learnt_by
 from ..eager import use
 from ..eager.decided import decided_parameters
 from ..errors import FreegradWarning, RuleError, TableError
+from ..scaling import rule_without_scaler
 from ..schedules import RuleScheduler, Schedule
 from ..table import RulesLike, RuleTable
 from ..table.entry import Entry
@@ -208,10 +209,10 @@ def _rules_of(table: RuleTable) -> Iterator[Rule]:
 
 
 def _held(table: RuleTable) -> Iterator[Any]:
-    """The values of all parameters of rules and of replaced forwards, in a fixed order."""
+    """The values of all parameters of rules and of replaced forwards, in a fixed order, without those of scalers."""
     for entry in table.entries:
         for rule in entry.rules or ():
-            yield from rule.bound.values()
+            yield from rule_without_scaler(rule).bound.values()
         if isinstance(entry.forward, BoundForward):
             yield from entry.forward.keywords.values()
 
@@ -226,6 +227,7 @@ def _described(table: RuleTable) -> list[str]:
 
 def _text(part: Any) -> str:
     if isinstance(part, Rule):
+        part = rule_without_scaler(part)
         values = ", ".join(f"{name}={_text(value)}" for name, value in part.bound.items())
         return f"{part.name}({values})"
     if isinstance(part, BoundForward):
@@ -241,8 +243,9 @@ def _text(part: Any) -> str:
 
 
 def _plain(entry: Entry) -> Entry:
-    """An entry with numbers in place of tensors of one element, and without generators."""
-    rules = entry.rules and tuple(rule(**_plain_values(rule.given)) for rule in entry.rules)
+    """An entry with numbers in place of tensors of one element, and without generators and scalers."""
+    own = entry.rules and tuple(map(rule_without_scaler, entry.rules))
+    rules = own and tuple(rule(**_plain_values(rule.given)) for rule in own)
     forward = entry.forward
     if isinstance(forward, BoundForward):
         plain = _plain_values(forward.keywords)
