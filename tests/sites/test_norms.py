@@ -380,3 +380,28 @@ def test_the_innermost_block_decides_a_norm() -> None:
         torch.testing.assert_close(found, wanted)
     with fg.use(FROZEN, model=model), fg.use("straight_through", model=model):
         torch.testing.assert_close(gradients(model, model)[1], expected)
+
+
+class Gated(nn.Module):
+    """As the norms of Mamba: an argument that is None by default changes what is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(8) + 0.5)
+
+    def forward(self, x: Tensor, gate: Tensor | None = None, eps: float = 1e-6) -> Tensor:
+        if gate is not None:
+            x = x * torch.sigmoid(gate)
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+@pytest.mark.parametrize("given", [{"gate": torch.randn(3, 8)}, {"eps": 0.1}], ids=["gate", "eps"])
+def test_a_norm_in_a_block_is_left_native_where_an_argument_is_not_its_default(given: Any) -> None:
+    norm, x = Gated(), torch.randn(3, 8, requires_grad=True)
+    (native,) = torch.autograd.grad(norm(x, **given).square().sum(), x)
+    with fg.use({"rms_norm": "frozen_norm"}, model=norm) as block:
+        (frozen,) = torch.autograd.grad(norm(x, eps=1e-6).square().sum(), x)
+        (found,) = torch.autograd.grad(norm(x, **given).square().sum(), x)
+    assert torch.equal(found, native)
+    assert not torch.allclose(frozen, torch.autograd.grad(norm(x).square().sum(), x)[0])
+    assert f"called with {next(iter(given))}" in str(fg.report(block))

@@ -7,9 +7,10 @@ once for a class, and rewritten as `transform` does it. The graph makes the same
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import weakref
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from types import CodeType, FunctionType
@@ -158,6 +159,12 @@ def _called(
 ) -> Any:
     if not looks_for_sites(decides):
         return forward(module, *args, **kwargs)
+    others_than_default = _others_than_default(_original(forward), args, kwargs)
+    if others_than_default:
+        if _is_norm(module, decides):
+            reason = f"it is called with {', '.join(others_than_default)}, not the default"
+            decides.not_traced(module, _problem(reason).problem)
+        return forward(module, *args, **kwargs)
     traced = unintercepted(lambda: _traced(_original(forward), module, decides.on_demand))
     if traced is None or not traced.places:
         stops_parts = not decides.on_demand.isdisjoint(_PARTS)
@@ -186,6 +193,31 @@ def _called(
             return rewritten(module, *args, **kwargs)
 
     return decides.run(whole)
+
+
+def _others_than_default(
+    forward: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[str]:
+    """The arguments of a call that the graph of the forward takes for their default, and that are something else."""
+    positional, defaults = _arguments_of(forward)
+    given = {**dict(zip(positional, args, strict=False)), **kwargs}
+    return [
+        name
+        for name, value in given.items()
+        if (name in defaults or name not in positional) and not _same(value, defaults.get(name))
+    ]
+
+
+def _same(value: Any, default: Any) -> bool:
+    return value is default or (isinstance(value, int | float | str) and value == default)
+
+
+@functools.lru_cache(maxsize=256)
+def _arguments_of(forward: Callable[..., Any]) -> tuple[list[str], dict[str, Any]]:
+    """The names of the arguments without the module itself, and the defaults."""
+    parameters = list(inspect.signature(forward).parameters.values())[1:]
+    names = [p.name for p in parameters if p.kind is not p.VAR_KEYWORD]
+    return names, {p.name: p.default for p in parameters if p.default is not p.empty}
 
 
 # --- the graphs ---
