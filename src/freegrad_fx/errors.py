@@ -44,7 +44,7 @@ class VerificationError(CaptureError):
     """A transformed model does not do what its original does.
 
     Attributes:
-        report: What differs, a `Verification`.
+        report (Verification | None): What differs.
     """
 
     def __init__(self, message: str, report: Any = None) -> None:
@@ -56,7 +56,7 @@ class RuleCheckError(AssertionError):
     """A rule does not do what it has to do, or what it declares; `freegrad_fx.testing.check_rule` raises it.
 
     Attributes:
-        failures: All that was found, a tuple of `freegrad_fx.testing.Failure`.
+        failures (tuple[freegrad_fx.testing.Failure, ...]): All that was found.
     """
 
     def __init__(self, message: str, failures: tuple[Any, ...] = ()) -> None:

@@ -56,8 +56,8 @@ class GradientMonitor:
         tensorboard: A ``SummaryWriter`` of TensorBoard, or the folder for one.
 
     Attributes:
-        records: The records, as dicts: ``step``, ``kind`` (``"parameter"`` or ``"site"``), ``name``, and the measures;
-            ``cosine`` is None where it was not computed.
+        records (list[dict[str, Any]]): The records, as dicts: ``step``, ``kind`` (``"parameter"`` or ``"site"``),
+            ``name``, and the measures; ``cosine`` is None where it was not computed.
 
     Raises:
         TypeError: `model` is not a module, or `optimizer` is not an optimizer.

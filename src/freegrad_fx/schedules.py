@@ -222,8 +222,8 @@ class RuleScheduler:
         last_epoch: The number of the step to begin with, plus −1, as in PyTorch: −1 for a new training.
 
     Attributes:
-        target: The model, or the table whose parameters follow the schedules.
-        last_epoch: The number of the step whose values are in force.
+        target (Any): The model, or the table whose parameters follow the schedules.
+        last_epoch (int): The number of the step whose values are in force.
 
     Raises:
         PlanError: No site or entry matches.

@@ -36,8 +36,8 @@ class RulesCallback(TrainerCallback, ExportableState):
         every: When the schedules make a step: ``"step"``, after each step of the optimizer, or ``"epoch"``.
 
     Attributes:
-        table: The table in force.
-        scheduler: The `RuleScheduler`; None without schedules.
+        table (RuleTable): The table in force.
+        scheduler (RuleScheduler | None): The scheduler; None without schedules.
 
     Raises:
         RuleError: As for `use` and `RuleScheduler`; when a checkpoint is resumed that was saved without rules or with
