@@ -164,6 +164,13 @@ def test_a_number_of_a_double_model_is_exact() -> None:
         ),
         (table, 3, {"slope": 1.0}, TypeError, "as text"),
         (lambda: fg.transform(make(), table()), "tanh", {"slope": 1.0}, fg.PlanError, "tanh"),
+        (
+            lambda: fg.transform(make(), table()),
+            "*",
+            {"slope": torch.tensor(-1.0)},
+            fg.RuleError,
+            "slope",
+        ),
     ],
 )
 def test_what_cannot_be_set_is_refused(

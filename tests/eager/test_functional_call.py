@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, stack_module_state, vmap
 
 import freegrad_fx as fg
+from freegrad_fx.eager.names import ParameterNames
 from parameter_models import whole
 
 CLIP, CLIPPED = fg.rules.clip_norm(max_norm=0.1), whole("clip_norm", max_norm=0.1)
@@ -169,3 +170,13 @@ def test_a_parameter_that_is_exchanged_later_has_the_rule_of_the_other(net: Net)
     assert {d.action for d in fg.report(block).decisions if d.site.kind == "parameter"} == {
         "rewrite"
     }
+
+
+def test_tensors_of_earlier_calls_are_not_remembered() -> None:
+    model = nn.Linear(2, 2)
+    names = ParameterNames(model)
+    for _ in range(3):
+        model.weight = nn.Parameter(torch.ones(2, 2))
+        names.new_call()
+        assert names.of(model.weight) == ("weight",)
+    assert len(names._known) == 2

@@ -413,8 +413,18 @@ def _checked(model: nn.Module, call: fx.Node, values: Mapping[str, Any]) -> dict
                 f"set_rule_parameter: the tensor for parameter {name!r} of rule {rule.name!r} holds NaN; it must hold "
                 f"numbers"
             )
-    new = rule(**{**_values(model, call), **values}).bound
+    now = {**_values(model, call), **values}
+    new = rule(**now).bound
+    rule(**{**now, **{n: v.item() for n, v in values.items() if _is_number(rule, n, v)}})
     return {name: new[name] for name in values}
+
+
+def _is_number(rule: Rule, name: str, value: Any) -> bool:
+    """Whether a tensor is one number, so that it can be checked against the constraints, which only numbers are."""
+    declared = rule.parameters.get(name)
+    if declared is None or float not in (declared.types or ()):
+        return False
+    return isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta
 
 
 def _require_alone(

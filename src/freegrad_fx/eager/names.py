@@ -65,9 +65,13 @@ class ParameterNames:
         for name, parameter in named_parameters(model):
             tensors[id(parameter)] = parameter
             found[id(parameter)] = (*found.get(id(parameter), ()), name)
+        # Those that are gone, as the tensors of earlier calls of `functional_call`, are forgotten. The dict is replaced
+        # as a whole, because other threads read it
+        known = {i: entry for i, entry in [*self._known.items()] if entry[0]() is not None}
         for identity, names in found.items():
             tied = self.tied.get(names[0], names)
-            self._known[identity] = weakref.ref(tensors[identity]), tied
+            known[identity] = weakref.ref(tensors[identity]), tied
+        self._known = known
 
 
 def _nothing() -> None:
