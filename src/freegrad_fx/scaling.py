@@ -35,7 +35,9 @@ def unscaled(rules: str, scaler: GradScaler | Tensor) -> Rule | RuleTable: ...
 def unscaled(rules: RulesLike, scaler: GradScaler | Tensor) -> Rule | Composition | RuleTable:
     """Let rules act on gradients that are not scaled, in a training with a `torch.amp.GradScaler`.
 
-    Formula: r(g) becomes S·r(g/S), where S is the scale at the time of the backward.
+    Formula: r(g) becomes S·r(g/S), where S is the scale. A training step scales its loss by the scale of its forward,
+    and `GradScaler.update` comes after the step. If S changes between a forward and its backward, the backward uses
+    the new S; in compiled code, and at operations with several operands, PyTorch refuses such a backward.
 
     Without it, a rule gets gradients that are S times too large: ``clip_norm(max_norm=0.1)`` at a scale of 65536
     leaves a gradient of norm 1.5e-6. A built-in rule that is linear in the gradient is the same with and without a
