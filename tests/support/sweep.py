@@ -90,6 +90,11 @@ class Interception(TorchFunctionMode):
         return x.copy_(_Decouple.apply(y, copy, self.backward))
 
 
+def with_backward(function: Callable[[Tensor], Tensor], backward: Backward) -> Any:
+    """A function of one tensor, with another backward."""
+    return lambda x: _Decouple.apply(function(x.detach()).detach(), x, backward)
+
+
 def _inplace(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
     if func.__name__.endswith("_") or kwargs.get("inplace", False):
         return True
