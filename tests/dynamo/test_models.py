@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 import freegrad_fx as fg
 from models import VISION, Vision
 from runs import Run, assert_same_forward, differs, run
-from sweep import RULES, Interception, wake, with_backward
+from sweep import RULES, Interception, by_hand, wake
 
 # Dynamo reads `.grad` of whatever goes from one graph into the next
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
@@ -168,16 +167,6 @@ LANGUAGE = {
 }
 
 
-@contextmanager
-def by_hand(model: nn.Module) -> Iterator[None]:
-    """Every activation has the naive backward, also the GELU that GPT-2 writes in separate operations."""
-    with pytest.MonkeyPatch.context() as patch, Interception(NAIVE):
-        for module in model.modules():
-            if type(module).__name__ == "NewGELUActivation":
-                patch.setattr(module, "forward", with_backward(module.forward, NAIVE))
-        yield
-
-
 @pytest.mark.sampled(2)
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize(
@@ -199,7 +188,7 @@ def test_a_language_model_gets_its_rules(transformers: Any, make: Any, training:
 
     backend = fg.backend({"activations": RULE}, inner="aot_eager")
     outputs, actual = run(torch.compile(model, backend=backend))
-    with by_hand(model):
+    with by_hand(model, NAIVE):
         expected_outputs, expected = run(model)
     torch.testing.assert_close(outputs, expected_outputs, rtol=0, atol=0)
     for a, e in zip(actual, expected, strict=True):
@@ -213,7 +202,7 @@ def test_generate_gives_the_same_tokens_and_the_model_can_be_trained_on(transfor
     tokens = torch.randint(3, 50, (2, 5))
     options = {"max_new_tokens": 4, "do_sample": False, "attention_mask": torch.ones_like(tokens)}
     expected = model.generate(tokens, **options)
-    with by_hand(model):
+    with by_hand(model, NAIVE):
         reference = gradients_of_loss(model, tokens)
     backend = fg.backend({"activations": RULE}, inner="aot_eager")
     model.compile(backend=backend)
