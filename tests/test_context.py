@@ -709,6 +709,7 @@ def test_compiled_code_follows_the_blocks_of_the_thread_that_calls_it() -> None:
     assert compiled.graphs == 3
 
 
+@pytest.mark.slow
 def test_compiled_code_sees_a_rule_that_is_registered_anew_and_tensors_that_change() -> None:
     gm, s = fg.transform(NET), torch.tensor(3.0)
     compiled = Compiled(gm)
@@ -727,6 +728,7 @@ def test_compiled_code_sees_a_rule_that_is_registered_anew_and_tensors_that_chan
     assert compiled.graphs == 3
 
 
+@pytest.mark.slow
 def test_rules_of_freegrads_signature_are_told_apart_in_compiled_code() -> None:
     gm = fg.transform(NET)
     compiled = Compiled(gm)

@@ -170,6 +170,7 @@ def test_compiled_masks(name: str) -> None:
             same(gradient(compiled, x), gradient(function, x))
 
 
+@pytest.mark.slow
 @pytest.mark.inductor
 def test_masks_compiled_by_inductor() -> None:
     function = around(fg.rules.rectangular(save="mask"))

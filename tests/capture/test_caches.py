@@ -93,6 +93,7 @@ def change_table(*models: nn.Module) -> None:
         model.eval()
 
 
+@pytest.mark.sampled(4)
 @doors
 @pytest.mark.parametrize("make", [Biased, ByName, Holds])
 @pytest.mark.parametrize("training", [True, False])

@@ -277,7 +277,7 @@ def no_proxies(monkeypatch: pytest.MonkeyPatch) -> Callable[[], bool]:
     return all_gone
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(20)
 @pytest.mark.parametrize("kind", STORES)
 def test_a_tensor_stored_outside_is_refused_and_the_original_is_as_before(
     no_proxies: Callable[[], bool], kind: type[Net]

@@ -238,7 +238,7 @@ def test_fullgraph_and_dynamic_shapes_reach_torch_compile() -> None:
 # --- names and calls ---
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.slow
 def test_recompilation_neither_counts_twice_nor_shifts_a_call() -> None:
     def forward(self: Model, x: Tensor) -> Tensor:
         return graph_breaks(self, x) if self.training else F.relu(graph_breaks(self, x))
@@ -1046,6 +1046,7 @@ def test_a_rule_that_is_registered_anew_is_refused_by_graphs_that_are_there_alre
         compiled(sample())
 
 
+@pytest.mark.slow
 def test_switching_rules_off_reaches_graphs_that_are_compiled_already() -> None:
     model, x = Model(graph_breaks), sample()
     native, ruled = gradients(model, model, x), by_interception(model, x)

@@ -52,7 +52,7 @@ CASES = [pytest.param(v, id=v.name) for v in SMALL] + [
 ]
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(6)
 @pytest.mark.thinned(2)
 @pytest.mark.parametrize("training", MODES)
 @pytest.mark.parametrize("vision", CASES)

@@ -66,7 +66,7 @@ def summary(kinds: Counter[str]) -> Counter[str]:
 @pytest.mark.parametrize(
     ("door", "chunk"),
     [
-        pytest.param(door, chunk, marks=pytest.mark.slow if chunk > 1 else ())
+        pytest.param(door, chunk, marks=pytest.mark.slow if chunk else ())
         for door, (chunks, _) in FAST.items()
         for chunk in range(chunks)
     ],

@@ -194,6 +194,7 @@ def test_every_rule_on_parameters_is_given_the_native_gradient(backend: str, dev
     assert_same(actual, expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["activations", "params"])
 def test_random_rules_are_reproducible_with_a_seed(kind: str) -> None:
     """Case 30. What eager draws need not be what compiled code draws, but a seed gives the same again."""

@@ -94,7 +94,7 @@ def test_four_ways_in_give_the_same_gradients(known: Model, training: bool) -> N
 
 
 @pytest.mark.thinned(4)
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("name", BUILT_IN)
 def test_every_built_in_rule_gives_the_same_gradients_by_four_ways(name: str) -> None:
     """Of the activations. Rules that draw random numbers draw the same ones."""
