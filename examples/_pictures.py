@@ -2,13 +2,16 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 from matplotlib import style
+from matplotlib.cm import ScalarMappable
+from matplotlib.colorbar import Colorbar
 from matplotlib.colors import Colormap, LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-__all__ = ["draw_variants", "relevance_colours"]
+__all__ = ["draw_variants", "relevance_bar", "relevance_colours"]
 
 # Okabe and Ito's blue and orange, which colour-blind readers can distinguish; zero has the colour of the background
 _COLOURS = {
@@ -21,6 +24,20 @@ _STYLES = {"light": "default", "dark": "dark_background"}
 def relevance_colours(variant: str) -> Colormap:
     """Blue for negative relevance, orange for positive one."""
     return LinearSegmentedColormap.from_list("relevance", _COLOURS[variant])
+
+
+def relevance_bar(figure: Figure, drawn: ScalarMappable, panels: Any, **options: Any) -> Colorbar:
+    """Add the bar of the colours from -1 to 1.
+
+    Args:
+        figure: The figure.
+        drawn: A picture in these colours.
+        panels: The axes that the bar is for.
+        **options: As for `Figure.colorbar`.
+    """
+    bar = figure.colorbar(drawn, ax=panels, ticks=[-1, 0, 1], pad=0.01, **options)
+    bar.ax.set_yticklabels(["against", "0", "for"])
+    return bar
 
 
 def draw_variants(draw: Callable[[str], Figure], path: Path) -> list[Path]:

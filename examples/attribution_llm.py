@@ -33,7 +33,7 @@ from torch import Tensor, nn
 import _torchvision  # noqa: F401 transformers imports torchvision
 import freegrad_fx as fg
 from _options import count
-from _pictures import draw_variants, relevance_colours
+from _pictures import draw_variants, relevance_bar, relevance_colours
 
 OUT = Path(__file__).resolve().parent.parent / "out"
 
@@ -200,8 +200,7 @@ def picture(sequences: Sequences, maps: Mapping[str, Mapping[str, Tensor]], vari
         answer = TOKENS[int(sequences.answers[0])]
         axes.set_title(f"{model}: relevance for the answer “{answer}”", fontsize="medium")
         axes.tick_params(length=0)
-    bar = figure.colorbar(drawn, ax=panels, ticks=[-1, 0, 1], pad=0.01)
-    bar.ax.set_yticklabels(["against", "0", "for"])
+    relevance_bar(figure, drawn, panels)
     return figure
 
 

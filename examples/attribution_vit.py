@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 from _options import count
-from _pictures import draw_variants, relevance_colours
+from _pictures import draw_variants, relevance_bar, relevance_colours
 from _torchvision import torchvision
 
 OUT = Path(__file__).resolve().parent.parent / "out"
@@ -199,8 +199,7 @@ def picture(image: Tensor, maps: Mapping[str, Mapping[str, Tensor]], variant: st
             at.set_title(name, fontsize="medium")
         for at in axes:
             at.set(xticks=[], yticks=[])
-    bar = figure.colorbar(drawn, ax=rows, ticks=[-1, 0, 1], shrink=0.7, pad=0.01)
-    bar.ax.set_yticklabels(["against", "0", "for"])
+    bar = relevance_bar(figure, drawn, rows, shrink=0.7)
     bar.set_label("relevance for “flower”")
     return figure
 
