@@ -175,11 +175,7 @@ def explain(
     from ..pipeline import explain as explain_model
 
     rules = read_table(table, param or (), allow_imports)
-    with torch.device("meta") if meta else contextlib.nullcontext():
-        built = model_of(model)
-        examples = read_inputs(inputs or ())
-        with captured(examples):
-            plan = explain_model(built, rules, strict=strict, example_inputs=examples)
+    plan = captured(explain_model, model, rules, inputs, strict=strict, meta=meta)
     if as_json:
         print_json(plan.to_dict())
     else:

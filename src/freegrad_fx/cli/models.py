@@ -8,7 +8,7 @@ import inspect
 import json
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -200,19 +200,39 @@ def _read_input(text: str) -> tuple[str, Tensor]:
     return name, torch.randn(shape) if dtype.is_floating_point else torch.ones(shape, dtype=dtype)
 
 
-@contextlib.contextmanager
-def captured(examples: Any) -> Iterator[None]:
-    """Name the option for example inputs where a model cannot be captured without them.
+def captured(
+    function: Callable[..., Any],
+    model: str,
+    rules: Any,
+    inputs: Sequence[str] | None,
+    *,
+    strict: bool,
+    meta: bool,
+) -> Any:
+    """Build a model and give it to a function that captures it, `transform` or `explain`; return its result.
 
     Args:
-        examples: The example inputs; None for none.
+        function: The function.
+        model: As for `model_of`.
+        rules: The rules.
+        inputs: As for `read_inputs`; None for none.
+        strict: As for the function.
+        meta: Whether the tensors have no memory.
+
+    Raises:
+        UserError: The model cannot be captured without example inputs; the message names the option for them.
     """
-    try:
-        yield
-    except CaptureError as error:
-        if examples is not None:
-            raise
-        raise UserError(f"{error} On the command line, --input gives example inputs.") from error
+    with torch.device("meta") if meta else contextlib.nullcontext():
+        built = model_of(model)
+        examples = read_inputs(inputs or ())
+        try:
+            return function(built, rules, strict=strict, example_inputs=examples)
+        except CaptureError as error:
+            if examples is not None:
+                raise
+            raise UserError(
+                f"{error} On the command line, --input gives example inputs."
+            ) from error
 
 
 # --- rules ---

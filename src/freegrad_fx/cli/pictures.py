@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Annotated
 
-import torch
 import typer
 
-from .models import captured, model_of, read_entry, read_inputs, read_table, rule_of
+from .models import captured, read_entry, read_table, rule_of
 from .options import Imports, Inputs, Meta, ModelName, Param, RuleName, Strict, Table
 from .output import UserError, file_error, print_text
 
@@ -70,11 +68,7 @@ def draw(
     from ..pipeline import transform
 
     rules = read_table(table, param or (), allow_imports)
-    with torch.device("meta") if meta else contextlib.nullcontext():
-        built = model_of(model)
-        examples = read_inputs(inputs or ())
-        with captured(examples):
-            transformed = transform(built, rules, strict=strict, example_inputs=examples)
+    transformed = captured(transform, model, rules, inputs, strict=strict, meta=meta)
     try:
         draw_model(transformed, output, depth=depth, theme=theme)
     except OSError as error:
