@@ -79,7 +79,11 @@ class _Layer:
     @property
     def given(self) -> dict[int | str, Any]:
         """The arguments, by their places."""
-        return dict([*enumerate(self.args), *self.kwargs.items()])
+        return _by_place(self.args, self.kwargs)
+
+
+def _by_place(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[int | str, Any]:
+    return dict([*enumerate(args), *kwargs.items()])
 
 
 _layers = WeakTensorKeyDictionary()
@@ -140,7 +144,7 @@ def run_norm(
         kwargs: Its keyword arguments.
         run: Runs the call, with the rules of the batch norm itself.
     """
-    given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
+    given = _by_place(args, kwargs)
     source = given[spelling.key]
     layer = _layers[source] if isinstance(source, Tensor) and source in _layers else None
     if layer is None or version(source) != layer.version or not rules_act():

@@ -159,13 +159,9 @@ def _called(
 ) -> Any:
     if not looks_for_sites(decides):
         return forward(module, *args, **kwargs)
-    others_than_default = _others_than_default(_original(forward), args, kwargs)
-    if others_than_default:
-        if _is_norm(module, decides):
-            reason = f"it is called with {', '.join(others_than_default)}, not the default"
-            decides.not_traced(module, _problem(reason).problem)
-        return forward(module, *args, **kwargs)
-    traced = unintercepted(lambda: _traced(_original(forward), module, decides.on_demand))
+    traced = unintercepted(
+        lambda: _traced(_original(forward), module, args, kwargs, decides.on_demand)
+    )
     if traced is None or not traced.places:
         stops_parts = not decides.on_demand.isdisjoint(_PARTS)
         if traced is not None and not stops_parts and _is_norm(module, decides):
@@ -291,11 +287,18 @@ _graphs: dict[Any, _Traced | None] = {}
 
 
 def _traced(
-    forward: Callable[..., Any], module: nn.Module, wanted: frozenset[str]
+    forward: Callable[..., Any],
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    wanted: frozenset[str],
 ) -> _Traced | None:
-    """The graph of the forward of a module; None if it computes no operation by several calls."""
+    """The graph of a call of the forward of a module; None if it computes no operation by several calls."""
     if "forward" in vars(module):
         return None  # the class does not compute it
+    others = _others_than_default(forward, args, kwargs)
+    if others:
+        return _problem(f"it is called with {', '.join(others)}, not the default")
     if any(True for _ in module.children()):
         return _problem("it has submodules; write the norm as a module of its own")
     state = {k: v for k, v in vars(module).items() if k not in _OF_MODULES}
