@@ -9,15 +9,10 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from half import HALF, HalfByHand
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore")]
-RULES = {"relu": fg.rules.scale(s=0.5)}
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-
-
-class ByHand(nn.ReLU):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x).detach() + 0.5 * (x - x.detach())
 
 
 class Network(nn.Module):
@@ -39,7 +34,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
 
 
 def in_a_block(model: nn.Module) -> list[Tensor]:
-    with fg.use(RULES, model=model):
+    with fg.use(HALF, model=model):
         return gradients(model)
 
 
@@ -57,14 +52,14 @@ def test_adapters_of_peft() -> None:
         config = peft.LoraConfig(r=2, target_modules=["first", "last"], init_lora_weights=False)
         return peft.get_peft_model(model, config)
 
-    expected = gradients(adapted(Network(ByHand)))
+    expected = gradients(adapted(Network(HalfByHand)))
     assert len(expected) == 5
     assert_equal(in_a_block(adapted(Network())), expected)
-    assert_equal(gradients(adapted(fg.transform(Network(), RULES))), expected)
-    assert_equal(gradients(fg.transform(adapted(Network()).get_base_model(), RULES)), expected)
-    exported = fg.transform(adapted(Network()), RULES, example_inputs=(X,))
+    assert_equal(gradients(adapted(fg.transform(Network(), HALF))), expected)
+    assert_equal(gradients(fg.transform(adapted(Network()).get_base_model(), HALF)), expected)
+    exported = fg.transform(adapted(Network()), HALF, example_inputs=(X,))
     assert_equal(gradients(exported), expected)
-    late = adapted(fg.transform(Network(), RULES, example_inputs=(X,)))
+    late = adapted(fg.transform(Network(), HALF, example_inputs=(X,)))
     with pytest.raises(fg.CaptureError, match=r"first .*exchanged for a peft.*original model"):
         late(X)
 
@@ -76,7 +71,7 @@ def test_quantised_weights_of_torchao() -> None:
         quantization.quantize_(model, quantization.Int8WeightOnlyConfig())
         return model
 
-    expected = gradients(quantised(Network(ByHand)))
-    assert_equal(gradients(quantised(fg.transform(Network(), RULES))), expected)
-    assert_equal(gradients(fg.transform(quantised(Network()), RULES)), expected)
+    expected = gradients(quantised(Network(HalfByHand)))
+    assert_equal(gradients(quantised(fg.transform(Network(), HALF))), expected)
+    assert_equal(gradients(fg.transform(quantised(Network()), HALF)), expected)
     assert_equal(in_a_block(quantised(Network())), expected)

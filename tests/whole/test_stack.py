@@ -16,16 +16,9 @@ from torch.nn.utils import clip_grad_norm_, parametrizations, prune
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 import freegrad_fx as fg
+from half import HALF, HalfByHand
 
-RULES = {"relu": fg.rules.scale(s=0.5)}
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(3))
-
-
-class ByHand(nn.ReLU):
-    """A ReLU with the gradient of the rule."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(x).detach() + 0.5 * (x - x.detach())
 
 
 class Network(nn.Module):
@@ -40,9 +33,9 @@ class Network(nn.Module):
 
 def pair(example: bool = False) -> tuple[nn.Module, nn.Module]:
     """A transformed model, and the one written by hand."""
-    by_hand, model = Network(ByHand), Network()
+    by_hand, model = Network(HalfByHand), Network()
     model.load_state_dict(by_hand.state_dict())
-    return fg.transform(model, RULES, example_inputs=(X,) if example else None), by_hand
+    return fg.transform(model, HALF, example_inputs=(X,) if example else None), by_hand
 
 
 def assert_equal(one: nn.Module, other: nn.Module) -> None:
@@ -149,11 +142,11 @@ def test_a_step_of_the_training_script_of_timm() -> None:
     random = torch.Generator().manual_seed(0)
     images, labels = torch.randn(4, 3, 32, 32, generator=random), torch.tensor([0, 1, 2, 1])
     trained = []
-    for activation in (nn.ReLU, ByHand):
+    for activation in (nn.ReLU, HalfByHand):
         torch.manual_seed(0)
         model = timm.create_model("resnet10t", num_classes=3, act_layer=activation)
         if activation is nn.ReLU:
-            model = fg.transform(model, RULES)
+            model = fg.transform(model, HALF)
         optimizer = timm.optim.create_optimizer_v2(model, opt="lamb", lr=0.01, weight_decay=0.05)
         scheduler = timm.scheduler.CosineLRScheduler(optimizer, t_initial=4, warmup_t=1)
         average = timm.utils.ModelEmaV3(model, decay=0.5)
