@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import sys
+import sysconfig
 import tempfile
 import warnings
 from collections import Counter
@@ -153,9 +154,10 @@ def _alone() -> Iterator[None]:
 @pytest.fixture
 def extension() -> Iterator[None]:
     """The C++ extension is in use. Building it takes a minute, on each machine once."""
-    if not (_has_compiler() and shutil.which("ninja")):
+    programs = os.pathsep.join([os.environ.get("PATH", ""), sysconfig.get_path("scripts")])
+    if not (_has_compiler() and shutil.which("ninja", path=programs)):
         pytest.skip(
-            "the C++ extension needs a C++ compiler and ninja; one of them is not on the PATH"
+            "the C++ extension needs a C++ compiler and ninja; one of them is not installed"
         )
     before = library.current() is not None
     with _alone():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,21 @@ def test_a_build_that_fails_is_one_warning(
     assert acts()
     assert "Install a C++ compiler and ninja" in fg.extension.status().reason
     assert not [*tmp_path.rglob("*node*")]
+
+
+def test_ninja_is_found_beside_this_python(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """As pip installs it, in an environment that is not activated."""
+    seen = []
+
+    def load(*_: Any, build_directory: str, **__: Any) -> None:
+        seen.append(os.environ["PATH"].split(os.pathsep))
+        Path(build_directory, f"{library._NAME}.so").touch()
+
+    monkeypatch.setenv("PATH", "/usr/bin")
+    monkeypatch.setattr("torch.utils.cpp_extension.load", load)
+    library.compile_extension(library._NAME, library._SOURCE, tmp_path)
+    assert seen == [["/usr/bin", sysconfig.get_path("scripts")]]
+    assert os.environ["PATH"] == "/usr/bin"
 
 
 def test_a_library_that_does_not_load_is_one_warning(tmp_path: Path) -> None:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import platform
 import sys
+import sysconfig
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +52,7 @@ def compile_extension(name: str, source: Path, folder: Path) -> Path:
     """
     from torch.utils import cpp_extension
 
-    with warnings.catch_warnings():
+    with _own_programs(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about compilers that were not tested with PyTorch
         cpp_extension.load(
             name,
@@ -61,6 +64,20 @@ def compile_extension(name: str, source: Path, folder: Path) -> Path:
         )
     # PyTorch adds a number to the name of an extension that it builds again
     return next(file for file in folder.glob(f"{name}*") if file.suffix in (".so", ".pyd"))
+
+
+@contextlib.contextmanager
+def _own_programs() -> Iterator[None]:
+    """Let PyTorch find ninja where pip installs it, also if the environment of this Python is not activated."""
+    path = os.environ.get("PATH")
+    os.environ["PATH"] = os.pathsep.join(filter(None, [path, sysconfig.get_path("scripts")]))
+    try:
+        yield
+    finally:
+        if path is None:
+            del os.environ["PATH"]
+        else:
+            os.environ["PATH"] = path
 
 
 def _flags() -> list[str]:

@@ -92,10 +92,10 @@ def status() -> Status:
 def build(*, force: bool = False) -> Status:
     """Build the C++ extension for this PyTorch and Python, and use it from now on, in this and in later processes.
 
-    This takes about a minute, and needs a C++ compiler and ninja. The library is kept in PyTorch's cache of extensions:
-    in the folder that ``TORCH_EXTENSIONS_DIR`` names, if it is set. If the build fails, a `FreegradWarning` says why,
-    and everything works as without the extension. Models that were transformed before use the extension in part:
-    transform them again.
+    This takes about a minute, and needs a C++ compiler and ninja, which the extra ``extension`` installs. The library
+    is kept in PyTorch's cache of extensions: in the folder that ``TORCH_EXTENSIONS_DIR`` names, if it is set. If the
+    build fails, a `FreegradWarning` says why, and everything works as without the extension. Models that were
+    transformed before use the extension in part: transform them again.
 
     Args:
         force: True to build it again if it is there.
