@@ -280,8 +280,8 @@ def save_memory(
     Args:
         relu: Whether every ReLU keeps one bit for each entry. This saves memory only where the next operation does not
             keep its input, for example before a pool, a sum or a frozen layer; elsewhere it costs that bit.
-        frozen: Whether convolutions keep their input only if their weight is trained. It saves nothing in a model whose
-            weights are all trained.
+        frozen: Whether convolutions, and batch norms in eval mode, keep their input only if their weight is trained. It
+            saves nothing in a model whose weights are all trained.
         gates: Patterns for the paths of the modules that multiply ``silu(gate)`` and another tensor. Only there is the
             output of a SiLU computed again. An empty list for none.
 
@@ -293,7 +293,7 @@ def save_memory(
         on('max_pool', optional=True).backward('exact_max_pool')
     """
     ops = ["max_pool", "avg_pool", "layer_norm", "rms_norm", "leaky_relu"]
-    ops += ["relu"] * relu + ["conv"] * frozen
+    ops += ["relu"] * relu + ["conv", "batch_norm"] * frozen
     entries = [on(op, optional=True).backward(f"exact_{op}") for op in ops]
     if gates:
         inside = [p for path in gates for p in (path, f"{path}.*")]

@@ -126,6 +126,58 @@ def test_convolutions_with_other_arguments() -> None:
         assert check(conv.requires_grad_(False), table, images(2, 3, 9), 1e-6)[1] == 0
 
 
+def batch_norm(*, trained: str = "", training: bool = False, affine: bool = True) -> nn.Module:
+    norm = nn.BatchNorm2d(3, affine=affine)
+    for name, parameter in norm.named_parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(1))
+        parameter.requires_grad_(name in trained.split())
+    norm(images(4, 3, 5, 5))
+    return norm.train(training)
+
+
+BATCH_NORM = {"batch_norm": "exact_batch_norm"}
+
+
+@pytest.mark.parametrize("trained", ["", "bias", "weight", "weight bias"])
+def test_a_batch_norm_in_eval_mode_keeps_its_input_for_its_weight_alone(trained: str) -> None:
+    x = images(2, 3, 9, 11, last=trained == "bias")
+    before, after = check(batch_norm(trained=trained), BATCH_NORM, x)
+    assert (before, after) == (x.numel() * 4, x.numel() * 4 if "weight" in trained else 0)
+    half = x.to(torch.bfloat16)
+    assert check(batch_norm(trained=trained), BATCH_NORM, half)[0] == x.numel() * 2
+    assert check(batch_norm(affine=False), BATCH_NORM, x)[1] == 0
+
+
+def test_a_batch_norm_in_training_mode_is_native() -> None:
+    x, model = images(2, 3, 9, 11), Between(batch_norm(trained="weight bias"))
+    gm = fg.transform(model, BATCH_NORM)
+    for training in (True, False, True):
+        statistics = copy.deepcopy(model.state_dict())
+        model.train(training)
+        y, expected, before = gradients(model, model, x)
+        model.load_state_dict(statistics)
+        found, grads, after = gradients(gm.train(training), model, x)
+        assert torch.equal(found, y)
+        assert all(map(torch.equal, grads, expected))
+        assert after == before
+    untracked = Between(nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    (decision,) = fg.explain(untracked, BATCH_NORM).decisions
+    assert (decision.action, decision.reason) == (
+        "native",
+        "rule 'exact_batch_norm' leaves calls with training=True native",
+    )
+
+
+def test_running_statistics_that_change_before_the_backward_are_an_error() -> None:
+    model = Between(batch_norm())
+    x = images(2, 3, 4, 4).requires_grad_()
+    for run in (model, fg.transform(model, BATCH_NORM)):
+        loss = run(x).sum()
+        model.inner.running_var.mul_(2)
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+
+
 def affine(norm: Any, kind: str) -> Any:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -260,13 +312,15 @@ class Net(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv, self.frozen = nn.Conv2d(3, 6, 3, padding=1), nn.Conv2d(6, 6, 3, padding=1)
+        self.batch_norm = nn.BatchNorm2d(6).eval()
         self.frozen.requires_grad_(False)
+        self.batch_norm.requires_grad_(False)
         self.norm, self.rms = affine(nn.LayerNorm(6), "random"), affine(nn.RMSNorm(6), "random")
         self.mlp, self.out = Gate(), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv(x), inplace=True), 3, 2, 1)
-        x = F.avg_pool2d(F.leaky_relu(self.frozen(x), 0.2), 2)
+        x = F.avg_pool2d(F.leaky_relu(self.batch_norm(self.frozen(x)), 0.2), 2)
         x = x.flatten(2).transpose(1, 2)
         return self.out(self.mlp(x + self.rms(self.norm(1.0 * x))))
 
@@ -318,14 +372,13 @@ def test_autocast_and_channels_last_and_no_grad(net: Net) -> None:
     model = copy.deepcopy(net).to(memory_format=torch.channels_last)
     gm, x = fg.transform(model, TABLE), X.to(memory_format=torch.channels_last)
     assert distance(gradients(gm, model, x)[1], gradients(model, model, x)[1]) < 1e-6
+    precise = copy.deepcopy(net).double()
+    truth = gradients(precise, precise, X.double())[1]
     with mixed(), warnings.catch_warnings():
         warnings.simplefilter(
             "ignore"
         )  # of rms_norm: its input and its weight have different dtypes
-        truth = gradients(net.double(), net, X.double())[1]
-        native, found = (
-            gradients(run, net.float(), X)[1] for run in (net, fg.transform(net, TABLE))
-        )
+        native, found = (gradients(run, net, X)[1] for run in (net, fg.transform(net, TABLE)))
         assert distance(found, truth) < 2 * distance(native, truth)
     with torch.no_grad():
         assert torch.equal(gm(x), model(x))
@@ -413,3 +466,8 @@ def test_a_lean_form_has_to_fit_the_formula(lean: Any, message: str) -> None:
         def wrongly_lean(grad: Tensor, x: Tensor) -> Tensor:
             """grad·x"""
             return grad * x
+
+
+def test_native_if_needs_the_operation() -> None:
+    with pytest.raises(RuleError, match=r"native_if='training'.*Add `\*, f`"):
+        fg.register("wrongly_native", native_if="training", overwrite=True)(lambda grad: grad)

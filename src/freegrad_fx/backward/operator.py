@@ -64,15 +64,17 @@ def _with_operands(
     """`operands` for an operation with several operands. They precede the parameters that are tensors."""
     tensors, numbers, call = operands(rule, site, parameters, save)
     further = [value for value in [*operation.values.values()][1:] if value is not None]
+    held = {n: value for n, value in operation.constants.items() if isinstance(value, Tensor)}
     absent = tuple(name for name, value in operation.values.items() if value is None)
     described = _written_with(
         call,
         operation.operation,
         tuple(operation.values),
         absent,
-        tuple(operation.constants.items()),
+        tuple((n, value) for n, value in operation.constants.items() if n not in held),
+        tuple(held),
     )
-    return [*further, *tensors], numbers, described
+    return [*further, *held.values(), *tensors], numbers, described
 
 
 @takes_for_constant
@@ -82,24 +84,35 @@ def _written_with(
     names: tuple[str, ...],
     absent: tuple[str, ...],
     constants: tuple[tuple[str, Any], ...],
+    held: tuple[str, ...],
 ) -> str:
-    """The text of a call, with its operation; ``""`` if JSON cannot represent it."""
+    """The text of a call, with its operation; ``""`` if JSON cannot represent it.
+
+    Args:
+        call: The text without the operation.
+        operation: The name of the operation.
+        names: The operands.
+        absent: Those that the call leaves out.
+        constants: The further arguments that are no tensors.
+        held: The names of those that are tensors.
+    """
+    given = operation, names, absent, constants, held
     try:
-        text = json.dumps([*json.loads(call), [operation, names, absent, constants]])
+        text = json.dumps([*json.loads(call), given])
     except (TypeError, ValueError):
         return ""
-    return text if _operation_in(text) == (operation, names, absent, dict(constants)) else ""
+    return text if _operation_in(text) == (*given[:3], dict(constants), held) else ""
 
 
 def _operation_in(
     call: str,
-) -> tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any]] | None:
+) -> tuple[str, tuple[str, ...], tuple[str, ...], dict[str, Any], tuple[str, ...]] | None:
     _, _, _, _, _, _, *operation = json.loads(call)
     if not operation:
         return None
-    name, names, absent, constants = operation[0]
+    name, names, absent, constants, held = operation[0]
     values = {n: tuple(v) if isinstance(v, list) else v for n, v in constants}
-    return name, tuple(names), tuple(absent), values
+    return name, tuple(names), tuple(absent), values, tuple(held)
 
 
 _PLAIN = (bool, int, str, tuple, type(None))
@@ -147,10 +160,11 @@ def _run_operator(
     token, site, save, names, values = _read(call)
     rule, operation = of_token(token), Operands("", {"x": x}, {})
     if found := _operation_in(call):
-        name, named, absent, constants = found
-        count = len(named) - len(absent) - 1
+        name, named, absent, constants, held = found
+        count = len(named) - len(absent) - 1 + len(held)
         others, tensors = iter(tensors[:count]), tensors[count:]
         given = {n: None if n in absent else next(others) for n in named[1:]}
+        constants.update((n, next(others)) for n in held)
         operation = Operands(name, {named[0]: x, **given}, constants)
     parameters = dict(zip(names, [*tensors, *numbers, *values], strict=True))
     described = Call(rule, site, parameters, save, False)

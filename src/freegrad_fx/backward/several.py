@@ -260,7 +260,7 @@ def _kept(
         arguments[OPERATION] = _native(ctx, layout, read, needs)
     values = lean.keep(**arguments, **call.parameters)
     saved = {name: read[name] for name in lean.saves if name in read}
-    given = {id(tensor) for tensor in read.values()}
+    given = {id(value) for value in (*read.values(), *layout.constants.values())}
     for place, value in enumerate(values):
         if isinstance(value, Tensor):
             saved[f"{KEPT}{place}"] = value

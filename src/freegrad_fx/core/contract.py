@@ -78,7 +78,7 @@ LOSS_SCALE = "loss_scale"
 
 RESERVED = (
     *("grad", *INPUTS, MASK, "rule", "site", "forward", "ambient", *OPTIONS, LOSS_SCALE),
-    *(OPERATION, "operation", "operands"),
+    *(OPERATION, "operation", "operands", "native"),
 )
 """Names that a parameter of a rule cannot have."""
 

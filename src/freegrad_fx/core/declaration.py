@@ -80,6 +80,8 @@ class Declaration:
         operation: Whether the formula uses the native operation, ``f``.
         several: Whether the formula reads or answers for other operands than the first one, returns a dict, or has a
             lean form.
+        native_if: The argument of the operation where the call keeps its native backward if it is true; ``""`` if there
+            is none.
         needs_operation: What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing.
     """
 
@@ -116,6 +118,7 @@ class Declaration:
     answers: tuple[str, ...] = ()
     learns: Learns = field(default_factory=dict)
     operation: bool = False
+    native_if: str = ""
     several: bool = field(init=False)
     needs_operation: str = field(init=False)
 

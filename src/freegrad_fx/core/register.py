@@ -46,6 +46,7 @@ def register(
     random: bool = False,
     relevance: bool = False,
     joint: bool = False,
+    native_if: str = "",
     answers: str | tuple[str, ...] = (),
     learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
     overwrite: bool = False,
@@ -111,6 +112,8 @@ def register(
             `attribute` does not multiply it by ``x``.
         joint: True for a rule that reads only the gradient, and whose formula does not depend on its shape, such as one
             with a norm over the whole tensor. The option ``over`` can then join the gradients of several parameters.
+        native_if: The name of an argument of the operation, for a rule that uses ``f``: a call for which it is true
+            keeps its native backward, such as ``"training"`` for a rule of a batch norm in eval mode.
         answers: The operands that the rule gives a gradient to. The others keep their native gradient. Default: the
             first operand that the signature names.
         learns: The parameters that the rule gives a gradient to, if they are tensors that require one. Either their
@@ -122,9 +125,9 @@ def register(
         A decorator that turns the function into a `Rule` and registers it.
 
     Raises:
-        RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read; `mask`,
-            `fast` or `lean` has the wrong signature, or is given for a formula that returns a dict; or the defaults or
-            `examples` do not satisfy `requires`.
+        RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read;
+            `native_if` is given for a formula without ``f``; `mask`, `fast` or `lean` has the wrong signature, or is
+            given for a formula that returns a dict; or the defaults or `examples` do not satisfy `requires`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -187,6 +190,7 @@ def register(
             answers=answered,
             learns=learnt,
             operation=formula.operation,
+            native_if=_read_native_if(name, native_if, formula),
         )
         _check_forms(declaration)
         rule = Rule.of(declaration)
@@ -237,6 +241,15 @@ def _check_forms(declaration: Declaration) -> None:
                 f"gradient of x alone. Leave out {what}=; or let the formula return a tensor, and give the gradients "
                 f"of parameters as functions: learns={{name: function}}."
             )
+
+
+def _read_native_if(name: str, native_if: str, formula: Formula) -> str:
+    if native_if and not formula.operation:
+        raise RuleError(
+            f"rule {name!r} is registered with native_if={native_if!r}, an argument of the operation, but its formula "
+            f"does not take `f`, the operation. Add `*, f` to its signature, or leave out native_if=."
+        )
+    return native_if
 
 
 def _check_joint(name: str, joint: bool, formula: Formula) -> None:

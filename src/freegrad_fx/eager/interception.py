@@ -125,6 +125,8 @@ def _operation(
     used, replaces = None, decisions.get(REPLACE)
     if replaces is not None and replaces.uses_operands and rules_act():
         used = used_call(spelling, func, args, kwargs, replaces)
+        if used is not None and used.native:
+            used, decisions = None, {at: d for at, d in decisions.items() if at != REPLACE}
         args, kwargs = (args, kwargs) if used is None else (used.args, used.kwargs)
     operation = with_argument(func, args, kwargs, key)
     inplace = spelling.inplace

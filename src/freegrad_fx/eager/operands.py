@@ -26,6 +26,7 @@ class UsedCall:
         answers_first: Whether the rule answers for the first operand.
         operation: The canonical name of the operation.
         operands: The operands besides the first one, and the further arguments, as for `ops.decoupled`.
+        native: Whether the call keeps its native backward.
     """
 
     args: tuple[Any, ...]
@@ -33,6 +34,7 @@ class UsedCall:
     answers_first: bool
     operation: str
     operands: Mapping[str, Any]
+    native: bool = False
 
 
 def used_call(
@@ -61,6 +63,8 @@ def used_call(
             f"rule {declaration.name!r} computes the operation at other operands, which is not possible for this call "
             f"of {op.name} at site {decision.site.name!r}. Give the site None, or a rule without `f`."
         )
+    if constants.get(declaration.native_if):
+        return UsedCall(args, kwargs, False, op.name, constants, native=True)
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     operands: dict[str, Any] = {n: None for n in op.operands if n != first.name}
     for operand in others:

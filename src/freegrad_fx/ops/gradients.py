@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 
-def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
+def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "", native: bool = False) -> Tensor:
     """Return `x` detached from the autograd graph, sharing memory with `x`.
 
     Formula: forward x; backward 0.
@@ -49,12 +49,12 @@ def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
         x: Any tensor.
         ambient: As for `decoupled`. If no rule acts, `x` itself is returned.
         site: As for `decoupled`, if the site is ambient.
+        native: As for `decoupled`. If true, `x` itself is returned.
     """
     if has_torch_function_unary(x):
-        return handle_torch_function(
-            stop_gradient, (x,), x, **_if_given(ambient=ambient, site=site)
-        )
-    if not (torch.is_grad_enabled() or records_forward_alone()):
+        given = _if_given(ambient=ambient, site=site, native=native)
+        return handle_torch_function(stop_gradient, (x,), x, **given)
+    if native or not (torch.is_grad_enabled() or records_forward_alone()):
         return x
     # a traced function such as abs() can be called with a number
     return x.detach() if _acts(ambient, site) and isinstance(x, Tensor) else x
@@ -133,6 +133,7 @@ def decoupled(
     compile: bool = False,
     operation: str = "",
     operands: Mapping[str, Any] | None = None,
+    native: bool = False,
     **parameters: Any,
 ) -> Tensor:
     """Return the values of `y`; in the backward, the rule computes the gradient of `x`.
@@ -160,6 +161,7 @@ def decoupled(
         operation: The canonical name of the operation; needed by rules that use ``f``, and if it has several operands.
         operands: The further arguments of the operation: its operands by their names (``weight``, ``bias``; ``b``),
             the others by PyTorch's names. An operand that the call leaves out, or that is a number, is None.
+        native: Whether the call keeps its native backward, so that `y` itself is returned.
         **parameters: The rule's parameters. Missing ones are taken from the rule.
 
     Returns:
@@ -180,7 +182,9 @@ def decoupled(
     """
     if has_torch_function_variadic(y, x):  # `read` is computed by the same tracer as `x`
         given = _if_given(ambient=ambient) if ambient else {"rule": rule}
-        how = _if_given(save=save, compile=compile, operation=operation, operands=operands)
+        how = _if_given(
+            save=save, compile=compile, operation=operation, operands=operands, native=native
+        )
         given = {**given, **how}
         return handle_torch_function(
             decoupled, (y, x), y, x, *read, **given, site=site, **parameters
@@ -190,7 +194,7 @@ def decoupled(
             return y
         require_result(y, site)
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
-    if not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
+    if native or not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
         return y
     if not ambient:
         found = get(rule)

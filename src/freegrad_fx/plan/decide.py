@@ -28,7 +28,7 @@ from .edges import check_edge
 from .forwards import check_learnt, check_replaceable
 from .groups import acts_together
 from .notes import remark_on, steps_left
-from .operands import check_operands
+from .operands import check_operands, native_at
 from .own import with_own_tensors
 from .parts import without_parts
 from .plan import Plan
@@ -254,6 +254,8 @@ def decide(place: Located, table: RuleTable) -> Decision:
         check_dims(place, entry)
         if obstacle := _computed_operand(place, entry.rules[0]):
             return Decision(site, "skip", entry=index, reason=obstacle)
+        if reason := native_at(place, entry.rules[0]):
+            return Decision(site, "native", entry=index, reason=reason)
     else:
         check_edge(place, entry)
     if entry.forward is not None:

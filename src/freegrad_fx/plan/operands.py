@@ -9,7 +9,7 @@ from ..sites.site import Located, LocatedOperation
 from ..table import Entry
 from ..vocabulary.operands import NOT_COMPUTED, operation_of
 
-__all__ = ["check_operands"]
+__all__ = ["check_operands", "native_at"]
 
 
 def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None:
@@ -57,3 +57,17 @@ def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None
             f"rule {rule.name!r} computes the operation at other operands, which is not possible for this call of "
             f"{op.name}{reason}; at {where}. Give it None in an entry before {entry.selector!r}, or a rule without `f`."
         )
+
+
+def native_at(place: Located, rule: Rule) -> str:
+    """The reason why every call at a site keeps its native backward with a rule; ``""`` if none does, or only some.
+
+    Args:
+        place: The site.
+        rule: The rule.
+    """
+    argument = rule.declaration.native_if
+    if not argument or not isinstance(place, LocatedOperation):
+        return ""
+    always = (place.constants() or {}).get(argument) is True
+    return f"rule {rule.name!r} leaves calls with {argument}=True native" if always else ""

@@ -10,7 +10,7 @@ from torch import fx, nn
 from ..graph.aliasing import Aliasing
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
-from .operands import uses_at
+from .operands import constants_at, uses_at
 from .surgery import Surgery
 
 __all__ = ["copies_at", "operate_compound"]
@@ -110,11 +110,8 @@ def operate_compound(
             if uses is not None and first is not None:
                 others_of_op = (n for n in compound.op.operands if n != place.first.name)
                 operands = {n: start.get(n, compound.computed.get(n)) for n in others_of_op}
-                constants = place.constants() if first.declaration.operation else {}
-                call = {
-                    "operation": compound.op.name,
-                    "operands": {**operands, **(constants or {})},
-                }
+                constants = constants_at(place, first, surgery)
+                call = {"operation": compound.op.name, "operands": {**operands, **constants}}
             result = surgery.decoupled(result, surgery.chain(x, others), x, first, call=call)
         if OUTPUT in decisions:
             result = surgery_at(OUTPUT).edge(result, result, decisions[OUTPUT].rules)

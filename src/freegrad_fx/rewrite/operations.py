@@ -14,7 +14,7 @@ from ..ops.gradients import written_back
 from ..plan import Decided, Decision
 from ..sites.site import OUTPUT, REPLACE, LocatedOperation
 from .memory import Memory
-from .operands import given_operands, uses_at
+from .operands import constants_at, given_operands, uses_at
 from .surgery import Surgery
 
 __all__ = ["Decisions", "at_operations", "operate"]
@@ -75,6 +75,7 @@ def operate(
     uses = uses_at(place, first)
     answers_first = uses is None or place.first.name in uses.answers
     call: dict[str, Any] = {}
+    native: Any = False
     with graph.inserting_before(node):
         if memory.write_back and forward is not None:
             start = given = surgery.node(
@@ -96,10 +97,12 @@ def operate(
         if uses is not None and first is not None:
             copied = (o for o in place.arguments[1:] if o.name in memory.keep_operands)
             copies = {o.name: keep(n) for o in copied if (n := operand_node(node, o)) is not None}
-            call = given_operands(place, uses, first, surgery, copies)
+            constants = constants_at(place, first, surgery)
+            native = constants.get(first.declaration.native_if, False)
+            call = given_operands(place, uses, surgery, copies, constants, native)
         if replaces is not None:
             source = surgery.chain(start, others)
-            given = surgery.stop(given) if answers_first else given
+            given = surgery.stop(given, native) if answers_first else given
         if memory.on_copy or (memory.write_back and forward is None):
             given = keep(given)
         operation = node

@@ -69,9 +69,10 @@ class Surgery:
             source = self.decoupled(self.stop(source), source, start, rule)
         return source
 
-    def stop(self, x: fx.Node) -> fx.Node:
-        """Insert ``stop_gradient(x)``."""
-        return self.node("call_function", stop_gradient, (x,), self.ambient)
+    def stop(self, x: fx.Node, native: Any = False) -> fx.Node:
+        """Insert ``stop_gradient(x)``, which returns x where `native` is true; it can be a node."""
+        how = {**self.ambient, **({"native": native} if native else {})}
+        return self.node("call_function", stop_gradient, (x,), how)
 
     def keep(self, x: fx.Node) -> fx.Node:
         """Insert a copy of x, which is made only while a rule acts."""

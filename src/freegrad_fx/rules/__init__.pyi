@@ -286,6 +286,18 @@ class _ExactAvgPool(Rule):
 
 exact_avg_pool: _ExactAvgPool
 
+class _ExactBatchNorm(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactBatchNorm:
+        """the native gradients of a batch norm; in eval mode the input is kept only if the weight is trained"""
+
+exact_batch_norm: _ExactBatchNorm
+
 class _ExactConv(Rule):
     def __call__(  # type: ignore[override]
         self,

@@ -16,6 +16,7 @@ from .._torch.dynamo import is_compiling
 from .._torch.tensors import version
 from ..core.register import register
 from . import masks
+from .forms import blank, form_of
 
 __all__ = [
     "exact_avg_pool",
@@ -74,25 +75,6 @@ def exact_leaky_relu(grad: Tensor, mask: Tensor, *, slope: float = 0.01) -> Tens
 
 
 # --- pools ---
-
-_Form = tuple[Any, torch.dtype, bool]
-"""The shape of a tensor, its dtype, and whether its channels are last in memory."""
-
-
-def _form_of(x: Tensor) -> _Form:
-    last = _LAST.get(x.dim())
-    channels_last = last is not None and x.is_contiguous(memory_format=last)
-    return tuple(x.shape), x.dtype, channels_last and not x.is_contiguous()
-
-
-_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
-
-
-def _blank(form: _Form, like: Tensor) -> Tensor:
-    """A tensor of a form. Its entries are not initialised: gradients do not depend on them."""
-    shape, dtype, channels_last = form
-    order = _LAST[len(shape)] if channels_last else torch.contiguous_format
-    return torch.empty(shape, dtype=dtype, device=like.device, memory_format=order)
 
 
 class _Windows:
@@ -161,7 +143,7 @@ def _keep_offsets(x: Tensor, *, f: Any) -> tuple[Any, ...]:
     windows = _Windows(f.constants)
     planes = x.unsqueeze(-2) if windows.dims == 1 else x
     index = windows.forward(planes, *windows.how)[1]
-    return windows.offsets(index, planes.shape[-len(windows.kernel) :]), _form_of(planes)
+    return windows.offsets(index, planes.shape[-len(windows.kernel) :]), form_of(planes)
 
 
 def _from_offsets(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> Tensor:
@@ -169,7 +151,7 @@ def _from_offsets(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> Tensor:
     windows = _Windows(f.constants)
     index = windows.indices(offsets, shape[-len(windows.kernel) :])
     grad = grad.unsqueeze(-2) if windows.dims == 1 else grad
-    found = windows.backward(grad, _blank((shape, grad.dtype, last), grad), *windows.how, index)
+    found = windows.backward(grad, blank((shape, grad.dtype, last), grad), *windows.how, index)
     return found.squeeze(-2) if windows.dims == 1 else found  # type: ignore[no-any-return]
 
 
@@ -192,11 +174,11 @@ def exact_max_pool(grad: Tensor, x: Tensor, *, f: Any) -> Tensor:
 
 
 def _keep_form(x: Tensor, *, f: Any) -> tuple[Any, ...]:
-    return (_form_of(x),)
+    return (form_of(x),)
 
 
 def _from_form(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> Tensor:
-    return f.gradient("x", grad, x=_blank(kept[0], grad))  # type: ignore[no-any-return]
+    return f.gradient("x", grad, x=blank(kept[0], grad))  # type: ignore[no-any-return]
 
 
 @register(
@@ -220,12 +202,12 @@ def exact_avg_pool(grad: Tensor, x: Tensor, *, f: Any) -> Tensor:
 
 
 def _keep_of_conv(x: Tensor, *, f: Any) -> tuple[Any, ...]:
-    return (x if "weight" in f.needs else None), _form_of(x)
+    return (x if "weight" in f.needs else None), form_of(x)
 
 
 def _of_conv(grad: Tensor, kept: tuple[Any, ...], weight: Tensor, *, f: Any) -> dict[str, Any]:
     x, form = kept
-    x = _blank(form, grad) if x is None else x
+    x = blank(form, grad) if x is None else x
     given = {"x": x, "weight": weight}
     dims = [d for d in range(grad.dim()) if d != grad.dim() - weight.dim() + 1]
     return {

@@ -1,4 +1,4 @@
-"""Rules with the native gradient of norms that keep their output, which the next operation often keeps too.
+"""Rules with the native gradient of norms that keep less: the output instead of the input, or nothing.
 
 Each formula is the native gradient. The lean form computes the same from what it keeps.
 """
@@ -12,9 +12,10 @@ from torch import Tensor
 
 from .._torch.dynamo import is_compiling
 from ..core.register import register
+from .forms import blank, form_of
 from .precision import wide
 
-__all__ = ["exact_layer_norm", "exact_rms_norm"]
+__all__ = ["exact_batch_norm", "exact_layer_norm", "exact_rms_norm"]
 
 _MOST = 4.0
 """The largest bias, relative to the weight, for which (y − bias)/weight has lost no more than two bits."""
@@ -194,3 +195,41 @@ def exact_rms_norm(grad: Tensor, x: Tensor, weight: Tensor | None, *, f: Any) ->
     is less: if most weights are 0, and under autocast. The gradients differ from the native ones by the rounding of y.
     """
     return {name: lambda n=name: f.gradient(n, grad) for name in ("x", "weight")}
+
+
+# --- batch norms in eval mode ---
+
+
+def _keep_of_batch_norm(x: Tensor, *, f: Any) -> tuple[Any, ...]:
+    statistics = f.constants["running_mean"], f.constants["running_var"]
+    return (x if "weight" in f.needs else None), form_of(x), *statistics
+
+
+def _of_batch_norm(grad: Tensor, kept: tuple[Any, ...], weight: Tensor | None, *, f: Any) -> Any:
+    x, form, mean, var = kept
+    names = ("x", "weight", "bias")
+    found = torch.ops.aten.native_batch_norm_backward(
+        grad, blank(form, grad) if x is None else x, weight, mean, var, None, None, False,
+        f.constants.get("eps", 1e-5), [name in f.needs for name in names],
+    )  # fmt: skip
+    return dict(zip(names, found, strict=True))
+
+
+@register(
+    "exact_batch_norm",
+    reference="the native gradient of a batch norm in eval mode",
+    kinds="operation",
+    reducing=True,
+    answers=("x", "weight", "bias"),
+    meant_for="batch_norm",
+    native_if="training",
+    lean=(_keep_of_batch_norm, _of_batch_norm),
+)
+def exact_batch_norm(
+    grad: Tensor, x: Tensor, weight: Tensor | None, bias: Tensor | None, *, f: Any
+) -> Any:
+    """the native gradients of a batch norm; in eval mode the input is kept only if the weight is trained
+
+    PyTorch keeps the input of a frozen batch norm too. In training mode the backward is PyTorch's own.
+    """
+    return {name: lambda n=name: f.gradient(n, grad) for name in ("x", "weight", "bias")}

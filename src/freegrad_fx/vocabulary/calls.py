@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
@@ -12,7 +13,19 @@ from .arguments import argument_names, layout_of, name_of
 from .op import Op, Operand
 from .operands import operation_of
 
-__all__ = ["constants_of"]
+__all__ = ["Held", "constants_of"]
+
+
+@dataclass(frozen=True)
+class Held:
+    """An argument that the called module holds, and that can change from call to call.
+
+    Attributes:
+        name: The name of the attribute.
+    """
+
+    name: str
+
 
 _CONVOLUTION = "stride padding dilation groups"
 _POOL = "kernel_size stride padding ceil_mode"
@@ -23,6 +36,7 @@ _MODULES: dict[type[nn.Module], tuple[str, str]] = {
     nn.LayerNorm: ("normalized_shape eps", ""),
     nn.RMSNorm: ("normalized_shape eps", ""),
     nn.GroupNorm: ("num_groups eps", ""),
+    **dict.fromkeys((nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d), ("eps", "")),
     nn.Softmax: ("dim", ""),
     nn.LogSoftmax: ("dim", ""),
     nn.Conv1d: (f"{_CONVOLUTION} padding_mode", "conv1d"),
@@ -79,6 +93,7 @@ def constants_of(
             return None  # `output_size` of a transposed convolution
         attributes, name = _MODULES[kind]
         found = {key: getattr(module, key) for key in attributes.split()}
+        found.update(_state_of(module) if op.name == "batch_norm" else {})
         return {**found, "kind": name} if name else found
     if op.name == "linear":
         return {}
@@ -106,3 +121,10 @@ def constants_of(
     if "kind" not in operation.accepts:
         return found
     return {**found, "kind": op.name if op.name in ("add", "sub") else name_of(target)}
+
+
+def _state_of(module: nn.Module) -> dict[str, Any]:
+    """The arguments of a batch norm that are the state of its module."""
+    if module.running_mean is None and module.running_var is None:
+        return {"training": True}
+    return {name: Held(name) for name in ("running_mean", "running_var", "training")}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "batch_normalised",
     "convolution",
     "divided",
     "layer_normalised",
@@ -91,6 +92,22 @@ def power(input: Tensor, *, exponent: Any = 2) -> Tensor:
 def pool(input: Tensor, *, kind: str, **constants: Any) -> Tensor:
     """A pool; `kind` is the name of the function in `torch.nn.functional`."""
     return getattr(F, kind)(input, **constants)  # type: ignore[no-any-return]
+
+
+def batch_normalised(
+    input: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    *,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    training: bool = False,
+    momentum: float | None = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """A batch norm, which leaves the running statistics as they are; `momentum` does not change its result."""
+    mean, var = (None, None) if training else (running_mean, running_var)
+    return F.batch_norm(input, mean, var, weight, bias, training, 0.0, eps)
 
 
 def rms_normalised(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .activations import OPS
 from .functions import (
+    batch_normalised,
     convolution,
     divided,
     layer_normalised,
@@ -120,6 +121,13 @@ _OPERATIONS = dict(
             "normalized_shape eps dims",
         ),
         _operation("group_norm", F.group_norm, _AFFINE, "num_groups eps", additive="bias"),
+        _operation(
+            "batch_norm",
+            batch_normalised,
+            _AFFINE,
+            "running_mean running_var training momentum eps",
+            additive="bias",
+        ),
         _operation("max_pool", pool, accepts=_POOL),
         _operation("avg_pool", pool, accepts=f"{_POOL} output_size"),
     )
@@ -128,7 +136,6 @@ _OPERATIONS = dict(
 
 NOT_COMPUTED = {
     "dropout": "it would draw other random numbers",
-    "batch_norm": "it depends on statistics that are no operands",
     "embedding": "it depends on indices, which are no operand",
 }
 """The operations that are not known as functions of their operands, and why."""
