@@ -164,7 +164,7 @@ def bench(session: nox.Session) -> None:
 @nox.session
 def compare(session: nox.Session) -> None:
     """Compare with native PyTorch and other libraries, and write out/compare.json; ``-- --help`` lists the options."""
-    install_project(session, "bench,peers")
+    install_project(session, "bench,extension,peers")
     session.run("python", "-m", "benchmarks.compare", *session.posargs)
 
 

@@ -2,7 +2,8 @@
 
 A case is a dict of candidates by name, native PyTorch first. `compare` and the pytest-benchmark suites share the cases.
 Names: a candidate of this package has the name of its rule, one of a peer begins with the name of the peer (see
-`_peers`), and options follow a comma.
+`_peers`), and options follow a comma. Candidates are made and timed without the C++ extension, unless their last option
+is "extension".
 """
 
 from __future__ import annotations
@@ -11,22 +12,26 @@ import copy
 import importlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
 import freegrad_fx as fg
+from freegrad_fx.extension import library
 
 from . import _peers as peers
 from ._measure import saved_bytes
 
 Step: TypeAlias = Callable[[], Any]
-Models: TypeAlias = dict[str, Callable[[], nn.Module]]
+Made = TypeVar("Made")
+Makers: TypeAlias = dict[str, Callable[[], Made]]
+Models: TypeAlias = Makers[nn.Module]
 Shape: TypeAlias = tuple[int, ...]
 
 NATIVE = "native"
 NATIVE_RELU = "native relu"
+EXTENSION = ", extension"
 
 
 # The built-in rules for operations of one input.
@@ -36,13 +41,25 @@ _BUILT_IN = [
     if isinstance(rule, fg.Rule) and not rule.declaration.needs_operation
 ]
 RULES = (*(rule.name for rule in _BUILT_IN if "operation" in rule.kinds),)
-ELEMENTWISE = (*(name for name in RULES if not fg.get(name).declaration.reducing),)
+
+# The rules that are measured: those of the other libraries, those that cost least, and one of each other kind.
+MEASURED = (
+    "d(Linear)", "straight_through", "scale", "reverse", "clip_value", "clip_norm", "centralize", "noise",
+    "full_jam", "positive_jam", "rectangular_jam", "d(ReLU)", "guided", "rectangular", "clipped_straight_through",
+    "triangular", "fast_sigmoid", "arctan", "gaussian", "few_bit", "exact_relu",
+)  # fmt: skip
+ELEMENTWISE = (*(name for name in MEASURED if not fg.get(name).declaration.reducing),)
 
 # A slope that SpikingJelly's SoftSign also supports.
 PARAMETERS: dict[str, dict[str, Any]] = {"fast_sigmoid": {"slope": 2.0}}
 
+# Rules that read x, and save less than x.
+LESS_THAN_X = ("few_bit", "exact_relu")
+
 # Rules that read x only through a mask, and can save the mask instead of x.
-MASKED = (*(name for name in RULES if fg.get(name).declaration.mask is not None),)
+MASKED = (
+    *(n for n in MEASURED if fg.get(n).declaration.mask is not None and n not in LESS_THAN_X),
+)
 
 FORWARDS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": torch.relu,
@@ -68,6 +85,26 @@ OTHER_FORWARDS = {
 def rule_of(name: str, **options: Any) -> fg.Rule:
     """A rule, with the parameters for the measurement."""
     return fg.get(name)(**PARAMETERS.get(name, {}), **options)
+
+
+# --- the C++ extension ---
+
+
+def choose(candidate: str) -> None:
+    """Use the C++ extension from now on if the name of a candidate says so; otherwise do not."""
+    library.switch(on=candidate.endswith(EXTENSION))
+
+
+def made(candidate: str, make: Callable[[], Made]) -> Made:
+    """Make a candidate. The generated code of a model keeps what is in use when it is transformed."""
+    choose(candidate)
+    return make()
+
+
+def with_extension(makers: Makers[Made]) -> Makers[Made]:
+    """Candidates of this package, and the same with the C++ extension if it is built."""
+    names = ("", EXTENSION) if fg.extension.status().active else ("",)
+    return {f"{name}{end}": make for name, make in makers.items() for end in names}
 
 
 # --- operators ---
@@ -130,16 +167,20 @@ class Bare(nn.Module):
 BARE = {"rectangular": _Window, "d(Linear)": _Through}
 
 
-def operator(rule: str) -> dict[str, nn.Module]:
-    """A rule on relu and on other forwards, with native relu and the peers that have the rule."""
-    modules = {NATIVE_RELU: Activation(), rule: under(rule_of(rule))}
-    if rule in BARE:
-        modules[f"{NATIVE} Function, bare"] = Bare(BARE[rule])
+def operator_makers(rule: str) -> Models:
+    """A rule on relu and on other forwards, with native relu and the peers that have the rule; made when called."""
+    ours: Models = {rule: lambda: under(rule_of(rule))}
     for forward in OTHER_FORWARDS.get(rule, ()):
-        modules[f"{rule} on {forward}"] = under(rule_of(rule), forward)
+        ours[f"{rule} on {forward}"] = lambda forward=forward: under(rule_of(rule), forward)  # type: ignore[misc]
     if rule in MASKED:
-        modules[f"{rule}, save=mask"] = under(rule_of(rule, save="mask"))
-    return modules | peers.operators(rule)
+        ours[f"{rule}, save=mask"] = lambda: under(rule_of(rule, save="mask"))
+    bare: Models = {f"{NATIVE} Function, bare": lambda: Bare(BARE[rule])} if rule in BARE else {}
+    return {NATIVE_RELU: Activation, **with_extension(ours), **bare, **peers.operators(rule)}
+
+
+def operator(rule: str) -> dict[str, nn.Module]:
+    """The same, made."""
+    return {name: made(name, make) for name, make in operator_makers(rule).items()}
 
 
 def input_and_gradient(shape: Shape) -> tuple[Tensor, Tensor]:
@@ -166,6 +207,11 @@ def gradient(module: nn.Module, shape: Shape = (64, 64)) -> Tensor:
     torch.manual_seed(1)
     (found,) = torch.autograd.grad(module(x), x, grad)
     return found
+
+
+def gradients(modules: dict[str, nn.Module]) -> dict[str, Tensor]:
+    """The gradient of each candidate."""
+    return {name: made(name, lambda m=m: gradient(m)) for name, m in modules.items()}  # type: ignore[misc]
 
 
 def differences(gradients: dict[str, Tensor]) -> dict[str, str]:
@@ -302,13 +348,14 @@ class Model:
         return torch.randn(shape, generator=torch.Generator().manual_seed(0))
 
 
+SPIKING_STEPS = "spiking MLP, 10 steps"
 MODELS = {
     "MLP 8×256": Model(mlp, (4096, 256), (64, 256)),
     "resnet18": Model(resnet18, (8, 3, 96, 96), (2, 3, 32, 32)),
     "vgg11_bn": Model(vgg11_bn, (8, 3, 64, 64), (2, 3, 32, 32)),
     "ViT, 4 layers of 128": Model(vit, (8, 3, 64, 64), (2, 3, 32, 32), op="gelu"),
     "LSTM classifier": Model(lambda quick: LSTMClassifier(), (16, 50, 32), (2, 5, 32)),
-    "spiking MLP, 10 steps": Model(
+    SPIKING_STEPS: Model(
         lambda quick: SpikingMLP(32, 2) if quick else SpikingMLP(), (128, 64), (4, 64)
     ),
 }
@@ -336,12 +383,10 @@ def step_models(name: str, quick: bool) -> Models:
     def ruled(rule: str, **options: Any) -> Callable[[], nn.Module]:
         return lambda: fg.transform(native, {model.op: rule_of(rule, **options)})
 
-    models: Models = {NATIVE: lambda: native}
-    for candidate, (rule, options) in STEP_RULES.items():
-        models[candidate] = ruled(rule, **options)
+    ours = {candidate: ruled(rule, **options) for candidate, (rule, options) in STEP_RULES.items()}
     if name.startswith("spiking"):
-        models["arctan, heaviside"] = ruled("arctan", forward="heaviside")
-    return models
+        ours["arctan, heaviside"] = ruled("arctan", forward="heaviside")
+    return {NATIVE: lambda: native, **with_extension(ours)}
 
 
 def peers_step_models(name: str, quick: bool) -> Models:
@@ -353,9 +398,8 @@ def peers_step_models(name: str, quick: bool) -> Models:
         wrapped = importlib.import_module("_freegrad").wrapped
         models["FreeGrad rectangular"] = lambda: wrapped(native, rule_of("rectangular"))
     if name.startswith("spiking"):
-        for candidate, make in peers.OPERATORS["arctan"].items():
-            if peers.peer_of(candidate) not in absent:
-                models[candidate] = lambda make=make: with_spike(native, make())  # type: ignore[misc]
+        for candidate, make in peers.operators("arctan").items():
+            models[candidate] = lambda make=make: with_spike(native, make())  # type: ignore[misc]
     return models
 
 
@@ -386,7 +430,9 @@ def steps(name: str, quick: bool) -> dict[str, Step]:
     """A training step in eager mode, and the part of SGD in it."""
     models = step_models(name, quick) | peers_step_models(name, quick)
     x = MODELS[name].input(quick)
-    found = {candidate: training_step(make(), x) for candidate, make in models.items()}
+    found = {
+        candidate: training_step(made(candidate, make), x) for candidate, make in models.items()
+    }
     sgd = torch.optim.SGD(models[NATIVE]().parameters(), lr=0.0)
     native = found.pop(NATIVE)
     return {NATIVE: native, NATIVE_AGAIN: native, SGD_ALONE: sgd.step, **found}
@@ -495,12 +541,12 @@ def operator_memory() -> Iterator[tuple[str, float]]:
     """The bytes per element that are saved for the backward, by candidate, native relu first."""
     yield NATIVE_RELU, operator_bytes(Activation())
     yield "a rule of y", operator_bytes(under(rule_of_output()))
-    for rule in RULES:
-        for candidate, module in operator(rule).items():
+    for rule in MEASURED:
+        for candidate, make in operator_makers(rule).items():
             if peers.peer_of(candidate):
-                yield f"{candidate}, {rule}", operator_bytes(module)
+                yield f"{candidate}, {rule}", operator_bytes(make())
             elif candidate in (rule, f"{rule}, save=mask"):
-                yield candidate, operator_bytes(module)
+                yield candidate, operator_bytes(made(candidate, make))
 
 
 MEMORY_MODELS = ("MLP 8×256", "resnet18")
@@ -511,7 +557,9 @@ def step_memory(name: str, quick: bool) -> Iterator[tuple[str, float]]:
     x, models = MODELS[name].input(quick), step_models(name, quick)
     elements = activated_elements(models[NATIVE](), x)
     for candidate, make in (models | peers_step_models(name, quick)).items():
-        model = make()
+        if candidate.endswith(EXTENSION):
+            continue  # it keeps the same
+        model = made(candidate, make)
         known = [x, *model.parameters(), *model.buffers()]
 
         def loss(model: nn.Module = model) -> Tensor:

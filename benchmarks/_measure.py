@@ -70,6 +70,8 @@ def compare(
     seconds: float = 4.0,
     least: int = 15,
     most: int = 400,
+    longest: float = 60.0,
+    before: Callable[[str], None] = lambda name: None,
     clock: Callable[[], float] = time.perf_counter,
 ) -> Comparison:
     """Time candidates in alternation: each once per round, in an order that changes from round to round.
@@ -77,12 +79,15 @@ def compare(
     Args:
         candidates: The functions to call, by name.
         seconds: The approximate total time.
-        least: The minimum number of rounds.
+        least: The minimum number of rounds, if they take at most `longest` seconds.
         most: The maximum number of rounds.
+        longest: How many seconds the minimum number of rounds may take. Three rounds are always measured.
+        before: Called with the name of a candidate before it is timed, outside of the measured time.
         clock: The clock.
     """
     repeats, round_takes = {}, 0.0
     for name, call in candidates.items():
+        before(name)
         call()  # compilation happens here
         call()
         start = clock()
@@ -98,10 +103,12 @@ def compare(
     gc.freeze()
     gc.disable()
     try:
+        least = min(least, max(3, int(longest / round_takes)))
         for _ in range(max(least, min(most, int(seconds / round_takes)))):
             shuffle(order)
             for name in order:
                 call, repeat = candidates[name], repeats[name]
+                before(name)
                 start = clock()
                 for _ in range(repeat):
                     call()

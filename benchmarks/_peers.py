@@ -136,8 +136,7 @@ OPERATORS: dict[str, dict[str, Callable[[], nn.Module]]] = {
 }
 
 
-def operators(rule: str) -> dict[str, nn.Module]:
-    """The modules of the installed peers that have this rule."""
-    absent = missing()
-    makers = OPERATORS.get(rule, {})
-    return {name: make() for name, make in makers.items() if peer_of(name) not in absent}
+def operators(rule: str) -> dict[str, Callable[[], nn.Module]]:
+    """The functions that create the modules of the installed peers that have this rule."""
+    absent, makers = missing(), OPERATORS.get(rule, {})
+    return {name: make for name, make in makers.items() if peer_of(name) not in absent}

@@ -1,12 +1,9 @@
-"""Converts measurements into rows, and rows into text, Markdown and JSON. Does not measure."""
+"""The sections of a comparison, and its rows: measurements become rows, and rows become text. Does not measure."""
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import groupby
-from typing import Any
 
 from ._measure import Comparison, Spread
 from ._targets import Target, baseline, targets
@@ -20,13 +17,12 @@ class Row:
         section: The section.
         group: The group of candidates that were measured in alternation.
         name: The candidate.
-        value: Its median time in milliseconds, or the bytes that it saves for each element.
+        value: Its median time in milliseconds, or the bytes that it saves; the section says in which unit.
         over: The candidate that it is compared with.
-        relative: The ratio of the times, or the difference of the bytes.
+        relative: The ratio, or the difference of the bytes.
         rounds: The number of measurements.
-        limit: The target, if it has one.
-        verdict: Whether the target is met.
         note: A remark.
+        target: The target, if it has one.
     """
 
     section: str
@@ -36,23 +32,33 @@ class Row:
     over: str
     relative: Spread
     rounds: int
-    limit: float | None = None
-    verdict: str = ""
     note: str = ""
+    target: Target | None = None
+
+    @property
+    def verdict(self) -> str:
+        """Whether the target is met; empty if there is none."""
+        return self.target.verdict(self.relative) if self.target else ""
 
 
 @dataclass(frozen=True)
 class Section:
-    """The heading of a section, its introduction, and its unit."""
+    """A section.
+
+    Attributes:
+        heading: Its heading.
+        text: Its introduction.
+        unit: The unit of the values.
+        relative: The heading of the column of ratios or differences.
+        on_page: Whether docs/measurements.md has it; docs/performance.md includes the memory of whole models, which
+            `benchmarks.memory` writes.
+    """
 
     heading: str
     text: str
     unit: str = "ms"
-
-    @property
-    def relative(self) -> str:
-        """The heading of the column of ratios or differences."""
-        return "ratio [quartiles]" if self.unit == "ms" else "beyond native"
+    relative: str = "ratio [quartiles]"
+    on_page: bool = True
 
 
 SECTIONS = {
@@ -64,6 +70,10 @@ SECTIONS = {
         "Operators, 64×64",
         "The same on a small tensor, where the calls take longer than the arithmetic.",
     ),
+    "small-steps": Section(
+        "Networks of small tensors",
+        "Forward and backward of networks in eager mode, whose layers have 64 or 128 units, on a batch of 64.",
+    ),
     "compiled": Section("Operators, compiled", "The same as the first, behind `torch.compile`."),
     "fuse": Section(
         "Operators with a fused backward",
@@ -74,8 +84,16 @@ SECTIONS = {
     ),
     "compiled-steps": Section(
         "Training steps, compiled",
-        "The same, both models behind `torch.compile`. The target is 1.00; a median of at most 1.02, or a first "
-        "quartile of at most 1.00, is within noise of it.",
+        "The same, both models behind `torch.compile`.",
+    ),
+    "blocks": Section(
+        "Blocks of `use`",
+        "A training step of a model in a block of `use`, transformed, and in a block without a site, on small batches.",
+    ),
+    "spiking": Section(
+        "Spiking networks of other libraries",
+        "Forward and backward of a network with neurons of snnTorch or SpikingJelly, ten time steps, with their own "
+        "surrogates, and in a block of `use` whose table exchanges the surrogate.",
     ),
     "attribution": Section(
         "Attributions", "Guided backpropagation of a small network: one map for each picture."
@@ -93,6 +111,14 @@ SECTIONS = {
         "What is kept for the backward, in bytes for each float32 number that an activation returns. What follows the "
         "activation keeps it in any case, as most layers do.",
         unit="bytes per element",
+        relative="beyond native",
+    ),
+    "model-memory": Section(
+        "Memory of whole models",
+        "What a forward keeps for the backward, in single precision.",
+        unit="MiB",
+        relative="ratio",
+        on_page=False,
     ),
 }
 
@@ -109,61 +135,65 @@ def timed_rows(
                 found[over] = target
         for over, aim in found.items():
             ratio = times.ratio(name, over)
-            limit, verdict = (aim.limit, aim.verdict(ratio)) if aim else (None, "")
             note = (notes or {}).get(name, "") if over == first else ""
             value = 1e3 * times.seconds(name)
-            rows.append(
-                Row(section, group, name, value, over, ratio, times.rounds, limit, verdict, note)
-            )
+            rows.append(Row(section, group, name, value, over, ratio, times.rounds, note, aim))
     return rows
 
 
-def memory_rows(group: str, found: Iterable[tuple[str, float]]) -> list[Row]:
-    """One row for each candidate, relative to the first one, which is native."""
+def memory_rows(
+    section: str, group: str, found: Iterable[tuple[str, float]], *, ratio: bool = False
+) -> list[Row]:
+    """One row for each candidate, relative to the first one, which is native: the difference, or the ratio."""
     rows: list[Row] = []
     for name, value in found:
-        beyond = Spread.of([value - (rows[0].value if rows else value)])
-        aim = next(targets("memory", group, name), None)
-        limit, verdict = (aim.limit, aim.verdict(beyond)) if aim else (None, "")
+        native = rows[0].value if rows else value
+        relative = Spread.of([value / native if ratio else value - native])
+        aim = next(targets(section, group, name), None)
         over = rows[0].name if rows else name
-        rows.append(Row("memory", group, name, value, over, beyond, 1, limit, verdict))
+        rows.append(Row(section, group, name, value, over, relative, 1, target=aim))
     return rows
 
 
-HEADINGS = ("candidate", "{unit}", "{relative}", "over", "rounds", "target", "verdict")
+HEADINGS = ("candidate", "{unit}", "{relative}", "over", "rounds")
 
 
-def _cells(row: Row, repeated: bool) -> list[str]:
-    """The cells of a row; the name of a candidate is omitted if the row before has the same one."""
+def headings(section: Section) -> list[str]:
+    """The headings of the columns."""
+    return [h.format(unit=section.unit, relative=section.relative) for h in HEADINGS] + ["note"]
+
+
+def cells(rows: list[Row], *, aims: bool) -> list[list[str]]:
+    """The cells of the rows of a group; the name of a candidate is omitted if the row before has the same one.
+
+    Args:
+        rows: The rows.
+        aims: Whether the last cell has the target.
+    """
+    before = [None, *(row.name for row in rows)]
+    return [_cells(row, row.name == last, aims) for row, last in zip(rows, before, strict=False)]
+
+
+def _cells(row: Row, repeated: bool, aims: bool) -> list[str]:
     relative, quartiles = row.relative, ""
     if row.rounds > 1:
         quartiles = f" [{relative.low:.2f}, {relative.high:.2f}]"
     alone = row.over == row.name
-    target = "" if row.limit is None else f"≤ {row.limit:g}"
+    aim = row.target
+    target = f"≤ {aim.limit:g}: {row.verdict}" if aims and aim and aim.limit is not None else ""
     return [
         "" if repeated else row.name,
         "" if repeated else f"{row.value:.3f}",
         "" if alone else f"{relative.median:.2f}{quartiles}",
         "" if alone else row.over,
         "" if repeated else str(row.rounds),
-        target,
-        ", ".join(filter(None, [row.verdict, row.note])),
+        ", ".join(filter(None, [target, row.note])),
     ]
 
 
-def _group_cells(rows: list[Row]) -> list[list[str]]:
-    before = [None, *(row.name for row in rows)]
-    return [_cells(row, row.name == last) for row, last in zip(rows, before, strict=False)]
-
-
-def _headings(section: Section) -> list[str]:
-    return [h.format(unit=section.unit, relative=section.relative) for h in HEADINGS]
-
-
 def as_text(rows: list[Row]) -> str:
-    """The rows of one group, aligned."""
-    section = SECTIONS[rows[0].section]
-    table = [_headings(section), *_group_cells(rows)]
+    """The rows of one group, aligned, with their targets."""
+    table = [headings(SECTIONS[rows[0].section]), *cells(rows, aims=True)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     lines = [
         "  "
@@ -171,30 +201,3 @@ def as_text(rows: list[Row]) -> str:
         for line in table
     ]
     return "\n".join([f"{rows[0].section}: {rows[0].group}", *lines])
-
-
-def as_markdown(rows: Iterable[Row], about: Mapping[str, Any]) -> str:
-    """All rows, a table for each section, for docs/measurements.md."""
-    lines = [
-        "<!-- Written by `python -m benchmarks.compare --markdown`: measure again instead of editing. -->",
-        "",
-        "Measured on: " + ", ".join(f"{k} {v}" for k, v in about.items() if v is not None) + ".",
-    ]
-    for name, found in groupby(rows, lambda row: row.section):
-        section = SECTIONS[name]
-        headings = ["case", *_headings(section)]
-        lines += ["", f"### {section.heading}", "", section.text, ""]
-        lines += [_line(headings), _line(["---"] * len(headings))]
-        for group, members in groupby(found, lambda row: row.group):
-            for position, cells in enumerate(_group_cells(list(members))):
-                lines.append(_line([group if not position else "", *cells]))
-    return "\n".join([*lines, ""])
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
-
-
-def as_data(rows: Iterable[Row]) -> list[dict[str, Any]]:
-    """All rows as plain data, for JSON."""
-    return [dataclasses.asdict(row) for row in rows]

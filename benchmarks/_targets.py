@@ -10,9 +10,23 @@ from dataclasses import dataclass
 
 import freegrad_fx as fg
 
-from ._cases import CHAIN, FUSED, MASKED, NATIVE, NATIVE_RELU, RULES, is_ours
+from ._cases import (
+    CHAIN,
+    EXTENSION,
+    FUSED,
+    LESS_THAN_X,
+    MASKED,
+    MEASURED,
+    NATIVE,
+    NATIVE_RELU,
+    SPIKING_STEPS,
+    STEP_RULES,
+    is_ours,
+)  # fmt: skip
 from ._measure import Comparison, Spread
+from ._networks import LAYERS, SMALL_RULES, SPIKING
 from ._peers import PEERS, peer_of
+from .memory import CASES
 
 FASTEST_PEER = "the fastest peer"
 
@@ -54,38 +68,66 @@ class Target:
 GRADIENT_ALONE = ("d(Linear)", "straight_through", "scale", "reverse", "clip_value")
 # The forward of snnTorch's and SpikingJelly's surrogates.
 ON_HEAVISIDE = ("triangular on heaviside", "fast_sigmoid on heaviside", "arctan on heaviside")
+PIECES = ("triangular", "fast_sigmoid", "triangular on heaviside", "fast_sigmoid on heaviside")
 OTHERS = (
-    "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam", *ON_HEAVISIDE,
+    "arctan", "arctan on heaviside", "noise", "full_jam", "positive_jam", "rectangular_jam",
 )  # fmt: skip
-# Rules whose formula is one or a few passes over memory; others cost what their arithmetic costs.
-FEW_PASSES = (
-    *GRADIENT_ALONE, "d(ReLU)", "rectangular", "clipped_straight_through", "guided", "clip_norm", "centralize",
-    "triangular", "fast_sigmoid", "arctan", "noise", "full_jam", "positive_jam", "rectangular_jam",
-)  # fmt: skip
-LIGHT = ("rectangular", "rectangular, save=mask", "d(Linear)", "straight_through")
+# Rules that the extension runs as one kernel.
+LIGHT = (*GRADIENT_ALONE, "rectangular", "d(ReLU)", "triangular", "fast_sigmoid", "arctan")
 # Rules by what they save. A rule of y saves nothing more, as the next layer keeps its input.
-OF_NOTHING = (*(name for name in RULES if not fg.get(name).inputs), "a rule of y")
-OF_X = (*(name for name in RULES if "x" in fg.get(name).inputs),)
+OF_NOTHING = (*(name for name in MEASURED if not fg.get(name).inputs), "a rule of y")
+OF_X = (*(name for name in MEASURED if "x" in fg.get(name).inputs and name not in LESS_THAN_X),)
 OF_A_MASK = (*(f"{name}, save=mask" for name in MASKED),)
+# Usual networks, in which a rule is hardly visible.
+USUAL = ("MLP 8×256", "resnet18", "vgg11_bn", "ViT, 4 layers of 128")
+
+
+def extended(names: tuple[str, ...]) -> tuple[str, ...]:
+    """The candidates with the C++ extension."""
+    return (*(f"{name}{EXTENSION}" for name in names),)
+
+
+SURROGATES = (*SMALL_RULES[SPIKING],)
+# In the spiking MLP of `steps`.
+SPIKING_RULES = (*STEP_RULES, "arctan, heaviside")
 
 TARGETS = (
     Target("operators", NATIVE_RELU, 1.3, (*GRADIENT_ALONE, "d(ReLU)")),
     Target("operators", NATIVE_RELU, 1.5, ("rectangular", "clipped_straight_through", "guided")),
-    Target("operators", FASTEST_PEER, 0.5, OTHERS),
-    Target("small", NATIVE_RELU, 1.6, FEW_PASSES),
-    Target("small", "snnTorch", 0.7, (*RULES, *ON_HEAVISIDE)),
-    Target("small", "FreeGrad", 0.7, RULES),
+    Target("operators", NATIVE_RELU, 1.4, extended(OF_A_MASK)),
+    Target("operators", FASTEST_PEER, 0.4, (*PIECES, *extended(PIECES))),
+    Target("operators", FASTEST_PEER, 0.5, (*OTHERS, *extended(OTHERS))),
+    Target("small", NATIVE_RELU, 1.7, LIGHT),
+    Target("small", NATIVE_RELU, 1.05, extended(LIGHT)),
+    *(
+        Target("small", peer, limit, names)
+        for peer in ("snnTorch", "SpikingJelly", "FreeGrad")
+        for limit, names in (
+            (None, (*LIGHT, *ON_HEAVISIDE)),
+            (0.4, extended((*LIGHT, *ON_HEAVISIDE))),
+        )
+    ),
+    Target("small-steps", NATIVE, 1.4, tuple(SMALL_RULES[LAYERS]), (LAYERS,)),
+    Target("small-steps", NATIVE, 1.03, extended(tuple(SMALL_RULES[LAYERS])), (LAYERS,)),
+    Target("small-steps", NATIVE, 1.03, extended(SURROGATES), (SPIKING,)),
+    Target("small-steps", "snnTorch", 0.8, extended(SURROGATES), (SPIKING,)),
     Target("compiled", NATIVE_RELU, 2.0),
     Target("compiled", f"{NATIVE_RELU}, compiled", None),
     *(Target("fuse", rule, None, (f"{rule}, fuse",)) for rule in FUSED),
-    Target("steps", NATIVE, 1.05, LIGHT),
-    Target("steps", NATIVE, 1.15, ("triangular", "fast_sigmoid", "arctan", "arctan, heaviside")),
+    Target("steps", NATIVE, 1.02, groups=USUAL),
+    Target("steps", NATIVE, 1.03, extended(SPIKING_RULES), (SPIKING_STEPS,)),
+    Target("steps", "snnTorch", 0.8, extended(("arctan, heaviside",)), (SPIKING_STEPS,)),
     Target("compiled-steps", NATIVE, 1.0, median_limit=1.02),
-    Target("transform", f"{NATIVE} symbolic_trace", 3.0, groups=("resnet152", "vit_l_16")),
-    Target("transform", "transform, 1000", 5.0, groups=(CHAIN,)),
+    Target("transform", f"{NATIVE} symbolic_trace", 2.5, groups=("resnet152", "vit_l_16")),
+    Target("transform", "transform, 1000", 4.5, groups=(CHAIN,)),
     Target("memory", NATIVE, 0.0, OF_NOTHING),
     Target("memory", NATIVE, 4.0, OF_X),
     Target("memory", NATIVE, 1.0, OF_A_MASK),
+    *(
+        Target("model-memory", NATIVE, case.target, (case.table,), (case.name,))
+        for case in CASES
+        if case.target is not None
+    ),
     Target("compile", NATIVE, 1.2),
 )
 

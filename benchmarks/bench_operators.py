@@ -13,8 +13,8 @@ SIDES = {"1000x1000": 1000, "64x64": 64}
 
 CANDIDATES = [
     (rule, candidate)
-    for rule in cases.RULES
-    for candidate in (*cases.operator(rule), *peers.OPERATORS.get(rule, {}))
+    for rule in cases.MEASURED
+    for candidate in (*cases.operator_makers(rule), *peers.OPERATORS.get(rule, {}))
 ]
 
 
@@ -26,7 +26,8 @@ def bench_operator(benchmark: Any, rule: str, candidate: str, size: str, quick: 
         pytest.skip(f"{peers.peer_of(candidate)} is not installed: pip install -e '.[peers]'")
     benchmark.group = f"{rule}, {size}"
     side = min(SIDES[size], 100) if quick else SIDES[size]
-    benchmark(cases.operator_step(cases.operator(rule)[candidate], (side, side)))
+    module = cases.made(candidate, cases.operator_makers(rule)[candidate])
+    benchmark(cases.operator_step(module, (side, side)))
 
 
 @pytest.mark.parametrize("candidate", ["native relu", "native relu, compiled", "ours"])

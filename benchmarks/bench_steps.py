@@ -14,7 +14,7 @@ from . import _cases as cases
 def bench_step(benchmark: Any, name: str, candidate: str, quick: bool) -> None:
     """In eager mode."""
     benchmark.group = name
-    model = cases.step_models(name, quick)[candidate]()
+    model = cases.made(candidate, cases.step_models(name, quick)[candidate])
     step = cases.training_step(model, cases.MODELS[name].input(quick))
     step()
     benchmark(step)

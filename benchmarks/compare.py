@@ -1,135 +1,248 @@
 """``python -m benchmarks.compare``: compare this package, native PyTorch and the installed peers.
 
-The candidates are measured in alternation, in one process. Prints the ratio of each candidate to native PyTorch and to
-the candidates that its targets refer to, and whether the targets are met. Run it with nothing else running: on a busy
-machine, the ratios have a larger spread.
+The candidates of a group are measured in alternation, in one process. Prints the ratio of each candidate to native
+PyTorch and to the candidates that its targets refer to, and whether the targets are met. Run it with nothing else
+running: on a busy machine, the ratios have a larger spread.
+
+All sections take about an hour. A run of some of them (--only, --groups) keeps the other results of the file, so that
+all of it can be measured in parts, also on several machines. --docs writes the results into the documentation.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import datetime
+import itertools
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import freegrad_fx as fg
+from freegrad_fx.extension import library
 
 from . import _cases as cases
 from . import _compiling as compiling
+from . import _networks as networks
+from . import _pages as pages
 from . import _peers as peers
+from . import memory
 from ._measure import compare, machine
-from ._tables import SECTIONS, Row, as_data, as_markdown, as_text, memory_rows, timed_rows
+from ._results import Results
+from ._tables import SECTIONS, Row, as_text, memory_rows, timed_rows
+
+Group = Callable[[], list[Row]]
 
 
-def measure(section: str, quick: bool, seconds: float) -> Iterator[list[Row]]:
-    """The rows of a section, one group after the other."""
+def groups(section: str, quick: bool, seconds: float) -> Iterator[tuple[str, Group]]:
+    """The groups of a section, each with the function that measures it."""
 
     def timed(
         group: str, steps: Mapping[str, Callable[[], Any]], notes: Mapping[str, str] | None = None
     ) -> list[Row]:
         least = 3 if quick else 15
-        return timed_rows(section, group, compare(steps, seconds=seconds, least=least), notes)
+        times = compare(steps, seconds=seconds, least=least, before=cases.choose)
+        return timed_rows(section, group, times, notes)
 
-    if section in ("operators", "small", "compiled", "fuse"):
-        yield from operator_groups(section, quick, timed)
+    def each(
+        names: tuple[str, ...], steps: Callable[[str], Mapping[str, Callable[[], Any]]]
+    ) -> Iterator[tuple[str, Group]]:
+        for name in names:
+            yield name, lambda name=name: timed(name, steps(name))  # type: ignore[misc]
+
+    if section in OPERATORS:
+        yield from _operators(section, quick, timed)
+    elif section == "small-steps":
+        yield from each(networks.SMALL, networks.small_steps)
     elif section == "steps":
-        for name in cases.MODELS:
-            yield timed(name, cases.steps(name, quick))
+        yield from each((*cases.MODELS,), partial(cases.steps, quick=quick))
     elif section == "compiled-steps":
-        for name in list(cases.MODELS)[: 1 if quick else None]:
-            yield timed(name, cases.compiled_steps(name, quick))
+        models = (*cases.MODELS,)[: 1 if quick else None]
+        yield from each(models, partial(cases.compiled_steps, quick=quick))
+    elif section == "blocks":
+        yield from each(networks.BLOCKS, partial(networks.block_steps, quick=quick))
+    elif section == "spiking":
+        for name in networks.LIBRARIES:
+            if name not in peers.missing():
+                yield name, lambda name=name: timed(name, *networks.library_steps(name))  # type: ignore[misc]
     elif section == "attribution":
-        found = cases.attributions(quick)
-        notes = cases.differences({name: make() for name, make in found.items()})
-        yield timed("guided", found, notes)
+        yield "guided", lambda: timed("guided", *_attributions(quick))
     elif section == "transform":
-        for name in cases.TRANSFORMED[: 1 if quick else None]:
-            yield timed(name, cases.transform(name))
-        yield timed(cases.CHAIN, cases.transform_chain(quick))
+        yield from each(cases.TRANSFORMED[: 1 if quick else None], cases.transform)
+        yield cases.CHAIN, lambda: timed(cases.CHAIN, cases.transform_chain(quick))
     elif section == "memory":
-        yield memory_rows("one activation", cases.operator_memory())
+        yield ONE, lambda: memory_rows(section, ONE, cases.operator_memory())
         for name in cases.MEMORY_MODELS:
-            yield memory_rows(f"a step of {name}", cases.step_memory(name, quick))
+            group = f"a step of {name}"
+            yield (
+                group,
+                lambda name=name, group=group: memory_rows(  # type: ignore[misc]
+                    section, group, cases.step_memory(name, quick)
+                ),
+            )
+    elif section == "model-memory":
+        for name in dict.fromkeys(case.name for case in memory.CASES):
+            yield (
+                name,
+                lambda name=name: memory_rows(  # type: ignore[misc]
+                    section, name, memory.counts(name, quick), ratio=True
+                ),
+            )
     elif section == "compile":
         for name in compiling.MODELS[: 1 if quick else None]:
-            for state, times in compiling.compile_times(name, quick).items():
-                yield timed_rows(section, f"{name}, {state}", times)
+            yield (
+                name,
+                lambda name=name: [  # type: ignore[misc]
+                    row
+                    for state, times in compiling.compile_times(name, quick).items()
+                    for row in timed_rows(section, f"{name}, {state}", times)
+                ],
+            )
 
 
-def operator_groups(
+ONE = "one activation"
+# By section: the rules, and the function that makes the candidates of a rule.
+OPERATORS = {
+    "operators": (cases.MEASURED, cases.operator),
+    "small": (cases.MEASURED, cases.operator),
+    "compiled": (cases.ELEMENTWISE, cases.compiled_operator),
+    "fuse": (cases.FUSED, cases.fused_operator),
+}
+
+
+def _operators(
     section: str, quick: bool, timed: Callable[..., list[Row]]
-) -> Iterator[list[Row]]:
+) -> Iterator[tuple[str, Group]]:
     """One group for each rule. Before the timing, the gradients of the peers are compared with ours."""
     side = 64 if section == "small" else 250 if quick else 1000
-    rules, make = {
-        "operators": (cases.RULES, cases.operator),
-        "small": (cases.RULES, cases.operator),
-        "compiled": (cases.ELEMENTWISE, cases.compiled_operator),
-        "fuse": (cases.FUSED, cases.fused_operator),
-    }[section]
+    rules, make = OPERATORS[section]
     if quick and section in ("compiled", "fuse"):
         rules = rules[:2]
-    for rule in rules:
+
+    def measure(rule: str) -> list[Row]:
         torch._dynamo.reset()
         modules = make(rule)
-        gradients = {
-            name: cases.gradient(m) for name, m in modules.items() if section != "compiled"
-        }
-        notes = cases.differences(gradients) if gradients else {}
+        notes = {} if section == "compiled" else cases.differences(cases.gradients(modules))
         steps = {name: cases.operator_step(m, (side, side)) for name, m in modules.items()}
-        yield timed(rule, steps, notes)
+        return timed(rule, steps, notes)
+
+    for rule in rules:
+        yield rule, partial(measure, rule)
+
+
+def _attributions(quick: bool) -> tuple[Mapping[str, Callable[[], Any]], Mapping[str, str]]:
+    """The candidates, and what differs in their maps."""
+    found = cases.attributions(quick)
+    return found, cases.differences({name: make() for name, make in found.items()})
+
+
+def measure(
+    section: str, quick: bool, seconds: float, only: list[str] | None = None
+) -> Iterator[list[Row]]:
+    """The rows of a section, one group after the other; of the groups whose names have one of these texts in them."""
+    for name, group in groups(section, quick, seconds):
+        if not only or any(text in name for text in only):
+            yield group()
+
+
+def about() -> dict[str, Any]:
+    """The machine, and the versions of what is compared."""
+    extension = "in use" if fg.extension.status().active else "not built"
+    versions = {"freegrad_fx": fg.__version__, "C++ extension": extension} | peers.versions()
+    return machine() | versions
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse the command line, measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.compare", description=__doc__)
-    parser.add_argument("--only", nargs="+", choices=SECTIONS, default=list(SECTIONS))
-    parser.add_argument("--seconds", type=float, default=4.0, help="about how long a group takes")
-    parser.add_argument("--threads", type=int, default=1, help="that PyTorch may use")
-    parser.add_argument("--quick", action="store_true", help="small inputs and few rounds")
-    parser.add_argument("--out", type=Path, default=Path("out/compare.json"))
-    parser.add_argument("--markdown", type=Path, help="where to write the tables of the docs")
-    options = parser.parse_args(arguments)
+    options = _options(arguments)
     torch.set_num_threads(options.threads)
     # Captum warns at every attribution that it adds hooks to the model
     warnings.filterwarnings("ignore", "Setting backward hooks on ReLU activations")
-
-    about = machine() | {"freegrad_fx": fg.__version__} | peers.versions()
-    print(", ".join(f"{key} {value}" for key, value in about.items()))
+    if options.build:
+        fg.extension.build()
+    here = about()
+    print(", ".join(f"{key} {value}" for key, value in here.items()))
     if absent := peers.missing():
         print(
             f"Not installed, and so not measured: {', '.join(absent)}. pip install -e '.[bench,peers]'"
         )
+    if not fg.extension.status().active:
+        print(f"The C++ extension is not measured: {fg.extension.status()} Or give --build.")
     if options.quick:
         print("Quick: the inputs are smaller than those that the targets are for.")
-
-    rows: list[Row] = []
-    for section in SECTIONS:
-        if section not in options.only:
-            continue
-        seconds = 0.2 if options.quick else options.seconds
-        for found in measure(section, options.quick, seconds):
-            print(f"\n{as_text(found)}", flush=True)
+    run = here | {
+        "date": datetime.date.today().isoformat(),
+        "quick": options.quick,
+        "missing": absent,
+    }
+    results, rows = Results.read(options.out), list[Row]()
+    try:
+        for section in options.only:
+            start = time.perf_counter()
+            found: list[Row] = []
+            for group in measure(section, options.quick, options.seconds, options.groups):
+                for _, part in itertools.groupby(group, lambda row: row.group):
+                    print(f"\n{as_text([*part])}", flush=True)
+                found += group
             rows += found
-        results = {
-            "machine": about,
-            "missing": peers.missing(),
-            "quick": options.quick,
-            "rows": as_data(rows),
-        }
-        # after every section, so that a run that is stopped leaves its results
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
-        if options.markdown:
-            options.markdown.parent.mkdir(parents=True, exist_ok=True)
-            options.markdown.write_text(as_markdown(rows, about), "utf-8")
-    missed = [f"{row.section}: {row.group}: {row.name}" for row in rows if row.verdict == "missed"]
+            print(f"\n{section}: {time.perf_counter() - start:.0f} s")
+            # after every section, so that a run that is stopped leaves its results
+            results = results.with_run(run, found)
+            results.write(options.out)
+    finally:
+        library.switch(on=True)
+    missed = [
+        f"{row.section}: {row.group}: {row.name}, over {row.over}"
+        for row in rows
+        if row.verdict == "missed"
+    ]
     print(f"\n{len(missed)} targets missed{':' if missed else '.'}", *missed, sep="\n  ")
     print(f"Written to {options.out}.")
+    if options.docs:
+        for path, text in pages.files(results).items():
+            path.write_text(text, "utf-8")
+            print(f"Written to {path}.")
+
+
+def _options(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument(
+        "--only", nargs="*", choices=SECTIONS, default=list(SECTIONS), metavar="SECTION",
+        help=f"the sections to measure; none to write the pages alone: {', '.join(SECTIONS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--groups", nargs="+", metavar="TEXT",
+        help="measure only groups with one of these texts in their names",
+    )  # fmt: skip
+    parser.add_argument("--seconds", type=float, help="about how long a group takes (4)")
+    parser.add_argument("--threads", type=int, default=1, help="that PyTorch may use")
+    parser.add_argument("--build", action="store_true", help="build the C++ extension first")
+    parser.add_argument("--quick", action="store_true", help="small inputs and few rounds")
+    parser.add_argument(
+        "--out", type=Path,
+        help="the file of the results (out/compare.json, quick out/compare-quick.json); delete it to begin anew",
+    )  # fmt: skip
+    parser.add_argument(
+        "--docs", action="store_true",
+        help="add the results to those of the documentation, and write its tables and the numbers of the README",
+    )  # fmt: skip
+    options = parser.parse_args(arguments)
+    if options.docs and options.quick:
+        parser.error("the documentation shows no quick results: omit --quick or --docs")
+    if options.seconds is None:
+        options.seconds = 0.2 if options.quick else 4.0
+    if options.out is None:
+        quick = Path("out/compare-quick.json" if options.quick else "out/compare.json")
+        options.out = pages.DATA if options.docs else quick
+    return options
 
 
 if __name__ == "__main__":

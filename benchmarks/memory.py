@@ -1,13 +1,14 @@
 """``python -m benchmarks.memory``: the bytes that whole models keep for their backward, natively and with tables.
 
 Nothing is timed: the bytes are exact, and the same on every CPU with the same release of PyTorch. Prints a table, and
-writes it as Markdown with ``--write PATH``. ``--sites NAME`` prints where the bytes of one model are kept.
+writes it as Markdown with ``--write PATH``. ``--sites NAME`` prints where the bytes of one model are kept. The section
+model-memory of `benchmarks.compare` compares them with the targets.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import freegrad_fx as fg
 
 from ._cases import torchvision_models
 
-__all__ = ["CASES", "Case", "Llama", "ViT", "as_markdown", "main", "vit_small"]
+__all__ = ["CASES", "Case", "Llama", "ViT", "as_markdown", "counts", "main", "vit_small"]
 
 
 class _Attention(nn.Module):
@@ -187,18 +188,22 @@ def as_markdown(found: list[tuple[Case, fg.MemoryReport]]) -> str:
     lines = [
         f"Bytes kept for the backward, with torch {torch.__version__.partition('+')[0]} on a CPU, in single precision:",
         "",
-        "| model | table | natively | kept | ratio | target |",
-        "|---|---|---|---|---|---|",
+        "| model | table | natively | kept | ratio |",
+        "|---|---|---|---|---|",
     ]
     for case, report in found:
-        target = "" if case.target is None else f"{case.target}, {_verdict(case, report)}"
         sizes = f"{report.native / 2**20:.1f} MiB | {report.kept / 2**20:.1f} MiB"
-        lines.append(f"| {case.name} | `{case.table}` | {sizes} | {report.ratio:.3f} | {target} |")
+        lines.append(f"| {case.name} | `{case.table}` | {sizes} | {report.ratio:.3f} |")
     return "\n".join(lines) + "\n"
 
 
-def _verdict(case: Case, report: fg.MemoryReport) -> str:
-    return "met" if case.target is None or report.ratio <= case.target else "missed"
+def counts(name: str, quick: bool) -> Iterator[tuple[str, float]]:
+    """The MiB that a model keeps natively and with each table."""
+    for number, case in enumerate(case for case in CASES if case.name == name):
+        report = case.count(quick)
+        if not number:
+            yield "native", report.native / 2**20
+        yield case.table, report.kept / 2**20
 
 
 def main(arguments: list[str] | None = None) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import freegrad_fx as fg
+from freegrad_fx.extension import library
 from places import DOCS, ROOT
 
 # a package of the checkout, which is not installed
@@ -21,20 +22,24 @@ sys.path.append(str(ROOT))
 
 from benchmarks import _cases as cases
 from benchmarks import _compiling as compiling
+from benchmarks import _networks as networks
+from benchmarks import _pages as pages
 from benchmarks import _peers as peers
+from benchmarks import _results as results
 from benchmarks import compare as command
 from benchmarks import gpu, memory
 from benchmarks._measure import Comparison, Spread, compare, machine, saved_bytes
-from benchmarks._tables import SECTIONS, Row, as_markdown, as_text, memory_rows, timed_rows
+from benchmarks._tables import SECTIONS, Row, as_text, memory_rows, timed_rows
 from benchmarks._targets import FASTEST_PEER, TARGETS, Target, baseline, targets
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
+    threads, extension = torch.get_num_threads(), library.current() is not None
     torch.set_num_threads(1)  # more threads wait for each other on a busy machine
     yield
     torch.set_num_threads(threads)
+    library.switch(on=extension)
 
 
 # --- the clock ---
@@ -72,6 +77,32 @@ def test_every_candidate_is_called_once_per_round_in_changing_order() -> None:
     assert len(set(rounds)) > 1
 
 
+def test_what_prepares_a_candidate_is_not_timed() -> None:
+    clock, prepared = FakeTime(), list[str]()
+
+    def prepare(name: str) -> None:
+        prepared.append(name)
+        clock.now += 100.0
+
+    found = compare(
+        {name: clock.taking(name, lambda call: 1.0) for name in "ab"},
+        least=3,
+        before=prepare,
+        clock=clock,
+    )
+    assert found.times == {"a": [1.0] * 3, "b": [1.0] * 3}
+    assert sorted(prepared) == ["a"] * 4 + ["b"] * 4
+    rounds = clock.calls[2 * WARM_UPS :]
+    assert prepared[2:] == rounds
+
+
+def test_slow_candidates_have_fewer_rounds_but_at_least_three() -> None:
+    for takes, rounds in ((0.1, 15), (10.0, 6), (100.0, 3)):
+        clock = FakeTime()
+        candidate = {"slow": clock.taking("slow", lambda call, takes=takes: takes)}
+        assert compare(candidate, seconds=1.0, longest=60.0, clock=clock).rounds == rounds
+
+
 def test_ratios_are_medians_and_quartiles_over_rounds() -> None:
     clock = FakeTime()
     durations = [1.0] * WARM_UPS + [3.0, 1.0, 5.0, 2.0, 4.0]
@@ -93,6 +124,7 @@ def test_a_machine_that_slows_down_changes_times_and_not_ratios() -> None:
             "ours": clock.taking("ours", lambda call: 3.0 + 3 * call),
         },
         least=10,
+        longest=1000.0,
         clock=clock,
     )
     assert len(set(found.times["native"])) == 10
@@ -160,7 +192,7 @@ def test_a_step_saves_the_same_for_each_of_its_activations() -> None:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("rule", cases.MEASURED)
 def test_our_operators_return_the_gradient_of_the_formula(rule: str) -> None:
     x, grad = cases.input_and_gradient((64, 64))
     torch.manual_seed(1)
@@ -173,7 +205,7 @@ def test_our_operators_return_the_gradient_of_the_formula(rule: str) -> None:
 
 
 @pytest.mark.sampled(4)
-@pytest.mark.parametrize("rule", cases.RULES)
+@pytest.mark.parametrize("rule", cases.MEASURED)
 def test_native_and_ours_are_modules_with_the_same_forward(rule: str) -> None:
     native, ours = list(cases.operator(rule).values())[:2]
     x, _ = cases.input_and_gradient((8, 8))
@@ -188,8 +220,8 @@ PEERS_OPERATORS = [(rule, name) for rule, found in peers.OPERATORS.items() for n
 def test_a_peer_is_compared_only_with_a_rule_of_the_same_formula(rule: str, candidate: str) -> None:
     if peers.peer_of(candidate) in peers.missing():
         pytest.skip(f"{peers.peer_of(candidate)} is not installed")
-    modules = cases.operator(rule)
-    gradients = {name: cases.gradient(modules[name]) for name in (rule, candidate)}
+    makers = cases.operator_makers(rule)
+    gradients = cases.gradients({n: cases.made(n, makers[n]) for n in (rule, candidate)})
     assert cases.differences(gradients) == {}
 
 
@@ -256,22 +288,25 @@ def test_cold_is_cold_and_warm_has_the_caches_of_cold(monkeypatch: pytest.Monkey
 
 
 def candidates_of(section: str) -> set[str]:
-    operators = {name for rule in cases.RULES for name in cases.operator(rule)}
-    return {
-        "operators": operators,
-        "small": operators,
-        "fuse": {name for rule in cases.FUSED for name in (rule, f"{rule}, fuse")},
-        "steps": {name for model in cases.MODELS for name in cases.step_models(model, True)},
-        "memory": {name for name, _ in cases.operator_memory()},
-    }.get(section, set())
+    found: dict[str, Callable[[], Iterable[Iterable[str]]]] = {
+        "operators": lambda: map(cases.operator_makers, cases.MEASURED),
+        "small": lambda: map(cases.operator_makers, cases.MEASURED),
+        "small-steps": lambda: map(networks.small_models, networks.SMALL),
+        "fuse": lambda: [(rule, f"{rule}, fuse") for rule in cases.FUSED],
+        "steps": lambda: (cases.step_models(model, quick=True) for model in cases.MODELS),
+        "memory": lambda: [dict(cases.operator_memory())],
+        "model-memory": lambda: [[case.table for case in memory.CASES]],
+    }
+    return {name for names in found[section]() for name in names} if section in found else set()
 
 
-@pytest.mark.slow
-def test_every_target_applies_to_a_measured_candidate() -> None:
+def test_every_target_applies_to_a_measured_candidate(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fg.extension, "status", lambda: library.Status(True, "assumed", None))
     for section in {target.section for target in TARGETS}:
-        assert section in SECTIONS
-        named = {name for t in TARGETS if t.section == section for name in t.names}
-        assert named <= candidates_of(section), section
+        here = [target for target in TARGETS if target.section == section]
+        assert {name for t in here for name in t.names} <= candidates_of(section), section
+        groups = {name for name, _ in command.groups(section, quick=False, seconds=0)}
+        assert {name for t in here for name in t.groups} <= groups, section
 
 
 @pytest.mark.parametrize(
@@ -279,11 +314,16 @@ def test_every_target_applies_to_a_measured_candidate() -> None:
     [
         ("operators", "d(ReLU)", [("native relu", 1.3)]),
         ("operators", "rectangular", [("native relu", 1.5)]),
+        ("operators", "guided, save=mask, extension", [("native relu", 1.4)]),
         ("operators", "arctan", [(FASTEST_PEER, 0.5)]),
-        ("small", "arctan", [("native relu", 1.6), ("snnTorch", 0.7), ("FreeGrad", 0.7)]),
+        ("operators", "fast_sigmoid, extension", [(FASTEST_PEER, 0.4)]),
+        ("small", "clip_norm", []),
+        (
+            "small",
+            "arctan, extension",
+            [("native relu", 1.05), ("snnTorch", 0.4), ("SpikingJelly", 0.4), ("FreeGrad", 0.4)],
+        ),
         ("compiled", "arctan", [("native relu", 2.0), ("native relu, compiled", None)]),
-        ("steps", "straight_through", [("native", 1.05)]),
-        ("steps", "triangular", [("native", 1.15)]),
         ("compiled-steps", "triangular", [("native", 1.0)]),
         ("memory", "d(Linear)", [("native", 0.0)]),
         ("memory", "arctan", [("native", 4.0)]),
@@ -297,6 +337,23 @@ def test_a_candidate_has_the_targets_of_its_kind(
     section: str, name: str, expected: list[tuple[str, float]]
 ) -> None:
     assert [(t.over, t.limit) for t in targets(section, "any", name)] == expected
+
+
+@pytest.mark.parametrize(
+    ("section", "group", "name", "expected"),
+    [
+        ("steps", "resnet18", "triangular", [("native", 1.02)]),
+        ("steps", cases.SPIKING_STEPS, "triangular", []),
+        ("steps", cases.SPIKING_STEPS, "arctan, heaviside, extension", [("native", 1.03), ("snnTorch", 0.8)]),
+        ("small-steps", networks.LAYERS, "rectangular", [("native", 1.4)]),
+        ("small-steps", networks.LAYERS, "rectangular, extension", [("native", 1.03)]),
+        ("model-memory", "resnet50", "save_memory()", [("native", 0.75)]),
+    ],
+)  # fmt: skip
+def test_some_targets_are_those_of_a_group(
+    section: str, group: str, name: str, expected: list[tuple[str, float]]
+) -> None:
+    assert [(t.over, t.limit) for t in targets(section, group, name)] == expected
 
 
 def test_a_measurement_near_a_target_does_not_count_as_met() -> None:
@@ -337,13 +394,66 @@ def test_tables_hold_ratios_targets_and_notes() -> None:
     assert "≤ 0.5" in text
     assert "another gradient" in text
 
-    rows += memory_rows("one activation", [("native relu", 4.0), ("arctan", 9.0)])
+    rows = memory_rows("memory", "one activation", [("native relu", 4.0), ("arctan", 9.0)])
     assert rows[-1].verdict == "missed"
-    lines = as_markdown(rows, {"processor": "abacus", "gpu": None}).splitlines()
-    assert "Measured on: processor abacus." in lines
-    tables = [line for line in lines if line.startswith("|")]
-    assert len(tables) == 2 * 2 + len(rows)
-    assert {line.count("|") for line in tables} == {9}
+    found = [("native", 8.0), ("save_memory()", 5.0)]
+    rows = memory_rows("model-memory", "resnet50", found, ratio=True)
+    assert (rows[-1].relative.median, rows[-1].verdict) == (0.625, "met")
+
+
+# --- results and pages ---
+
+
+def results_of(*groups: tuple[str, str, float]) -> list[Row]:
+    """A row over native for each group."""
+    return [
+        Row(section, group, "rectangular", 2.0, "native", Spread.of([ratio]), 20)
+        for section, group, ratio in groups
+    ]
+
+
+def test_results_of_several_runs_are_put_together(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "results.json"
+    assert results.Results.read(path).rows == []
+    first = results_of(("steps", "resnet18", 1.1), ("steps", "vgg11_bn", 1.2), ("small", "x", 2.0))
+    results.Results().with_run({"processor": "abacus", "quick": False}, first).write(path)
+    second = results_of(("steps", "vgg11_bn", 1.3), ("compiled", "x", 1.4))
+    found = results.Results.read(path).with_run({"processor": "quipu", "quick": False}, second)
+    found.write(path)
+    again = results.Results.read(path)
+    assert again == found
+    assert [(run, row.section, row.group, row.relative.median) for run, row in again.rows] == [
+        (0, "small", "x", 2.0), (1, "compiled", "x", 1.4),
+        (0, "steps", "resnet18", 1.1), (1, "steps", "vgg11_bn", 1.3),
+    ]  # fmt: skip
+    text = pages.all_tables(again)
+    assert "Measured on: processor abacus; processor quipu." in text  # steps
+    assert text.count("Measured on: processor quipu.") == 1  # compiled
+    assert text.count("Not measured yet.") == sum(s.on_page for s in SECTIONS.values()) - 3
+    last = again.with_run({"processor": "tally", "quick": False}, first[:1] + first[2:])
+    assert [run["processor"] for run in last.runs] == [
+        "quipu",
+        "tally",
+    ]  # nothing is left of the first
+
+
+def test_a_page_shows_no_targets_and_only_what_was_measured() -> None:
+    rows = timed_rows("operators", "arctan", TIMES, {"snnTorch atan": "another gradient"})
+    found = results.Results().with_run({"processor": "abacus", "gpu": None, "quick": False}, rows)
+    text = pages.all_tables(found)
+    assert "Measured on: processor abacus." in text.splitlines()
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert len(tables) == 2 + len(rows)
+    assert {line.count("|") for line in tables} == {8}
+    assert "another gradient" in text
+    assert "≤" not in text
+    assert "target" not in text
+    beside = pages.peers_table(found).splitlines()
+    assert beside[2:] == [
+        "| what | rule | uncompiled |",
+        "| --- | --- | --- |",
+        "| forward and backward of a million numbers | `arctan` | 0.25 of snnTorch, 0.40 of SpikingJelly |",
+    ]
 
 
 # --- the command ---
@@ -356,7 +466,10 @@ def once(candidates: Mapping[str, Callable[[], Any]], **options: Any) -> Compari
     return Comparison({name: [1.0] for name in candidates})
 
 
-EAGER = ("operators", "small", "steps", "attribution", "transform", "memory")
+EAGER = (
+    "operators", "small", "small-steps", "steps", "blocks", "spiking", "attribution", "transform", "memory",
+    "model-memory",
+)  # fmt: skip
 COMPILED = ("compiled", "fuse", "compiled-steps")
 
 
@@ -367,7 +480,7 @@ def test_every_section_without_a_compiler(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(command, "compare", once)
     for section in EAGER:
         groups = list(command.measure(section, quick=True, seconds=0))
-        assert groups
+        assert groups or (section == "spiking" and {*networks.LIBRARIES} <= {*peers.missing()})
         assert not [row for rows in groups for row in rows if row.note], section
 
 
@@ -381,31 +494,71 @@ def test_every_section_with_a_compiler(section: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
-def test_the_command_writes_json_and_markdown_and_says_which_peers_are_missing(
+@pytest.mark.usefixtures("extension")
+def test_candidates_with_the_extension_have_the_same_gradients(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(command, "compare", once)
+    for section, only in (("operators", ["arctan"]), ("blocks", ["MLP"]), ("spiking", None)):
+        for rows in command.measure(section, quick=True, seconds=0, only=only):
+            assert [row for row in rows if row.name.endswith(", extension")]
+            assert not [row for row in rows if row.note], section
+    for group in networks.SMALL:
+        makers = networks.small_models(group)
+        ours = {name: make for name, make in makers.items() if cases.is_ours(name)}
+        found = cases.gradients({name: cases.made(name, make) for name, make in ours.items()})
+        for name in networks.SMALL_RULES[group]:
+            assert torch.equal(found[name], found[f"{name}, extension"]), name
+
+
+@pytest.mark.skipif("snnTorch" in peers.missing(), reason="snnTorch is not installed")
+def test_a_rule_gives_a_network_of_a_library_the_gradients_of_its_own_surrogate() -> None:
+    steps, notes = networks.library_steps("snnTorch")
+    assert {"snnTorch atan", "snnTorch fast_sigmoid", "arctan, use", "fast_sigmoid, use"} <= {
+        *steps
+    }
+    assert notes == {}
+
+
+@pytest.mark.slow
+def test_the_command_writes_json_and_says_which_peers_are_missing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(peers, "missing", lambda: list(peers.PEERS))
-    out, markdown = tmp_path / "new" / "compare.json", tmp_path / "tables.md"
-    command.main(["--quick", "--only", "memory", "--out", str(out), "--markdown", str(markdown)])
+    absent = library.Status(False, "it has not been built.", None)
+    monkeypatch.setattr(fg.extension, "status", lambda: absent)
+    out = tmp_path / "new" / "compare.json"
+    command.main(
+        ["--quick", "--only", "memory", "attribution", "--groups", "one", "--out", str(out)]
+    )
     printed = capsys.readouterr().out
     assert f"Not installed, and so not measured: {', '.join(peers.PEERS)}." in printed
+    assert "The C++ extension is not measured: not in use: " in printed
     assert "rectangular, save=mask" in printed
+    assert "≤ 4: met" in printed
 
-    results = json.loads(out.read_text("utf-8"))
-    assert results["missing"] == list(peers.PEERS)
-    assert results["machine"].keys() >= machine().keys()
-    assert results["machine"]["torch"] == torch.__version__
-    assert not [row for row in results["rows"] if peers.peer_of(row["name"])]
-    (row,) = [row for row in results["rows"] if row["name"] == "clipped_straight_through"]
-    assert row["relative"]["median"] == row["limit"] == 4.0
-    assert row["verdict"] == "met"
-    assert "### Memory" in markdown.read_text("utf-8")
+    data = json.loads(out.read_text("utf-8"))
+    (run,) = data["runs"]
+    assert run["missing"] == list(peers.PEERS)
+    assert run["quick"]
+    assert run.keys() >= machine().keys()
+    assert run["torch"] == torch.__version__
+    assert {row["group"] for row in data["rows"]} == {"one activation"}
+    assert not [row for row in data["rows"] if peers.peer_of(row["name"])]
+    (row,) = [row for row in data["rows"] if row["name"] == "clipped_straight_through"]
+    assert row["relative"]["median"] == 4.0
+
+
+def test_the_documentation_shows_no_quick_results(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main(["--quick", "--docs"])
+    assert "omit --quick or --docs" in capsys.readouterr().err
 
 
 def test_peers_that_are_installed_are_named_with_their_versions() -> None:
     assert peers.versions()["FreeGrad"] == "1.0.1"
     assert set(peers.versions()) | set(peers.missing()) == set(peers.PEERS)
-    assert isinstance(cases.gradient(peers.operators("rectangular")["FreeGrad"]), Tensor)
+    assert isinstance(cases.gradient(peers.operators("rectangular")["FreeGrad"]()), Tensor)
 
 
 # --- memory of whole models, and GPUs ---
@@ -444,15 +597,9 @@ def test_the_table_of_memory_has_every_case() -> None:
     assert [tuple(cell.strip() for cell in row.split("|")[1:3]) for row in rows] == names
 
 
-def test_the_tables_in_the_docs_show_the_measured_numbers() -> None:
-    data = json.loads((DOCS / "_static/performance/compare.json").read_text("utf-8"))
-    rows = [Row(**{**row, "relative": Spread(**row["relative"])}) for row in data["rows"]]
-    shown = (DOCS / "_tables/performance.md").read_text("utf-8")
-    assert not data["quick"]
-    assert not data["missing"]
-    assert shown == as_markdown(rows, data["machine"])
-    assert {row.section for row in rows} == {*SECTIONS}
-    # the verdicts were computed with the current targets
-    for row in rows:
-        aims = [t for t in targets(row.section, row.group, row.name) if t.limit is not None]
-        assert row.limit is None or row.limit in [aim.limit for aim in aims], row
+def test_the_pages_show_the_measured_numbers() -> None:
+    found = results.Results.read(pages.DATA)
+    assert not found.quick
+    assert not [run["missing"] for run in found.runs if run["missing"]]
+    for path, text in pages.files(found).items():
+        assert path.read_text("utf-8") == text, f"{path.name}: nox -s compare -- --docs --only"
