@@ -22,12 +22,13 @@ from .core.markup import html_view
 from .core.rule import Rule
 from .eager.running import running_modules
 from .plan import report
-from .plan.layout import aligned, as_json, terminal_width
+from .plan.decision import Bytes
+from .plan.layout import aligned, as_json, in_bytes, terminal_width
 from .vocabulary.activations import OPS
 from .vocabulary.arguments import name_of
 from .vocabulary.recognition import recognise_call
 
-__all__ = ["MemoryReport", "MemoryRow", "memory"]
+__all__ = ["MemoryReport", "MemoryRow", "count", "memory"]
 
 
 @dataclass(frozen=True)
@@ -96,14 +97,14 @@ class MemoryReport:
 
     def _head(self) -> str:
         return (
-            f"{self.model}: {_size(self.kept)} kept for the backward, {_size(self.native)} natively "
+            f"{self.model}: {in_bytes(self.kept)} kept for the backward, {in_bytes(self.native)} natively "
             f"(× {self.ratio:.3f})"
         )
 
     def _cells(self) -> list[list[str]]:
         lines = [["site", "rule", "native", "kept"]]
-        lines += [[r.site, r.rule, _size(r.native), _size(r.kept)] for r in self.rows]
-        return [*lines, ["total", "", _size(self.native), _size(self.kept)]]
+        lines += [[r.site, r.rule, in_bytes(r.native), in_bytes(r.kept)] for r in self.rows]
+        return [*lines, ["total", "", in_bytes(self.native), in_bytes(self.kept)]]
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data: dicts, lists, text and numbers of bytes."""
@@ -119,13 +120,6 @@ class MemoryReport:
     def to_json(self, indent: int | None = None) -> str:
         """The report as JSON."""
         return as_json(self.to_dict(), indent)
-
-
-def _size(count: int) -> str:
-    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if count >= size:
-            return f"{count / size:.2f} {unit}"
-    return f"{count} B"
 
 
 def memory(model: nn.Module, /, *inputs: Any, **keywords: Any) -> MemoryReport:
@@ -160,6 +154,41 @@ def memory(model: nn.Module, /, *inputs: Any, **keywords: Any) -> MemoryReport:
             f"memory counts what the forward of an nn.Module keeps, got {type(model).__name__}. Wrap a function in a "
             f"module."
         )
+    with_rules, without, compiled = _both(model, inputs, keywords)
+    kept, native_sizes = _by_operation(with_rules.sizes), _by_operation(without.sizes)
+    rules: dict[str, dict[str, None]] = {}
+    for site, names in with_rules.rules.items():
+        rules.setdefault(_operation(site), {}).update(names)
+    rows = (
+        MemoryRow(
+            site, ", ".join(rules.get(site, ())), native_sizes.get(site, 0), kept.get(site, 0)
+        )
+        for site in dict.fromkeys((*native_sizes, *kept))
+    )
+    notes = ("Of compiled code only the total is known.",) if compiled else ()
+    return MemoryReport(type(compiled_model(model) or model).__name__, tuple(rows), notes)
+
+
+def count(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[dict[str, Bytes], Bytes]:
+    """What a transformed model keeps: at each site that has run with rules, and in total.
+
+    Args:
+        model: The model.
+        inputs: Positional arguments.
+        keywords: Keyword arguments.
+    """
+    with_rules, without, _ = _both(model, inputs, keywords)
+    kept, native_sizes = with_rules.sizes, without.sizes
+    sites = {site: Bytes(native_sizes.get(site, 0), kept.get(site, 0)) for site in with_rules.rules}
+    return sites, Bytes(sum(native_sizes.values()), sum(kept.values()))
+
+
+def _both(
+    model: nn.Module, inputs: tuple[Any, ...], keywords: dict[str, Any]
+) -> tuple[_Counter, _Counter, bool]:
+    """Count with rules and without; and whether parts of the model are compiled."""
     inner = compiled_model(model) or model
     compiled = any(is_compiled_wrapper(m) or uncompiled_call(m) is not m for m in model.modules())
 
@@ -170,19 +199,19 @@ def memory(model: nn.Module, /, *inputs: Any, **keywords: Any) -> MemoryReport:
         with restored(model, 0), torch.enable_grad(), block:
             return _counted(inner, lambda: model(*inputs, **keywords), inputs, keywords, compiled)
 
-    with_rules, without = counted(nullcontext()), counted(native())
-    sites = dict.fromkeys((*without.sizes, *with_rules.sizes))
-    rows = (
-        MemoryRow(
-            site,
-            ", ".join(with_rules.rules.get(site, ())),
-            without.sizes.get(site, 0),
-            with_rules.sizes.get(site, 0),
-        )
-        for site in sites
-    )
-    notes = ("Of compiled code only the total is known.",) if compiled else ()
-    return MemoryReport(type(inner).__name__, tuple(rows), notes)
+    return counted(nullcontext()), counted(native()), compiled
+
+
+def _operation(site: str) -> str:
+    """The path and the operation of a site, without the number of the call."""
+    return site.partition("[")[0]
+
+
+def _by_operation(sizes: dict[str, int]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for site, size in sizes.items():
+        found[_operation(site)] = found.get(_operation(site), 0) + size
+    return found
 
 
 class _Kept:
@@ -198,7 +227,7 @@ class _Counter(TorchFunctionMode):
     """Tells at which operation of a model tensors are saved.
 
     Attributes:
-        sizes: The bytes by site.
+        sizes: The bytes by site; by operation, for one without rules.
         rules: The names of the rules by site.
     """
 
@@ -227,7 +256,7 @@ class _Counter(TorchFunctionMode):
     def _site(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Any) -> str:
         """The site of a call. That of an operation in a graph becomes known by the call after it."""
         if func is ops.decoupled:
-            site = str(kwargs.get("site", "")).partition("[")[0]
+            site = str(kwargs.get("site", ""))
             rule = kwargs.get("rule", "")
             if rule:
                 name = rule.name if isinstance(rule, Rule) else rule
@@ -278,8 +307,7 @@ def _counted(
     for block in intercepting_blocks():
         for decision in report(block).decisions:
             for rule in decision.rules:
-                site = decision.site.name.partition("[")[0]
-                counter.rules.setdefault(site, {})[rule.name] = None
+                counter.rules.setdefault(decision.site.name, {})[rule.name] = None
     counter.count([*given, *model.parameters(), *model.buffers()])
     del output  # not earlier: it holds what was saved
     return counter

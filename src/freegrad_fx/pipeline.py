@@ -20,6 +20,7 @@ from .capture.export import inputs_of
 from .context import inside_of_a_block, outside_of_blocks
 from .core.scopes import unlearned
 from .errors import FreegradWarning, PlanError, VerificationError
+from .expected import with_memory
 from .graph.serialise import copy_graph
 from .plan import PLAN, Decided, Plan, make_plan
 from .plan.noise import with_noise
@@ -123,15 +124,21 @@ def transform(
             copies = tuple(replace(v, graph=copy_graph(v.graph)) for v in captured.variants)
             compared = CapturedModule.build(captured.root, copies, captured.class_name)
     _complain(plan, captured, strict, model, verify)
+    result = _rewritten(captured, sites)
+    if example_inputs is not None and not left_out:
+        plan = _verified(model, compared or result, inputs, plan, seconds)
+        plan = with_memory(plan, model, result, inputs)
+    result.__dict__[PLAN] = plan
+    return result
+
+
+def _rewritten(captured: Capture, sites: Sequence[Decided]) -> CapturedModule:
+    """The captured model with the rules of a plan."""
     variants = [
         replace(v, marks=rewrite(v.graph, captured.root, decided, v.marks))
         for v, decided in zip(captured.variants, sites, strict=True)
     ]
-    result = CapturedModule.build(captured.root, variants, captured.class_name)
-    if example_inputs is not None and not left_out:
-        plan = _verified(model, compared or result, inputs, plan, seconds)
-    result.__dict__[PLAN] = plan
-    return result
+    return CapturedModule.build(captured.root, variants, captured.class_name)
 
 
 def _not_verified(model: nn.Module, inputs: Inputs, verify: bool) -> str:
@@ -195,6 +202,9 @@ def explain(
 ) -> Plan:
     """Return the plan of `transform` without applying it.
 
+    From example inputs, the plan also says what is kept for the backward, natively and with the rules. For that the
+    model is run twice, in its present mode; everything that it changes is put back.
+
     Args:
         model: As for `transform`.
         rules: As for `transform`. Without rules, the plan lists the sites of the model.
@@ -218,7 +228,7 @@ def explain(
         [('0:relu[0]', 'rewrite')]
     """
     table = RuleTable() if rules is None else RuleTable.of(rules)
-    captured, plan, _ = _planned(
+    captured, plan, sites = _planned(
         model,
         table,
         leaf_modules,
@@ -229,6 +239,9 @@ def explain(
         ambient=bool(ambient),
     )
     _complain(plan, captured, strict, model)
+    if example_inputs is not None:
+        inputs = Inputs(*inputs_of(example_inputs))
+        plan = with_memory(plan, model, _rewritten(captured, sites), inputs)
     return with_noise(plan, model)
 
 

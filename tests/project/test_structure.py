@@ -34,7 +34,7 @@ rewrite schedules rule_values
 eager
 batches relevance compared drawing counted monitor dynamo
 verification
-materialized pipeline
+materialized pipeline expected
 compat integrations
 cli
 __main__

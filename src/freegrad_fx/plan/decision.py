@@ -8,9 +8,28 @@ from typing import Any, TypeAlias
 from ..core.rule import Forward, Rule
 from ..core.text import shown
 from ..sites.site import REPLACE, Located, Site
-from .layout import plain
+from .layout import in_bytes, plain
 
-__all__ = ["Decided", "Decision", "backward_of", "named", "site_as_dict"]
+__all__ = ["Bytes", "Decided", "Decision", "backward_of", "named", "site_as_dict"]
+
+
+@dataclass(frozen=True)
+class Bytes:
+    """The bytes that a forward keeps for its backward.
+
+    Attributes:
+        native: Without rules.
+        kept: With the rules of the plan.
+    """
+
+    native: int
+    kept: int
+
+    def __add__(self, other: Bytes) -> Bytes:
+        return Bytes(self.native + other.native, self.kept + other.kept)
+
+    def __str__(self) -> str:
+        return f"{in_bytes(self.native)} → {in_bytes(self.kept)}"
 
 
 @dataclass(frozen=True)
@@ -31,6 +50,7 @@ class Decision:
         remark: What the rules do there that may not be meant; ``""`` if there is nothing to say.
         snr: For a parameter whose forward is replaced: the ratio of signal to noise of the replacement, in dB, for the
             values that the parameter had when the report was made; None if it is not known.
+        memory: What the site keeps for the backward, for the example inputs; None if it is not known.
     """
 
     site: Site
@@ -44,6 +64,7 @@ class Decision:
     also: tuple[int, ...] = ()
     remark: str = ""
     snr: float | None = field(default=None, compare=False)
+    memory: Bytes | None = field(default=None, compare=False)
 
     @property
     def listed(self) -> bool:
@@ -97,4 +118,5 @@ def site_as_dict(decision: Decision) -> dict[str, Any]:
         "site": decision.site.name,
         "rules": rules,
         "forward": plain(decision.forward),
+        "memory": None if decision.memory is None else dict(vars(decision.memory)),
     }

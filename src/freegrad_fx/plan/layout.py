@@ -13,7 +13,7 @@ from typing import Any
 
 from ..core.text import shown
 
-__all__ = ["aligned", "as_json", "filled", "plain", "terminal_width"]
+__all__ = ["aligned", "as_json", "filled", "in_bytes", "plain", "terminal_width"]
 
 
 def terminal_width() -> int:
@@ -75,6 +75,14 @@ def _broken(text: str, width: int) -> list[str]:
 def filled(text: str, width: int) -> str:
     """A paragraph, broken into lines of at most `width` characters; 0 for no limit."""
     return textwrap.fill(text, width, subsequent_indent="    ") if width else text
+
+
+def in_bytes(count: int) -> str:
+    """A number of bytes as text."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if count >= size:
+            return f"{count / size:.2f} {unit}"
+    return f"{count} B"
 
 
 def as_json(data: dict[str, Any], indent: int | None = None) -> str:

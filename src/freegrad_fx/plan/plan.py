@@ -11,13 +11,15 @@ from typing import Any
 from ..core.markup import html_view
 from ..sites.remarks import Cache, Lost, Opaque, Remark
 from ..table import Entry, RuleTable
-from .decision import Decision, backward_of, named, site_as_dict
+from .decision import Bytes, Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
 from .layout import aligned, as_json, filled, plain, terminal_width
 
 __all__ = ["Plan"]
 
 _COLUMNS = ("site", "spelling", "backward", "line", "entry")
+_KEPT = "kept"
+"""The head of the column that shows what sites keep for the backward, natively and with their rules."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class Plan:
         verified: For a capture from example inputs: whether it was compared with the original, and how, as text.
         steps: Steps that the model computes as comparisons, which have no gradient.
         eager: The names of the sites that a compiled program has run in Python, outside of the captured graphs.
+        memory: What the forward keeps in total for the backward, for the example inputs; None if it is not known.
+        uncounted: Why `memory` is not known although there are example inputs, as text.
     """
 
     model: str
@@ -43,6 +47,8 @@ class Plan:
     verified: str = ""
     steps: tuple[Remark, ...] = ()
     eager: tuple[str, ...] = ()
+    memory: Bytes | None = None
+    uncounted: str = ""
 
     @property
     def hits(self) -> tuple[int, ...]:
@@ -95,15 +101,13 @@ class Plan:
             width: The maximal length of a line; 0 for no limit. Default: the width of the terminal.
         """
         width = terminal_width() if width is None else width
-        rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
-        table = aligned(rows, width)
+        table = aligned(self._rows(), width)
         remarks = [filled(remark, width) for remark in self._remarks()]
         parts = [self._totals(), table if self.decisions else "", "\n".join(remarks)]
         return "\n\n".join(part for part in parts if part)
 
     def _repr_html_(self) -> str:
-        rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
-        return html_view(self._totals(), rows, self._remarks())
+        return html_view(self._totals(), self._rows(), self._remarks())
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data: dicts, lists, tuples, text and numbers. Functions and tensors become text."""
@@ -121,14 +125,18 @@ class Plan:
                     "unmatched": id(entry) in unmatched,
                     "shadowed": id(entry) in shadowed and not hits,
                     "decided_by": {index: taken[index] for index in sorted(taken)},
+                    "memory": None if memory is None else dict(vars(memory)),
                 }
-                for entry, (hits, taken) in zip(self.table.entries, self._counted(), strict=True)
+                for entry, (hits, taken), memory in zip(
+                    self.table.entries, self._counted(), self._memory_by_entry(), strict=True
+                )
             ],
             "opaque": [vars(o) for o in self.opaque],
             "lost": [vars(o) for o in self.lost],
             "steps": [vars(s) for s in self.steps],
             "verified": self.verified,
             "eager": list(self.eager),
+            "memory": None if self.memory is None else dict(vars(self.memory)),
         }
 
     def to_json(self, indent: int | None = None) -> str:
@@ -148,7 +156,23 @@ class Plan:
                     taken[index][decision.entry] += 1
         return list(zip(self.hits, taken, strict=True))
 
+    def _memory_by_entry(self) -> list[Bytes | None]:
+        """For each entry what the sites that it decides keep; None if no site of it has been counted."""
+        found: list[Bytes | None] = [None] * len(self.table.entries)
+        for decision in self.decisions:
+            index = decision.entry
+            if decision.memory is not None and index is not None:
+                found[index] = (found[index] or Bytes(0, 0)) + decision.memory
+        return found
+
     # -- text
+
+    def _rows(self) -> list[tuple[str, ...]]:
+        rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
+        if self.memory is None:
+            return rows
+        cells = [_KEPT, *("" if d.memory is None else str(d.memory) for d in self.decisions)]
+        return [(*row[:3], cell, *row[3:]) for row, cell in zip(rows, cells, strict=True)]
 
     def _totals(self) -> str:
         counts = [f"{len(self.with_action(a))} {w}" for a, w in _ACTIONS if self.with_action(a)]
@@ -164,10 +188,19 @@ class Plan:
         return (name, site.spelling, backward, source, entry)
 
     def _remarks(self) -> Iterable[str]:
-        for number, (hits, taken) in enumerate(self._counted(), start=1):
+        counted = zip(self._counted(), self._memory_by_entry(), strict=True)
+        for number, ((hits, taken), memory) in enumerate(counted, start=1):
             entry = self.table.entries[number - 1]
-            optional = entry.optional
-            yield f"Entry {number}, {entry.selector!r}: {_effect(hits, taken, optional)}."
+            effect = _effect(hits, taken, entry.optional)
+            kept = "" if memory is None else f"; keeps {memory}"
+            yield f"Entry {number}, {entry.selector!r}: {effect}{kept}."
+        if self.memory is not None:
+            yield (
+                f"Kept for the backward, natively → with the rules: {self.memory} for the example inputs. What several "
+                f"operations keep is counted at the first."
+            )
+        elif self.uncounted:
+            yield f"What is kept for the backward is not known: {self.uncounted}."
         for forward in dict.fromkeys(d.forward for d in self.decisions if d.forward is not None):
             count = sum(d.forward == forward for d in self.decisions)
             yield f"THE FORWARD IS CHANGED at {_sites(count)}, to {named(forward)}."

@@ -8,6 +8,7 @@
 - `report`: the differences, and what they can come from
 - `verify`: the public function
 - `examples`: the check of a capture from example inputs
+- `undisturbed`: calls of a model that change nothing
 
 Nothing in this package knows rules.
 """
@@ -16,6 +17,7 @@ from .comparison import Difference
 from .examples import do_the_same, lacks_values, verify_examples
 from .observe import Inputs
 from .report import Verification
+from .undisturbed import undisturbed
 from .verify import Pair, verify
 
 __all__ = [
@@ -25,6 +27,7 @@ __all__ = [
     "Verification",
     "do_the_same",
     "lacks_values",
+    "undisturbed",
     "verify",
     "verify_examples",
 ]
