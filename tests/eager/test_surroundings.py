@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -48,6 +50,42 @@ class Size(Base):
         return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-5))
 
 
+class Settings:
+    eps = EPS[0]
+
+
+settings = types.ModuleType("settings")
+settings.eps = EPS[0]  # type: ignore[attr-defined]
+
+
+class OfSettings(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + Settings().eps))
+
+
+class OfModule(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + settings.eps))
+
+
+def normalised(x: Tensor, eps: float = EPS[0]) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+class Default(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * normalised(x)
+
+
+class Inherits(Global):
+    def forward(self, x: Tensor) -> Tensor:
+        return 2 * super().forward(x)
+
+
+def change_both() -> None:
+    globals()["eps_now"] = EPS[1] if eps_now == EPS[0] else EPS[0]
+
+
 def of_closure() -> type[Base]:
     class Closure(Base):
         def forward(self, x: Tensor) -> Tensor:
@@ -71,6 +109,10 @@ CASES: dict[str, tuple[Base, Callable[[], Any], Base]] = {
     "class": (OfClass(), lambda: setattr(OfClass, "eps_of_class", EPS[1]), OfClass()),
     "global": (Global(), change_global, Global()),
     "closure": (closure(), lambda: closure.change(None), closure()),  # type: ignore[attr-defined]
+    "settings": (OfSettings(), lambda: setattr(Settings, "eps", EPS[1]), OfSettings()),
+    "module": (OfModule(), lambda: setattr(settings, "eps", EPS[1]), OfModule()),
+    "default": (Default(), lambda: setattr(normalised, "__defaults__", (EPS[1],)), Default()),
+    "inherited": (Inherits(), change_both, Inherits()),
     "size": (Size(size=3), lambda: None, Size(size=4)),
 }
 
@@ -87,13 +129,81 @@ def test_a_value_that_the_code_reads_can_change(case: str) -> None:
         change()
 
 
-def test_a_module_that_reads_an_object_of_its_file_is_named() -> None:
-    class Reads(Base):
-        def forward(self, x: Tensor) -> Tensor:
-            return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS[0]))
+class OfFile(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS[0]))
 
-    model, x = Reads(), torch.randn(2, 4, requires_grad=True)
+
+class InClass(Base):
+    eps: ClassVar = {"eps": EPS[0]}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + self.eps["eps"]))
+
+
+class OfProcess(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        eps = float(os.environ.get("NO_SUCH", 1e-5))
+        return self.weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+
+
+class OfPyTorch(Base):
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = torch.get_default_dtype()
+        return self.weight * normalised(x.to(dtype))
+
+
+class OwnForward(Base):
+    forward = Private.forward
+
+
+REFUSED = {
+    OfFile: "its code reads 'EPS', a list",
+    InClass: "its code reads 'eps', a dict",
+    OfProcess: "its code reads 'environ', a _Environ",
+    OfPyTorch: "settings of PyTorch",
+    OwnForward: "its forward is not that of its class",
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_module_is_named_whose_code_reads_what_can_change_unseen(kind: type[Base]) -> None:
+    model, x = kind(), torch.randn(2, 4, requires_grad=True)
+    if kind is OwnForward:
+        model.forward = lambda x: 2 * kind.forward(model, x)  # type: ignore[method-assign]
     with pytest.warns(fg.FreegradWarning, match="matched nothing"), fg.use(TABLE, model=model) as b:
         model(x)
     (note,) = fg.report(b).opaque
-    assert "its code reads 'EPS', a list" in str(note)
+    assert REFUSED[kind] in str(note)
+
+
+def test_a_class_that_calls_the_forward_of_another_is_found_after_a_block_without_a_model() -> None:
+    class Twice(Private):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model, x = Twice(), torch.randn(2, 4, requires_grad=True)
+    with fg.use(TABLE):
+        model(x)
+    with fg.use(TABLE, model=model) as block:
+        model(x)
+    assert [d.site.op for d in fg.report(block).with_action("rewrite")] == ["rms_norm"]
+
+
+@pytest.mark.parametrize("batched", [False, True])
+def test_a_weight_from_outside_belongs_to_the_norm(batched: bool) -> None:
+    """The gradient of a sample as `torch.func` computes it, beside a norm that gives its input half the gradient."""
+    model, x, weight = Private(), torch.randn(3, 4), torch.rand(4)
+    table = fg.RuleTable([fg.on("rms_norm").backward("half")])
+
+    def loss(weight: Tensor, x: Tensor) -> Tensor:
+        given = {"weight": weight}
+        return torch.func.functional_call(model, given, (x,)).square().sum()
+
+    gradient = torch.func.grad(loss, (0, 1))
+    with fg.use(table, model=model):
+        found = (torch.vmap(gradient, (None, 0)) if batched else gradient)(weight, x)
+    scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + EPS[0])
+    of_weight = 2 * weight * (x * scale).square()
+    torch.testing.assert_close(found[0], of_weight if batched else of_weight.sum(0))
+    torch.testing.assert_close(found[1], weight * x * scale)

@@ -17,7 +17,7 @@ from types import CodeType, FunctionType
 from typing import Any, Protocol
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from .._torch.dynamo import is_compiling, leave_to_python
 from .._torch.replacing import all_replaced
@@ -34,7 +34,7 @@ from ..sites.site import LocatedOperation
 from .interception import unintercepted
 from .rules import Decisions
 from .running import looks_for_sites, one_site
-from .surroundings import PLAIN, values_read
+from .surroundings import is_constant, is_known, values_read, without_decorators
 
 __all__ = ["calls_of_compounds"]
 
@@ -116,9 +116,9 @@ def _may_compute(kind: type[nn.Module]) -> frozenset[str]:
     known = _known.get(kind)
     if known is None:
         own = kind.__mro__[: kind.__mro__.index(nn.Module)]
-        functions = [f for base in own for f in vars(base).values() if isinstance(f, FunctionType)]
-        forward = inspect.getattr_static(kind, "forward")
-        forward = getattr(forward, "__wrapped__", forward)
+        values = (without_decorators(value) for base in own for value in vars(base).values())
+        functions = [value for value in values if isinstance(value, FunctionType)]
+        forward = without_decorators(inspect.getattr_static(kind, "forward"))
         found: set[str] = set()
         if isinstance(forward, FunctionType) and is_users(forward.__code__):
             codes = [code for function in functions for code in _codes_in(function)]
@@ -295,7 +295,7 @@ def _traced(
 ) -> _Traced | None:
     """The graph of a call of the forward of a module; None if it computes no operation by several calls."""
     if "forward" in vars(module):
-        return None  # the class does not compute it
+        return _problem("its forward is not that of its class")
     others = _others_than_default(forward, args, kwargs)
     if others:
         return _problem(f"it is called with {', '.join(others)}, not the default")
@@ -303,11 +303,11 @@ def _traced(
         return _problem("it has submodules; write the norm as a module of its own")
     state = {k: v for k, v in vars(module).items() if k not in _OF_MODULES}
     for name, value in state.items():
-        if not isinstance(value, PLAIN):
+        if not is_constant(value):
             return _problem(f"its attribute {name!r} is a {type(value).__name__}")
     read = values_read(type(module), _original(forward))
     for name, value in read.items():
-        if not isinstance(value, (*PLAIN, FunctionType)):
+        if not is_known(value):
             return _problem(f"its code reads {name.split()[1]!r}, a {type(value).__name__}")
     tensors = [*module.named_parameters(), *module.named_buffers()]
     described = tuple((n, t.dtype, t.shape, t.device, t.requires_grad, type(t)) for n, t in tensors)
@@ -324,16 +324,26 @@ def _trace(
 ) -> _Traced | None:
     kind = type(module)
     copied = copy.copy(module)
+    # functional_call puts other tensors in the place of parameters, which are those of the norm all the same
+    copied._parameters = {
+        name: nn.Parameter(torch.empty_like(p, device="meta"), p.requires_grad)
+        if isinstance(p, Tensor) and not isinstance(p, nn.Parameter)
+        else p
+        for name, p in module._parameters.items()
+    }
     # The class has another forward while it is in a block
     copied.__class__ = type(
         kind.__name__, (kind,), {"forward": forward, "__module__": kind.__module__}
     )
     try:
-        found = capture(copied)
+        with one_site():  # so that no block acts in the forward of another class that it calls
+            found = capture(copied)
     except CaptureError as error:
         return _problem(str(error).partition("\n")[0].rpartition(": ")[2])
-    if len(found.variants) != 1 or found.opaque or found.lost:
-        return _problem("it depends on the mode, or calls code that cannot be traced")
+    if len(found.variants) != 1 or found.variants[0].flags or found.opaque or found.lost:
+        return _problem(
+            "it depends on its mode or on settings of PyTorch, or calls code that cannot be traced"
+        )
     graph = found.variants[0].graph
     places = find_sites(graph, found.root, (), wanted)
     return _Traced(graph, places) if any(p.compound is not None for p in places) else None
