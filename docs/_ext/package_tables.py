@@ -46,6 +46,12 @@ def code(*names: str) -> nodes.paragraph:
     return cell
 
 
+def after(text: str, cell: nodes.paragraph) -> nodes.paragraph:
+    """The cell, with text in front of it."""
+    cell.insert(0, nodes.Text(text))
+    return cell
+
+
 def linked(text: str) -> nodes.paragraph:
     """A cell with text in it; a DOI or an arXiv number becomes a link."""
     cell = nodes.paragraph()
@@ -58,23 +64,19 @@ def linked(text: str) -> nodes.paragraph:
     return cell
 
 
-def table(
-    heads: Sequence[str], rows: Iterable[Sequence[nodes.Node]], title: str = ""
-) -> nodes.table:
-    """A table with a head, and a title if there is one."""
+def table(heads: Sequence[str], rows: Iterable[Sequence[list[nodes.Node]]]) -> nodes.table:
+    """A table with a head; each cell is a list of paragraphs."""
     head, body = nodes.thead(), nodes.tbody()
     group = nodes.tgroup(cols=len(heads))
     group += [nodes.colspec(colwidth=1) for _ in heads] + [head, body]
     for target, cells in [
-        (head, [nodes.paragraph(text=h) for h in heads]),
+        (head, [[nodes.paragraph(text=h)] for h in heads]),
         *((body, r) for r in rows),
     ]:
         row = nodes.row()
-        row += [nodes.entry("", cell) for cell in cells]
+        row += [nodes.entry("", *cell) for cell in cells]
         target += row
-    result = nodes.table(classes=["package-table"])
-    result += ([nodes.title(text=title)] if title else []) + [group]
-    return result
+    return nodes.table("", group, classes=["package-table"])
 
 
 def families() -> dict[str, list[rules.Rule]]:
@@ -94,30 +96,38 @@ def first_line(module: str) -> str:
 
 
 class RulesTable(SphinxDirective):
-    """All rules, a table for each family: the call with its defaults, what it requires, the formula, the source."""
+    """All rules: a list of the families, and for each a heading and a table."""
 
     def run(self) -> list[nodes.Node]:
-        heads = ["Rule and defaults", "Requires", "Gradient for x", "Saves", "Reference", "Also in"]
-        return [
-            table(heads, [self.row(rule) for rule in family], first_line(module))
-            for module, family in families().items()
-        ]
+        heads = ["Rule and defaults", "Gradient for x", "Saves", "Reference"]
+        index, sections = nodes.bullet_list(), []
+        for module, family in families().items():
+            title, name = first_line(module), "rules-" + module.rpartition(".")[2]
+            link = nodes.reference("", title, refid=name, internal=True)
+            index += nodes.list_item("", nodes.paragraph("", "", link))
+            section = nodes.section("", nodes.title(text=title), ids=[name])
+            listed = table(heads, [self.row(rule) for rule in family])
+            listed["classes"].append("rules-table")
+            section += listed
+            sections.append(section)
+        return [index, *sections]
 
-    def row(self, rule: rules.Rule) -> list[nodes.Node]:
+    def row(self, rule: rules.Rule) -> list[list[nodes.Node]]:
         defaults = ", ".join(
             f"{name}={value!r}" for name, value in rule.declaration.defaults.items()
         )
         call = f"{rule.name}({defaults})" if defaults else rule.name
         info = rule.info
-        requires = code(*(constraint.text for constraint in rule.declaration.requires))
+        requires = [constraint.text for constraint in rule.declaration.requires]
         saves = ["x or mask" if "mask" in info.properties and n == "x" else n for n in info.saves]
         return [
-            code(call),
-            requires,
-            code(info.formula),
-            code(*saves),
-            linked(info.source),
-            nodes.paragraph(text=", ".join(info.peers)),
+            [code(call), *([after("requires ", code(*requires))] if requires else [])],
+            [code(info.formula)],
+            [code(*saves)],
+            [
+                linked(info.source),
+                *([nodes.paragraph(text=f"Also in: {', '.join(info.peers)}")] * bool(info.peers)),
+            ],
         ]
 
 
@@ -186,22 +196,22 @@ class ActivationsTable(SphinxDirective):
             table(heads_on_demand, [self.row_on_demand(op) for op in on_demand]),
         ]
 
-    def row(self, op: vocabulary.Op) -> list[nodes.Node]:
+    def row(self, op: vocabulary.Op) -> list[list[nodes.Node]]:
         return [
-            code(op.name),
-            code(*sorted(op.groups)),
-            nodes.paragraph(text="yes" if op.elementwise else "no"),
+            [code(op.name)],
+            [code(*sorted(op.groups))],
+            [nodes.paragraph(text="yes" if op.elementwise else "no")],
             *self.spellings(op),
         ]
 
-    def row_on_demand(self, op: vocabulary.Op) -> list[nodes.Node]:
-        return [code(op.name), code(*op.operands), *self.spellings(op)]
+    def row_on_demand(self, op: vocabulary.Op) -> list[list[nodes.Node]]:
+        return [[code(op.name)], [code(*op.operands)], *self.spellings(op)]
 
-    def spellings(self, op: vocabulary.Op) -> list[nodes.Node]:
+    def spellings(self, op: vocabulary.Op) -> list[list[nodes.Node]]:
         return [
-            code(*(module.__name__ for module in op.modules)),
-            code(*public_names((*op.functions, *op.inplace_functions))),
-            code(*(method for method in op.methods if not method.startswith("_"))),
+            [code(*(module.__name__ for module in op.modules))],
+            [code(*public_names((*op.functions, *op.inplace_functions)))],
+            [code(*(method for method in op.methods if not method.startswith("_")))],
         ]
 
 

@@ -272,12 +272,15 @@ def table(found: dict[Any, str]) -> str:
     Args:
         found: What was found, by the cell; for `generate`, by the way in.
     """
-    heads = [f"{t}, {p}" for t, p in itertools.product(TRAINERS, PRECISIONS)]
-    lines = [["way in", "checkpoints", *heads, "`generate`"], ["---"] * (len(heads) + 3)]
+    heads = ["way in", "gradient checkpoints", *TRAINERS, "`generate`"]
+    lines = [heads, ["---"] * len(heads)]
     for way, checkpoints in itertools.product(WAYS, (False, True)):
         line = [WAYS[way], "with" if checkpoints else "without"]
-        for trainer, precision in itertools.product(TRAINERS, PRECISIONS):
-            line.append(found[way, trainer, precision, checkpoints])
+        for trainer in TRAINERS:
+            each = {p: found[way, trainer, p, checkpoints] for p in PRECISIONS}
+            same = len(set(each.values())) == 1
+            texts = each.values() if same else [f"{p}: {text}" for p, text in each.items()]
+            line.append(", ".join(dict.fromkeys(texts)))
         lines.append([*line, found[way]])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 

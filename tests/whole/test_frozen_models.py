@@ -48,10 +48,10 @@ CALLS = {
 
 def as_markdown() -> str:
     """The table of the documentation."""
-    lines = [f"| | {' | '.join(f'`{CALLS[way]}`' for way in CALLS)} |", "|---" * 6 + "|"]
-    for name in HUGGING_FACE:
-        cells = ["refused" if (way, name) in REFUSED else "yes" for way in CALLS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
+    lines = [f"| way in | {' | '.join(HUGGING_FACE)} |", "|---" * (1 + len(HUGGING_FACE)) + "|"]
+    for way, call in CALLS.items():
+        cells = ["refused" if (way, name) in REFUSED else "yes" for name in HUGGING_FACE]
+        lines.append(f"| `{call}` | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
