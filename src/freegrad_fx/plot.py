@@ -88,8 +88,11 @@ def plot_rule(
             "plot_rule() needs matplotlib: pip install matplotlib, or the extra freegrad_fx[examples]"
         ) from error
     curve = curve_of(rule, op, low=low, high=high, seed=seed)
+    where: dict[str, Any] = {}
     if ax is None:
         _, ax = pyplot.subplots(figsize=(4.0, 3.0), layout="constrained")
+        # Below the axes, where it hides no part of a curve
+        where = {"loc": "upper center", "bbox_to_anchor": (0.5, -0.2), "ncols": 2, "frameon": False}
     x = curve.horizontal.numpy()
     if curve.forward is not None:
         ax.plot(
@@ -105,7 +108,7 @@ def plot_rule(
     ax.set_title(title, fontsize="medium")
     ax.axhline(0.0, color="0.85", linewidth=0.8, zorder=0)
     ax.axvline(0.0, color="0.85", linewidth=0.8, zorder=0)
-    ax.legend(fontsize="small")
+    ax.legend(fontsize="small", **where)
     return ax
 
 
