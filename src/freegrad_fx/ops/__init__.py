@@ -1,4 +1,4 @@
-"""The functions that a rewritten graph calls: `stop_gradient` before an operation, `decoupled` after it.
+"""The functions that a rewritten graph calls: `stop_gradient` before an operation, `decoupled` after it::
 
     stop = stop_gradient(x)
     y    = relu(stop)                                      # the model's own operation, unchanged
@@ -9,8 +9,8 @@ decoupled parameter. `apply_function` calls a user's `torch.autograd.Function`. 
 replaces a forward. `run_pre_hooks`, `call_without_hooks` and `run_hooks` are the parts of the call of a module with
 hooks: a rule is around the second. `enter_call`, `forward_of` and `leave_call` do the same where the forward of the
 module is in the graph. `difference` and `input_of_step` compute the input of a step that the model writes as a
-comparison. All are plain functions that dispatch through ``__torch_function__``. A
-symbolic tracer therefore records each as one node, so that a rewritten graph can be pickled, traced again and compiled.
+comparison. All are plain functions that dispatch through ``__torch_function__``. A symbolic tracer therefore records
+each as one node, so that a rewritten graph can be pickled, traced again and compiled.
 """
 
 from .calls import call_with
