@@ -10,8 +10,9 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
+import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,8 @@ from torch import Tensor, nn
 
 import freegrad_fx as fg
 
-from ._cases import RULES, torchvision_models
+from ._cases import torchvision_models
+from ._gpu_rules import RULES, differences
 from ._measure import compare
 from .memory import Llama, ViT
 
@@ -71,46 +73,38 @@ class Line:
         return f"{mark:6} {self.name}: {self.result}"
 
 
-def lines(setting: Setting) -> Iterator[Line]:
-    """All checks and measurements. An error in one of them is a failure of it."""
-    for part in (_rules, _models, _streams, _graphs, _sharded, _times, _peaks):
+def lines(setting: Setting, only: Sequence[str] = ()) -> Iterator[Line]:
+    """The checks and measurements of some parts, by default of all. An error in one of them is a failure of it."""
+    for part in parts():
+        if only and part.__name__.strip("_") not in only:
+            continue
+        start = time.perf_counter()
         try:
-            yield from part(setting)
+            # without TF32, so that single precision on a GPU is that of a CPU; steps are timed with it
+            with torch.backends.cudnn.flags(allow_tf32=part is _times):
+                yield from part(setting)
         except Exception as error:
             traceback.print_exc()
             name = (part.__doc__ or "").strip().rstrip(".")
             yield Line(name, f"{type(error).__name__}: {error}".partition("\n")[0], False)
+        yield Line(part.__name__.strip("_"), f"took {time.perf_counter() - start:.0f} s")
+
+
+def parts() -> tuple[Callable[[Setting], Iterator[Line]], ...]:
+    """The parts, in the order in which they run."""
+    return _rules, _models, _streams, _graphs, _sharded, _peaks, _times
 
 
 # --- checks ---
 
 
 def _rules(setting: Setting) -> Iterator[Line]:
-    """The gradients of all rules of one input, on the device and on the CPU."""
-    for dtype in (torch.float32, *HALF):
-        wrong, count = [], 0
-        for name in RULES[:: 4 if setting.quick else 1]:
-            rule = fg.get(name)
-            bound = rule.parameters.keys() <= rule.bound.keys()
-            if rule.declaration.random or not (bound and rule.keeps_shape):
-                continue
-            count += 1
-            x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)).to(dtype)
-            here, there = (_at_tanh(rule, x.to(place)) for place in (setting.device, "cpu"))
-            # a kernel can round differently; where a rule jumps, few entries can be on the other side
-            limit = 16 * torch.finfo(dtype).eps * (1 + there.abs())
-            if ((here.cpu() - there).abs() > limit).double().mean() > 1e-3:
-                wrong.append(name)
-        yield Line(
-            f"{count} rules in {_named(dtype)}", ", ".join(wrong) or "as on the CPU", not wrong
-        )
-
-
-def _at_tanh(rule: fg.Rule, x: Tensor) -> Tensor:
-    x = x.requires_grad_()
-    out = fg.ops.decoupled(torch.tanh(fg.ops.stop_gradient(x)), x, rule=rule)
-    grad = torch.linspace(-1, 1, x.numel()).view(x.shape).to(x)
-    return torch.autograd.grad(out, x, grad)[0].detach()
+    """The gradients of all rules, on the device and on the CPU."""
+    for number, dtype in enumerate((torch.float32, *HALF)):
+        rules = RULES[number::16] if setting.quick else RULES
+        wrong = [text for rule in rules for text in differences(rule, setting.device, dtype)]
+        found = "; ".join(wrong) or "as on the CPU, and random ones the same for one seed"
+        yield Line(f"{len(rules)} rules in {_named(dtype)}", found, not wrong)
 
 
 class _ConvNet(nn.Module):
@@ -131,34 +125,56 @@ def _small(setting: Setting) -> list[tuple[str, nn.Module, Tensor]]:
     width = 8 if setting.quick else 64
     made = [
         ("convolutions", _ConvNet(width), torch.randn(4, 3, 32, 32)),
-        ("Llama", Llama(2, 8 * width, 4, 16 * width, 100), torch.randint(100, (4, 32))),
-        ("ViT", ViT(64, 2, 12 * width, 6), torch.randn(4, 3, 64, 64)),
+        (
+            "Llama",
+            Llama(1 if setting.quick else 2, 8 * width, 4, 16 * width, 100),
+            torch.randint(100, (4, 32)),
+        ),
+        ("ViT", ViT(64, 1 if setting.quick else 2, 12 * width, 6), torch.randn(4, 3, 64, 64)),
     ]
     return [(name, model.to(setting.device), x.to(setting.device)) for name, model, x in made]
 
 
 EXACT = fg.tables.save_memory(relu=True, frozen=True)
+# Rules that save something of their own, beside those of the table.
+ACTIVATIONS = fg.RuleTable(
+    [
+        fg.on("relu", optional=True).backward("rectangular"),
+        fg.on("silu", optional=True).backward("arctan"),
+        fg.on("gelu", optional=True).backward(fg.rules.few_bit(bits=3)),
+    ]
+)
 
 
 def _models(setting: Setting) -> Iterator[Line]:
     """The gradients of models with save_memory and natively, in all precisions, also with channels last."""
     for name, model, x in _small(setting):
-        truth = _gradients(model.double(), x.double() if x.is_floating_point() else x)
-        orders = [torch.contiguous_format]
-        orders += [torch.channels_last] if name == "convolutions" else []
-        for dtype in (torch.float32, *HALF):
-            for order in orders:
-                given = x.to(dtype) if x.is_floating_point() else x
-                given = given.to(memory_format=order) if given.dim() == 4 else given
+        truth = _gradients(copy.deepcopy(model).double(), _as(x, torch.float64))
+        last = name == "convolutions"
+        for dtype in (torch.float32, *HALF)[:: 2 if setting.quick else 1]:
+            for order in (torch.contiguous_format, torch.channels_last)[: 2 if last else 1]:
                 one = copy.deepcopy(model).to(dtype).to(memory_format=order)
-                native, found = (_gradients(run, given) for run in (one, fg.transform(one, EXACT)))
-                ours, theirs = _distance(found, truth), _distance(native, truth)
-                last = ", channels last" if order is torch.channels_last else ""
-                yield Line(
-                    f"{name} in {_named(dtype)}{last}",
-                    f"error {ours:.1e}, natively {theirs:.1e}",
-                    ours <= 2 * theirs + 4 * torch.finfo(dtype).eps,
-                )
+                given = _as(x, dtype)
+                given = given.to(memory_format=order) if last else given
+                what = _named(dtype) + (", channels last" if order is torch.channels_last else "")
+                yield _beside_native(f"{name} in {what}", one, given, truth, dtype)
+        for dtype in HALF[: 1 if setting.quick else 2]:
+            with torch.autocast(setting.device.type, dtype):
+                what = f"{name} under autocast to {_named(dtype)}"
+                yield _beside_native(what, model, x, truth, dtype)
+
+
+def _beside_native(
+    what: str, model: nn.Module, x: Tensor, truth: list[Tensor], dtype: torch.dtype
+) -> Line:
+    native, found = (_gradients(run, x) for run in (model, fg.transform(model, EXACT)))
+    ours, theirs = _distance(found, truth), _distance(native, truth)
+    good = ours <= 2 * theirs + 4 * torch.finfo(dtype).eps  # False for NaN, too
+    return Line(what, f"error {ours:.1e}, natively {theirs:.1e}", good)
+
+
+def _as(x: Tensor, dtype: torch.dtype) -> Tensor:
+    return x.to(dtype) if x.is_floating_point() else x
 
 
 def _gradients(run: nn.Module, x: Tensor) -> list[Tensor]:
@@ -175,11 +191,11 @@ def _distance(found: list[Tensor], expected: list[Tensor]) -> float:
 
 
 def _streams(setting: Setting) -> Iterator[Line]:
-    """A step on a stream of its own."""
+    """Steps on a stream of their own."""
     if not setting.cuda:
         return
     for name, model, x in _small(setting):
-        gm = fg.transform(model, EXACT)
+        gm = fg.transform(model, ACTIVATIONS + EXACT)
         expected, stream = _gradients(gm, x), torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -190,36 +206,51 @@ def _streams(setting: Setting) -> Iterator[Line]:
 
 
 def _graphs(setting: Setting) -> Iterator[Line]:
-    """Steps compiled with CUDA graphs."""
+    """Steps compiled with CUDA graphs, on inputs that change."""
+    from torch._dynamo.utils import counters
+
     for name, model, x in _small(setting)[: 1 if setting.quick else None]:
-        gm = fg.transform(model, EXACT)
+        gm = fg.transform(model, ACTIVATIONS + EXACT)
         how = {"mode": "reduce-overhead"} if setting.cuda else {"backend": "aot_eager"}
-        compiled, expected = torch.compile(gm, **how), _gradients(gm, x)
-        for _ in range(3):  # the first runs record
-            found = [grad.clone() for grad in _gradients(compiled, x)]
-        error, text = _distance(found, expected), " with CUDA graphs" if setting.cuda else ""
-        yield Line(f"{name}, compiled{text}", f"difference {error:.1e}", error < 1e-4)
+        compiled, inputs = torch.compile(gm, **how), (x, x.flip(0))
+        expected = [_gradients(gm, given) for given in inputs]
+        counters.clear()
+        errors = [
+            _distance([grad.clone() for grad in _gradients(compiled, given)], wanted)
+            for _ in range(3)  # the first runs record
+            for given, wanted in zip(inputs, expected, strict=True)
+        ]
+        skipped = counters["inductor"]["cudagraph_skips"] if setting.cuda else 0
+        text = " with CUDA graphs" if setting.cuda else ""
+        result = f"difference {max(errors):.1e}"
+        if skipped:
+            result += f"; Inductor made no CUDA graph, {skipped} times"
+        good = all(error < 1e-4 for error in errors) and not skipped
+        yield Line(f"{name}, compiled{text}", result, good)
 
 
 def _sharded(setting: Setting) -> Iterator[Line]:
-    """A model under FSDP2 on one device."""
+    """A model under FSDP2 on one device, in single precision and with parameters in bfloat16."""
     from torch import distributed
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
     name, model, x = _small(setting)[1]
-    gm = fg.transform(model, EXACT)
-    expected = _gradients(gm, x)
+    expected = _gradients(fg.transform(model, ACTIVATIONS + EXACT), x)
     kind = "nccl" if setting.cuda else "gloo"
     distributed.init_process_group(kind, store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        fully_shard(gm, mesh=init_device_mesh(setting.device.type, (1,)))
-        gm(x).float().square().mean().backward()
-        found = [p.grad.full_tensor() for p in gm.parameters() if p.requires_grad]
+        for dtype, limit in ((None, 1e-5), (torch.bfloat16, 5e-2)):
+            gm = fg.transform(copy.deepcopy(model), ACTIVATIONS + EXACT)
+            mesh = init_device_mesh(setting.device.type, (1,))
+            fully_shard(gm, mesh=mesh, mp_policy=MixedPrecisionPolicy(param_dtype=dtype))
+            gm(x).float().square().mean().backward()
+            found = [p.grad.full_tensor() for p in gm.parameters() if p.requires_grad]
+            error = _distance(found, expected)
+            what = f"{name} under FSDP2" + (f" in {_named(dtype)}" if dtype else "")
+            yield Line(what, f"difference {error:.1e}", error < limit)
     finally:
         distributed.destroy_process_group()
-    error = _distance(found, expected)
-    yield Line(f"{name} under FSDP2", f"difference {error:.1e}", error < 1e-5)
 
 
 # --- measurements ---
@@ -251,23 +282,27 @@ def _step(model: nn.Module, x: Tensor, setting: Setting) -> Callable[[], None]:
     return step
 
 
+COMPILED_LIMIT = 1.01  # of the native time
+
+
 def _times(setting: Setting) -> Iterator[Line]:
     """The times of training steps, with rules over natively."""
     for name, model, x, rules in _large(setting):
+        tables = {"rule": rules, "save_memory": fg.tables.save_memory()}
         for compiled in (False,) if setting.quick else (False, True):
             wrap = torch.compile if compiled else _as_is
-            steps = {
-                "native": _step(wrap(model), x, setting),
-                "rule": _step(wrap(fg.transform(model, rules)), x, setting),
-                "save_memory": _step(
-                    wrap(fg.transform(model, fg.tables.save_memory())), x, setting
-                ),
-            }
-            seconds, least = (0.1, 1) if setting.quick else (6.0, 10)
+            steps = {"native": _step(wrap(model), x, setting)}
+            for table, given in [*tables.items()][
+                : 1 if compiled else None
+            ]:  # compiling takes long
+                steps[table] = _step(wrap(fg.transform(model, given)), x, setting)
+            seconds, least = (0.1, 1) if setting.quick else (4.0, 10)
             found = compare(steps, seconds=seconds, least=least)
             ratios = [
                 f"{n} × {found.ratio(n, 'native').median:.3f}" for n in steps if n != "native"
             ]
+            if compiled:
+                ratios.append(f"the target is {COMPILED_LIMIT}")
             how = "compiled" if compiled else "eager"
             took = f"{1e3 * found.seconds('native'):.1f} ms natively"
             yield Line(f"a step of {name}, {how}", f"{took}; {', '.join(ratios)}")
@@ -319,13 +354,15 @@ def main(arguments: list[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser.add_argument("--device", default=default, help=f"the device; here {default}")
     parser.add_argument("--quick", action="store_true", help="small sizes; always on a CPU")
+    names = [part.__name__.strip("_") for part in parts()]
+    parser.add_argument("--only", nargs="+", choices=names, default=(), help="the parts to run")
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     setting = Setting(device, options.quick or device.type == "cpu")
     name = torch.cuda.get_device_name(device) if setting.cuda else "a CPU"
     print(f"torch {torch.__version__} on {name}")
     failed = False
-    for line in lines(setting):
+    for line in lines(setting, options.only):
         print(line, flush=True)
         failed = failed or line.passed is False
     return int(failed)

@@ -22,6 +22,7 @@ sys.path.append(str(ROOT))
 
 from benchmarks import _cases as cases
 from benchmarks import _compiling as compiling
+from benchmarks import _gpu_rules as gpu_rules
 from benchmarks import _networks as networks
 from benchmarks import _pages as pages
 from benchmarks import _peers as peers
@@ -572,6 +573,39 @@ def test_memory_of_whole_models_is_counted(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").read_text("utf-8") == memory.as_markdown(found)
 
 
+def test_every_rule_is_run_on_a_gpu_at_operations_that_it_is_meant_for() -> None:
+    registered = map(fg.rules.get, fg.rules.available())
+    built_in = {r.name for r in registered if r.declaration.module.startswith("freegrad_fx.rules")}
+    assert {rule.name for rule in gpu_rules.RULES} == built_in
+    for rule in gpu_rules.RULES:
+        places = gpu_rules.places(rule)
+        known = {*rule.info.meant_for} & fg.vocabulary.OPS.keys()
+        assert {*places} <= known or places in (("tanh",), ("parameter",)), rule.name
+        assert not (rule.declaration.needs_operation and places == ("tanh",)), rule.name
+
+
+def test_a_gradient_that_is_wrong_on_a_gpu_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(change: Callable[[Tensor], Tensor], name: str = "arctan") -> list[str]:
+        calls: list[int] = []
+
+        def changed(*given: Any) -> list[Tensor]:
+            calls.append(1)
+            gradients = original(*given)
+            return [*map(change, gradients)] if len(calls) == 1 else gradients
+
+        original = gpu_rules.gradients
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu_rules, "gradients", changed)
+            rule = fg.rules.get(name)
+            return list(gpu_rules.differences(rule, torch.device("cpu"), torch.float32))
+
+    assert found(lambda grad: grad) == []
+    assert found(lambda grad: grad + 1e-3) == ["arctan at tanh: 100.0% of the entries differ"]
+    assert found(lambda grad: grad * torch.nan) == ["arctan at tanh: 100.0% of the entries differ"]
+    assert found(torch.Tensor.double) == ["arctan at tanh: a gradient of torch.float64 on cpu"]
+    assert found(lambda grad: grad + 1, "noise") == ["noise at tanh: another gradient for the same seed"]  # fmt: skip
+
+
 @pytest.mark.slow
 def test_the_checks_for_a_gpu_run_on_a_cpu_too(capsys: pytest.CaptureFixture[str]) -> None:
     assert gpu.main(["--device", "cpu"]) == 0
@@ -580,8 +614,9 @@ def test_the_checks_for_a_gpu_run_on_a_cpu_too(capsys: pytest.CaptureFixture[str
     for what in (
         "rules in float16",
         "channels last",
+        "under autocast",
         "compiled",
-        "FSDP2",
+        "FSDP2 in bfloat16",
         "a step of",
         "bytes kept",
     ):
