@@ -78,11 +78,12 @@ class AttributeTracer(graphs.Tracer):
 
     def look_up(self, root: nn.Module) -> None:
         """Look up the tensors of a model before it is traced."""
-        self._tensor_names = tensor_names(root)
-        self._held = held_tensors(root)
+        modules = dict(root.named_modules())
+        self._tensor_names = tensor_names(modules)
+        self._held = held_tensors(modules.values())
         self._tables = {
             path: [(table, dict(table)) for table in (buffers_of(module), parameters_of(module))]
-            for path, module in root.named_modules()
+            for path, module in modules.items()
             if isinstance(buffers_of(module), dict)  # that of a scripted module cannot be changed
         }
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from .._torch.modules import buffers_of, children_of, parameters_of
 from ..errors import CaptureError
+from ..graph.nodes import submodule
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from .python_state import Attribute
 
@@ -63,7 +64,7 @@ def constants_read(
     addresses = {_address(value) for value in tensors if isinstance(value, Tensor)} - {0}
     found: dict[str, dict[str, Any]] = {}
     for path, name in dict.fromkeys(read).keys() - set(changed):
-        module = root.get_submodule(path)
+        module = submodule(root, path)
         tables = (children_of(module), parameters_of(module), buffers_of(module))
         if name in ATTRIBUTES_OF_EVERY_MODULE or any(name in table for table in tables):
             continue

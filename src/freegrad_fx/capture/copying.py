@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import copy
 import functools
+import operator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import is_lazy
 
-from .._torch.modules import BUFFERS, CHILDREN, COMPILED_CALL, PARAMETERS, is_compiled_wrapper
+from .._torch.modules import (
+    BUFFERS,
+    CHILDREN,
+    COMPILED_CALL,
+    PARAMETERS,
+    buffers_of,
+    is_compiled_wrapper,
+    parameters_of,
+)
 from ..errors import CaptureError
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, collect_tensors, is_python_state
 from .rule_parameters import GENERATOR
@@ -45,12 +54,24 @@ def check_model(model: Any) -> None:
             f"then wrap the result: {wrapper}(freegrad_fx.transform(model.module, rules)); explain() takes "
             f"model.module too."
         )
+    if not any(map(is_lazy, _tensors_of(model))):
+        return
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if isinstance(tensor, UninitializedBuffer | UninitializedParameter):
+        if is_lazy(tensor):
             raise CaptureError(
                 f"{name!r} is not initialised yet (a lazy module). Run the model once on an example input, "
                 f"then transform it."
             )
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    """The parameters and buffers of all modules of a model. Their names take most of the time of `named_parameters`."""
+    return [
+        tensor
+        for module in model.modules()
+        for tensor in (*parameters_of(module).values(), *buffers_of(module).values())
+        if tensor is not None
+    ]
 
 
 def _wraps_its_module(model: nn.Module) -> str | None:
@@ -77,7 +98,9 @@ def structural_copy(model: nn.Module) -> nn.Module:
                 shared[id(value)] = value  # the caller seeds it
             elif name in _TENSORS:
                 shared.update((id(t), t) for t in value.values() if isinstance(t, Tensor))
-            elif name != CHILDREN and type(value) not in _ATOMS and value is not None:
+            elif type(value) in _ATOMS or (name in ATTRIBUTES_OF_EVERY_MODULE and not value):
+                continue  # nearly all attributes
+            elif name != CHILDREN and not (type(value) is tuple and is_python_state(value)):
                 collect_tensors(value, shared, set())
     try:
         return _sharing(model, _copied(model, dict(shared)))
@@ -132,7 +155,7 @@ def _copied(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
 _TENSORS = (PARAMETERS, BUFFERS)
 
 
-_ATOMS = (bool, int, float, str, type(None), torch.dtype, torch.device)
+_ATOMS = frozenset({bool, int, float, str, type(None), torch.dtype, torch.device})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -152,6 +175,9 @@ def _sharing(model: nn.Module, copied: nn.Module) -> nn.Module:
     Raises:
         CaptureError: The copy does not share a tensor with the model, so training it would not train the model.
     """
+    both = _tensors_of(model), _tensors_of(copied)
+    if len(both[0]) == len(both[1]) and all(map(operator.is_, *both)):
+        return copied
     pairs = zip(
         (*model.named_parameters(), *model.named_buffers()),
         (*copied.parameters(), *copied.buffers()),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import io
+import tokenize
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -39,7 +41,7 @@ def dispatcher(
             the graph was captured without.
         keyword_only: Arguments that have to be given by keyword.
     """
-    signature = next(n for n in ast.walk(ast.parse(src)) if isinstance(n, ast.FunctionDef)).args
+    signature = _signature(src)
     active = "self._active()" if several else "0"
     call, quick = (
         f"return type(self)._forwards[{number}][{active}]({_passed_on(signature)})"
@@ -82,6 +84,21 @@ def dispatcher(
     # A block around the call does not act on what the model's own table decides
     body += f"    if _intercepted():\n        {alone_in_blocks}\n    {call}\n"
     return graphs.forward_from_source(body, {**names, **own}, {})
+
+
+def _signature(src: str) -> ast.arguments:
+    """The arguments of the function in a source. Its body, which can have thousands of lines, is not parsed."""
+    first = last = 0
+    for token in tokenize.generate_tokens(io.StringIO(src).readline):
+        if not first and token.type == tokenize.NAME and token.string == "def":
+            first = token.start[0]
+        elif first and token.type == tokenize.NEWLINE:
+            last = token.end[0]
+            break
+    header = "\n".join(src.split("\n")[first - 1 : last])
+    (function,) = ast.parse(f"{header}\n    pass").body
+    assert isinstance(function, ast.FunctionDef)
+    return function.args
 
 
 def _passed_on(signature: ast.arguments) -> str:

@@ -7,7 +7,7 @@ proxies for such results, and with the proxy of the argument. If both graphs are
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
@@ -127,24 +127,26 @@ def traced_as_it_compares(
         CaptureError: It depends on the values whether two tensors are one object.
     """
     own = Identities()
-    _, first, error = _attempt(trace, own)
+    first, error = _attempt(trace, own)
     if own.hashed_own:
         own = Identities(tensors_themselves=True)
-        _, first, error = _attempt(trace, own)
+        first, error = _attempt(trace, own)
     if own.hashed or (may_compare and first is not None):
         own.look_at_calls(root)
     if not own.returned:
         if first is None:
             raise error
         return first
-    outline = [] if first is None else _outline(first[1], own.returned)
-    expected, every, _ = _attempt(trace, Identities(own.tensors_themselves, "all"))
-    if first is not None and outline == expected:
+    other = Identities(own.tensors_themselves, "all")
+    every, _ = _attempt(trace, other)
+    expected = _outline(every, other)
+    if first is not None and _outline(first, own) == expected:
         return first
     if every is not None and not own.uncertain:
         return every
-    outline, certain, _ = _attempt(trace, Identities(own.tensors_themselves, "certain"))
-    if certain is not None and outline == expected:
+    other = Identities(own.tensors_themselves, "certain")
+    certain, _ = _attempt(trace, other)
+    if certain is not None and _outline(certain, other) == expected:
         return certain
     if first is every is certain is None:
         raise error
@@ -158,21 +160,20 @@ def traced_as_it_compares(
 
 def _attempt(
     trace: Callable[[Identities], Traced], identities: Identities
-) -> tuple[list[tuple[Any, ...]], Traced | None, CaptureError]:
-    """The outline of a trace, the trace, and its error if there is no trace."""
+) -> tuple[Traced | None, CaptureError]:
+    """A trace, and its error if there is no trace."""
     try:
-        traced = trace(identities)
+        return trace(identities), CaptureError()
     except CaptureError as error:
-        return [], None, error
-    return _outline(traced[1], identities.returned), traced, CaptureError()
+        return None, error
 
 
-def _outline(graph: fx.Graph, returned: Mapping[fx.Node, fx.Node]) -> list[tuple[Any, ...]]:
-    """The nodes of a graph without their names, with one name for all nodes that may be one object."""
+def _outline(traced: Traced | None, identities: Identities) -> list[tuple[Any, ...]]:
+    """The nodes of a traced graph without their names, with one name for all nodes that may be one object."""
     rows: list[tuple[Any, ...]] = []
     stands_for: dict[fx.Node, str] = {}
-    for node in graph.nodes:
+    for node in () if traced is None else traced[1].nodes:
         rows.append((node.op, node.target, fx.map_arg((node.args, node.kwargs), stands_for.get)))
-        argument = returned.get(node)
+        argument = identities.returned.get(node)
         stands_for[node] = f"%{len(rows)}" if argument is None else stands_for[argument]
     return rows

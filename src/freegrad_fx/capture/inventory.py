@@ -5,13 +5,15 @@ from __future__ import annotations
 import dis
 import functools
 import itertools
+from collections.abc import Callable, Iterable, Mapping
 from types import CodeType, FunctionType
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch import tree
+from .._torch.modules import buffers_of, parameters_of
+from .._torch.parametrized import plain_class
 from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from ..vocabulary.inside import computes_activations
 
@@ -60,27 +62,36 @@ def compared_by_identity(code: CodeType) -> frozenset[Any]:
     )
 
 
-def tensor_names(root: nn.Module) -> dict[int, str]:
-    """The dotted names of the parameters, buffers and tensor attributes of a model, by the identity of the tensor."""
-    names = {
-        id(value): f"{path}.{name}" if path else name
-        for path, module in root.named_modules()
-        for name, value in module.__dict__.items()
-        if isinstance(value, Tensor)
-    }
-    names.update({id(t): name for name, t in root.named_buffers()})
-    names.update({id(t): name for name, t in root.named_parameters()})
-    return names
+def tensor_names(modules: Mapping[str, nn.Module]) -> dict[int, str]:
+    """The dotted names of the parameters, buffers and tensor attributes of modules, by the identity of the tensor.
+
+    Args:
+        modules: The modules of a model, by their paths. A tensor with several names has the first.
+    """
+    tables: dict[Callable[[nn.Module], dict[str, Any]], dict[int, str]] = {
+        _own_attributes: {}, buffers_of: {}, parameters_of: {}
+    }  # fmt: skip
+    for path, module in modules.items():
+        prefix = f"{path}." if path else ""
+        for table, names in tables.items():
+            for name, value in table(module).items():
+                if isinstance(value, Tensor):
+                    names.setdefault(id(value), prefix + name)
+    return {key: name for names in tables.values() for key, name in names.items()}
 
 
-def held_tensors(root: nn.Module) -> set[int]:
-    """The identities of the tensors in lists, tuples and dicts that are attributes of the modules of a model."""
+def _own_attributes(module: nn.Module) -> dict[str, Any]:
+    attributes = module.__dict__.items()
+    return {name: value for name, value in attributes if name not in ATTRIBUTES_OF_EVERY_MODULE}
+
+
+def held_tensors(modules: Iterable[nn.Module]) -> set[int]:
+    """The identities of the tensors in lists, tuples and dicts that are attributes of modules."""
     attributes = [
         value
-        for module in root.modules()
-        for name, value in module.__dict__.items()
-        if name not in ATTRIBUTES_OF_EVERY_MODULE
-        and isinstance(value, list | tuple | dict)
+        for module in modules
+        for value in _own_attributes(module).values()
+        if isinstance(value, list | tuple | dict)
         and not is_python_state(value)  # such as the strides of a convolution
     ]
     leaves = tree.leaves(attributes)
@@ -93,7 +104,7 @@ def kept_whole(module: nn.Module) -> bool:
     The layers of torch.ao, for quantisation, are traced into if they compute activations, such as ``LinearReLU``.
     """
     # A parametrized module has a class of torch.nn.utils
-    kind = type_before_parametrizations(module)
+    kind = plain_class(module)
     if kind is nn.Sequential or not kind.__module__.startswith(("torch.nn", "torch.ao.nn")):
         return False
     traced = kind.__module__.startswith("torch.ao.nn.") and ".quantized." not in kind.__module__

@@ -11,6 +11,7 @@ from torch import fx, nn
 from .._torch import tree
 from .._torch.modules import has_hooks
 from ..graph.marks import begins, ends, part
+from ..graph.nodes import new_node
 from ..ops.hooked import values_in
 from ..sites.remarks import Lost, add_once
 from .proxies import FlagProxy, RecordingProxy, TensorProxy
@@ -29,8 +30,9 @@ def begin_call(
     if not _can_be_held((args, kwargs)):
         _note_unmarked(tracer, m, path)
         return None
-    mark: fx.Node = tracer.graph.call_function(begins, (path, _as_nodes(args), _as_nodes(kwargs)))
-    return mark
+    return new_node(
+        tracer.graph, "call_function", begins, (path, _as_nodes(args), _as_nodes(kwargs))
+    )
 
 
 def end_call(tracer: Any, m: nn.Module, path: str, begin: fx.Node | None, result: Any) -> Any:
@@ -54,9 +56,9 @@ def end_call(tracer: Any, m: nn.Module, path: str, begin: fx.Node | None, result
         _note_unmarked(tracer, m, path)
         return result
     given = begin.args[1:3]
-    end = tracer.graph.call_function(ends, (begin, _as_nodes(result), *given))
+    end = new_node(tracer.graph, "call_function", ends, (begin, _as_nodes(result), *given))
     new = {
-        index: tracer.proxy(tracer.graph.call_function(part, (end, index)))
+        index: tracer.proxy(new_node(tracer.graph, "call_function", part, (end, index)))
         for index, value in enumerate(values_in(result))
         if type(value) is RecordingProxy and value.node < begin
     }

@@ -58,20 +58,21 @@ class Outside:
     def __init__(self, model: nn.Module, root: nn.Module) -> None:
         self.compares_identity = self.compares_variables = self.asks_identity = False
         self.own_modules: list[str] = []
-        pairs = zip(root.modules(), model.modules(), strict=False)
-        self._originals = {id(copied): original for copied, original in pairs}
-        self._own = {id(module) for module in model.modules()} - self._originals.keys()
+        modules, originals = [*root.modules()], [*model.modules()]
+        self._originals = dict(zip(map(id, modules), originals, strict=False))
+        self._own = {*map(id, originals)} - self._originals.keys()
         self._caches: dict[int, tuple[str, Any]] = {}
         self._containers: dict[int, tuple[str, Any, Any]] = {}
         self._globals: dict[tuple[int, str], tuple[str, dict[str, Any], Any]] = {}
         self._cells: dict[int, tuple[str, CellType, Any]] = {}
         self._classes: dict[type[Any], dict[str, Any]] = {}
         # Other packages than the model's count calls and keep memos; a change there is no state of the model
-        self._packages = {type(m).__module__.partition(".")[0] for m in root.modules()}
+        kinds = dict.fromkeys(map(type, modules))
+        self._packages = {kind.__module__.partition(".")[0] for kind in kinds}
         self._foreign: set[int] = set()
         self._in_foreign_code = False
-        self._seen: set[int] = {id(value) for m in root.modules() for value in (m, m.__dict__)}
-        for kind in dict.fromkeys(type(module) for module in root.modules()):
+        self._seen: set[int] = {id(value) for m in modules for value in (m, m.__dict__)}
+        for kind in kinds:
             self._add_class(kind)
 
     def restore(self, is_traced: IsTraced) -> list[str]:

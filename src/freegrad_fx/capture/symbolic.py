@@ -18,7 +18,7 @@ from torch import fx, nn
 from ..errors import CaptureError, unknown
 from ..graph.provenance import innermost
 from ..graph.serialise import LOCK
-from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE
+from ..graph.state import ATTRIBUTES_OF_EVERY_MODULE, is_python_state
 from ..ops import apply_function
 from ..sites.remarks import Cache, Lost
 from .arguments import flag_path
@@ -365,12 +365,10 @@ def _forget_proxies(model: nn.Module, root: nn.Module, tracer: Tracer) -> Iterat
     """Restore the attributes that the traced forward changed, and list those that the graph does not assign."""
     tracer.restore_tables()
     for (path, traced), original in zip(root.named_modules(), model.modules(), strict=False):
-        for name in set(original.__dict__) | set(traced.__dict__):
-            if name in ATTRIBUTES_OF_EVERY_MODULE:
-                continue
+        for name in (original.__dict__.keys() | traced.__dict__) - ATTRIBUTES_OF_EVERY_MODULE:
             value = traced.__dict__.get(name)
             assigned = (path, name) in tracer.assigned or (path, name) in tracer.watched
-            if not any_proxy(value) and not assigned:
+            if not assigned and (is_python_state(value) or not any_proxy(value)):
                 continue
             empty = type(value) is dict and original.__dict__.get(name) == {}
             is_cache = empty and is_made_from_state(v.node for v in value.values() if is_proxy(v))

@@ -118,7 +118,7 @@ class Tracer(AttributeTracer):
 
     def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
         """Trace a module. Attributes that it reads and does not use are not in the graph."""
-        self.compares_identity = any(map(compares_identity, [type(m) for m in root.modules()]))  # type: ignore[arg-type]
+        self.compares_identity = any(map(compares_identity, {type(m) for m in root.modules()}))  # type: ignore[arg-type]
         outside = self.outside
         self.tensors_themselves = self.identities.tensors_themselves or (
             outside is not None and (outside.compares_variables or outside.asks_identity)
@@ -183,6 +183,14 @@ class Tracer(AttributeTracer):
 
     def create_arg(self, a: Any) -> Any:
         """Make an argument of a node from a value. Subclasses of dict and list are preserved."""
+        kind = type(a)
+        # Nearly all values; FX asks a dozen questions about each before it returns the same
+        if kind in _RECORDED:
+            return a.node
+        if kind in _PLAIN:
+            return a
+        if kind is tuple:
+            return tuple(map(self.create_arg, a))
         refuse_unbuildable(a)
         # FX would convert it to a plain dict or list
         if isinstance(a, dict | list) and type(a) not in (
@@ -391,6 +399,9 @@ class Tracer(AttributeTracer):
         first = str(error).strip().partition("\n")[0]
         return f"{type(error).__name__}: {first[:200]}"
 
+
+_RECORDED = frozenset({RecordingProxy, TensorProxy, FlagProxy})
+_PLAIN = frozenset({type(None), bool, int, float, str})
 
 _CAUGHT = (
     "the forward branches on the value of a tensor, or keeps state in an attribute, which cannot be traced, and "

@@ -10,8 +10,8 @@ from collections.abc import Collection, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from ..plan import Decision, Plan, also
 from ..sites.remarks import Lost, Opaque, Remark
 from ..sites.site import Located
@@ -128,7 +128,7 @@ def class_of(module: nn.Module | None) -> type[Any]:
     """The class of a module, without what parametrization or a capture made of it."""
     if module is None:
         return nn.Module
-    kind: type[Any] = getattr(module, "_model_class", None) or type_before_parametrizations(module)
+    kind: type[Any] = getattr(module, "_model_class", None) or plain_class(module)
     return kind
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.dispatch import is_transformed
+from .._torch.parametrized import plain_class
 from ..core.own import follow
 from ..core.rule import learnt_by
 from ..errors import RuleError
@@ -179,7 +179,7 @@ class EagerSites(ABC):
         def described() -> _Described:
             called = None
             if place.owner is not None and place.owner is place.modules[0]:
-                kind = type_before_parametrizations(place.owner)
+                kind = plain_class(place.owner)
                 called = kind if kind in spelling.op.modules else None
             spelled = _module(called, inplace) if called else spelled_function(function, inplace)
             obstacle = _OUT if spelling.writes_out else self.obstacle(place)
@@ -228,7 +228,7 @@ class EagerSites(ABC):
         place = self.place()
         if place is None or place.owner is None or place.modules[0] is not module:
             return None
-        kind = type_before_parametrizations(module)
+        kind = plain_class(module)
 
         def described() -> _Described:
             return _Described(_module(kind, inplace), called=kind)
@@ -300,7 +300,7 @@ class EagerSites(ABC):
             for index in self._firsts[key] if self._ordered else ():
                 self.pass_by(place, index)
             return found
-        owners = () if place.owner is None else (type_before_parametrizations(place.owner),)
+        owners = () if place.owner is None else (plain_class(place.owner),)
         what = _Described(in_graph.site.spelling) if in_graph is not None else described()
         site = Site(
             kind="operation",
@@ -428,7 +428,7 @@ def parameter_site(
         holders: The modules that hold it.
     """
     path, _, name = names[0].rpartition(".")
-    owners = tuple(map(type_before_parametrizations, holders))
+    owners = tuple(map(plain_class, holders))
     site = Site(
         kind="parameter",
         op="parameter",

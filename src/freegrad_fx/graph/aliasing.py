@@ -13,11 +13,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.modules import FRESH_BASES, has_forward_hooks
 from .._torch.operators import Overload, is_composite, schema
+from .._torch.parametrized import plain_class
 from ..ops.functions import apply_function
+from ..vocabulary.op import Spelling
 from .nodes import argument, attribute, called_module, first_argument, hooked_module, spelled
 
 __all__ = [
@@ -130,14 +131,16 @@ class Aliasing:
         for node in graph.nodes:
             if node.op in ("placeholder", "get_attr", "output"):
                 continue
-            target = written_argument(node, root)
+            # Looking them up takes as long as all else that is asked here
+            module, spelling = called_module(node, root), spelled(node, root)
+            target = _written(node, root, module, spelling)
             if target is not None:
                 written.append((target, node))
                 self._join(node, target)
-            elif _may_write_anything(node, root):
+            elif _writes_anything(node, root, module):
                 written += [(argument, node) for argument in node.all_input_nodes]
-            if self._is_fresh(node):
-                if not _returns_several(node, root):
+            if self._is_fresh(node, module, spelling):
+                if not _returns_several(module):
                     self._tensors.add(node)
             elif target is None or not self._is_tensor(target):
                 for argument in node.all_input_nodes:
@@ -154,14 +157,14 @@ class Aliasing:
             value in self._tensors or isinstance(attribute(value, self._root), torch.Tensor)
         )
 
-    def _is_fresh(self, node: fx.Node) -> bool:
+    def _is_fresh(self, node: fx.Node, module: nn.Module | None, spelling: Spelling | None) -> bool:
         if node.target in (operator.add, operator.mul):
             # on tuples and lists, `+` and `*` return a sequence of the same tensors
             numbers = node.target is operator.add and any(
                 isinstance(a, int | float) for a in node.args
             )
             return numbers or any(map(self._is_tensor, node.args))
-        return _is_fresh(node, self._root)
+        return _is_fresh(node, module, spelling)
 
     def read_elsewhere_after(self, x: fx.Node, node: fx.Node) -> bool:
         """Whether memory that `x` may share is read after `node` through another node than `x` and `node`.
@@ -212,22 +215,25 @@ class Aliasing:
         self._parent[self._find(a)] = self._find(b)
 
 
-def _returns_several(node: fx.Node, root: nn.Module) -> bool:
-    module = called_module(node, root)
+def _returns_several(module: nn.Module | None) -> bool:
     several = (nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase)
     return isinstance(module, several) or bool(getattr(module, "return_indices", False))
 
 
 def _of_torch(module: nn.Module) -> bool:
     """Whether a module is one of torch.nn without forward hooks, so that it behaves as documented."""
-    kind = type_before_parametrizations(module)
+    kind = plain_class(module)
     return kind.__module__.startswith("torch.nn.modules.") and not has_forward_hooks(module)
 
 
 def _may_write_anything(node: fx.Node, root: nn.Module) -> bool:
     """Whether a node is an opaque call: it runs user code that was not traced."""
-    if (called := called_module(node, root)) is not None:
-        return not _of_torch(called)
+    return _writes_anything(node, root, called_module(node, root))
+
+
+def _writes_anything(node: fx.Node, root: nn.Module, module: nn.Module | None) -> bool:
+    if module is not None:
+        return not _of_torch(module)
     if hooked_module(node, root) is not None:
         return True
     if node.op == "call_function":
@@ -260,10 +266,15 @@ def written_argument(node: fx.Node, root: nn.Module) -> fx.Node | None:
     A write is recognised by an in-place name or operator, by `inplace` as an argument or attribute, by ``out=``, by the
     schema of an operator, or by `max_norm` of an embedding lookup.
     """
-    module = called_module(node, root)
+    return _written(node, root, called_module(node, root), spelled(node, root))
+
+
+def _written(
+    node: fx.Node, root: nn.Module, module: nn.Module | None, spelling: Spelling | None
+) -> fx.Node | None:
     if hooked_module(node, root) is not None:  # the keywords are those of the module
         return None
-    if (spelling := spelled(node, root)) is not None:
+    if spelling is not None:
         return argument(node, spelling.key) if spelling.inplace else None
     if isinstance(node.target, Overload):
         written = [
@@ -337,17 +348,15 @@ def _is_fresh_aten(target: Overload[..., Any]) -> bool:
     return not is_composite(target) and all(r.alias_info is None for r in found.returns)
 
 
-def _is_fresh(node: fx.Node, root: nn.Module) -> bool:
+def _is_fresh(node: fx.Node, module: nn.Module | None, spelling: Spelling | None) -> bool:
     if isinstance(node.target, Overload):
         return _is_fresh_aten(node.target)
     names = {"call_method": _FRESH_METHODS, "call_function": _FRESH_FUNCTIONS}
     if node.target in names.get(node.op, frozenset()):
         return True
-    module = called_module(node, root)
     if module is not None and not _of_torch(module):
         return False
     if isinstance(module, _FRESH_MODULES):
         return True
     # Out of place, every elementwise activation except the identity returns a new tensor.
-    spelling = spelled(node, root)
     return spelling is not None and spelling.op.elementwise and spelling.op.name != "identity"

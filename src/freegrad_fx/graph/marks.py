@@ -22,7 +22,7 @@ from typing import Any
 from torch import fx
 
 from ..ops.hooked import values_in
-from .nodes import called_path, first_argument
+from .nodes import called_path, first_argument, new_node
 from .serialise import dump_value, load_value
 
 __all__ = [
@@ -223,7 +223,7 @@ def _once(value: Any, values: list[Any]) -> bool:
 
 def _add_part(mark: fx.Node, index: int, value: fx.Node, users: list[fx.Node]) -> fx.Node:
     with mark.graph.inserting_after(mark):
-        new = mark.graph.call_function(part, (mark, index))
+        new = new_node(mark.graph, "call_function", part, (mark, index))
     readers = set(users)
     value.replace_all_uses_with(new, delete_user_cb=readers.__contains__)
     return new
@@ -234,9 +234,9 @@ def mark_call(node: fx.Node) -> None:
     graph, first = node.graph, first_argument(node)
     given: Any = (tuple(node.args[first:]), dict(node.kwargs))
     with graph.inserting_before(node):
-        begin = graph.call_function(begins, (called_path(node), *given))
+        begin = new_node(graph, "call_function", begins, (called_path(node), *given))
     with graph.inserting_after(node):
-        end = graph.call_function(ends, (begin, node, *given))
+        end = new_node(graph, "call_function", ends, (begin, node, *given))
     values = _values(begin)
     for index, value in enumerate(values):
         if _once(value, values):
@@ -284,7 +284,7 @@ def insert_marks(graph: fx.Graph, marks: Marks) -> bool:
     for mark in marks.marks:
         args = fx.node.map_aggregate(mark.args, lambda value: load_value(value, known))
         with graph.inserting_before(nodes[mark.anchor]):
-            known[mark.name] = node = graph.call_function(_TARGETS[mark.target], args)
+            known[mark.name] = node = new_node(graph, "call_function", _TARGETS[mark.target], args)
         for user, index in mark.uses:
             uses.setdefault(user, {})[index] = node
     for user, values in uses.items():

@@ -63,8 +63,12 @@ _EMPTY = types.CellType()
 
 def is_python_state(value: Any) -> bool:
     """Whether a value is None, a number, a str, bytes, or a built-in container of only such values."""
-    if type(value) in (list, tuple, set, frozenset):
+    kind = type(value)
+    if kind in _PLAIN:
+        return True
+    if kind in (list, tuple, set, frozenset):
         return all(map(is_python_state, value))
-    if type(value) is dict:
-        return all(map(is_python_state, [*value, *value.values()]))
-    return value is None or type(value) in (bool, int, float, complex, str, bytes)
+    return kind is dict and all(map(is_python_state, [*value, *value.values()]))
+
+
+_PLAIN = frozenset({type(None), bool, int, float, complex, str, bytes})

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from ..capture import Capture
 from ..errors import PlanError
 from ..graph.nodes import called_module, called_path, operand_node
@@ -70,7 +70,7 @@ def _norms(plan: Plan, model: nn.Module, ran: Collection[str]) -> Iterator[str]:
     """The norms at and below whose paths no entry decides anything."""
     decided = {d.site.path for d in plan.decisions if d.entry is not None and d.action != "skip"}
     for path, module in model.named_modules():
-        kind = type_before_parametrizations(module).__name__
+        kind = plain_class(module).__name__
         is_norm = "norm" in kind.lower() and not [*module.children()]
         if not is_norm or isinstance(module, _BATCH_NORMS) or path not in ran:
             continue

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from torch import fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.graphs import grad_mode_getter, grad_mode_setter, is_erased
+from .._torch.parametrized import plain_class
 from ..capture.captured import sets_grad_mode
 from ..core.scopes import SCOPES
 from ..graph.aliasing import Aliasing
@@ -179,7 +179,7 @@ def _enables_gradients(place: LocatedParameter, root: nn.Module) -> bool:
         return True
     called = [called_module(node, root) for node, _ in place.calls]
     return any(
-        not type_before_parametrizations(part).__module__.startswith("torch.")
+        not plain_class(part).__module__.startswith("torch.")
         for module in called
         if module is not None
         for part in module.modules()

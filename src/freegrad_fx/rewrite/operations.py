@@ -60,7 +60,7 @@ def operate(
 
     def surgery_at(at: str) -> Surgery:
         ambient = at in decisions and decisions[at].action == "ambient"
-        return Surgery(graph, root, place.edge(at).site, node.meta, ambient)
+        return Surgery(graph, root, place.site_at(at), node.meta, ambient)
 
     surgery = surgery_at(REPLACE)
     # Rules of the table and of `use` blocks act independently of each other, and each makes the copies that it needs

@@ -16,6 +16,7 @@ from ..capture.rule_parameters import HELD, hold
 from ..core.rule import Rule, learnt_by
 from ..core.scopes import SCOPES
 from ..graph.aliasing import of_library
+from ..graph.nodes import new_node
 from ..graph.provenance import META
 from ..graph.serialise import can_be_written
 from ..ops.functions import apply_forward, function_key
@@ -153,6 +154,6 @@ class Surgery:
 
     def node(self, op: str, target: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> fx.Node:
         """Insert a node with the origin of the site."""
-        node = self.graph.create_node(op, target, args, kwargs or {})
+        node = new_node(self.graph, op, target, args, kwargs)
         node.meta.update(self.meta)
         return node

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from ..graph.provenance import is_users
 from ..vocabulary.activations import OPS
 from .owners import qualified
@@ -49,7 +49,7 @@ def _all_sites(module: nn.Module, path: str) -> Iterator[Located]:
     seen: dict[Any, tuple[str, ...]] = {}
     for name, part in module.named_modules():
         where = f"{path}.{name}" if name else path
-        kind: Any = type_before_parametrizations(part)
+        kind: Any = plain_class(part)
         if isinstance(part, torch.jit.ScriptModule) or (kind in _MODULES and not name):
             continue  # a module that is an activation itself is a site, also if its parametrization is opaque
         if kind in _MODULES:
@@ -66,7 +66,7 @@ def _all_sites(module: nn.Module, path: str) -> Iterator[Located]:
 
 
 def _site(op: str, path: str, owner: nn.Module, called: type[Any] | None) -> Located:
-    kind = type_before_parametrizations(owner)
+    kind = plain_class(owner)
     site = Site("operation", op, path, 0, type=qualified(kind))
     return Located(site, (kind,), op=OPS[op], called=called)
 

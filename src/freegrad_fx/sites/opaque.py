@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
-from torch.nn.utils.parametrize import is_parametrized, type_before_parametrizations
 
 from .._torch.operators import NATIVE_ATTENTIONS
+from .._torch.parametrized import is_parametrized, plain_class
 from ..graph.aliasing import of_library
 from ..graph.nodes import called_module, called_path
 from ..graph.provenance import origin
@@ -63,13 +63,14 @@ _ATTENTIONS = frozenset(
 
 def _whole(module: nn.Module) -> str:
     """The reason why a module call may compute activations that were not traced; ``""`` if there is none."""
-    of_ao = type_before_parametrizations(module).__module__.startswith("torch.ao.nn.")
+    of_ao = plain_class(module).__module__.startswith("torch.ao.nn.")
     if isinstance(module, _COMPOSITES) or (of_ao and computes_activations(module)):
         return "PyTorch computes its activations inside one call"
     if isinstance(module, torch.jit.ScriptModule):
         return "TorchScript code cannot be traced"
-    parts = module.get_submodule("parametrizations") if is_parametrized(module) else nn.Module()
-    if is_parametrized(module) and any(map(_computes, parts.modules())):
+    if is_parametrized(module) and any(
+        map(_computes, module.get_submodule("parametrizations").modules())
+    ):
         return "its parametrization is computed inside one call"
     return ""
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from ..backward.operator import described
 from ..graph.nodes import submodule
 from ..ops.gradients import decoupled
@@ -20,7 +20,7 @@ def class_at(root: nn.Module, path: str) -> type[nn.Module]:
     """The original class of the module at a dotted path."""
     module = submodule(root, path)
     model_class = getattr(module, "_model_class", None)
-    return model_class or type_before_parametrizations(module)
+    return model_class or plain_class(module)
 
 
 def qualified(kind: type[Any]) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.modules import parameters_of_rules
+from .._torch.parametrized import plain_class
 from ..graph.nodes import called_module, called_path, hooked_module, parameter_of, takes_parameters
 from ..graph.provenance import Origin, origin
 from ..graph.state import tensors_in
@@ -135,7 +135,7 @@ def _parameter(root: nn.Module, names: tuple[str, ...], uses: _Uses) -> LocatedP
 
 def _held_outside(module: nn.Module) -> set[int]:
     """The ids of the tensors that a user-defined module holds in other ways than as parameters and buffers."""
-    if type_before_parametrizations(module).__module__.startswith("torch."):
+    if plain_class(module).__module__.startswith("torch."):
         return set()
     return set(tensors_in({k: v for k, v in module.__dict__.items() if k not in _REGISTERED}))
 

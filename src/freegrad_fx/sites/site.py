@@ -122,9 +122,13 @@ class Located:
             return []
         return [self.edge(name) for name in names if name == OUTPUT or name in self.operands]
 
+    def site_at(self, at: str) -> Site:
+        """The site at a placement, as reports and rules name it."""
+        return self.site if at == self.site.at else replace(self.site, at=at)
+
     def edge(self, at: str) -> Self:
         """The site at the output or an operand of an operation."""
-        return replace(self, site=replace(self.site, at=at))
+        return replace(self, site=self.site_at(at))
 
 
 @dataclass(frozen=True, kw_only=True)

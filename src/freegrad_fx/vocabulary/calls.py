@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from .arguments import argument_names, layout_of, name_of
 from .op import Op, Operand
 from .operands import operation_of
@@ -86,7 +86,7 @@ def constants_of(
     if operation is None:
         return None
     if module is not None:
-        kind = type_before_parametrizations(module)
+        kind = plain_class(module)
         if kind not in _MODULES:
             return None
         if len(args) + len(kwargs) > 1:

@@ -8,8 +8,8 @@ import inspect
 import textwrap
 
 from torch import nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
+from .._torch.parametrized import plain_class
 from .activations import OPS, TABLE
 
 __all__ = ["computes_activations"]
@@ -24,8 +24,8 @@ def computes_activations(module: nn.Module) -> bool:
     Args:
         module: A module whose class PyTorch defines.
     """
-    kinds = {type_before_parametrizations(part) for part in module.modules()}
-    return any(kind in _MODULES or _calls_activations(kind) for kind in kinds)
+    kinds = {plain_class(part) for part in module.modules()}
+    return any(kind in _MODULES or _calls_activations(kind) for kind in kinds)  # type: ignore[arg-type]
 
 
 @functools.cache

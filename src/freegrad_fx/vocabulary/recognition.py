@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 from torch import Tensor, fx, nn
-from torch.nn.utils.parametrize import type_before_parametrizations
 
 from .._torch.operators import schema
+from .._torch.parametrized import plain_class
 from .activations import CASES, OPS
 from .arguments import FIRST, Layout, layout_of
 from .op import Op, Operand, Spelling
@@ -110,14 +110,14 @@ def recognise(
         wanted: The ops to recognise among those that are sites only for tables that name them.
         dims: Returns the number of dimensions of a parameter, or of the transpose of one; 0 for other arguments.
     """
-    called = ("call_module", type_before_parametrizations(module)) if module is not None else None
+    called = ("call_module", plain_class(module)) if module is not None else None
     entry = _SPELLINGS.get(called or (node.op, node.target))
-    # A flag that the graph computes is a node, and therefore counts as true
-    inplace = bool(getattr(module, "inplace", False))
-    if getattr(module, "return_indices", False):
-        return None
     if entry is None or not _is_wanted(entry, wanted):
         return None
+    if getattr(module, "return_indices", False):
+        return None
+    # A flag that the graph computes is a node, and therefore counts as true
+    inplace = bool(getattr(module, "inplace", False))
     spelling = _spelling(entry, node.args, node.kwargs, fx.Node, first, inplace, dims)
     if spelling is None or (spelling.op.on_demand and spelling.op.name not in wanted):
         return None

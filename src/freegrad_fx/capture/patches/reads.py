@@ -18,7 +18,7 @@ from ..python_state import Attribute
 
 __all__ = ["collected_reads", "noted_reads", "reader"]
 
-_OF_EVERY_MODULE = ATTRIBUTES_OF_EVERY_MODULE | frozenset(dir(nn.Module))
+_OF_EVERY_MODULE = (ATTRIBUTES_OF_EVERY_MODULE | frozenset(dir(nn.Module))) - {"__dict__"}
 
 
 def noted_reads(
@@ -33,11 +33,11 @@ def noted_reads(
 
     def noting(get: Callable[[nn.Module, str], Any]) -> Callable[[nn.Module, str], Any]:
         def read(module: nn.Module, name: str) -> Any:
-            if name not in _OF_EVERY_MODULE or name == "__dict__":
-                users = is_users(sys._getframe(1).f_code)
-                there = name != "__dict__" and name in get(module, "__dict__")
-                if (users or there) and threading.get_ident() == thread:
-                    note(module, name)
+            if name in _OF_EVERY_MODULE:
+                return get(module, name)
+            there = name != "__dict__" and name in get(module, "__dict__")
+            if (there or is_users(sys._getframe(1).f_code)) and threading.get_ident() == thread:
+                note(module, name)
             return get(module, name)
 
         return read
