@@ -26,7 +26,6 @@ class Snapshot:
         self.tracer = tracer
         self.last = next(iter(reversed(tracer.graph.nodes)), None)
         self.module_stack = copy.copy(tracer.module_stack)
-        self.num_calls = dict(tracer.num_calls)
         self.flags = dict(tracer.flags)
         self.assigned = dict(tracer.assigned)
         self.notes = (list(tracer.opaque), list(tracer.lost))
@@ -49,7 +48,6 @@ class Snapshot:
             proxy, node = self.tracer.moved.pop()
             proxy.node = node
         self.tracer.module_stack = copy.copy(self.module_stack)
-        self.tracer.num_calls = dict(self.num_calls)
         self.tracer.flags = dict(self.flags)
         self.tracer.assigned = dict(self.assigned)
         opaque, lost = self.notes
