@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
+
 import pytest
+import torch
 from torch import nn
 
 import freegrad_fx as fg
@@ -77,7 +81,8 @@ def test_a_name_that_is_near_is_suggested(valid: tuple[str, ...], given: str, me
 @pytest.mark.parametrize(("valid", "given"), NONE, ids=lambda v: v if isinstance(v, str) else "")
 def test_where_nothing_is_near_nothing_is_suggested(valid: tuple[str, ...], given: str) -> None:
     assert close(given, sorted(valid)) == []
-    assert f"unknown name {given!r}. Valid: " in unknown("name", given, valid)
+    none = " No valid name is similar." if len(valid) > 12 else ""
+    assert f"unknown name {given!r}.{none} Valid: " in unknown("name", given, valid)
 
 
 @pytest.mark.parametrize(
@@ -98,3 +103,42 @@ def test_a_misspelt_name_of_the_package_has_a_suggestion() -> None:
         _ = fg.rulse
     with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
         _ = fg.zzz
+
+
+def test_of_many_names_some_are_listed_with_the_code_that_returns_all() -> None:
+    names = [f"name{number:02}" for number in range(12)]
+    assert f"Valid: {', '.join(names)}." in unknown("x", "y", names, everything="all_of_them()")
+    text = unknown("x", "thing", [*names, "things", "nothing"], "Look.", everything="all_of_them()")
+    assert text.startswith(
+        "unknown x 'thing'. Did you mean 'things'? Valid: things, nothing, name00, "
+    )
+    assert text.endswith(", name07, and 4 more: all_of_them(). Look.")
+    text = unknown("x", "oth", [*names, "others"])
+    assert text.startswith("unknown x 'oth'. No valid name is similar. Valid: others, name00, ")
+    assert text.endswith("name08, and 3 more.")
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: fg.get("sprinkle"),
+        lambda: fg.on("sprinkle"),
+        lambda: fg.list_rules(op="sprinkle"),
+        lambda: fg.RuleTable.of({"sprinkle": "scale"}),
+        lambda: fg.on("relu", forward="sprinkle"),
+        lambda: fg.on(type="torch.nn.Sprinkle"),
+        lambda: fg.plot_rule("scale", op="sprinkle"),
+    ],
+)
+def test_the_code_that_an_error_names_returns_all_names(call: Callable[[], object]) -> None:
+    with pytest.raises((fg.RuleError, fg.TableError)) as caught:
+        call()
+    message = str(caught.value)
+    assert len(message) < 900, message
+    found = re.search(r"Valid: (.*), and (\d+) more: (.*?\))\.( |$)", message)
+    assert found, message
+    listed = found[1].split(", ")
+    spaces = {"freegrad_fx": fg, "torch": torch}
+    returned = [name for code in found[3].split(" and ") for name in eval(code, spaces)]
+    assert {name.removeprefix("torch.nn.") for name in listed} <= {*returned, "params", "all"}
+    assert int(found[2]) + len(listed) <= len(returned) + 2  # and these two

@@ -72,24 +72,34 @@ class FreegradWarning(UserWarning):
     """Something that was requested has no effect, or a part of the model was not analysed."""
 
 
-def unknown(kind: str, name: object, valid: Iterable[str], remedy: str = "") -> str:
+def unknown(
+    kind: str, name: object, valid: Iterable[str], remedy: str = "", *, everything: str = ""
+) -> str:
     """Return the error message for an unknown name.
 
     Args:
         kind: The kind of the name, for example ``"rule"``.
         name: The unknown name.
-        valid: The valid names; the message lists them, the most similar first.
+        valid: The valid names; the message lists them, or some of them if they are many, the most similar first.
         remedy: A sentence that is appended.
+        everything: The Python code that returns all valid names; shown if the message lists some of them.
     """
     names = sorted(set(valid))
     shown = _shortened(name)
     near = close(shown, names)
     ordered = near + [n for n in names if n not in near]
     hint = f" Did you mean {near[0]!r}?" if near else ""
-    remedy = f" {remedy}" if remedy else ""
-    return f"unknown {kind} {shown}.{hint} Valid: {', '.join(ordered) or 'none'}.{remedy}"
+    listed = ", ".join(ordered) or "none"
+    if len(ordered) > _ALL:
+        hint = hint or " No valid name is similar."
+        ordered[len(near) :] = sorted(ordered[len(near) :], key=lambda n: -_alike(shown, n))
+        listed = f"{', '.join(ordered[:_SOME])}, and {len(ordered) - _SOME} more"
+        listed += f": {everything}" if everything else ""
+    return f"unknown {kind} {shown}.{hint} Valid: {listed}.{f' {remedy}' if remedy else ''}"
 
 
+_ALL = 12  # names that a message lists; of more names it lists some
+_SOME = 10
 _SHOWN = 200  # characters of a name that nobody can have meant
 
 
@@ -112,12 +122,22 @@ def close(name: str, valid: Iterable[str]) -> list[str]:
     word of it. Those that begin with the name come first. Case and punctuation do not count.
     """
     words = [word for word in re.split(r"[\W_]+", name.casefold()) if word]
-    letters = "".join(words)
+    letters = _letters(name)
     found: dict[str, float] = {}
     for candidate in valid:
-        other = re.sub(r"[\W_]+", "", candidate.casefold())
-        alike = difflib.SequenceMatcher(None, letters, other).ratio() if letters else 0.0
+        other = _letters(candidate)
+        alike = _alike(name, candidate)
         shared = any(len(word) >= _WORD and word in other for word in words) or other in words
         if alike >= _ALIKE or shared:
             found[candidate] = alike + other.startswith(letters)
     return sorted(found, key=lambda candidate: -found[candidate])
+
+
+def _alike(name: str, other: str) -> float:
+    """How many of the letters of two names are the same, as a share."""
+    letters = _letters(name)
+    return difflib.SequenceMatcher(None, letters, _letters(other)).ratio() if letters else 0.0
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[\W_]+", "", name.casefold())

@@ -156,7 +156,9 @@ def _op(rule: RuleLike, op: str | None) -> str | None:
     """The name of the operation to draw."""
     if op is not None:
         if op not in OPS:
-            raise RuleError(unknown("operation", op, sorted(OPS)))
+            raise RuleError(
+                unknown("operation", op, OPS, everything="list(freegrad_fx.vocabulary.OPS)")
+            )
         return op
     resolved = _resolved(rule)
     meant = (name for part in resolved.parts for name in part.declaration.meant_for)

@@ -333,7 +333,11 @@ def _paths(model: nn.Module, at: str | Sequence[str] | None) -> tuple[str, ...]:
         raise TypeError(f"at has to be the path of a module, or several, got {at!r}")
     for path in paths:
         if path not in known:
-            raise ValueError(unknown("module", path, filter(None, known)))
+            raise ValueError(
+                unknown(
+                    "module", path, filter(None, known), everything="dict(model.named_modules())"
+                )
+            )
     return paths
 
 

@@ -83,7 +83,11 @@ def _of_torchvision(name: str) -> Any:
     models = _package("torchvision", "pip install 'freegrad_fx[vision]'").models
     names = models.list_models()
     if name not in names:
-        raise UserError(unknown("model of torchvision", name, names))
+        raise UserError(
+            unknown(
+                "model of torchvision", name, names, everything="torchvision.models.list_models()"
+            )
+        )
     build = models.get_model_builder(name)
     # else a detection or segmentation model downloads the weights of its backbone
     backbone = "weights_backbone" in inspect.signature(build).parameters
@@ -93,7 +97,9 @@ def _of_torchvision(name: str) -> Any:
 def _of_timm(name: str) -> Any:
     timm = _package("timm", "pip install timm")
     if not timm.is_model(name):
-        raise UserError(unknown("model of timm", name, timm.list_models()))
+        raise UserError(
+            unknown("model of timm", name, timm.list_models(), everything="timm.list_models()")
+        )
     return timm.create_model(name, pretrained=False)
 
 
@@ -113,7 +119,14 @@ def _of_transformers(name: str) -> Any:
         ) from error
     transformers = _package("transformers", "pip install transformers")
     if kind not in transformers.CONFIG_MAPPING:
-        raise UserError(unknown("model_type", kind, transformers.CONFIG_MAPPING))
+        raise UserError(
+            unknown(
+                "model_type",
+                kind,
+                transformers.CONFIG_MAPPING,
+                everything="list(transformers.CONFIG_MAPPING)",
+            )
+        )
     config = transformers.CONFIG_MAPPING[kind].from_dict(values)
     if hasattr(config, "use_cache"):
         config.use_cache = False  # torch.export does not take the class of the cache
@@ -137,10 +150,12 @@ def _imported(module: str, name: str) -> Any:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
             raise
         raise UserError(f"there is no module {error.name!r}. {FORMS}.") from error
+    path = module
     for part in name.split("."):
         if not hasattr(found, part):
-            raise UserError(unknown(f"name in {module}:", part, _public(found)))
-        found = getattr(found, part)
+            names = _public(found)
+            raise UserError(unknown(f"name in {path}:", part, names, everything=f"dir({path})"))
+        found, path = getattr(found, part), f"{path}.{part}"
     return found if isinstance(found, nn.Module) or not callable(found) else found()
 
 

@@ -451,7 +451,9 @@ def get(rule: RuleLike) -> Rule:
                 f"{rule!r} is not a rule. To keep the native backward, use None in a table, {NATIVE!r} in its file, "
                 f"or a native() block."
             ) from None
-        raise RuleError(unknown("rule", rule, _registry, remedy)) from None
+        raise RuleError(
+            unknown("rule", rule, available(), remedy, everything="freegrad_fx.list_rules()")
+        ) from None
 
 
 def available() -> list[str]:

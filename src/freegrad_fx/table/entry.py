@@ -232,7 +232,11 @@ def on(
 def _read_forward(forward: Any) -> Forward | None:
     """Return a replacement forward unchanged. Raises `TableError` if it is invalid."""
     if isinstance(forward, str) and forward not in FORWARDS:
-        raise TableError(unknown("forward", forward, FORWARDS))
+        raise TableError(
+            unknown(
+                "forward", forward, FORWARDS, everything="list(freegrad_fx.vocabulary.FORWARDS)"
+            )
+        )
     if forward is not None and not isinstance(forward, str) and not callable(forward):
         raise TableError(
             f"forward has to be the name of an op or a function of a tensor, got {forward!r}"

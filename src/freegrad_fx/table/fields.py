@@ -50,6 +50,9 @@ ALL = "all"
 OP_NAMES = (*OPS, *GROUPS, PARAMETERS, ALL)
 """The valid values of the field `op`."""
 
+ALL_OPS = "list(freegrad_fx.vocabulary.OPS) and list(freegrad_fx.vocabulary.GROUPS)"
+"""The code that lists them, for errors."""
+
 AT = (REPLACE, OUTPUT)
 """The valid values of the field `at`, besides the operands of the ops."""
 
@@ -86,7 +89,7 @@ def _read_op(field: str, op: Any) -> str:
     if isinstance(op, type):
         remedy = f"Use `type` for a class: on(type={op.__name__})."
     name = op if isinstance(op, str) else brief(op)
-    raise TableError(unknown("op or group", name, OP_NAMES, remedy))
+    raise TableError(unknown("op or group", name, OP_NAMES, remedy, everything=ALL_OPS))
 
 
 def read_at(given: Any, ops: Collection[str] | None) -> tuple[str, ...]:
@@ -217,7 +220,7 @@ def _type_named(name: str) -> str:
         raise TableError(f"{_FORM_OF_A_TYPE} ('torch.nn.ReLU'), got {brief(name)}.{hint}")
     if name.startswith("torch.") and not isinstance(imported(name), type):
         names = [f"torch.nn.{n}" for n, kind in vars(nn).items() if isinstance(kind, type)]
-        raise TableError(unknown("type", name, names))
+        raise TableError(unknown("type", name, names, everything="dir(torch.nn)"))
     return name
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..core.rule import Rule, available, get
 from ..errors import RuleError, TableError, unknown
 from ..vocabulary.activations import GROUPS
-from .fields import ALL, OP_NAMES, PARAMETERS
+from .fields import ALL, ALL_OPS, OP_NAMES, PARAMETERS
 
 __all__ = ["list_rules"]
 
@@ -33,7 +33,7 @@ def list_rules(family: str | None = None, op: str | None = None) -> list[str]:
     if family is not None and not any(_belongs(f, family) for f in families):
         raise RuleError(unknown("family of rules", family, families))
     if op is not None and op not in OP_NAMES:
-        raise TableError(unknown("op or group", op, OP_NAMES))
+        raise TableError(unknown("op or group", op, OP_NAMES, everything=ALL_OPS))
     return [
         rule.name
         for rule, found in zip(rules, families, strict=True)

@@ -22,7 +22,7 @@ from ..vocabulary.activations import GROUPS, OPS
 from .classes import function_applied_by, qualified
 from .data import dump_table, load_table
 from .entry import Entry, Selection
-from .fields import ALL, OP_NAMES, PARAMETERS, read_reaches
+from .fields import ALL, ALL_OPS, OP_NAMES, PARAMETERS, read_reaches
 from .selector import Selector, operation_key, places_of
 from .toml import dumps, entry_place, loads
 
@@ -401,4 +401,4 @@ def _selector(key: Any) -> Selector:
         f"RuleTable: on('relu', module='layer4.*')."
     )
     name = f"{key.__name__}()" if hasattr(key, "__name__") else key
-    raise TableError(unknown("op or group", name, OP_NAMES, remedy))
+    raise TableError(unknown("op or group", name, OP_NAMES, remedy, everything=ALL_OPS))
