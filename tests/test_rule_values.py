@@ -65,6 +65,8 @@ def test_the_parameters_of_a_model_and_of_a_table_are_listed() -> None:
     assert rows(torch.compile(gm, backend="eager")) == of_model
     text = str(fg.rule_parameters(gm))
     assert [line.split()[-1] for line in text.splitlines()[2:]] == ["no", "yes"]
+    shown = fg.rule_parameters(gm)._repr_html_()
+    assert all(f">{cell}</td>" in shown for cell in ("1:relu[0]", "arctan", "25.0", "yes"))
     with fg.use(table(alpha=alpha)) as block:
         make()(torch.ones(2, 4))
     assert [row[1:] for row in rows(block)] == [row[1:] for row in of_model]

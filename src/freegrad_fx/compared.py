@@ -34,6 +34,9 @@ if TYPE_CHECKING:
 
 __all__ = ["Comparison", "ComparisonRow", "Statistic", "compare"]
 
+# Colours of Okabe and Ito, which colour-blind readers can distinguish
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00")
+
 Loss: TypeAlias = Callable[..., Tensor]
 
 
@@ -210,7 +213,8 @@ class Comparison:
                 [names.index(row.name) for row in rows],
                 [statistic.mean for statistic in found],
                 yerr=[statistic.std for statistic in found],
-                marker="osD^v"[number % 5],
+                marker="osD^v"[number % len(_COLOURS)],
+                color=_COLOURS[number % len(_COLOURS)],
                 markersize=4,
                 linewidth=1.2,
                 capsize=2,
@@ -218,7 +222,7 @@ class Comparison:
             )
         ax.set_xticks(range(len(names)), names, rotation=90, fontsize="x-small")
         ax.set_ylabel(measure.replace("_", " "))
-        ax.set_title(f"{self.model}: {measure.replace('_', ' ')} with the native gradient")
+        ax.set_title(f"{self.model}: gradients beside the native ones")
         ax.grid(axis="y", color="0.9")
         if self.tables:
             ax.legend(fontsize="small")

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ._torch.modules import compiled_model
 from .capture.rule_parameters import RuleParameters
 from .core.contract import LOSS_SCALE
+from .core.markup import html_view
 from .core.rule import Rule
 from .core.text import shown
 from .errors import PlanError, RuleError, unknown
@@ -53,11 +54,18 @@ class RuleValues(tuple[RuleValue, ...]):
     __slots__ = ()
 
     def __str__(self) -> str:
+        return aligned(self._cells(), terminal_width())
+
+    def _repr_html_(self) -> str:
+        number = len(self)
+        return html_view(f"{number} parameter{'s' * (number != 1)} of rules", self._cells())
+
+    def _cells(self) -> list[list[str]]:
         cells = [["site", "entry", "rule", "parameter", "value", "learnt"]]
         for one in self:
             learnt = "yes" if one.learnt else "no" if one.learnable else "never"
             cells.append([one.site, one.entry, one.rule, one.name, shown(one.value), learnt])
-        return aligned(cells, terminal_width())
+        return cells
 
 
 def rule_parameters(target: Any) -> RuleValues:

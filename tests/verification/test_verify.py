@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import html
 import itertools
 import random
 from collections import OrderedDict, namedtuple
@@ -177,6 +178,9 @@ def test_the_first_difference_has_a_place_and_a_cause(
     assert (found.first.kind, found.first.module) == (kind, module), found
     assert cause in found.cause
     assert cause in str(found)
+    shown = html.unescape(found._repr_html_())
+    assert found.cause in shown
+    assert f"<td>{found.first.name}</td>" in shown.replace(' style="text-align: left"', "")
 
 
 def test_a_negative_zero_differs() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from ..core.markup import html_view
 from .comparison import Difference
 
 __all__ = ["Verification"]
@@ -53,17 +54,30 @@ class Verification:
         return self.ok
 
     def __str__(self) -> str:
-        same = "the same bits" if self.exact else "the same values up to a tolerance"
-        calls = f"{self.checks} call{'s' * (self.checks != 1)} compared ({'; '.join(self.cases)})"
+        lines = [self._head(), *(f"  {difference}" for difference in self.differences[:_SHOWN])]
+        return "\n".join([*lines, *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        rows = [["what", "how it differs", "first in", "case", "call", "inputs"]]
+        for d in self.differences[:_SHOWN]:
+            where = "" if d.module is None else d.module or "the root"
+            rows.append([d.name, d.what, where, d.case, str(d.call), d.inputs])
+        return html_view(self._head(), rows, map(str.strip, self._remarks()))
+
+    def _head(self) -> str:
+        """What was found, as one sentence."""
+        number = len(self.differences)
+        found = f"DIFFERENT in {number} place{'s' * (number != 1)}"
         if self.ok:
-            lines = [f"{self.model}: {same}, {calls}."]
-        else:
-            lines = [f"{self.model}: DIFFERENT in {len(self.differences)} places, {calls}."]
-            lines += [f"  {difference}" for difference in self.differences[:_SHOWN]]
-            if len(self.differences) > _SHOWN:
-                lines.append(f"  and {len(self.differences) - _SHOWN} more")
-            lines.append(self.cause)
-        return "\n".join([*lines, *(f"Note: {note}." for note in self.notes)])
+            found = "the same bits" if self.exact else "the same values up to a tolerance"
+        calls = f"{self.checks} call{'s' * (self.checks != 1)} compared ({'; '.join(self.cases)})"
+        return f"{self.model}: {found}, {calls}."
+
+    def _remarks(self) -> list[str]:
+        """What stands below the differences: how many are not shown, the possible cause, and the notes."""
+        more = len(self.differences) - _SHOWN
+        lines = [*([f"  and {more} more"] * (more > 0)), *([] if self.ok else [self.cause])]
+        return [*lines, *(f"Note: {note}." for note in self.notes)]
 
 
 _SHOWN = 8
