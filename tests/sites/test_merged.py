@@ -205,6 +205,31 @@ def test_a_result_that_is_used_elsewhere_too_is_no_pair() -> None:
         y.sum().backward()
 
 
+def test_the_result_of_a_layer_in_a_block_goes_into_one_batch_norm_and_nowhere_else() -> None:
+    conv, norm = nn.Conv1d(2, 2, 1).eval(), nn.BatchNorm1d(2).eval()
+
+    def read_twice(result: Tensor) -> None:
+        norm(result)
+
+    def hooked(result: Tensor) -> None:
+        result.register_hook(lambda gradient: gradient * 2)
+
+    def kept(result: Tensor) -> None:
+        result.retain_grad()
+
+    problems = [
+        (read_twice, "and also elsewhere"),
+        (hooked, "by a hook or retain_grad"),
+        (kept, "by a hook or retain_grad"),
+    ]
+    for use, problem in problems:
+        with fg.use({"conv_bn": "lrp_zplus"}):
+            result = conv(torch.randn(2, 2, 4, requires_grad=True))
+            use(result)
+            with pytest.raises(fg.RuleError, match=problem):
+                norm(result)
+
+
 @BOTH
 def test_a_batch_norm_before_the_layer_is_not_merged(door: Any) -> None:
     class Before(nn.Module):

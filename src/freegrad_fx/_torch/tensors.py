@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 
 from .releases import uses_private_names
 
-__all__ = ["empty_like_gradient", "mark_as_parameter", "scale_of", "version", "viewed"]
+__all__ = ["empty_like_gradient", "gradient_is_read", "mark_as_parameter", "scale_of", "version", "viewed"]
 
 
 def version(tensor: Tensor) -> int:
@@ -21,6 +21,11 @@ def version(tensor: Tensor) -> int:
 def viewed(tensor: Tensor) -> Tensor | None:
     """The tensor of which a tensor is a view that autograd tracks; None for other tensors."""
     return tensor._base
+
+
+def gradient_is_read(tensor: Tensor) -> bool:
+    """Whether a tensor that is no leaf has hooks for its gradient, or keeps it."""
+    return bool(tensor._backward_hooks) or tensor.retains_grad
 
 
 def mark_as_parameter(tensor: Tensor) -> None:

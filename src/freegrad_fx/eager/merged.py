@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .._torch.dispatch import function_transforms_active
-from .._torch.tensors import version
+from .._torch.tensors import gradient_is_read, version
 from ..backward.gates import Gate, gated
 from ..errors import RuleError
 from ..graph.provenance import caller
@@ -166,6 +166,15 @@ def run_norm(
         raise RuleError(
             f"a block cannot put a rule at {name!r} in a transform of torch.func, or at its operand x. Transform the "
             f"model: transform(model, rules)."
+        )
+    if layer.before.closed:  # another batch norm has read the result
+        raise RuleError(layer.behind.problem)
+    if gradient_is_read(source):
+        name = next(iter(decisions.values())).site.name
+        raise RuleError(
+            f"the gradient of the result of the layer at {layer.source} is read, by a hook or retain_grad(); but the "
+            f"layer and the batch norm behind it are the site {name!r}, in which it does not exist. Give the site "
+            f"None; or remove the hook."
         )
     given[spelling.key] = layer.result
     positional = tuple(given[index] for index in range(len(args)))
