@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -57,3 +58,24 @@ def test_a_step_that_each_weight_learns_is_trained_and_resumed() -> None:
         part.load_state_dict(state)  # type: ignore[attr-defined]
     resumed[1].load(states[1], "the checkpoint")
     assert all(map(torch.equal, trained(2, *resumed), expected))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_weight_that_is_replaced_before_the_training_is_refused(assign: bool) -> None:
+    model, rules, _ = training()
+    if assign:
+        state = {key: 2 * value for key, value in model.state_dict().items()}
+        model.load_state_dict(state, assign=True)
+    else:
+        model[0].weight = nn.Parameter(2 * model[0].weight.detach())  # type: ignore[index]
+    with pytest.raises(fg.RuleError, match="was replaced after"):
+        rules.require_trained([torch.optim.SGD(model.parameters(), lr=0.1)])
+
+
+def test_a_table_for_all_parameters_leaves_out_those_of_its_rules() -> None:
+    model = nn.Linear(4, 3)
+    table = fg.RuleTable([fg.on(parameter="*").backward(fg.quantizers.lsq(bits=3))])
+    rules = TrainingRules(table, None, "*", "step")
+    rules.attach(model)
+    rules.require_trained([torch.optim.SGD(model.parameters(), lr=0.1)])
+    assert len(rules.learnt) == 2

@@ -304,7 +304,10 @@ def test_the_wrapper_of_a_compiled_model_has_the_parameters() -> None:
     assert {id(tensor) for tensor in of} <= {id(p) for p in wrapper.parameters()}
     assert len([*wrapper.parameters()]) == len([*model.parameters()]) + 2
     assert list(wrapper.state_dict()) == [f"_orig_mod.{name}" for name in model.state_dict()]
-    wrapper.load_state_dict(wrapper.state_dict())
+    for assign in (False, True):
+        wrapper.load_state_dict(wrapper.state_dict(), assign=assign)
+        assert {id(tensor) for tensor in of} <= {id(p) for p in wrapper.parameters()}
+        assert len([*wrapper.parameters()]) == len([*model.parameters()]) + 2
 
 
 # --- what is refused ---

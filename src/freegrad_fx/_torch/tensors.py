@@ -10,7 +10,14 @@ from torch.amp import GradScaler
 
 from .releases import uses_private_names
 
-__all__ = ["empty_like_gradient", "gradient_is_read", "mark_as_parameter", "scale_of", "version", "viewed"]
+__all__ = [
+    "empty_like_gradient",
+    "gradient_is_read",
+    "mark_as_parameter",
+    "scale_of",
+    "version",
+    "viewed",
+]
 
 
 def version(tensor: Tensor) -> int:

@@ -100,7 +100,7 @@ def hold_beside(wrapper: nn.Module, tensors: Iterable[Tensor]) -> None:
     parameters_of(wrapper).update(names)  # type: ignore[arg-type]
     if names:
         wrapper.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
-        wrapper.register_load_state_dict_pre_hook(_leave_in_place)  # type: ignore[no-untyped-call]
+        wrapper.register_load_state_dict_post_hook(_leave_in_place)  # type: ignore[no-untyped-call]
 
 
 def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
@@ -109,10 +109,11 @@ def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) ->
             state.pop(prefix + name, None)
 
 
-def _leave_in_place(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    for name, tensor in parameters_of(module).items():
-        if name.startswith(RULE_PARAMETER) and tensor is not None:
-            state.setdefault(prefix + name, tensor.detach())
+def _leave_in_place(module: nn.Module, incompatible: Any) -> None:
+    """Let nothing be missed in a state_dict; in it, `assign=True` would exchange what the rules learn."""
+    missing: list[str] = incompatible.missing_keys
+    own = {name for name in parameters_of(module) if name.startswith(RULE_PARAMETER)}
+    missing[:] = [key for key in missing if key.rpartition(".")[2] not in own]
 
 
 def calls_by_site(model: RuleParameters) -> dict[str, list[list[fx.Node]]]:

@@ -74,8 +74,7 @@ class TrainingRules:
                 f"each model."
             )
         self._block = use(self.table, model=model)  # before the model has parameters of rules
-        decided = decided_parameters(model, self.table)
-        self._made = learnt_by(rule for _, decision in decided for rule in decision.rules)
+        self._made = _made_for(model, self.table)
         hold_beside(model, self.learnt)
         self._model = model
 
@@ -135,7 +134,16 @@ class TrainingRules:
             for group in optimizer.param_groups
             for tensor in group["params"]
         }
-        if any(id(tensor) not in trained for tensor in self.learnt):
+        learnt, model = self.learnt, self._model
+        known = {id(tensor) for tensor in learnt}
+        for tensor in () if model is None else _made_for(model, self.table, learnt):
+            if id(tensor) not in known:
+                raise RuleError(
+                    "a parameter of the model was replaced after the callback was given the model, so that what its "
+                    "rule learns is made anew, and no optimizer has it. Replace the parameters before you make the "
+                    "trainer, as with load_state_dict(assign=True)."
+                )
+        if not known <= trained:
             raise RuleError(
                 "the rules learn parameters that no optimizer of this training has. Give the callback to the trainer "
                 "when you make it, and make the optimizer from the parameters of the whole model, "
@@ -201,6 +209,15 @@ class TrainingRules:
                 stacklevel=2,
             )
             return ""
+
+
+def _made_for(
+    model: nn.Module, table: RuleTable, held: Iterable[Tensor] = ()
+) -> tuple[Tensor, ...]:
+    """What the rules of the parameters of a model learn, without those of tensors that rules learn themselves."""
+    decided = decided_parameters(model, table)
+    own = {id(tensor) for tensor in held}
+    return learnt_by(r for tensor, d in decided if id(tensor) not in own for r in d.rules)
 
 
 def _rules_of(table: RuleTable) -> Iterator[Rule]:
