@@ -87,8 +87,10 @@ _state = _State()
 _entered: ContextVar[tuple[Block, ...]] = ContextVar("freegrad_fx_blocks", default=())
 
 
-# Has an entry as soon as any thread has entered a block: until then, nobody has to look at the state of a thread
+# Has an entry as soon as any thread has entered a block: until then, nobody has to look at the state of a thread. A
+# capture is in a block of its own, and leaves no entry behind.
 _used: list[bool] = []
+_used_for_good: list[bool] = []
 
 
 def thread_state() -> tuple[list[bool], Any, ContextVar[Any]]:
@@ -219,7 +221,8 @@ def require_own_blocks() -> None:
 
 def _put(blocks: tuple[Block, ...]) -> None:
     """Set the blocks of the thread, the innermost last."""
-    if not _used:
+    if not (_used_for_good or all(block is _CAPTURE for block in blocks)):
+        _used_for_good.append(True)
         _used.append(True)
     values: dict[str, Any] = {
         "explicit": True,
@@ -299,10 +302,15 @@ def outside_of_blocks() -> Any:
     return _in(())
 
 
-def inside_of_a_block() -> AbstractContextManager[Any]:
-    """A context manager in which some rule is in force at every ambient site, and no other block is."""
-    identity = Rule(Declaration("identity", lambda grad: grad, (), {}))
-    return _in((Block(**dict.fromkeys(SCOPES.values(), (identity,))),))
+@contextmanager
+def inside_of_a_block() -> Iterator[None]:
+    """A context in which some rule is in force at every ambient site, and no other block is."""
+    _used.append(True)
+    try:
+        with _in((_CAPTURE,)):
+            yield
+    finally:
+        _used.pop()
 
 
 def in_the_blocks_of_now(function: Called) -> Called:
@@ -452,3 +460,9 @@ def _in_no_blocks(function: Called) -> Called:
             return function(*args, **kwargs)
 
     return outside  # type: ignore[return-value]
+
+
+# The block of a capture
+_CAPTURE = Block(
+    **dict.fromkeys(SCOPES.values(), (Rule(Declaration("identity", lambda grad: grad, (), {})),))
+)

@@ -23,7 +23,7 @@ import freegrad_fx as fg
 from built_in import BUILT_IN, EXAMPLES
 from freegrad_fx.backward.functions import gradient
 from freegrad_fx.backward.observing import observed_by
-from freegrad_fx.capture.hooking import DIRECT
+from freegrad_fx.capture.direct import DIRECT, FUSED
 from freegrad_fx.extension import library
 from freegrad_fx.ops import decoupled, stop_gradient
 
@@ -69,7 +69,7 @@ def both(run: Callable[[], Any], gm: fg.CapturedModule | None = None) -> tuple[A
     library.switch(on=False)
     forwards = {} if gm is None else type(gm)._forwards
     before = dict(forwards)
-    forwards.update({DIRECT: forwards[0]} if forwards else {})
+    forwards.update(dict.fromkeys((DIRECT, FUSED), forwards[0]) if forwards else {})
     torch.manual_seed(3)
     try:
         return with_extension, run()

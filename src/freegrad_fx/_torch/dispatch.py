@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ __all__ = [
     "current_dispatch_mode",
     "dispatch_modes",
     "function_mode_active",
+    "function_modes",
     "function_transforms_active",
     "in_function_transform",
     "in_pre_dispatch",
@@ -27,6 +30,7 @@ __all__ = [
     "is_transformed",
     "proxy_mode",
     "runs_alone",
+    "tracing_state",
     "without_dead_transform",
 ]
 
@@ -55,7 +59,9 @@ current_dispatch_mode = private("torch.utils._python_dispatch._get_current_dispa
 """The innermost dispatch mode."""
 
 _interpreter = private("torch._C._functorch.peek_interpreter_stack", _TRANSFORMS)
-_tracing_state = private("torch._C._get_tracing_state", "telling whether torch.jit.trace runs")
+tracing_state = private("torch._C._get_tracing_state", "telling whether torch.jit.trace runs")
+"""The state of `torch.jit.trace`, which `torch.onnx.export` uses; None if it is not running."""
+
 _key_included = private("torch._C._dispatch_tls_is_dispatch_key_included", _MODES)
 _infra_mode = private("torch._C._get_dispatch_mode", _MODES)
 _PRE_DISPATCH = private("torch._C.DispatchKey.PreDispatch", _MODES)
@@ -67,9 +73,8 @@ def in_function_transform() -> bool:
     return _interpreter() is not None
 
 
-def in_pre_dispatch() -> bool:
-    """Whether a mode is active that receives operations before autograd, such as the mode of `torch.export`."""
-    return bool(_key_included(_PRE_DISPATCH))
+in_pre_dispatch: Callable[[], bool] = functools.partial(_key_included, _PRE_DISPATCH)
+"""Whether a mode is active that receives operations before autograd, such as the mode of `torch.export`."""
 
 
 def is_functionalised() -> bool:
@@ -79,7 +84,7 @@ def is_functionalised() -> bool:
 
 def is_jit_tracing() -> bool:
     """Whether `torch.jit.trace` is running, which `torch.onnx.export` uses."""
-    return _tracing_state() is not None
+    return tracing_state() is not None
 
 
 def is_exporting() -> bool:
@@ -105,6 +110,9 @@ def runs_alone(tensor: Tensor) -> bool:
         or dispatch_modes()
     )
 
+
+function_modes = private("torch._C._len_torch_function_stack", "telling which modes are active")
+"""The number of active function modes."""
 
 _function_modes = private(
     "torch.overrides._get_current_function_mode_stack", "telling which function modes are active"

@@ -38,6 +38,7 @@ __all__ = [
     "refuse_writes",
     "rule_behind",
     "rule_of",
+    "save_inputs",
     "tell",
     "versions",
 ]
@@ -65,7 +66,7 @@ class _Decoupled(torch.autograd.Function):
     def forward(ctx: Any, y: Tensor, x: Tensor, call: Call, read: Tensor | None = None) -> Tensor:
         # autograd would reject in-place operations on the result if it were `y` itself or a tracked view of `y`
         output = y.detach()
-        _save(ctx, x if read is None else read, output, call)
+        save_inputs(ctx, x if read is None else read, output, call)
         return output
 
     @staticmethod
@@ -108,7 +109,9 @@ class Composable(torch.autograd.Function):
         _, x, read, rule, site, save, names, values = inputs
         parameters = dict(zip(names, values, strict=True))
         save = "x" if save in OF_MASK else save
-        _save(ctx, x if read is None else read, output, Call(rule, site, parameters, save, False))
+        save_inputs(
+            ctx, x if read is None else read, output, Call(rule, site, parameters, save, False)
+        )
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
@@ -118,18 +121,26 @@ class Composable(torch.autograd.Function):
         return grad, gradient(ctx, grad) if ctx.needs_input_grad[1] else None, *unlearned
 
 
-def _save(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
-    rule, parameters, save = call.rule, call.parameters, call.save
+def save_inputs(ctx: Any, x: Tensor, output: Tensor, call: Call) -> None:
+    """Save what the backward of a rule reads.
+
+    Args:
+        ctx: The context of the Function.
+        x: The input of the operation.
+        output: Its output, as the Function returns it.
+        call: The rule at its site.
+    """
+    rule, parameters, how = call.rule, call.parameters, call.save
     tensors = [n for n, v in parameters.items() if isinstance(v, Tensor)] if parameters else None
     ctx.call, ctx.like = call, (x.shape, x.dtype)
     inputs = rule.declaration.inputs
     saved: tuple[Tensor, ...] = ()
     if inputs:
-        if save == "y":
+        if how == "y":
             x = output
-        elif save in OF_MASK and "x" in inputs:
+        elif how in OF_MASK and "x" in inputs:
             x = _mask(x, call)
-            if save == BITS:
+            if how == BITS:
                 x, ctx.order = pack(x, rule.declaration.bits_of(parameters))
         # The output is saved as `y`: a double backward then differentiates the rule, not the operation
         saved = (x,) if inputs == _X else tuple(x if name == "x" else output for name in inputs)

@@ -24,7 +24,7 @@ from .observing import thread_observers
 from .program import Program, program_of
 from .several import answers_for_several
 
-__all__ = ["apply", "direct"]
+__all__ = ["apply", "direct", "extension_in_use", "resolved"]
 
 # What a node saves as `x`, as in the C++ source
 _NOTHING, _INPUT, _OUTPUT = range(3)
@@ -43,7 +43,7 @@ def apply(y: Tensor, x: Tensor, call: Call, read: Tensor | None = None) -> Tenso
     """
     if read is not None or call.observers:
         return apply_function(y, x, call, read)  # type: ignore[no-any-return]
-    extension = _extension()
+    extension = extension_in_use()
     if extension is not None and (saved := _saved(call)) is not None:
         output = extension.apply(y, x, call, *saved)
         if output is not None:
@@ -60,16 +60,17 @@ def direct(
         stop_gradient: The function in Python, which is called in unusual cases.
         decoupled: The same.
     """
-    extension = _extension()
+    extension = extension_in_use()
     if extension is None:
         return None
-    return extension.direct(stop_gradient, None), extension.direct(decoupled, _resolved)
+    return extension.direct(stop_gradient, None), extension.direct(decoupled, resolved)
 
 
 _configured: list[Any] = []
 
 
-def _extension() -> Any:
+def extension_in_use() -> Any:
+    """The module of the extension, which has what it needs of Python; None if it is not in use."""
     extension = current()
     if extension is not None and extension not in _configured:
         extension.configure(
@@ -93,7 +94,7 @@ def _saved(call: Call) -> tuple[int, bool] | None:
     return of_output if "x" in inputs else _NOTHING, "y" in inputs
 
 
-def _resolved(keywords: Mapping[str, Any]) -> tuple[Call, int, bool, Rule] | None:
+def resolved(keywords: Mapping[str, Any]) -> tuple[Call, int, bool, Rule] | None:
     """What a call of `decoupled` with these keywords does; None if the function in Python has to decide."""
     values = dict(keywords)
     rule, site = values.pop("rule", ""), values.pop("site", "")

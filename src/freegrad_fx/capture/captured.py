@@ -27,7 +27,6 @@ from ..graph.marks import Marks
 from ..graph.nodes import takes_parameters
 from ..graph.serialise import copy_graph, dump_graph, keywords_as_names, load_graph
 from ..ops.direct import called_directly
-from ..ops.hooked import with_hooks_on_errors
 from .constants import (
     CONSTANTS,
     Checks,
@@ -35,8 +34,9 @@ from .constants import (
     require_constants,
     require_constants_compiled,
 )
+from .direct import DIRECT, FUSED, made_later
 from .dispatcher import dispatcher
-from .hooking import DIRECT, TRACED, Versions
+from .hooking import TRACED, Versions
 from .methods import warn_in_methods
 from .questions import Question, reader
 from .rule_parameters import LEARNT, RuleParameters
@@ -214,14 +214,16 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         # GraphModule wraps its call in error handling that torch.compile cannot trace
         del type(self).__call__
         versions = Versions(self)
+        direct = tuple(map(called_directly, forwards))
         type(self)._forwards = {
             0: tuple(forwards),
-            DIRECT: tuple(map(called_directly, forwards)),
+            DIRECT: direct,
+            FUSED: made_later(direct, versions.chooser),
             TRACED: (versions.run_traced,) * len(forwards),
         }
         type(self).forward = dispatcher(
             result.src,
-            {**result.globals, "_version": versions.current, "_is_usual": versions.is_usual},
+            {**result.globals, "_version": versions.current, "_at_once": versions.chooser.choose},
             len(forwards) > 1 or bool(depends),
             guard,
             alone,
@@ -242,15 +244,15 @@ class CapturedModule(RuleParameters, fx.GraphModule):
             return None
         return graphs.forward_from_source(src, {**names, "_flattened": _flattened}, {})  # type: ignore[no-any-return]
 
-    def add_version(self, number: int, changed: Sequence[fx.Graph]) -> None:
-        """Add a version of the forward, with other graphs in place of those of the variants."""
-        forwards = []
-        for index, graph in enumerate(changed):
-            with keywords_as_names():
-                code = graph.python_code("self")
-            made = self._function(code.src, code.globals, index)
-            made = made or graphs.forward_from_source(code.src, code.globals, {})
-            forwards.append(with_hooks_on_errors(made))
+    def forward_of(self, index: int, graph: fx.Graph) -> Callable[..., Any]:
+        """The function of a graph that stands for that of a variant."""
+        with keywords_as_names():
+            code = graph.python_code("self")
+        made = self._function(code.src, code.globals, index)
+        return made or graphs.forward_from_source(code.src, code.globals, {})
+
+    def add_version(self, number: int, forwards: Sequence[Callable[..., Any]]) -> None:
+        """Add a version of the forward: a function for each variant."""
         type(self)._forwards = {**type(self)._forwards, number: tuple(forwards)}
 
     def run_version(self, number: int, *args: Any, **kwargs: Any) -> Any:

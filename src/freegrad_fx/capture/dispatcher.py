@@ -13,7 +13,6 @@ import torch
 from .._torch import graphs
 from ..context import OWN_RULES, in_python, intercepted, left_alone, tables_cannot_be_traced
 from ..ops.checks import require_no_others, require_specialised
-from .hooking import DIRECT
 
 __all__ = ["dispatcher"]
 
@@ -32,7 +31,8 @@ def dispatcher(
 
     Args:
         src: The source of one generated `forward`.
-        names: The names that the source refers to; `_version`, the function that chooses the version; and `_is_usual`.
+        names: The names that the source refers to; `_version`, the function that chooses the version; and `_at_once`,
+            that of `Chooser`.
         several: Whether there are several graphs, so that the training flags decide.
         guard: Restore the grad mode even if the graph raises between two changes of it.
         alone: Let only one thread at a time run it.
@@ -43,10 +43,7 @@ def dispatcher(
     """
     signature = _signature(src)
     active = "self._active()" if several else "0"
-    call, quick = (
-        f"return type(self)._forwards[{number}][{active}]({_passed_on(signature)})"
-        for number in ("_number", DIRECT)
-    )
+    call = f"return type(self)._forwards[_number][{active}]({_passed_on(signature)})"
     contexts = ["torch.set_grad_enabled(torch.is_grad_enabled())"] * guard
     contexts += ["self._one_thread()"] * alone
     alone_in_blocks = f"with {', '.join(['_left_alone(self)', *contexts])}:\n            {call}"
@@ -77,7 +74,7 @@ def dispatcher(
     body = f"def forward({parameters}):\n{checks}"
     if not contexts:
         # nearly every call: nothing traces it, no hook has to run, and no block is around it
-        body += f"    if _is_usual():\n        {quick}\n"
+        body += f"    _number = _at_once()\n    if _number:\n        {call}\n"
     # Choosing a version can add one to the table
     body += f"    if _tables_cannot_be_traced():\n        return _in_python(type(self).forward, {again})\n"
     body += "    _number = _version()\n"

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -20,19 +20,17 @@ from .._torch.dynamo import add_guard, is_compiling, takes_for_constant
 from .._torch.graphs import is_fx_tracing
 from .._torch.modules import HOOKS_OF_ALL, children_of, hooks_of
 from ..backward.hazards import is_sharded
-from ..context import intercepted, thread_state
 from ..errors import CaptureError, FreegradWarning
 from ..graph.hooked import read_parameters_late, run_hooks_at
 from ..graph.marks import calls, insert_marks, take_marks
 from ..graph.nodes import called_path, takes_parameters
 from ..graph.provenance import origin
 from ..graph.serialise import copy_graph
+from ..ops.hooked import with_hooks_on_errors
+from .direct import DIRECT, Chooser
 from .scopes import names_by_scope, run_in_scopes
 
-__all__ = ["DIRECT", "TRACED", "Versions"]
-
-DIRECT = -2
-"""The version for a call that runs, without hooks: the functions around operations are those of the C++ extension."""
+__all__ = ["TRACED", "Versions"]
 
 TRACED = -1
 """The version for a call that is traced by `torch.fx`."""
@@ -47,7 +45,7 @@ class Versions:
 
     Attributes:
         current: Returns the number of the version. A function, because `torch.compile` takes its result for a constant.
-        is_usual: Returns whether the version is `DIRECT` and no block acts on the call from outside.
+        chooser: Chooses the version of nearly every call.
     """
 
     def __init__(self, module: Any) -> None:
@@ -57,22 +55,20 @@ class Versions:
         self.warned: set[str] = set()
         opened = list(_opened(module, self.marked))
         self.tables = {path: hooks_of(part) for path, part in opened}
-        tables: list[Mapping[int, Any]] = [
-            table for of_one in self.tables.values() for table in of_one
-        ]
+        self.chooser = Chooser()
+        kept = self.chooser.of_model
+        tables = kept.tables
+        tables.extend(table for of_one in self.tables.values() for table in of_one)
         tables.extend(HOOKS_OF_ALL)
-        self.places = [
-            (children_of(module.get_submodule(path.rpartition(".")[0])), path.rpartition(".")[2])
-            for path, _ in opened
-            if path
-        ]
+        for path, part in opened:
+            if path:
+                holder, _, name = path.rpartition(".")
+                kept.add(children_of(module.get_submodule(holder)), name, part)
         self.parts = [(path, part) for path, part in opened if path]
-        holders, names = [holder for holder, _ in self.places], [name for _, name in self.places]
-        parts = [part for _, part in self.parts]
 
         def current() -> int:
             number = DIRECT
-            if [*map(dict.get, holders, names)] != parts:
+            if not kept.same_parts():
                 self.refuse_others()
             if is_fx_tracing():
                 number = TRACED
@@ -85,22 +81,11 @@ class Versions:
             return number
 
         self.current: Callable[[], int] = takes_for_constant(current)
-        used, *_ = thread_state()
-
-        def is_usual() -> bool:
-            return not (
-                is_compiling()
-                or any(tables)
-                or is_fx_tracing()
-                or (used and intercepted())
-                or [*map(dict.get, holders, names)] != parts
-            )
-
-        self.is_usual: Callable[[], bool] = takes_for_constant(is_usual)
 
     def refuse_others(self) -> None:
         """Raise `CaptureError` if an opened module was exchanged for one of another class, which would not run."""
-        for (holder, name), (path, part) in zip(self.places, self.parts, strict=True):
+        kept = self.chooser.of_model
+        for holder, name, (path, part) in zip(kept.holders, kept.names, self.parts, strict=True):
             now = holder.get(name)
             if now is not None and type(now) is not type(part):
                 kind, other = (f"{type(m).__module__}.{type(m).__qualname__}" for m in (part, now))
@@ -144,7 +129,8 @@ class Versions:
                 graphs.append(graph)
             self._warn(module, sorted(lost - self.warned))
             number = self.numbers.setdefault(wanted, max(self.numbers.values()) + 1)
-            module.add_version(number, graphs)
+            forwards = (module.forward_of(index, graph) for index, graph in enumerate(graphs))
+            module.add_version(number, [*map(with_hooks_on_errors, forwards)])
         return number
 
     def _warn(self, module: nn.Module, lost: list[str]) -> None:

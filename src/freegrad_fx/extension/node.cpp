@@ -448,20 +448,24 @@ PyTypeObject node_type;
 
 // --- the forward ---
 
-// The output of `decoupled`; undefined if the tensors are not usual.
-Tensor decoupled(const Tensor& y, const Tensor& x, const std::shared_ptr<Site>& site) {
-  if (!is_plain(y) || !is_plain(x)) return {};
-  Tensor output = y.detach();
-  bool tracked = at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad());
-  if (!tracked) return output;
+// Gives an output its node. It has no history yet; that of `y`, if any, goes to the first edge.
+void track(const Tensor& output, const Tensor& x, torch::autograd::edge_list&& edges, const std::shared_ptr<Site>& site) {
   auto node = make_node<Decoupled>();
-  node->set_next_edges(torch::autograd::collect_next_edges(y, x));
+  node->set_next_edges(std::move(edges));
   node->site = site;
   node->shape = x.sizes();
   node->dtype = x.scalar_type();
   torch::autograd::set_history(output, node);
   if (site->x) node->x = SavedVariable(site->x == INPUT ? x : output, /*is_output=*/site->x == OUTPUT);
   if (site->saves_y) node->y = SavedVariable(output, /*is_output=*/true);
+}
+
+// The output of `decoupled`; undefined if the tensors are not usual.
+Tensor decoupled(const Tensor& y, const Tensor& x, const std::shared_ptr<Site>& site) {
+  if (!is_plain(y) || !is_plain(x)) return {};
+  Tensor output = y.detach();
+  if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad()))
+    track(output, x, torch::autograd::collect_next_edges(y, x), site);
   return output;
 }
 
@@ -591,6 +595,277 @@ pybind11::object make_direct(const pybind11::object& usual, const pybind11::obje
   return pybind11::reinterpret_steal<pybind11::object>((PyObject*)self);
 }
 
+// --- a site that generated code calls once ---
+
+// A callable of `x` that runs the operation and gives its result the node.
+struct Fused {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject* operation;  // null for the identity
+  PyObject* values;     // the arguments of the operation, a tuple, with None in the place of x
+  PyObject* names;      // those of the last arguments, which are keywords; or null
+  PyObject* usual;      // called with x if anything is unusual
+  PyObject* around;     // called with y and x if y is unusual
+  PyObject* resolve;    // returns the arguments of Site, or None
+  PyObject* name;       // of the rule
+  PyObject* rule;       // that the site has been made for, or null
+  Py_ssize_t place;     // of x among the arguments
+  std::shared_ptr<Site>* site;
+};
+
+constexpr Py_ssize_t MOST_ARGUMENTS = 8;
+
+// The rule at the site, which can have been registered again; null if Python has to answer.
+const std::shared_ptr<Site>& site_of(Fused* self) {
+  THPObjectPtr now(PyObject_CallOneArg(python.get, self->name));
+  if (!now) raise_python_error();
+  if (now.get() != self->rule) {
+    auto got = pybind11::reinterpret_borrow<pybind11::object>(self->resolve)();
+    std::shared_ptr<Site> made;
+    if (!got.is_none()) {
+      auto [call, x, saves_y, rule] = got.cast<std::tuple<pybind11::object, int, bool, pybind11::object>>();
+      made = std::make_shared<Site>(call.ptr(), x, saves_y);
+    }
+    Py_XSETREF(self->rule, now.release());
+    *self->site = std::move(made);
+  }
+  return *self->site;
+}
+
+// The result of the operation, for which autograd does not look at x.
+PyObject* run_below_autograd(Fused* self, PyObject* x) {
+  PyObject* given[MOST_ARGUMENTS];
+  Py_ssize_t count = PyTuple_GET_SIZE(self->values);
+  for (Py_ssize_t i = 0; i < count; ++i) given[i] = PyTuple_GET_ITEM(self->values, i);
+  given[self->place] = x;
+  size_t positional = size_t(count - (self->names ? PyTuple_GET_SIZE(self->names) : 0));
+  at::AutoDispatchBelowAutograd guard;
+  at::AutoGradMode disabled(false);  // operations ask whether autograd records
+  return PyObject_Vectorcall(self->operation, given, positional, self->names);
+}
+
+// Whether nobody else holds a result or its memory, so that it can get a history.
+bool is_fresh(PyObject* object, const Tensor& tensor) {
+  return Py_REFCNT(object) == 1 && tensor.use_count() == 1 && tensor.storage().use_count() == 1 &&
+      !tensor.requires_grad() && !torch::autograd::impl::get_view_autograd_meta(tensor);
+}
+
+PyObject* call_fused(PyObject* object, PyObject* const* args, size_t flags, PyObject* names) {
+  HANDLE_TH_ERRORS
+  auto self = (Fused*)object;
+  if (PyVectorcall_NARGS(flags) != 1 || names || !THPVariable_CheckExact(args[0]) || !at::GradMode::is_enabled() ||
+      !runs_plainly() || !rules_act() || !is_unobserved())
+    return PyObject_Vectorcall(self->usual, args, flags, names);
+  const Tensor& x = THPVariable_Unpack(args[0]);
+  std::shared_ptr<Site> site;
+  if (x.requires_grad() && is_plain(x)) site = site_of(self);
+  if (!site) return PyObject_Vectorcall(self->usual, args, flags, names);
+  torch::autograd::edge_list edges{torch::autograd::Edge(), torch::autograd::impl::gradient_edge(x)};
+  if (!self->operation) {
+    Tensor output = x.detach();
+    track(output, x, std::move(edges), site);
+    return THPVariable_Wrap(std::move(output));
+  }
+  THPObjectPtr y(run_below_autograd(self, args[0]));
+  if (!y) return nullptr;
+  if (!THPVariable_CheckExact(y.get()) || !is_plain(THPVariable_Unpack(y.get()))) {
+    PyObject* both[] = {y.get(), args[0]};
+    return PyObject_Vectorcall(self->around, both, 2, nullptr);
+  }
+  if (is_fresh(y.get(), THPVariable_Unpack(y.get()))) {
+    track(THPVariable_Unpack(y.get()), x, std::move(edges), site);
+    return y.release();
+  }
+  Tensor output = THPVariable_Unpack(y.get()).detach();
+  track(output, x, std::move(edges), site);
+  return THPVariable_Wrap(std::move(output));
+  END_HANDLE_TH_ERRORS
+}
+
+PyObject* name_of_fused(PyObject*, void*) {
+  return PyUnicode_FromString("site");
+}
+
+PyObject* module_of_fused(PyObject*, void*) {
+  return PyUnicode_FromString("freegrad_fx");
+}
+
+// Generated code names the functions that it calls
+PyGetSetDef names_of_fused[] = {
+    {"__name__", name_of_fused, nullptr, nullptr, nullptr},
+    {"__module__", module_of_fused, nullptr, nullptr, nullptr},
+    {nullptr, nullptr, nullptr, nullptr, nullptr},
+};
+
+int traverse_fused(PyObject* object, visitproc visit, void* arg) {
+  auto self = (Fused*)object;
+  for (PyObject* held : {self->operation, self->values, self->names, self->usual, self->around, self->resolve,
+                         self->name, self->rule})
+    Py_VISIT(held);
+  return 0;
+}
+
+int clear_fused(PyObject* object) {
+  auto self = (Fused*)object;
+  for (PyObject** held : {&self->operation, &self->values, &self->names, &self->usual, &self->around, &self->resolve,
+                          &self->name, &self->rule})
+    Py_CLEAR(*held);
+  return 0;
+}
+
+void free_fused(PyObject* object) {
+  PyObject_GC_UnTrack(object);
+  clear_fused(object);
+  delete ((Fused*)object)->site;
+  PyObject_GC_Del(object);
+}
+
+PyTypeObject fused_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+PyObject* given(const pybind11::object& object) {
+  return object.is_none() ? nullptr : Py_NewRef(object.ptr());
+}
+
+pybind11::object make_fused(
+    const pybind11::object& operation, const pybind11::tuple& values, Py_ssize_t place, const pybind11::object& names,
+    const pybind11::object& name, const pybind11::object& usual, const pybind11::object& around,
+    const pybind11::object& resolve) {
+  if (PyTuple_GET_SIZE(values.ptr()) > MOST_ARGUMENTS) return pybind11::none();
+  auto self = PyObject_GC_New(Fused, &fused_type);
+  if (!self) throw pybind11::error_already_set();
+  self->call = call_fused;
+  self->operation = given(operation);
+  self->values = given(values);
+  self->names = given(names);
+  self->usual = given(usual);
+  self->around = given(around);
+  self->resolve = given(resolve);
+  self->name = given(name);
+  self->rule = nullptr;
+  self->place = place;
+  self->site = new std::shared_ptr<Site>();
+  PyObject_GC_Track((PyObject*)self);
+  return pybind11::reinterpret_steal<pybind11::object>((PyObject*)self);
+}
+
+// --- how a call of a model runs: asked once for all of its sites ---
+
+// What has to be as it was when code was generated: tables without entries, and entries of dicts.
+struct Kept {
+  PyObject *tables, *holders, *names, *parts;  // lists
+
+  bool is_kept() const {
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
+      int any = PyObject_IsTrue(PyList_GET_ITEM(tables, i));
+      if (any < 0) raise_python_error();
+      if (any) return false;
+    }
+    if (PyList_GET_SIZE(holders) != PyList_GET_SIZE(parts) || PyList_GET_SIZE(names) != PyList_GET_SIZE(parts))
+      return false;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parts); ++i) {
+      PyObject* now = PyDict_GetItemWithError(PyList_GET_ITEM(holders, i), PyList_GET_ITEM(names, i));
+      if (!now && PyErr_Occurred()) raise_python_error();
+      if ((now ? now : Py_None) != PyList_GET_ITEM(parts, i)) return false;
+    }
+    return true;
+  }
+};
+
+// Returns the number of the version of a forward that a call runs at once; 0 if that has to be chosen.
+struct Chooser {
+  PyObject_HEAD
+  vectorcallfunc call;
+  PyObject* never;        // a tuple of functions that have to return something false
+  PyObject* intercepted;  // asked once a block was entered
+  Kept of_model, of_sites;
+  PyObject *fused, *direct;  // the numbers
+};
+
+bool is_false(PyObject* asked) {
+  THPObjectPtr got(PyObject_CallNoArgs(asked));
+  int any = got ? PyObject_IsTrue(got.get()) : -1;
+  if (any < 0) raise_python_error();
+  return !any;
+}
+
+PyObject* call_chooser(PyObject* object, PyObject* const*, size_t, PyObject*) {
+  HANDLE_TH_ERRORS
+  auto self = (Chooser*)object;
+  bool usual = true;
+  for (Py_ssize_t i = 0; usual && i < PyTuple_GET_SIZE(self->never); ++i)
+    usual = is_false(PyTuple_GET_ITEM(self->never, i));
+  usual = usual && self->of_model.is_kept() && (PyList_GET_SIZE(python.used) == 0 || is_false(self->intercepted));
+  if (!usual) return PyLong_FromLong(0);
+  bool fused = at::GradMode::is_enabled() && runs_plainly() && rules_act() && is_unobserved() &&
+      self->of_sites.is_kept();
+  return Py_NewRef(fused ? self->fused : self->direct);
+  END_HANDLE_TH_ERRORS
+}
+
+int traverse_chooser(PyObject* object, visitproc visit, void* arg) {
+  auto self = (Chooser*)object;
+  for (auto& kept : {self->of_model, self->of_sites})
+    for (PyObject* held : {kept.tables, kept.holders, kept.names, kept.parts}) Py_VISIT(held);
+  for (PyObject* held : {self->never, self->intercepted, self->fused, self->direct}) Py_VISIT(held);
+  return 0;
+}
+
+int clear_chooser(PyObject* object) {
+  auto self = (Chooser*)object;
+  for (Kept* kept : {&self->of_model, &self->of_sites})
+    for (PyObject** held : {&kept->tables, &kept->holders, &kept->names, &kept->parts}) Py_CLEAR(*held);
+  for (PyObject** held : {&self->never, &self->intercepted, &self->fused, &self->direct}) Py_CLEAR(*held);
+  return 0;
+}
+
+void free_chooser(PyObject* object) {
+  PyObject_GC_UnTrack(object);
+  clear_chooser(object);
+  PyObject_GC_Del(object);
+}
+
+PyTypeObject chooser_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
+
+using Lists = std::tuple<pybind11::list, pybind11::list, pybind11::list, pybind11::list>;
+
+Kept kept(const Lists& lists) {
+  auto& [tables, holders, names, parts] = lists;
+  return {Py_NewRef(tables.ptr()), Py_NewRef(holders.ptr()), Py_NewRef(names.ptr()), Py_NewRef(parts.ptr())};
+}
+
+pybind11::object make_chooser(
+    const pybind11::tuple& never, const pybind11::object& intercepted, const Lists& of_model, const Lists& of_sites,
+    const pybind11::object& fused, const pybind11::object& direct) {
+  auto self = PyObject_GC_New(Chooser, &chooser_type);
+  if (!self) throw pybind11::error_already_set();
+  self->call = call_chooser;
+  self->never = Py_NewRef(never.ptr());
+  self->intercepted = Py_NewRef(intercepted.ptr());
+  self->of_model = kept(of_model);
+  self->of_sites = kept(of_sites);
+  self->fused = Py_NewRef(fused.ptr());
+  self->direct = Py_NewRef(direct.ptr());
+  PyObject_GC_Track((PyObject*)self);
+  return pybind11::reinterpret_steal<pybind11::object>((PyObject*)self);
+}
+
+// The members of a type whose objects are called, and hold objects.
+template <typename T>
+void make_callable(
+    PyTypeObject& type, const char* name, traverseproc traverse, inquiry clear, destructor free,
+    PyGetSetDef* properties = nullptr) {
+  type.tp_name = name;
+  type.tp_basicsize = sizeof(T);
+  type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_HAVE_GC;
+  type.tp_vectorcall_offset = offsetof(T, call);
+  type.tp_call = PyVectorcall_Call;
+  type.tp_traverse = traverse;
+  type.tp_clear = clear;
+  type.tp_dealloc = free;
+  type.tp_getset = properties;
+  if (PyType_Ready(&type) < 0) throw pybind11::error_already_set();
+}
+
 // `apply` of the Python Function for a rule without tensors among its parameters; None if it has to answer itself.
 PyObject* apply(PyObject*, PyObject* const* args, Py_ssize_t count) {
   HANDLE_TH_ERRORS
@@ -620,15 +895,9 @@ PyMethodDef apply_method = {"apply", (PyCFunction)(void (*)(void))apply, METH_FA
 }  // namespace
 
 PYBIND11_MODULE(freegrad_fx_node, module) {
-  direct_type.tp_name = "freegrad_fx.Direct";
-  direct_type.tp_basicsize = sizeof(Direct);
-  direct_type.tp_flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_VECTORCALL | Py_TPFLAGS_HAVE_GC;
-  direct_type.tp_vectorcall_offset = offsetof(Direct, call);
-  direct_type.tp_call = PyVectorcall_Call;
-  direct_type.tp_traverse = traverse_direct;
-  direct_type.tp_clear = clear_direct;
-  direct_type.tp_dealloc = free_direct;
-  if (PyType_Ready(&direct_type) < 0) throw pybind11::error_already_set();
+  make_callable<Direct>(direct_type, "freegrad_fx.Direct", traverse_direct, clear_direct, free_direct);
+  make_callable<Fused>(fused_type, "freegrad_fx.Fused", traverse_fused, clear_fused, free_fused, names_of_fused);
+  make_callable<Chooser>(chooser_type, "freegrad_fx.Chooser", traverse_chooser, clear_chooser, free_chooser);
   if (!torch::autograd::_initFunctionPyTypeObject(node_type, "_DecoupledBackward", properties, methods))
     throw pybind11::error_already_set();
   torch::autograd::registerCppFunction(typeid(Decoupled), &node_type);
@@ -653,6 +922,8 @@ PYBIND11_MODULE(freegrad_fx_node, module) {
       });
   module.attr("Node") = pybind11::handle((PyObject*)&node_type);
   module.def("direct", make_direct);
+  module.def("fused", make_fused);
+  module.def("chooser", make_chooser);
   module.def("evaluate", [](const pybind11::object& program, const Tensor& grad, const Tensor& x, const Tensor& y) {
     return grad.scalar_type() == at::kFloat ? evaluate<float>(program, grad, x, y)
                                             : evaluate<double>(program, grad, x, y);

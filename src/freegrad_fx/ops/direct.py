@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
+from torch import Tensor
+
+from ..backward.fused import Operation, fused
 from ..backward.node import direct
 from .gradients import decoupled, stop_gradient
 
-__all__ = ["called_directly"]
+__all__ = ["called_directly", "site_function"]
 
 
 def called_directly(forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -37,3 +40,10 @@ def called_directly(forward: Callable[..., Any]) -> Callable[..., Any]:
     )
     made.__kwdefaults__ = forward.__kwdefaults__
     return made
+
+
+def site_function(
+    operation: Operation, keywords: Mapping[str, Any]
+) -> Callable[[Tensor], Any] | None:
+    """A function of ``x`` that gives ``decoupled(operation(stop_gradient(x)), x, **keywords)``; see `fused`."""
+    return fused(operation, keywords, stop_gradient, decoupled)

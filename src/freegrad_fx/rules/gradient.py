@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.register import register
 from . import masks
 from .draws import normal_like
+from .precision import constant
 
 __all__ = [
     "centralize",
@@ -84,7 +85,7 @@ def rectangular(grad: Tensor, mask: Tensor, *, a: float = -0.5, b: float = 0.5) 
 
 
 def _fast_triangular(grad: Tensor, x: Tensor, *, width: float) -> Any:
-    slope = x.abs().div_(-max(width, 1e-6)).add_(1).clamp_(min=0)
+    slope = x.abs().div_(constant(-max(width, 1e-6), x)).add_(constant(1, x)).clamp_(min=0)
     return slope.mul_(grad) if slope.dtype == grad.dtype else NotImplemented
 
 

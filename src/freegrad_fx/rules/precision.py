@@ -1,11 +1,13 @@
-"""Arithmetic of rules in at least single precision. Does not know any rule."""
+"""Arithmetic of rules in at least single precision, and its constants. Does not know any rule."""
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import Tensor
 
-__all__ = ["bump", "per_row", "times", "wide"]
+__all__ = ["bump", "constant", "per_row", "times", "wide"]
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -27,3 +29,18 @@ def bump(z: Tensor) -> Tensor:
 def per_row(tensor: Tensor) -> tuple[int, ...]:
     """The dims over which an output channel of a weight extends: 1…, or all if there are fewer than two."""
     return tuple(range(tensor.dim() > 1, tensor.dim()))
+
+
+def constant(value: float, like: Tensor) -> float | Tensor:
+    """A number for an operation with a tensor, in a form that small tensors take faster and that gives the same bits.
+
+    PyTorch makes a tensor of each number that it is given, which takes longer than the operation on a small tensor.
+    Lower precisions compute with the number itself, not with its value in their precision.
+    """
+    usual = like.is_cpu and like.dtype in (torch.float32, torch.float64)
+    return _constant(value, like.dtype) if usual and 1e-30 < abs(value) < 1e30 else value
+
+
+@functools.lru_cache(maxsize=1024)
+def _constant(value: float, dtype: torch.dtype) -> Tensor:
+    return torch.tensor(value, dtype=dtype, device="cpu")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ..core.register import register
-from .precision import bump, times, wide
+from .precision import bump, constant, times, wide
 
 __all__ = [
     "arctan",
@@ -38,8 +38,8 @@ __all__ = [
 def _in_one_buffer_sigmoid(grad: Tensor, x: Tensor, *, slope: float) -> Any:
     if grad.dtype != x.dtype:
         return NotImplemented
-    root = x.abs().mul_(slope).add_(1)
-    return torch.div(grad, root, out=torch.empty_like(grad)).div_(root)
+    root = x.abs().mul_(constant(slope, x)).add_(constant(1, x))
+    return torch.div(grad, root).div_(root)
 
 
 def _fast_sigmoid_by_slope(grad: Tensor, x: Tensor, *, slope: float) -> Tensor:
@@ -72,7 +72,8 @@ def fast_sigmoid(grad: Tensor, x: Tensor, *, slope: float = 25.0) -> Tensor:
 def _in_one_buffer_arctan(grad: Tensor, x: Tensor, *, alpha: float) -> Any:
     if grad.dtype != x.dtype:
         return NotImplemented
-    denominator = x.square().mul_(math.pi**2 * alpha / 2).add_(2 / alpha)
+    factor, term = constant(math.pi**2 * alpha / 2, x), constant(2 / alpha, x)
+    denominator = x.square().mul_(factor).add_(term)
     return torch.div(grad, denominator, out=denominator)
 
 

@@ -51,7 +51,8 @@ def _heaviside(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
 def _heaviside_in_place(x: Tensor, value_at_zero: float = 0.0) -> Tensor:
     """An equivalent implementation for common cases, with fewer passes over memory and without boolean tensors."""
     usual = x.dtype in (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-    if value_at_zero != 0 or not usual or x.requires_grad:  # autograd has to record x
+    recorded = x.requires_grad and torch.is_grad_enabled()
+    if value_at_zero != 0 or not usual or recorded:
         return _heaviside(x, value_at_zero)
     # Multiply twice, because smallest·largest < 1. Adding to 0 maps -0 to 0.
     largest = torch.finfo(x.dtype).max

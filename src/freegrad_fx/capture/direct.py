@@ -1,0 +1,264 @@
+"""The version of a forward for calls that nothing traces or watches: it calls each site once.
+
+In the graph, and in the code that readers see, a site is three calls: the operation, and a function before it and
+after it. Here the three are one call, `backward.fused`. `Chooser` asks before each call of a model whether that is the
+same.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor, fx, nn
+
+from .._torch.dispatch import (
+    dispatch_modes,
+    function_modes,
+    function_transforms_active,
+    in_pre_dispatch,
+    tracing_state,
+)
+from .._torch.dynamo import is_compiling, takes_for_constant
+from .._torch.graphs import code_generator, is_fx_tracing
+from .._torch.modules import COMPILED_CALL, buffers_of, children_of, hooks_of, parameters_of
+from ..backward.fused import Operation
+from ..backward.node import extension_in_use
+from ..backward.observing import observers_of_now, thread_observers
+from ..context import explicit_rules_act, intercepted, thread_state
+from ..graph.nodes import argument
+from ..ops.direct import called_directly, site_function
+from ..ops.gradients import decoupled, stop_gradient
+from ..vocabulary.activations import OPS
+from ..vocabulary.recognition import recognise
+
+__all__ = ["DIRECT", "FUSED", "Chooser", "made_later"]
+
+Forward: TypeAlias = Callable[..., Any]
+
+DIRECT = -2
+"""The version for a call that runs, without hooks: the functions around operations are those of the C++ extension."""
+
+FUSED = -3
+"""The version for a call of `DIRECT` that nothing watches, with gradients: each site is one call."""
+
+
+class _Kept:
+    """What has to be as it was when code was generated: tables without entries, and the entries of dicts."""
+
+    def __init__(self) -> None:
+        self.tables: list[Mapping[int, Any]] = []
+        self.holders: list[dict[str, Any]] = []
+        self.names: list[str] = []
+        self.parts: list[Any] = []
+
+    def add(self, holder: dict[str, Any], name: str, part: Any) -> None:
+        """Keep the entry of a dict; None if there has to be none."""
+        self.holders.append(holder)
+        self.names.append(name)
+        self.parts.append(part)
+
+    def lists(self) -> tuple[list[Any], ...]:
+        """What the extension checks."""
+        return self.tables, self.holders, self.names, self.parts
+
+    def same_parts(self) -> bool:
+        """Whether the entries of the dicts are those of then."""
+        return [*map(dict.get, self.holders, self.names)] == self.parts
+
+
+class Chooser:
+    """Chooses the version of a forward that a call runs at once.
+
+    Attributes:
+        of_model: What has to be kept for a call that runs no hooks.
+        choose: Returns the number of the version; 0 if `hooking.Versions` has to find it.
+    """
+
+    def __init__(self) -> None:
+        self.of_model, self.of_sites = _Kept(), _Kept()
+        never = is_compiling, is_fx_tracing
+        extension = extension_in_use()
+        if extension is None:
+            self.choose = takes_for_constant(self._in_python())
+            return
+        lists = self.of_model.lists(), self.of_sites.lists()
+        ask = extension.chooser(never, intercepted, *lists, FUSED, DIRECT)
+        # Dynamo takes only a function for a constant
+        self.choose = takes_for_constant(lambda: ask())
+
+    def _in_python(self) -> Callable[[], int]:
+        tables, holders, names, parts = self.of_model.lists()
+        site_tables, site_holders, site_names, site_parts = self.of_sites.lists()
+        used, *_ = thread_state()
+        observing, _ = thread_observers()
+        gradients_enabled, exporting = torch.is_grad_enabled, torch.compiler.is_exporting
+
+        def choose() -> int:
+            if (
+                is_compiling()
+                or any(tables)
+                or is_fx_tracing()
+                or (used and intercepted())
+                or (parts and [*map(dict.get, holders, names)] != parts)
+            ):
+                return 0
+            if (
+                not gradients_enabled()
+                or function_transforms_active()
+                or dispatch_modes()
+                or function_modes()
+                or tracing_state()
+                or exporting()
+                or in_pre_dispatch()
+                or (observing and observers_of_now())
+                or (used and not explicit_rules_act())
+                or any(site_tables)
+                or (site_parts and [*map(dict.get, site_holders, site_names)] != site_parts)
+            ):
+                return DIRECT
+            return FUSED
+
+        return choose
+
+    def watch(self, root: nn.Module, path: str) -> None:
+        """Let sites be one call only while a module is the same, and has no hooks."""
+        parent, _, name = path.rpartition(".")
+        holder = children_of(root.get_submodule(parent))
+        module: Any = holder[name]
+        for of_itself in ("forward", COMPILED_CALL):
+            self.of_sites.add(vars(module), of_itself, None)
+        if not any(part is module for part in self.of_model.parts):
+            self.of_sites.add(holder, name, module)
+            self.of_sites.tables.extend(hooks_of(module))
+
+
+_CALLS = 1
+"""After so many calls the version is made: a single one does not pay for it."""
+
+
+def made_later(direct: Sequence[Forward], chooser: Chooser) -> tuple[Forward, ...]:
+    """The functions of `FUSED` until they are made.
+
+    Args:
+        direct: The functions of `DIRECT`, for each graph.
+        chooser: Learns which modules the sites call.
+    """
+    calls, made = itertools.count(1), False
+
+    def until(index: int) -> Forward:
+        def run(module: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal made
+            if next(calls) <= _CALLS:
+                return direct[index](module, *args, **kwargs)
+            with module.graph_lock:
+                if not made:
+                    module.add_version(FUSED, _made(module, direct, chooser))
+                    made = True
+            return module.run_version(FUSED, *args, **kwargs)
+
+        return run
+
+    return tuple(map(until, range(len(direct))))
+
+
+def _made(module: Any, direct: Sequence[Forward], chooser: Chooser) -> list[Forward]:
+    forwards = []
+    for index, variant in enumerate(module.variants):
+        found = {n: _site(n, module, chooser) for n in variant.graph.nodes}
+        sites = {node: site for node, site in found.items() if site is not None}
+        if sites:
+            forward = module.forward_of(index, _with_sites(variant.graph, sites))
+            forwards.append(called_directly(forward))
+        else:
+            forwards.append(direct[index])
+    return forwards
+
+
+def _with_sites(graph: fx.Graph, sites: Mapping[fx.Node, Site]) -> fx.Graph:
+    """A copy of a graph in which each site is one call."""
+    within = {node for site in sites.values() for node in site.within}
+    new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    for node in graph.nodes:
+        if node in sites:
+            site = sites[node]
+            copies[node] = new.call_function(site.function, (copies[site.x],))
+        elif node not in within:
+            copies[node] = new.node_copy(node, copies.__getitem__)
+    new.set_codegen(code_generator(graph))
+    return new
+
+
+class Site(NamedTuple):
+    """A site that can be one call.
+
+    Attributes:
+        function: What is called.
+        x: Its argument.
+        within: The nodes that are no longer needed.
+    """
+
+    function: Callable[[Tensor], Any]
+    x: fx.Node
+    within: tuple[fx.Node, ...]
+
+
+def _site(last: fx.Node, root: nn.Module, chooser: Chooser) -> Site | None:
+    """The site that ends at a node; None if it cannot be one call, or none ends there."""
+    if last.target is not decoupled or len(last.args) != 2:
+        return None
+    y, x = last.args
+    before = last.prev
+    within = (before,) if before.target is stop_gradient else (before.prev, before)
+    stop, inputs = within[0], set(last.all_input_nodes)
+    follows = y is before and stop.target is stop_gradient and stop.args == (x,) and not stop.kwargs
+    users = [*within[1:], last]
+    if not (follows and inputs == {x, y} and all(map(_reads_alone, users, within))):
+        return None
+    operation: Operation | None = Operation()
+    if before is not stop:
+        operation = _operation(before, stop, root)
+    function = None if operation is None else site_function(operation, last.kwargs)
+    if function is None:
+        return None
+    if before.op == "call_module":
+        chooser.watch(root, str(before.target))
+    return Site(function, x, within)  # type: ignore[arg-type]
+
+
+def _reads_alone(user: fx.Node, node: fx.Node) -> bool:
+    return set(node.users) == {user}
+
+
+def _operation(node: fx.Node, x: fx.Node, root: nn.Module) -> Operation | None:
+    """The operation of a node that computes each entry from the entry of `x` at the same place; None for others."""
+    module = root.get_submodule(str(node.target)) if node.op == "call_module" else None
+    spelling = recognise(node, module, wanted=OPS)
+    if spelling is None or spelling.inplace or spelling.writes_out:
+        return None
+    op = spelling.op
+    if not op.elementwise or op.may_return_x or op.operands != ("x",):
+        return None
+    values = [*node.args, *node.kwargs.values()]
+    if argument(node, spelling.key) is not x or not all(
+        v is x or type(v) in _PLAIN for v in values
+    ):
+        return None
+    function: Any = node.target
+    if module is not None:
+        if type(module) not in op.modules or parameters_of(module) or buffers_of(module):
+            return None
+        function = module
+    elif node.op == "call_method":
+        function = getattr(Tensor, function)
+    place = values.index(x)
+    if values.count(x) > 1:
+        return None
+    return Operation(
+        function, (*values[:place], None, *values[place + 1 :]), place, (*node.kwargs,)
+    )
+
+
+_PLAIN = (int, float, bool, str, type(None), torch.dtype)
