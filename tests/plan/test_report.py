@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torchvision import models as vision
 
 import freegrad_fx as fg
-from freegrad_fx.plan.layout import aligned
+from freegrad_fx.plan.layout import aligned, folded
 
 
 class Block(nn.Module):
@@ -155,6 +155,75 @@ def _no_terminal(columns: int, lines: int) -> Any:
     import os
 
     return os.terminal_size((columns, lines))
+
+
+class Repeated(nn.Module):
+    """Equal blocks in a row."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        blocks = (nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(count))
+        self.blocks, self.head = nn.ModuleList(blocks), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return F.gelu(self.head(x))
+
+
+def test_repeated_blocks_of_a_large_model_are_one_row() -> None:
+    first = fg.on("relu", module="blocks.5.*").backward("scale")
+    rules = fg.RuleTable([first, fg.on("relu").backward("reverse")])
+    plan = fg.explain(Repeated(30), rules)
+    table = plan.to_text(0).split("\n\n")[1].splitlines()[2:]
+    assert [line.split()[:3] for line in table] == [
+        ["blocks.0-4,6-29.1:relu[0]", "×29", "nn.ReLU()"],
+        ["blocks.5.1:relu[0]", "nn.ReLU()", "scale(s=1.0)"],
+        ["<root>:gelu[0]", "F.gelu", "native:"],
+    ]
+    for whole in (plan.to_text(0, fold=False), fg.explain(Repeated(20), rules).to_text(0)):
+        assert "×" not in whole
+        assert "blocks.19.1:relu[0]" in whole
+    assert "×19" in fg.explain(Repeated(20), rules).to_text(0, fold=True)
+    assert "×29" in plan._repr_html_()
+    assert len(plan.to_dict()["sites"]) == 31
+
+
+def test_opaque_calls_of_repeated_blocks_are_one_line() -> None:
+    model = nn.Sequential(nn.ReLU(), *(nn.TransformerEncoderLayer(8, 2, 16) for _ in range(3)))
+    plan = fg.explain(model, "scale")
+
+    def opaque(**options: Any) -> list[str]:
+        lines = plan.to_text(0, **options).splitlines()
+        return [line for line in lines if line.startswith("Opaque: ")]
+
+    first, *others = opaque(fold=False)
+    assert len(others) == 2
+    assert first.startswith("Opaque: 1: ")
+    assert opaque() == [f"{first[:-1].replace('1', '1-3', 1)} ×3."]
+
+
+PATHS = st.lists(st.sampled_from(["a", "b", "0", "1", "2", "4"]), min_size=1, max_size=5).map(
+    ".".join
+)
+
+
+@settings(deadline=None, max_examples=100)
+@given(st.lists(st.tuples(PATHS, st.sampled_from("xy")), unique=True, max_size=25))
+def test_folded_rows_stand_for_the_same_rows(rows: list[tuple[str, str]]) -> None:
+    def numbers(part: str) -> list[str]:
+        if not part[0].isdigit():
+            return [part]
+        runs = ([*map(int, run.split("-"))] for run in part.split(","))
+        return [str(n) for run in runs for n in range(run[0], run[-1] + 1)]
+
+    found = []
+    for name, cell in folded(rows):
+        path, _, count = name.partition(" ×")
+        paths = [".".join(p) for p in itertools.product(*map(numbers, path.split(".")))]
+        assert len(paths) == int(count or 1)
+        found += [(path, cell) for path in paths]
+    assert sorted(found) == sorted(rows)
 
 
 def test_a_row_says_where_what_and_which_entry() -> None:

@@ -9,11 +9,11 @@ import re
 import shutil
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..core.text import shown
 
-__all__ = ["aligned", "as_json", "filled", "in_bytes", "plain", "terminal_width"]
+__all__ = ["aligned", "as_json", "filled", "folded", "in_bytes", "plain", "terminal_width"]
 
 
 def terminal_width() -> int:
@@ -75,6 +75,78 @@ def _broken(text: str, width: int) -> list[str]:
 def filled(text: str, width: int) -> str:
     """A paragraph, broken into lines of at most `width` characters; 0 for no limit."""
     return textwrap.fill(text, width, subsequent_indent="    ") if width else text
+
+
+# A number that is a whole part of a path: the 0 of ``blocks.0.act:relu[1]``
+_NUMBER = re.compile(r"((?:^|(?<=\.))\d+(?=[.:]|$))")
+
+
+def folded(rows: Iterable[Sequence[str]]) -> list[tuple[str, ...]]:
+    """Rows that differ only in a number of the path in their first cell, as one row: ``blocks.0-7.act ×8``.
+
+    Every path that the row stands for can be read from it, also if several numbers differ: ``layers.0-1.blocks.0-5`` is
+    twelve paths.
+
+    Args:
+        rows: The cells, without the head.
+    """
+    found = [_Row(_parts(path), 1, tuple(cells)) for path, *cells in rows]
+    longest = max((len(row.parts) for row in found), default=0)
+    for place in range(
+        longest - 2, 0, -2
+    ):  # the last number first, as blocks are repeated in blocks
+        merged: dict[Any, _Row] = {}
+        for row in found:
+            numbers = row.parts[place : place + 1]
+            key = (row.parts[:place], len(numbers), row.parts[place + 1 :], row.cells)
+            merged[key] = row.joined(merged[key], place) if key in merged else row
+        found = [*merged.values()]
+    return [
+        (row.path + (f" ×{row.stands_for}" if row.stands_for > 1 else ""), *row.cells)
+        for row in found
+    ]
+
+
+class _Row(NamedTuple):
+    """A row that stands for several.
+
+    Attributes:
+        parts: The parts of the path. Every second one is a set of numbers, the others are text.
+        stands_for: How many rows that is.
+        cells: The other cells.
+    """
+
+    parts: tuple[str | frozenset[int], ...]
+    stands_for: int
+    cells: tuple[str, ...]
+
+    @property
+    def path(self) -> str:
+        """The path as text."""
+        return "".join(part if isinstance(part, str) else _ranges(part) for part in self.parts)
+
+    def joined(self, other: _Row, place: int) -> _Row:
+        """This row together with one that has other numbers at one place."""
+        mine, theirs = self.parts[place : place + 1], other.parts[place : place + 1]
+        numbers = frozenset(n for part in (*mine, *theirs) for n in part if isinstance(n, int))
+        parts = (*self.parts[:place], *([numbers] if mine else []), *self.parts[place + 1 :])
+        return _Row(parts, self.stands_for + other.stands_for, self.cells)
+
+
+def _parts(path: str) -> tuple[str | frozenset[int], ...]:
+    split = enumerate(_NUMBER.split(path))
+    return tuple(frozenset([int(part)]) if place % 2 else part for place, part in split)
+
+
+def _ranges(numbers: Iterable[int]) -> str:
+    """Numbers as text: ``0-3,5``."""
+    runs: list[list[int]] = []
+    for number in sorted(numbers):
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ",".join(f"{run[0]}-{run[-1]}" if run[1:] else str(run[0]) for run in runs)
 
 
 def in_bytes(count: int) -> str:

@@ -13,11 +13,13 @@ from ..sites.remarks import Cache, Lost, Opaque, Remark
 from ..table import Entry, RuleTable
 from .decision import Bytes, Decision, backward_of, named, site_as_dict
 from .diff import PlanDiff, diff
-from .layout import aligned, as_json, filled, plain, terminal_width
+from .layout import aligned, as_json, filled, folded, plain, terminal_width
 
 __all__ = ["Plan"]
 
 _COLUMNS = ("site", "spelling", "backward", "line", "entry")
+_LONG = 24
+"""The number of sites above which repeated blocks are folded into one row."""
 _KEPT = "kept"
 """The head of the column that shows what sites keep for the backward, natively and with their rules."""
 
@@ -94,15 +96,17 @@ class Plan:
     def __str__(self) -> str:
         return self.to_text()
 
-    def to_text(self, width: int | None = None) -> str:
+    def to_text(self, width: int | None = None, *, fold: bool | None = None) -> str:
         """The plan as an aligned table.
 
         Args:
             width: The maximal length of a line; 0 for no limit. Default: the width of the terminal.
+            fold: Whether the sites of repeated blocks are one row if they differ only in the number of the block:
+                ``blocks.0-7.act:silu[0] ×8``. Default: if there are more than 24 sites.
         """
         width = terminal_width() if width is None else width
-        table = aligned(self._rows(), width)
-        remarks = [filled(remark, width) for remark in self._remarks()]
+        table = aligned(self._rows(fold), width)
+        remarks = [filled(remark, width) for remark in self._remarks(fold)]
         parts = [self._totals(), table if self.decisions else "", "\n".join(remarks)]
         return "\n\n".join(part for part in parts if part)
 
@@ -167,12 +171,16 @@ class Plan:
 
     # -- text
 
-    def _rows(self) -> list[tuple[str, ...]]:
+    def _rows(self, fold: bool | None = None) -> list[tuple[str, ...]]:
         rows = [_COLUMNS, *(self._row(d) for d in self.decisions)]
-        if self.memory is None:
-            return rows
-        cells = [_KEPT, *("" if d.memory is None else str(d.memory) for d in self.decisions)]
-        return [(*row[:3], cell, *row[3:]) for row, cell in zip(rows, cells, strict=True)]
+        if self.memory is not None:
+            cells = [_KEPT, *("" if d.memory is None else str(d.memory) for d in self.decisions)]
+            rows = [(*row[:3], cell, *row[3:]) for row, cell in zip(rows, cells, strict=True)]
+        return [rows[0], *folded(rows[1:])] if self._folds(fold) else rows
+
+    def _folds(self, fold: bool | None) -> bool:
+        """Whether rows of repeated blocks are one row."""
+        return len(self.decisions) > _LONG if fold is None else fold
 
     def _totals(self) -> str:
         counts = [f"{len(self.with_action(a))} {w}" for a, w in _ACTIONS if self.with_action(a)]
@@ -187,7 +195,7 @@ class Plan:
         backward, source = backward_of(decision), _short(site.source)
         return (name, site.spelling, backward, source, entry)
 
-    def _remarks(self) -> Iterable[str]:
+    def _remarks(self, fold: bool | None = None) -> Iterable[str]:
         counted = zip(self._counted(), self._memory_by_entry(), strict=True)
         for number, ((hits, taken), memory) in enumerate(counted, start=1):
             entry = self.table.entries[number - 1]
@@ -212,8 +220,9 @@ class Plan:
             yield f"Run in Python, outside of the captured graphs, {_sites(len(self.eager))}: {names}."
         for step in self.steps:
             yield f"Note: {step}."
-        for opaque in self.opaque:
-            yield f"Opaque: {opaque}."
+        opaque = [(str(call),) for call in self.opaque]
+        for (text,) in opaque if fold is False else folded(opaque):
+            yield f"Opaque: {text}."
         caches = [str(lost) for lost in self.lost if isinstance(lost, Cache)]
         if caches:
             more = f" (so are {len(caches) - 1} more)" if caches[1:] else ""
