@@ -169,6 +169,22 @@ def test_the_steps_of_an_optimizer_are_recorded_every_so_often() -> None:
     assert monitor._repr_html_().count("<tr>") == 7
 
 
+def test_a_step_that_is_left_out_has_no_part_in_the_record_of_the_next() -> None:
+    model = fg.transform(Net().eval(), RULES)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    zero_grad = optimizer.zero_grad
+    with fg.GradientMonitor(model, optimizer) as monitor:
+        for scale in (math.inf, 1.0, 1.0):
+            optimizer.zero_grad()
+            (scale * loss_of(model)).backward()
+            if scale == 1.0:  # as a GradScaler does
+                optimizer.step()
+    assert optimizer.zero_grad == zero_grad
+    first, second = ([{**r, "step": 0} for r in monitor.records if r["step"] == n] for n in (0, 1))
+    assert first == second
+    assert not any(record["nonfinite"] for record in first)
+
+
 def test_a_monitor_without_steps_says_what_it_waits_for() -> None:
     with fg.GradientMonitor(Net()) as monitor:
         pass

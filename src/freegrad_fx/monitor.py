@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ._torch.dynamo import backend_of, is_compiling
 from ._torch.modules import COMPILED_CALL, compiled_model
+from ._torch.replacing import replaced
 from .backward.observing import observed_by
 from .batches import restored
 from .blocks import native
@@ -42,14 +43,14 @@ class GradientMonitor:
     optimizer, whose step then does it. No gradient changes. On exit, also by an error, all hooks are removed.
 
     A site is recorded with the gradient that its rules give the input of the operation; those of several backwards of a
-    step are measured as one. Sites are not observed in compiled code, where `torch.func` computes the gradient, and in
-    replicas of `nn.DataParallel`: there, only parameters are recorded.
+    step are measured as one, until the optimizer sets the gradients to zero. Sites are not observed in compiled code,
+    where `torch.func` computes the gradient, and in replicas of `nn.DataParallel`: there, only parameters are recorded.
 
     Args:
         model: The model: transformed, compiled, or plain, for example in blocks of `use`; or one that contains
             transformed models. Sites are recorded while the model is called, or a transformed model in it.
-        optimizer: The optimizer, at whose steps is recorded; None to call `step`. A `GradScaler` leaves out steps, so
-            call `step` before that of the scaler.
+        optimizer: The optimizer, at whose steps is recorded; None to call `step`. A `GradScaler` leaves out steps, of
+            which there is then no record.
         every: The number of steps from one record to the next.
         cosine_every: The number of records from one with cosines to the next, for those that have a `closure`.
         file: Where to append the records as JSON lines. A value that is not finite is written as null.
@@ -121,6 +122,8 @@ class GradientMonitor:
             if self._optimizer is not None:
                 hook = self._optimizer.register_step_pre_hook(lambda *_: self.step())
                 stack.callback(hook.remove)
+                # After a step that a GradScaler has left out, the gradients are not those of the next step
+                stack.enter_context(replaced(self._optimizer, "zero_grad", self._forgetting))
             self._lines = None
             if self._file is not None:
                 self._lines = stack.enter_context(Path(self._file).open("a", encoding="utf-8"))
@@ -134,11 +137,22 @@ class GradientMonitor:
 
     def __exit__(self, *_: object) -> None:
         self._open = False
-        self._sites.clear()
-        self._random = None
+        self._forget()
         while self._entered.contexts:  # an interrupt can leave a call without its hook
             self._entered.contexts.pop().__exit__(None, None, None)
         self._undo.close()
+
+    def _forgetting(self, zero_grad: Callable[..., None]) -> Callable[..., None]:
+        def run(*args: Any, **kwargs: Any) -> None:
+            zero_grad(*args, **kwargs)
+            self._forget()
+
+        return run
+
+    def _forget(self) -> None:
+        """Forget what the sites gave, and the random numbers of the step."""
+        self._sites.clear()
+        self._random = None
 
     def _observed(self) -> list[tuple[str, nn.Module]]:
         """The model, and the transformed models in it."""
@@ -193,8 +207,7 @@ class GradientMonitor:
             raise RuntimeError("a GradientMonitor records only in its block: with monitor: ...")
         if self._records():
             self._record(closure)
-        self._sites.clear()
-        self._random = None
+        self._forget()
         self._steps += 1
 
     def _record(self, closure: Callable[[], Tensor] | None) -> None:

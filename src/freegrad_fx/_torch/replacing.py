@@ -91,7 +91,7 @@ def replaced(owner: Any, name: str, make: Make, *, asks_for_thread: bool = False
     """Replace an attribute while the block runs, for the thread that runs it.
 
     Args:
-        owner: A module or a class.
+        owner: A module, a class, or an object with attributes of its own.
         name: The name of a function in it, or of an attribute of its instances, which is replaced by a property.
         make: Returns the replacement, given the value for this thread so far: a function, which is called with one
             frame between its caller and itself, or a property.
