@@ -317,7 +317,8 @@ def test_a_model_deeper_than_the_recursion_limit() -> None:
     depth = sys.getrecursionlimit() + 200
     net = nn.Sequential(*(nn.ReLU() for _ in range(depth)))
     gm = fg.transform(net, {"relu": fg.rules.scale(s=-1.0)})
-    assert str(fg.report(gm)).count("relu[0]") == depth
+    assert f"0-{depth - 1}:relu[0] ×{depth} " in str(fg.report(gm))
+    assert fg.report(gm).to_text(fold=False).count("relu[0]") == depth
     assert len(fg.explain(net, {"relu": "straight_through"}).decisions) == depth
     block = fg.use({"relu": fg.rules.scale(s=-1.0)}, model=net)
 
