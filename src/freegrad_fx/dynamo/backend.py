@@ -48,8 +48,8 @@ class Backend:
         options: Options for `inner`.
 
     Attributes:
-        findings: What was found in the compiled programs.
-        in_python: The block around each call, which acts on what runs in Python.
+        findings (freegrad_fx.dynamo.findings.Findings): What was found in the compiled programs; `report` shows it.
+        in_python (freegrad_fx.dynamo.outside.InPython): The block around each call, which acts on what runs in Python.
     """
 
     def __init__(
