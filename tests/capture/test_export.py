@@ -136,6 +136,15 @@ def test_examples_that_the_forward_does_not_take_are_an_error_with_the_reason() 
         fg.transform(Plain(), RULE, example_inputs=(torch.ones(4, 5),))
 
 
+def test_a_condition_on_values_is_refused_with_a_way_in_that_takes_it() -> None:
+    class Branches(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.cond(x.sum() > 0, torch.sin, torch.cos, (x,)) + torch.relu(x)
+
+    with pytest.raises(fg.CaptureError, match=r"freegrad_fx\.compile"):
+        fg.transform(Branches(), RULE, example_inputs=sample())
+
+
 def test_arguments_in_containers_and_by_keyword() -> None:
     arguments = {"x": {"a": rows(4, 1), "b": rows(4, 2)}, "y": [rows(4, 3)], "z": rows(4, 4)}
     check_capture(Two, call(**arguments), example_inputs=arguments)

@@ -65,11 +65,12 @@ class _Draws(DispatchMode):  # type: ignore[misc]
     """Notes whether an operation of this thread draws random numbers."""
 
     seen = False
+    supports_higher_order_operators = True  # a forward can call torch.cond
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
-        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        self.seen |= torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
         return func(*args, **(kwargs or {}))
 
 
