@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ..errors import TableError
 from ..table import Entry, RuleTable
@@ -71,5 +73,18 @@ def check_table(file: str, allow_imports: bool) -> tuple[RuleTable, list[int | N
             good += load_table({"rule": [entry]}, allow_imports, place)
             begins.append(line)
         except TableError as error:
-            faults.append(Fault(line, str(error)))
+            texts = dict.fromkeys([str(error), *_of_selector(entry, allow_imports, place)])
+            faults += [Fault(line, one) for one in texts]
     return RuleTable(good), begins, faults
+
+
+def _of_selector(entry: Any, allow_imports: bool, place: Callable[..., str]) -> list[str]:
+    """What is wrong with the selector of an entry: the rule is read first, and its fault hides this one."""
+    if not isinstance(entry, dict):
+        return []
+    selector = {k: v for k, v in entry.items() if k not in ("backward", "forward", "params")}
+    try:
+        load_table({"rule": [{**selector, "backward": "native"}]}, allow_imports, place)
+    except TableError as error:
+        return [str(error)]
+    return []
