@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 
@@ -103,6 +104,13 @@ def test_a_misspelt_name_of_the_package_has_a_suggestion() -> None:
         _ = fg.rulse
     with pytest.raises(AttributeError, match=r"no attribute 'zzz'$"):
         _ = fg.zzz
+
+
+def test_completion_shows_public_names_alone() -> None:
+    assert set(dir(fg)) == {*fg.__all__, "__version__"}
+    spaces = [getattr(fg, name) for name in fg.__all__ if inspect.ismodule(getattr(fg, name))]
+    spaces.remove(fg.core)  # exports nothing of its own
+    assert all(dir(space) == sorted(space.__all__) for space in spaces)
 
 
 def test_of_many_names_some_are_listed_with_the_code_that_returns_all() -> None:

@@ -26,6 +26,10 @@ from .errors import RuleError
 __all__ = ["jvp", "vjp"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def vjp(
     f: Callable[[Tensor], Tensor],
     x: Tensor,

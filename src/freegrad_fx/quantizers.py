@@ -23,6 +23,10 @@ from .vocabulary.learnt import step_quantize
 __all__ = ["binary", "dorefa", "int4", "int8", "lsq", "ternary"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def int8(per_channel: bool = True) -> Rule:
     """Eight bits, symmetric, with the largest magnitude as the end of the range.
 

@@ -25,6 +25,11 @@ __all__ = [
     "warm_up",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 Schedule: TypeAlias = Callable[[int], float]
 """The value of a parameter, given the number of the step; the first step is 0."""
 

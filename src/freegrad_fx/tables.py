@@ -32,6 +32,11 @@ __all__ = [
     "ternary_weights",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 MLPS = ("*mlp*", "*intermediate*", "*feed_forward*", "*ffn*")
 """Patterns for the paths of the blocks between attentions, as models of Hugging Face and torchvision name them."""
 

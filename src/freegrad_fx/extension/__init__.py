@@ -8,3 +8,7 @@ gradients.
 from .library import Status, build, status
 
 __all__ = ["Status", "build", "status"]
+
+
+def __dir__() -> list[str]:
+    return __all__

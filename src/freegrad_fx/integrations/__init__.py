@@ -6,6 +6,10 @@ from typing import Any
 __all__ = ["lightning", "transformers"]
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 def __getattr__(name: str) -> Any:
     if name in __all__:
         return importlib.import_module(f"{__name__}.{name}")

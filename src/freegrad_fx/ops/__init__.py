@@ -71,6 +71,11 @@ __all__ = [
     "written_back",
 ]
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 # Generated code and saved graphs refer to each function by this module, whichever submodule defines it
 for _name in __all__:
     globals()[_name].__module__ = __name__

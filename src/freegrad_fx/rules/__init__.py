@@ -27,3 +27,7 @@ __all__ = [
     "register",
 ]
 __all__ += sorted(_BUILT_IN)
+
+
+def __dir__() -> list[str]:
+    return __all__

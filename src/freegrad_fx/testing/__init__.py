@@ -7,3 +7,7 @@ from .check import CHECKS, check_rule
 from .failure import Failure
 
 __all__ = ["CHECKS", "Failure", "check_rule"]
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -31,3 +31,7 @@ __all__ = [
     "step_quantize",
     "ternarize",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__
