@@ -46,10 +46,6 @@ class Backend:
         inner: The backend that compiles the rewritten graphs.
         strict: Raise an error where the default is a warning.
         options: Options for `inner`.
-
-    Attributes:
-        findings (freegrad_fx.dynamo.findings.Findings): What was found in the compiled programs; `report` shows it.
-        in_python (freegrad_fx.dynamo.outside.InPython): The block around each call, which acts on what runs in Python.
     """
 
     def __init__(
@@ -60,10 +56,12 @@ class Backend:
         self.inner = inner
         self.strict = strict
         self._options = dict(options)
+        # What was found in the compiled programs; `report` shows it
         self.findings = Findings(table, strict)
         _refuse_entries(table)
         self._depends_on_place = any(_depends_on_place(entry) for entry in table.entries)
         self._local = threading.local()
+        # The block around each call, which acts on what runs in Python
         self.in_python = InPython(Outside(self))
         self.__dict__[PLAN] = self.report
         operations()
