@@ -77,6 +77,10 @@ LIGHT = (*GRADIENT_ALONE, "rectangular", "d(ReLU)", "triangular", "fast_sigmoid"
 # Rules by what they save. A rule of y saves nothing more, as the next layer keeps its input.
 OF_NOTHING = (*(name for name in MEASURED if not fg.get(name).inputs), "a rule of y")
 OF_X = (*(name for name in MEASURED if "x" in fg.get(name).inputs and name not in LESS_THAN_X),)
+# Whose mask is computed in one pass; random rules spend their time in the generator.
+LIGHT_MASKS = tuple(
+    f"{n}, save=mask" for n in ("d(ReLU)", "guided", "rectangular", "clipped_straight_through")
+)
 OF_A_MASK = (*(f"{name}, save=mask" for name in MASKED),)
 # Usual networks, in which a rule is hardly visible.
 USUAL = ("MLP 8×256", "resnet18", "vgg11_bn", "ViT, 4 layers of 128")
@@ -88,13 +92,14 @@ def extended(names: tuple[str, ...]) -> tuple[str, ...]:
 
 
 SURROGATES = (*SMALL_RULES[SPIKING],)
-# In the spiking MLP of `steps`.
-SPIKING_RULES = (*STEP_RULES, "arctan, heaviside")
+# In `steps`.
+PLAIN = (*(name for name, (_, options) in STEP_RULES.items() if not options),)
+SPIKING_RULES = (*PLAIN, "arctan, heaviside")
 
 TARGETS = (
     Target("operators", NATIVE_RELU, 1.3, (*GRADIENT_ALONE, "d(ReLU)")),
     Target("operators", NATIVE_RELU, 1.5, ("rectangular", "clipped_straight_through", "guided")),
-    Target("operators", NATIVE_RELU, 1.4, extended(OF_A_MASK)),
+    Target("operators", NATIVE_RELU, 1.4, extended(LIGHT_MASKS)),
     Target("operators", FASTEST_PEER, 0.4, (*PIECES, *extended(PIECES))),
     Target("operators", FASTEST_PEER, 0.5, (*OTHERS, *extended(OTHERS))),
     Target("small", NATIVE_RELU, 1.7, LIGHT),
@@ -114,7 +119,7 @@ TARGETS = (
     Target("compiled", NATIVE_RELU, 2.0),
     Target("compiled", f"{NATIVE_RELU}, compiled", None),
     *(Target("fuse", rule, None, (f"{rule}, fuse",)) for rule in FUSED),
-    Target("steps", NATIVE, 1.02, groups=USUAL),
+    Target("steps", NATIVE, 1.02, (*PLAIN, *extended(PLAIN)), USUAL),
     Target("steps", NATIVE, 1.03, extended(SPIKING_RULES), (SPIKING_STEPS,)),
     Target("steps", "snnTorch", 0.8, extended(("arctan, heaviside",)), (SPIKING_STEPS,)),
     Target("compiled-steps", NATIVE, 1.0, median_limit=1.02),

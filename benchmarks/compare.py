@@ -38,14 +38,19 @@ from ._tables import SECTIONS, Row, as_text, memory_rows, timed_rows
 Group = Callable[[], list[Row]]
 
 
-def groups(section: str, quick: bool, seconds: float) -> Iterator[tuple[str, Group]]:
+Clock = Callable[[], float]
+
+
+def groups(
+    section: str, quick: bool, seconds: float, clock: Clock = time.perf_counter
+) -> Iterator[tuple[str, Group]]:
     """The groups of a section, each with the function that measures it."""
 
     def timed(
         group: str, steps: Mapping[str, Callable[[], Any]], notes: Mapping[str, str] | None = None
     ) -> list[Row]:
         least = 3 if quick else 15
-        times = compare(steps, seconds=seconds, least=least, before=cases.choose)
+        times = compare(steps, seconds=seconds, least=least, before=cases.choose, clock=clock)
         return timed_rows(section, group, times, notes)
 
     def each(
@@ -141,10 +146,14 @@ def _attributions(quick: bool) -> tuple[Mapping[str, Callable[[], Any]], Mapping
 
 
 def measure(
-    section: str, quick: bool, seconds: float, only: list[str] | None = None
+    section: str,
+    quick: bool,
+    seconds: float,
+    only: list[str] | None = None,
+    clock: Clock = time.perf_counter,
 ) -> Iterator[list[Row]]:
     """The rows of a section, one group after the other; of the groups whose names have one of these texts in them."""
-    for name, group in groups(section, quick, seconds):
+    for name, group in groups(section, quick, seconds, clock):
         if not only or any(text in name for text in only):
             yield group()
 
@@ -179,12 +188,15 @@ def main(arguments: list[str] | None = None) -> None:
         "quick": options.quick,
         "missing": absent,
     }
+    clock = time.thread_time if options.processor_time else time.perf_counter
+    if options.processor_time:
+        run["clock"] = "processor time of the thread"
     results, rows = Results.read(options.out), list[Row]()
     try:
         for section in options.only:
             start = time.perf_counter()
             found: list[Row] = []
-            for group in measure(section, options.quick, options.seconds, options.groups):
+            for group in measure(section, options.quick, options.seconds, options.groups, clock):
                 for _, part in itertools.groupby(group, lambda row: row.group):
                     print(f"\n{as_text([*part])}", flush=True)
                 found += group
@@ -224,6 +236,10 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, help="about how long a group takes (4)")
     parser.add_argument("--threads", type=int, default=1, help="that PyTorch may use")
+    parser.add_argument(
+        "--processor-time", action="store_true",
+        help="count the time that the processor spends on the thread, for small tensors on a busy machine",
+    )  # fmt: skip
     parser.add_argument("--build", action="store_true", help="build the C++ extension first")
     parser.add_argument("--quick", action="store_true", help="small inputs and few rounds")
     parser.add_argument(

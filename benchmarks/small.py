@@ -1,4 +1,4 @@
-"""``python -m benchmarks.small``: the sections of `benchmarks.compare` with small tensors.
+"""``python -m benchmarks.small``: the sections of `benchmarks.compare` with small tensors, in processor time.
 
 It takes the options of `benchmarks.compare`, such as ``--build`` and ``--seconds``.
 """
@@ -12,4 +12,4 @@ from . import compare
 SECTIONS = ("small", "small-steps")
 
 if __name__ == "__main__":
-    compare.main(["--only", *SECTIONS, *sys.argv[1:]])
+    compare.main(["--only", *SECTIONS, "--processor-time", *sys.argv[1:]])

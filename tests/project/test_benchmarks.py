@@ -344,6 +344,7 @@ def test_a_candidate_has_the_targets_of_its_kind(
     ("section", "group", "name", "expected"),
     [
         ("steps", "resnet18", "triangular", [("native", 1.02)]),
+        ("steps", "resnet18", "rectangular, save=mask, extension", []),
         ("steps", cases.SPIKING_STEPS, "triangular", []),
         ("steps", cases.SPIKING_STEPS, "arctan, heaviside, extension", [("native", 1.03), ("snnTorch", 0.8)]),
         ("small-steps", networks.LAYERS, "rectangular", [("native", 1.4)]),
@@ -530,7 +531,10 @@ def test_the_command_writes_json_and_says_which_peers_are_missing(
     monkeypatch.setattr(fg.extension, "status", lambda: absent)
     out = tmp_path / "new" / "compare.json"
     command.main(
-        ["--quick", "--only", "memory", "attribution", "--groups", "one", "--out", str(out)]
+        [
+            *("--quick", "--processor-time", "--only", "memory", "attribution"),
+            *("--groups", "one", "--out", str(out)),
+        ]
     )
     printed = capsys.readouterr().out
     assert f"Not installed, and so not measured: {', '.join(peers.PEERS)}." in printed
@@ -542,6 +546,7 @@ def test_the_command_writes_json_and_says_which_peers_are_missing(
     (run,) = data["runs"]
     assert run["missing"] == list(peers.PEERS)
     assert run["quick"]
+    assert run["clock"] == "processor time of the thread"
     assert run.keys() >= machine().keys()
     assert run["torch"] == torch.__version__
     assert {row["group"] for row in data["rows"]} == {"one activation"}
