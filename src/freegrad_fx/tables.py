@@ -12,6 +12,7 @@ from typing import Any
 from torch import nn
 
 from . import quantizers
+from .core.rule import get
 from .table import Entry, RuleTable, Selection, on
 
 __all__ = [
@@ -278,7 +279,11 @@ def lsq(bits: int = 4, *, per_channel: bool = False) -> RuleTable:
 
 
 def save_memory(
-    *, relu: bool = False, frozen: bool = False, gates: Sequence[str] = GATES
+    *,
+    relu: bool = False,
+    frozen: bool = False,
+    recompute: int = 0,
+    gates: Sequence[str] = GATES,
 ) -> RuleTable:
     """A table with which a training step keeps less memory, and has the same gradients up to rounding.
 
@@ -287,6 +292,9 @@ def save_memory(
             keep its input, for example before a pool, a sum or a frozen layer; elsewhere it costs that bit.
         frozen: Whether convolutions, and batch norms in eval mode, keep their input only if their weight is trained. It
             saves nothing in a model whose weights are all trained.
+        recompute: The number of operations that the backward may compute again for the input of a convolution, which is
+            then not kept: ReLUs, batch norms, sums and max pools, whose inputs are kept. A ResNet keeps about half of
+            what it keeps natively with 16. It includes `relu`, and takes time. It acts in eager mode only.
         gates: Patterns for the paths of the modules that multiply ``silu(gate)`` and another tensor. Only there is the
             output of a SiLU computed again. An empty list for none.
 
@@ -298,8 +306,12 @@ def save_memory(
         on('max_pool', optional=True).backward('exact_max_pool')
     """
     ops = ["max_pool", "avg_pool", "layer_norm", "rms_norm", "leaky_relu"]
-    ops += ["relu"] * relu + ["conv", "batch_norm"] * frozen
+    again = bool(recompute)
+    ops += ["relu"] * (relu or again) + ["batch_norm"] * (frozen or again) + ["add"] * again
     entries = [on(op, optional=True).backward(f"exact_{op}") for op in ops]
+    if frozen or again:
+        conv = get("exact_conv")(recompute=recompute) if again else "exact_conv"
+        entries.append(on("conv", optional=True).backward(conv))
     if gates:
         inside = [p for path in gates for p in (path, f"{path}.*")]
         entries.append(on("silu", module=inside, optional=True).backward("exact_silu"))

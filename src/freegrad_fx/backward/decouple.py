@@ -23,12 +23,13 @@ from .._torch.dispatch import function_transforms_active, without_dead_transform
 from .._torch.dynamo import is_compiling
 from ..core.rule import Rule
 from ..errors import RuleError
+from .again import Operands, note
 from .functions import OVERWRITTEN, Call, Composable, follows_another
 from .hazards import refuse_compiled_transform
 from .node import apply
 from .observing import observers_of_now
 from .operator import operands
-from .several import Operands, answers_for_several, apply_composable, apply_several
+from .several import answers_for_several, apply_composable, apply_several
 
 __all__ = ["decouple"]
 
@@ -86,10 +87,14 @@ def decouple(
             observers = ()
         described = Call(rule, site, parameters, save, compile, observers)
         if several:
-            return apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
-        if read is None:
-            return apply(y, x, described)
-        return apply(y, x, described, without_dead_transform(read))
+            out = apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
+        elif read is None:
+            out = apply(y, x, described)
+        else:
+            out = apply(y, x, described, without_dead_transform(read))
+        if rule.declaration.again:
+            note(out, operation, rule.declaration)
+        return out
     if several:
         described = Call(rule, site, parameters, save, compile)
         return apply_composable(y, operation or Operands("", {"x": x}, {}), described, read)

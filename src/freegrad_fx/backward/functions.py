@@ -457,4 +457,5 @@ def checked(
             f"rule {rule.name!r}{where} returned a gradient of dtype {result.dtype} for {value} of dtype "
             f"{dtype}; grad has dtype {grad.dtype}. Keep the dtype: result.to(grad.dtype)."
         )
-    return result.to(dtype)
+    found: Tensor = result.real if result.is_complex() and not dtype.is_complex else result
+    return found.to(dtype)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import RuleError, unknown
 from ..vocabulary.operands import operation_of
+from .again import Recipe, recipe_of
 
 __all__ = ["Native", "autocast_of_now"]
 
@@ -95,6 +96,19 @@ class Native:
         self._require(given, self._present)
         with self._as_in_forward():
             return self._operation(given, self._constants)
+
+    def recipe(self, operand: str, longest: int) -> Recipe | None:
+        """How an operand can be computed again in the backward, from what is kept anyway. For the lean form of a rule.
+
+        Args:
+            operand: The name of the operand, which the lean form reads.
+            longest: The number of operations that may be computed again.
+
+        Returns:
+            A value to keep, whose method `compute` computes the operand; None if the operand itself has to be kept.
+        """
+        (value,) = (self._known.get(name) for name in self._named({operand: None}))
+        return recipe_of(value, longest)
 
     def gradient(self, operand: str, grad: Tensor, **operands: Tensor) -> Tensor:
         """Compute the native gradient of one operand.

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from .._torch.dynamo import takes_for_constant
 from ..core.rule import Rule, of_token
+from .again import Operands
 from .functions import Call
 from .node import apply
-from .several import Operands, answers_for_several, apply_several
+from .several import answers_for_several, apply_several
 
 __all__ = ["described", "operands"]
 

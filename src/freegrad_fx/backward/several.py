@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import types
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from ..core.declaration import Declaration
 from ..core.lean import KEPT, Lean
 from ..core.rule import Rule
 from ..errors import RuleError
+from .again import Operands
 from .functions import (
     Call,
     blame_parameters,
@@ -33,32 +34,18 @@ from .functions import (
     tell,
     versions,
 )
+from .keeping import kept_again, saved_of
 from .native import Native, autocast_of_now
 from .observing import Observer
 from .once import differentiated_once
 
 __all__ = [
-    "Operands",
     "answers_for_several",
     "apply_composable",
     "apply_several",
     "rule_of_several",
     "several_behind",
 ]
-
-
-class Operands(NamedTuple):
-    """The operation of a site, with its operands.
-
-    Attributes:
-        operation: The canonical name of the operation; ``""`` if it is not known.
-        values: The operands by name, the first one first. None for one that the call leaves out.
-        constants: The further arguments of the operation, by PyTorch's names.
-    """
-
-    operation: str
-    values: Mapping[str, Tensor | None]
-    constants: Mapping[str, Any]
 
 
 def answers_for_several(declaration: Declaration, parameters: Mapping[str, Any]) -> bool:
@@ -259,20 +246,9 @@ def _kept(
     if layout.rule.declaration.operation:
         arguments[OPERATION] = _native(ctx, layout, read, needs)
     values = lean.keep(**arguments, **call.parameters)
-    saved = {name: read[name] for name in lean.saves if name in read}
-    given = {id(value) for value in (*read.values(), *layout.constants.values())}
-    for place, value in enumerate(values):
-        if isinstance(value, Tensor):
-            saved[f"{KEPT}{place}"] = value
-            # it is computed from the operands, but a second derivative would take it for a constant
-            computed = not value.requires_grad and value.is_floating_point()
-            ctx.once = ctx.once or (computed and id(value) not in given)
-    ctx.kept = tuple(_SAVED if isinstance(value, Tensor) else value for value in values)
+    known = tuple(layout.constants.values())
+    saved, ctx.kept, ctx.once = saved_of(values, lean, read, known)
     return saved
-
-
-_SAVED = object()
-"""What stands in the place of a tensor that is saved."""
 
 
 def _needs(ctx: Any, layout: _Layout) -> frozenset[str]:
@@ -327,7 +303,7 @@ def _gradients(ctx: Any, grad: Tensor) -> list[Tensor | None]:
         arguments[OPERATION] = _native(ctx, layout, inputs, _needs(ctx, layout))
     formula: Callable[..., Any] = declaration.function
     if lean is not None:
-        arguments[KEPT] = tuple(next(tensors) if v is _SAVED else v for v in ctx.kept)
+        arguments[KEPT] = kept_again(ctx.kept, tensors)
         formula = lean.formula
     counts = not (declaration.own or is_compiling())
     before = versions(grad, saved) if counts else 0

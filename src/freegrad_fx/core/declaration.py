@@ -82,6 +82,7 @@ class Declaration:
             lean form.
         native_if: The argument of the operation where the call keeps its native backward if it is true; ``""`` if there
             is none.
+        again: The canonical name of the operation whose output the rule lets others compute again; ``""`` for none.
         needs_operation: What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing.
     """
 
@@ -119,6 +120,7 @@ class Declaration:
     learns: Learns = field(default_factory=dict)
     operation: bool = False
     native_if: str = ""
+    again: str = ""
     several: bool = field(init=False)
     needs_operation: str = field(init=False)
 
@@ -135,12 +137,12 @@ class Declaration:
         Args:
             operands: The operands of the call, the first one first: ``x`` stands for that.
         """
-        if not self.needs_operation:
+        if not (self.needs_operation or self.again):
             return None
         first = operands[0]
         reads = {first if name == "x" else name for name in self.inputs}
         answers = {first if name == "x" else name for name in self.answers or ("x",)}
-        takes = {*operands} if self.operation else {*operands} & (reads | answers)
+        takes = {*operands} if self.operation or self.again else {*operands} & (reads | answers)
         return Uses(frozenset(reads), frozenset(answers), frozenset(takes))
 
     @property

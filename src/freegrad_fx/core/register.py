@@ -47,6 +47,7 @@ def register(
     relevance: bool = False,
     joint: bool = False,
     native_if: str = "",
+    again: str = "",
     answers: str | tuple[str, ...] = (),
     learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
     overwrite: bool = False,
@@ -114,6 +115,9 @@ def register(
             with a norm over the whole tensor. The option ``over`` can then join the gradients of several parameters.
         native_if: The name of an argument of the operation, for a rule that uses ``f``: a call for which it is true
             keeps its native backward, such as ``"training"`` for a rule of a batch norm in eval mode.
+        again: The canonical name of an operation, for a rule with its native gradient: other rules may compute the
+            output of the operation again in the backward, so that it is not kept; ``f.recipe("x", longest)`` in their
+            lean form tells how.
         answers: The operands that the rule gives a gradient to. The others keep their native gradient. Default: the
             first operand that the signature names.
         learns: The parameters that the rule gives a gradient to, if they are tensors that require one. Either their
@@ -191,6 +195,7 @@ def register(
             learns=learnt,
             operation=formula.operation,
             native_if=_read_native_if(name, native_if, formula),
+            again=again,
         )
         _check_forms(declaration)
         rule = Rule.of(declaration)

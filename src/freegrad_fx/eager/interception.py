@@ -17,6 +17,7 @@ from .._torch.dispatch import function_mode_active, innermost_function_mode
 from .._torch.dynamo import is_compiling, leave_to_python, run_in_python, takes_for_constant
 from ..context import intercepting_blocks, left_alone, programs
 from ..ops.comparisons import input_of_step
+from ..ops.gradients import noted
 from ..sites.merged import MERGED
 from ..sites.site import REPLACE
 from ..vocabulary.op import Spelling
@@ -122,15 +123,18 @@ def _operation(
         args, kwargs = with_edges(spelling.found, args, kwargs, decisions, inplace=inplace)
         other = {operand.name for operand in spelling.found[1:]}
         decisions = {at: d for at, d in decisions.items() if at not in other}
-    used, replaces = None, decisions.get(REPLACE)
+    used, native, replaces = None, None, decisions.get(REPLACE)
     if replaces is not None and replaces.uses_operands and rules_act():
         used = used_call(spelling, func, args, kwargs, replaces)
         if used is not None and used.native:
-            used, decisions = None, {at: d for at, d in decisions.items() if at != REPLACE}
+            used, native = None, used
+            decisions = {at: d for at, d in decisions.items() if at != REPLACE}
         args, kwargs = (args, kwargs) if used is None else (used.args, used.kwargs)
     operation = with_argument(func, args, kwargs, key)
     inplace = spelling.inplace
     result = observing[-1].run(lambda: run(operation, x, decisions, inplace=inplace, used=used))
+    if native is not None and replaces is not None and not decisions:
+        result = noted(result, x, replaces.rules[0], native.operation, native.operands)
     return result, asked
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import RuleError
+from ..ops.gradients import copied
 from ..plan import Decision
 from ..vocabulary.calls import constants_of
 from ..vocabulary.op import Spelling
@@ -63,17 +64,17 @@ def used_call(
             f"rule {declaration.name!r} computes the operation at other operands, which is not possible for this call "
             f"of {op.name} at site {decision.site.name!r}. Give the site None, or a rule without `f`."
         )
-    if constants.get(declaration.native_if):
-        return UsedCall(args, kwargs, False, op.name, constants, native=True)
+    native = bool(constants.get(declaration.native_if))
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     operands: dict[str, Any] = {n: None for n in op.operands if n != first.name}
     for operand in others:
         if operand.name not in uses.takes:
             continue
         value: Tensor = given[operand.key]
-        start = value.clone() if spelling.inplace and operand.name in uses.reads else value
+        copies = spelling.inplace and operand.name in uses.reads
+        start = copied(value) if copies else value
         operands[operand.name] = start.transpose(-2, -1) if operand.transposed else start
-        if operand.name in uses.answers:
+        if operand.name in uses.answers and not native:
             given[operand.key] = value.detach()
     return UsedCall(
         tuple(given[index] for index in range(len(args))),
@@ -81,4 +82,5 @@ def used_call(
         first.name in uses.answers,
         op.name,
         {**operands, **constants},
+        native,
     )

@@ -17,7 +17,7 @@ from ..context import left_alone
 from ..core.rule import Forward, Rule, learnt_by
 from ..ops.checks import require_unwritten, warn_if_native, write_count
 from ..ops.functions import apply_forward, function_key
-from ..ops.gradients import copied, decoupled_by
+from ..ops.gradients import copied, decoupled_by, overwritten_by
 from ..plan import Decision
 from ..sites.site import OUTPUT, REPLACE
 from ..vocabulary.activations import OPS
@@ -138,7 +138,7 @@ def run(
     of_input = [d for d in acting if d.site.at != OUTPUT]
     start = x
     if inplace and (used is not None or any(d.reads("x") for d in of_input)):
-        start = x.clone()
+        start = copied(x)
     for edge in of_input:
         if edge.site.at != REPLACE:
             start = decoupled_by(edge.rules, start.detach(), start, edge.site.name)
@@ -163,9 +163,9 @@ def run(
         y = decoupled_by(output.rules, y.detach(), y, output.site.name)
         read = read or output.reads("x") or output.reads("y")
     if inplace:
-        return x.copy_(y)
+        return overwritten_by(x, y)
     # What the rules read must not change if the model writes into the result
-    return y.clone() if read else y
+    return copied(y) if read else y
 
 
 def with_argument(

@@ -18,9 +18,9 @@ from torch.overrides import (
 )
 
 from .._torch.dynamo import is_compiling
+from ..backward.again import Operands, carry, note
 from ..backward.decouple import decouple
 from ..backward.hazards import records_forward_alone, warn_if_recorded
-from ..backward.several import Operands
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 from ..vocabulary.operands import operation_of
@@ -31,7 +31,9 @@ __all__ = [
     "decoupled",
     "decoupled_by",
     "kept",
+    "noted",
     "operands_by_name",
+    "overwritten_by",
     "stop_gradient",
     "written_back",
 ]
@@ -77,6 +79,12 @@ def kept(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
 
 def copied(x: Tensor) -> Tensor:
     """A copy of `x`. That of a detached tensor has the same strides, because kernels round differently on others."""
+    copy = _copied(x)
+    carry(x, copy)
+    return copy
+
+
+def _copied(x: Tensor) -> Tensor:
     copy = x.clone()
     if (
         is_compiling()
@@ -106,7 +114,14 @@ def written_back(x: Tensor, out: Tensor, *, ambient: str = "", site: str = "") -
     if has_torch_function_variadic(x, out):
         given = _if_given(ambient=ambient, site=site)
         return handle_torch_function(written_back, (x, out), x, out, **given)
-    return x.copy_(out) if _copies(ambient, site) else out
+    return overwritten_by(x, out) if _copies(ambient, site) else out
+
+
+def overwritten_by(x: Tensor, out: Tensor) -> Tensor:
+    """Write `out` into `x`, and return `x`."""
+    result = x.copy_(out)
+    carry(out, result)
+    return result
 
 
 def _copies(ambient: str, site: str) -> bool:
@@ -194,8 +209,10 @@ def decoupled(
             return y
         require_result(y, site)
     # Only the grad mode is read here: `requires_grad` is not reliable under functorch and Dynamo.
-    if native or not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
+    if not _acts(ambient, site) or warn_if_recorded() or not torch.is_grad_enabled():
         return y
+    if native:
+        return noted(y, x, get(rule), operation, operands or {})
     if not ambient:
         found = get(rule)
         if len(parameters) < len(found.parameters):
@@ -205,6 +222,22 @@ def decoupled(
         values = read[0] if read else None
         return decouple(y, x, found, site, parameters, save, compile, values, used)
     return decoupled_by(ambient_rules(ambient, site), y, x, site)
+
+
+def noted(y: Tensor, x: Tensor, rule: Rule, operation: str, operands: Mapping[str, Any]) -> Tensor:
+    """Return `y`, the output of a call that keeps its native backward, and note how it can be computed again.
+
+    Args:
+        y: The output.
+        x: The first operand, which the native backward keeps.
+        rule: The rule of the site.
+        operation: As for `decoupled`.
+        operands: As for `decoupled`.
+    """
+    if rule.declaration.again and not is_compiling():
+        used = operands_by_name(operation, x, operands)
+        note(y, used, rule.declaration, next(iter(used.values)))
+    return y
 
 
 def operands_by_name(operation: str, x: Tensor, others: Mapping[str, Any]) -> Operands:

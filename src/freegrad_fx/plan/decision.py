@@ -78,7 +78,11 @@ class Decision:
     @property
     def uses_operands(self) -> bool:
         """Whether the rule that gets the gradient first uses more of the operation than its first operand."""
-        return bool(self.rules) and bool(self.rules[0].declaration.needs_operation)
+        if not self.rules:
+            return False
+        declaration = self.rules[0].declaration
+        # the output of a replaced forward is not that of the operation
+        return bool(declaration.needs_operation or (declaration.again and self.forward is None))
 
     @property
     def acts(self) -> bool:

@@ -73,7 +73,7 @@ def calls_to_give(decided: Decided) -> dict[fx.Node, list[str]]:
         if isinstance(place, LocatedOperation) and place.compound is None and decision.acts:
             wanted = {place.site.at}
             if place.site.at == REPLACE:
-                uses = uses_at(place, decision.rules[0] if decision.rules else None)
+                uses = uses_at(place, decision)
                 wanted = {place.first.name, *(uses.takes if uses else ())}
             held = [o.held for o in place.arguments if o.held and o.name in wanted]
             if held:

@@ -48,7 +48,7 @@ def _reads(place: LocatedOperation, decisions: Mapping[str, Decision], name: str
     decision = decisions.get(REPLACE)
     if decision is None:
         return False
-    uses = uses_at(place, decision.rules[0] if decision.rules else None)
+    uses = uses_at(place, decision)
     if uses is not None:
         return name in uses.reads
     return name == place.first.name and decision.reads("x")
@@ -82,7 +82,7 @@ def operate_compound(
 
     surgery, replaces = surgery_at(REPLACE), decisions.get(REPLACE)
     first, *others = (replaces.rules if replaces is not None else ()) or (None,)
-    uses = uses_at(place, first)
+    uses = uses_at(place, replaces)
     answers = {place.first.name} if uses is None else uses.answers
     start: dict[str, fx.Node] = {}
     given = place.input

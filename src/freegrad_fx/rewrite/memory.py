@@ -74,7 +74,7 @@ def memory_at(
             save = "" if write_back or others_read_x else OVERWRITTEN
         elif node.op != "call_module" and not aliasing.written_after(node, node):
             save = "y"
-    uses = uses_at(place, first)
+    uses = uses_at(place, replaces)
     read = frozenset({"x"} & {*first.inputs} if first else ()) if uses is None else uses.reads
     reads_first = "x" in read if uses is None else place.first.name in read
     needs_x = others_read_x or (reads_first and save != "y")

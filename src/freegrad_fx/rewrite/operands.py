@@ -10,6 +10,7 @@ from torch import fx
 from ..core.declaration import Uses
 from ..core.rule import Rule
 from ..graph.nodes import called_path, operand_node, set_operand
+from ..plan import Decision
 from ..sites.site import LocatedOperation
 from ..vocabulary.calls import Held
 from .surgery import Surgery
@@ -17,11 +18,11 @@ from .surgery import Surgery
 __all__ = ["constants_at", "given_operands", "uses_at"]
 
 
-def uses_at(place: LocatedOperation, rule: Rule | None) -> Uses | None:
-    """What a rule that replaces the backward uses of a call; None if only the first operand and the output."""
-    if rule is None or place.op is None:
+def uses_at(place: LocatedOperation, decision: Decision | None) -> Uses | None:
+    """What the rule that replaces the backward uses of a call; None if only the first operand and the output."""
+    if decision is None or place.op is None or not decision.uses_operands:
         return None
-    return rule.declaration.uses((place.first.name, *place.operands))
+    return decision.rules[0].declaration.uses((place.first.name, *place.operands))
 
 
 def constants_at(place: LocatedOperation, rule: Rule, surgery: Surgery) -> dict[str, Any]:

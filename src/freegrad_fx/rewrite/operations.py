@@ -72,7 +72,7 @@ def operate(
         return value
 
     first, *others = (replaces.rules if replaces else ()) or (None,)
-    uses = uses_at(place, first)
+    uses = uses_at(place, replaces)
     answers_first = uses is None or place.first.name in uses.answers
     call: dict[str, Any] = {}
     native: Any = False

@@ -274,6 +274,18 @@ class _ErrorDecay(Rule):
 
 error_decay: _ErrorDecay
 
+class _ExactAdd(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactAdd:
+        """∂a = grad, ∂b = alpha·grad"""
+
+exact_add: _ExactAdd
+
 class _ExactAvgPool(Rule):
     def __call__(  # type: ignore[override]
         self,
@@ -302,6 +314,7 @@ class _ExactConv(Rule):
     def __call__(  # type: ignore[override]
         self,
         *,
+        recompute: int | Tensor = 0,
         forward: Forward | None = None,
         save: Literal["x"] | None = None,
         compile: bool | None = None,

@@ -1,4 +1,4 @@
-"""Rules with the native gradient that keep less for it than PyTorch does: ReLU, pools, convolutions and gates.
+"""Rules with the native gradient that keep less for it than PyTorch does: ReLU, pools, convolutions, sums and gates.
 
 Each formula is the native gradient. The lean form computes the same from what it keeps.
 """
@@ -10,15 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from .._torch.dynamo import is_compiling
-from .._torch.tensors import version
 from ..core.register import register
 from . import masks
 from .forms import blank, form_of
 
 __all__ = [
+    "exact_add",
     "exact_avg_pool",
     "exact_conv",
     "exact_leaky_relu",
@@ -39,6 +37,7 @@ __all__ = [
     mask=masks.not_clipped,
     save="bits",
     meant_for="relu",
+    again="relu",
 )
 def exact_relu(grad: Tensor, mask: Tensor) -> Tensor:
     """grad where x > 0 or x is NaN, 0 elsewhere
@@ -162,6 +161,7 @@ def _from_offsets(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> Tensor:
     keeps_shape=False,
     reducing=True,
     meant_for="max_pool",
+    again="max_pool",
     lean=(_keep_offsets, _from_offsets),
 )
 def exact_max_pool(grad: Tensor, x: Tensor, *, f: Any) -> Tensor:
@@ -201,13 +201,20 @@ def exact_avg_pool(grad: Tensor, x: Tensor, *, f: Any) -> Tensor:
 # --- convolutions ---
 
 
-def _keep_of_conv(x: Tensor, *, f: Any) -> tuple[Any, ...]:
-    return (x if "weight" in f.needs else None), form_of(x)
+def _keep_of_conv(x: Tensor, *, f: Any, recompute: int) -> tuple[Any, ...]:
+    if "weight" not in f.needs:
+        return None, form_of(x)
+    return f.recipe("x", recompute) or x, form_of(x)
 
 
-def _of_conv(grad: Tensor, kept: tuple[Any, ...], weight: Tensor, *, f: Any) -> dict[str, Any]:
+def _of_conv(
+    grad: Tensor, kept: tuple[Any, ...], weight: Tensor, *, f: Any, recompute: int
+) -> dict[str, Any]:
     x, form = kept
-    x = blank(form, grad) if x is None else x
+    if x is None:
+        x = blank(form, grad)
+    elif not isinstance(x, Tensor):
+        x = x.compute()
     given = {"x": x, "weight": weight}
     dims = [d for d in range(grad.dim()) if d != grad.dim() - weight.dim() + 1]
     return {
@@ -219,31 +226,56 @@ def _of_conv(grad: Tensor, kept: tuple[Any, ...], weight: Tensor, *, f: Any) -> 
 
 @register(
     "exact_conv",
-    reference="the native gradient of a convolution; PyTorch issue 133566",
+    reference="the native gradient of a convolution; PyTorch issue 133566; Chen et al. 2016, arXiv:1604.06174",
+    requires="recompute >= 0",
     kinds="operation",
     keeps_shape=False,
     reducing=True,
     answers=("x", "weight", "bias"),
     meant_for="conv",
     lean=(_keep_of_conv, _of_conv),
+    examples=({"recompute": 8},),
 )
-def exact_conv(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, f: Any) -> Any:
+def exact_conv(
+    grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, *, f: Any, recompute: int = 0
+) -> Any:
     """the native gradients of a convolution; the input is kept only if the weight is trained
 
     PyTorch keeps the input of a frozen convolution too.
+
+    Args:
+        recompute: The number of operations that may be computed again in the backward for the input, which is then not
+            kept. These are ReLUs, batch norms, sums and max pools with the rules ``exact_*``, in eager mode.
     """
     return {name: lambda n=name: f.gradient(n, grad) for name in ("x", "weight", "bias")}
 
 
+# --- sums ---
+
+
+@register(
+    "exact_add",
+    reference="the native gradient of a sum",
+    kinds="operation",
+    keeps_shape=False,
+    answers=("a", "b"),
+    meant_for="add",
+    again="add",
+)
+def exact_add(grad: Tensor, *, f: Any) -> Any:
+    """∂a = grad, ∂b = alpha·grad
+
+    Nothing is kept, as in PyTorch; but `exact_conv` can compute the sum again.
+    """
+    scale = f.constants.get("alpha", 1)
+    scale = scale.conjugate() if isinstance(scale, complex) else scale
+    return {"a": grad, "b": grad if scale == 1 else grad * scale}
+
+
 # --- gates ---
 
-_inputs_of_silu: Any = WeakTensorKeyDictionary()
-"""For outputs of SiLU with the rule exact_silu, the input, and the versions of both."""
 
-
-def _keep_of_silu(x: Tensor, y: Tensor) -> tuple[Any, ...]:
-    if not is_compiling():
-        _inputs_of_silu[y] = x, version(x), version(y)
+def _keep_of_silu(x: Tensor) -> tuple[Any, ...]:
     return (x,)
 
 
@@ -256,6 +288,7 @@ def _of_silu(grad: Tensor, kept: tuple[Any, ...]) -> Tensor:
     reference="the native gradient of SiLU",
     kinds="operation",
     meant_for="silu",
+    again="silu",
     lean=(_keep_of_silu, _of_silu),
 )
 def exact_silu(grad: Tensor, x: Tensor) -> Tensor:
@@ -269,38 +302,29 @@ def exact_silu(grad: Tensor, x: Tensor) -> Tensor:
     return torch.ops.aten.silu_backward(grad, x)  # type: ignore[no-any-return]
 
 
-def _source(factor: Tensor | None) -> tuple[Tensor | None, bool]:
-    """What is kept for a factor, and whether the factor is the SiLU of that."""
-    if factor is None or is_compiling():
-        return factor, False
-    x, of_x, of_factor = _inputs_of_silu.get(factor, (None, 0, 0))
-    if x is None or (version(x), version(factor)) != (of_x, of_factor):
-        return factor, False
-    return x, True
-
-
 def _keep_factors(a: Tensor | None, b: Tensor | None, *, f: Any) -> tuple[Any, ...]:
-    kept_a, silu_a = _source(a if "b" in f.needs else None)
-    kept_b, silu_b = _source(b if "a" in f.needs else None)
+    kept_a = (f.recipe("a", 1) or a) if "b" in f.needs else None
+    kept_b = (f.recipe("b", 1) or b) if "a" in f.needs else None
     real_a, real_b = (factor is None or not factor.is_complex() for factor in (a, b))
-    return kept_a, silu_a, real_a, kept_b, silu_b, real_b
+    return kept_a, real_a, kept_b, real_b
 
 
 def _of_mul(grad: Tensor, kept: tuple[Any, ...], *, f: Any) -> dict[str, Any]:
-    a, silu_a, real_a, b, silu_b, real_b = kept
+    a, real_a, b, real_b = kept
 
-    def times(factor: Any, is_silu: bool, real: bool) -> Tensor:
+    def times(factor: Any, real: bool) -> Tensor:
         if factor is None:  # a number
             factor = next(iter(f.constants.values()))
-        factor = torch.nn.functional.silu(factor) if is_silu else factor
         if isinstance(factor, Tensor):
             factor = factor.conj()
         elif isinstance(factor, complex):
             factor = factor.conjugate()
+        elif not isinstance(factor, int | float):
+            factor = factor.compute()
         found: Tensor = grad * factor
         return found.real if real and found.is_complex() else found
 
-    return {"a": lambda: times(b, silu_b, real_a), "b": lambda: times(a, silu_a, real_b)}
+    return {"a": lambda: times(b, real_a), "b": lambda: times(a, real_b)}
 
 
 @register(

@@ -223,6 +223,7 @@ def _of_batch_norm(grad: Tensor, kept: tuple[Any, ...], weight: Tensor | None, *
     answers=("x", "weight", "bias"),
     meant_for="batch_norm",
     native_if="training",
+    again="batch_norm",
     lean=(_keep_of_batch_norm, _of_batch_norm),
 )
 def exact_batch_norm(

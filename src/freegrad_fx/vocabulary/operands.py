@@ -25,7 +25,7 @@ from .functions import (
 )
 from .products import OF_CONV, OF_LINEAR, OF_MATMUL, OF_MUL, Products
 
-__all__ = ["NOT_COMPUTED", "Operation", "operation_of"]
+__all__ = ["NOT_COMPUTED", "Operation", "constants_read", "operation_of"]
 
 
 @dataclass(frozen=True)
@@ -147,3 +147,10 @@ def operation_of(name: str) -> Operation | None:
     if found is None and name in OPS and (function := OPS[name].function) is not None:
         return Operation(name, function, {"x": "input"})
     return found
+
+
+def constants_read(name: str, constants: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The further arguments of an operation without those that it does not read: the statistics of other batches."""
+    if name != "batch_norm" or not constants.get("training"):
+        return constants
+    return {n: value for n, value in constants.items() if not n.startswith("running_")}
