@@ -135,7 +135,7 @@ def _small(setting: Setting) -> list[tuple[str, nn.Module, Tensor]]:
     return [(name, model.to(setting.device), x.to(setting.device)) for name, model, x in made]
 
 
-EXACT = fg.tables.save_memory(relu=True, frozen=True)
+EXACT = fg.tables.save_memory(frozen=True, recompute=8)
 # Rules that save something of their own, beside those of the table.
 ACTIVATIONS = fg.RuleTable(
     [

@@ -381,7 +381,9 @@ def test_all_faults_of_a_table_are_listed_with_their_lines(here: Path) -> None:
     faulty = TABLE.replace('"relu"', '"rellu"').replace('"native"', '"arctn"')
     (here / "faulty.toml").write_text(f"version = 1\n{faulty}\n[[rule]]\nop = 'eluu'\n", "utf-8")
     lines = run("check", "faulty.toml", code=1).stdout.splitlines()
-    assert [line.partition(" ")[0] for line in lines] == [f"faulty.toml:{n}:" for n in (3, 8, 12, 12)]
+    assert [line.partition(" ")[0] for line in lines] == [
+        f"faulty.toml:{n}:" for n in (3, 8, 12, 12)
+    ]
     assert "Did you mean 'relu'?" in lines[0]
     assert "backward" in lines[2]
     assert "Did you mean 'elu'?" in lines[3]
