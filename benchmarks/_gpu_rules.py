@@ -36,6 +36,11 @@ class _Product(nn.Module):
         return self.gate(x) * self.up(x)  # type: ignore[no-any-return]
 
 
+class _Sum(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + super().forward(x)
+
+
 SHARE = 2e-3  # of the entries that can differ by more than rounding, where a rule jumps
 
 # By operation: a module that has it, and the shape of its input.
@@ -46,11 +51,12 @@ SITES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (4, 8, 16, 16)),
     "layer_norm": (lambda: nn.LayerNorm(16), (64, 16)),
     "rms_norm": (lambda: nn.RMSNorm(16), (64, 16)),
-    "batch_norm": (lambda: nn.BatchNorm2d(8), (4, 8, 16, 16)),
+    "batch_norm": (lambda: nn.BatchNorm2d(8).eval(), (4, 8, 16, 16)),
     "max_pool": (lambda: nn.MaxPool2d(3, 2, 1), (4, 8, 16, 16)),
     "avg_pool": (lambda: nn.AvgPool2d(2), (4, 8, 16, 16)),
     "scaled_dot_product_attention": (_Attention, (4, 12, 16)),
     "mul": (_Product, (64, 16)),
+    "add": (lambda: _Sum(16, 16), (64, 16)),
 }
 
 

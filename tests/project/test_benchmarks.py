@@ -398,7 +398,7 @@ def test_tables_hold_ratios_targets_and_notes() -> None:
 
     rows = memory_rows("memory", "one activation", [("native relu", 4.0), ("arctan", 9.0)])
     assert rows[-1].verdict == "missed"
-    found = [("native", 8.0), ("save_memory()", 5.0)]
+    found = [("native", 8.0), ("save_memory(recompute=4)", 5.0)]
     rows = memory_rows("model-memory", "resnet50", found, ratio=True)
     assert (rows[-1].relative.median, rows[-1].verdict) == (0.625, "met")
 
