@@ -68,7 +68,7 @@ def test_a_weight_that_is_replaced_before_the_training_is_refused(assign: bool) 
         model.load_state_dict(state, assign=True)
     else:
         model[0].weight = nn.Parameter(2 * model[0].weight.detach())  # type: ignore[index]
-    with pytest.raises(fg.RuleError, match="was replaced after"):
+    with pytest.raises(fg.RuleError, match="made or replaced after"):
         rules.require_trained([torch.optim.SGD(model.parameters(), lr=0.1)])
 
 

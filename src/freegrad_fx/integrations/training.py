@@ -139,9 +139,9 @@ class TrainingRules:
         for tensor in () if model is None else _made_for(model, self.table, learnt):
             if id(tensor) not in known:
                 raise RuleError(
-                    "a parameter of the model was replaced after the callback was given the model, so that what its "
-                    "rule learns is made anew, and no optimizer has it. Replace the parameters before you make the "
-                    "trainer, as with load_state_dict(assign=True)."
+                    "a parameter of the model was made or replaced after the callback was given the model, so that no "
+                    "optimizer has what its rule learns. Make the layers in __init__, not in configure_model; and "
+                    "replace parameters before you make the trainer, as with load_state_dict(assign=True)."
                 )
         if not known <= trained:
             raise RuleError(
