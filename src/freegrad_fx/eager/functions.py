@@ -235,8 +235,6 @@ class _Backward:
         ctx: Any,
     ) -> None:
         self.function, self.decisions, self.position = function, decisions, position
-        self.like = x.shape, x.dtype, x.device
-        self.like_result = y.shape, y.dtype, y.device
         own = getattr(ctx, "to_save", None) or ()
         self.own = len(own)
         output = [decisions[OUTPUT]] if OUTPUT in decisions else []
@@ -244,6 +242,9 @@ class _Backward:
         self.reads_x = any(decision.reads("x") for decision in of_input)
         self.reads_y = any(decision.reads("y") for decision in decisions.values())
         self.reads_y = self.reads_y or any(decision.reads("x") for decision in output)
+        # Each of these attributes is a call that the blocks see
+        self.like = None if self.reads_x else (x.shape, x.dtype, x.device)
+        self.like_result = None if self.reads_y else (y.shape, y.dtype, y.device)
         read = [*([x] if self.reads_x else []), *([y] if self.reads_y else [])]
         if read:
             ctx.save_for_backward(*own, *read)
@@ -252,8 +253,8 @@ class _Backward:
         needed = list(ctx.needs_input_grad)
         given: list[Any] = [None] * len(needed)
         read = list(ctx.saved_tensors[self.own :]) if self.reads_x or self.reads_y else []
-        x = read.pop(0) if self.reads_x else _absent(*self.like)
-        y = read.pop(0).detach() if self.reads_y else _absent(*self.like_result)
+        x = _absent(*self.like) if self.like else read.pop(0)
+        y = _absent(*self.like_result) if self.like_result else read.pop(0).detach()
         replaces = self.decisions.get(REPLACE)
         grad, *further = grads
         for decision in (d for at, d in self.decisions.items() if at == OUTPUT):
