@@ -18,7 +18,12 @@ def the_table() -> dict[object, str]:
     """What the documentation says of each cell, and of `generate` by the way in."""
     lines = trainers.TABLE.read_text("utf-8").splitlines()[2:]
     found = [[text.strip() for text in line.strip("| ").split(" | ")] for line in lines]
-    trained = [text for line in found for text in line[2:-1]]
+    trained = [
+        dict(part.split(": ") for part in text.split(", ") if ": " in part).get(precision, text)
+        for line in found
+        for text in line[2:-1]
+        for precision in trainers.PRECISIONS
+    ]
     generated = dict(zip(trainers.WAYS, (line[-1] for line in found[::2]), strict=True))
     return {**dict(zip(trainers.cells(), trained, strict=True)), **generated}
 
