@@ -55,10 +55,11 @@ class Results:
         new = [*rows]
         replaced = {(row.section, row.group) for row in new}
         kept = [(run, row) for run, row in self.rows if (row.section, row.group) not in replaced]
-        merged = kept + [(len(self.runs), row) for row in new]
+        runs = self.runs if dict(about) in self.runs else [*self.runs, dict(about)]
+        merged = kept + [(runs.index(dict(about)), row) for row in new]
         order = list(SECTIONS)
         merged.sort(key=lambda pair: order.index(pair[1].section))  # stable
-        return Results([*self.runs, dict(about)], merged)._without_unused()
+        return Results(runs, merged)._without_unused()
 
     def section(self, name: str) -> list[tuple[int, Row]]:
         """The rows of a section."""

@@ -155,6 +155,7 @@ def measure(
     """The rows of a section, one group after the other; of the groups whose names have one of these texts in them."""
     for name, group in groups(section, quick, seconds, clock):
         if not only or any(text in name for text in only):
+            cases.choose(cases.NATIVE)  # what does not say otherwise is made without the extension
             yield group()
 
 

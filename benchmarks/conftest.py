@@ -6,6 +6,8 @@ import shutil
 import pytest
 import torch
 
+from ._cases import NATIVE, choose
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
@@ -43,3 +45,4 @@ def compiler() -> None:
 def _one_thread() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
+    choose(NATIVE)  # without the extension, if a candidate does not say otherwise

@@ -432,6 +432,8 @@ def test_results_of_several_runs_are_put_together(tmp_path: Path) -> None:
     assert "Measured on: processor abacus; processor quipu." in text  # steps
     assert text.count("Measured on: processor quipu.") == 1  # compiled
     assert text.count("Not measured yet.") == sum(s.on_page for s in SECTIONS.values()) - 3
+    more = again.with_run(found.runs[0], results_of(("memory", "x", 1.0)))
+    assert (more.runs, more.rows[-1][0]) == (found.runs, 0)
     last = again.with_run({"processor": "tally", "quick": False}, first[:1] + first[2:])
     assert [run["processor"] for run in last.runs] == [
         "quipu",
@@ -496,11 +498,14 @@ def test_every_section_with_a_compiler(section: str, monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.slow
+@pytest.mark.inductor
 @pytest.mark.usefixtures("extension")
 def test_candidates_with_the_extension_have_the_same_gradients(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(command, "compare", once)
+    library.switch(on=True)
+    assert list(command.measure("fuse", quick=True, seconds=0, only=["arctan"]))  # has none of them
     for section, only in (("operators", ["arctan"]), ("blocks", ["MLP"]), ("spiking", None)):
         for rows in command.measure(section, quick=True, seconds=0, only=only):
             assert [row for row in rows if row.name.endswith(", extension")]
