@@ -168,6 +168,30 @@ def test_all_rules(name: str) -> None:
         assert_same(gm, lambda gm=gm, x=x: gradients(gm, x))
 
 
+def test_layouts() -> None:
+    gm = transformed(_Calls(fg.vocabulary.heaviside), {"heaviside": "gaussian"})
+    numbers = torch.tensor([0.0, -0.0, 1e-45, -1e-45, torch.inf, -torch.inf, torch.nan, 2.0])
+    square = numbers.expand(8, 8)
+    large = numbers.repeat(5000)
+    channels = torch.randn(2, 3, 4, 4).to(memory_format=torch.channels_last)
+    for x in (
+        square,
+        square.clone().t(),
+        square.clone()[:, ::2],
+        numbers[0],
+        numbers[:0],
+        large,
+        channels,
+    ):
+        leaf = x.detach().requires_grad_()
+
+        def run(leaf: Tensor = leaf) -> list[Any]:
+            out = gm(leaf)
+            return [out, out.signbit(), out.stride(), *torch.autograd.grad(out.sum(), leaf)]
+
+        assert_same(gm, run)
+
+
 # --- the calls that are not usual ---
 
 

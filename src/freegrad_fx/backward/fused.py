@@ -17,6 +17,7 @@ from .._torch.dynamo import is_compiling
 from .._torch.functions import direct_apply
 from ..core.contract import OF_MASK
 from ..core.rule import get
+from ..vocabulary.quantizers import heaviside
 from .functions import Call, gradient, save_inputs
 from .node import extension_in_use, resolved
 
@@ -94,7 +95,10 @@ def fused(
         function, values, place = operation.function, operation.values, operation.place
         names, rule = operation.names or None, keywords["rule"]
         again = lambda: resolved(keywords)  # noqa: E731
-        return extension.fused(function, values, place, names, rule, usual, around, again)  # type: ignore[no-any-return]
+        step = function is heaviside and len(values) == 1
+        return extension.fused(  # type: ignore[no-any-return]
+            function, values, place, names, rule, usual, around, again, step
+        )
     return _in_python(run, keywords, usual)
 
 

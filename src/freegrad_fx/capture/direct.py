@@ -8,7 +8,9 @@ same.
 from __future__ import annotations
 
 import itertools
+import types
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple, TypeAlias
 
 import torch
@@ -34,7 +36,7 @@ from ..ops.gradients import decoupled, stop_gradient
 from ..vocabulary.activations import OPS
 from ..vocabulary.recognition import recognise
 
-__all__ = ["DIRECT", "FUSED", "Chooser", "made_later"]
+__all__ = ["DIRECT", "FUSED", "Chooser", "Kept", "made_later"]
 
 Forward: TypeAlias = Callable[..., Any]
 
@@ -45,24 +47,37 @@ FUSED = -3
 """The version for a call of `DIRECT` that nothing watches, with gradients: each site is one call."""
 
 
-class _Kept:
-    """What has to be as it was when code was generated: tables without entries, and the entries of dicts."""
+class Kept:
+    """What has to be as it was when code was generated: tables without entries, entries of dicts, and attributes."""
 
     def __init__(self) -> None:
         self.tables: list[Mapping[int, Any]] = []
         self.holders: list[dict[str, Any]] = []
         self.names: list[str] = []
         self.parts: list[Any] = []
+        self.owners: list[Any] = []
+        self.attributes: list[str] = []
+        self.values: list[Any] = []
 
     def add(self, holder: dict[str, Any], name: str, part: Any) -> None:
         """Keep the entry of a dict; None if there has to be none."""
-        self.holders.append(holder)
-        self.names.append(name)
-        self.parts.append(part)
+        known = zip(self.holders, self.names, strict=True)
+        if not any(h is holder and n == name for h, n in known):
+            self.holders.append(holder)
+            self.names.append(name)
+            self.parts.append(part)
+
+    def add_attribute(self, owner: Any, name: str) -> None:
+        """Keep an attribute of a class."""
+        if (owner, name) not in zip(self.owners, self.attributes, strict=True):
+            self.owners.append(owner)
+            self.attributes.append(name)
+            self.values.append(getattr(owner, name))
 
     def lists(self) -> tuple[list[Any], ...]:
-        """What the extension checks."""
-        return self.tables, self.holders, self.names, self.parts
+        """What is compared before each call."""
+        entries = self.holders, self.names, self.parts
+        return self.tables, *entries, self.owners, self.attributes, self.values
 
     def same_parts(self) -> bool:
         """Whether the entries of the dicts are those of then."""
@@ -78,7 +93,7 @@ class Chooser:
     """
 
     def __init__(self) -> None:
-        self.of_model, self.of_sites = _Kept(), _Kept()
+        self.of_model, self.of_sites = Kept(), Kept()
         never = is_compiling, is_fx_tracing
         extension = extension_in_use()
         if extension is None:
@@ -90,8 +105,9 @@ class Chooser:
         self.choose = takes_for_constant(lambda: ask())
 
     def _in_python(self) -> Callable[[], int]:
-        tables, holders, names, parts = self.of_model.lists()
-        site_tables, site_holders, site_names, site_parts = self.of_sites.lists()
+        tables, holders, names, parts, *_ = self.of_model.lists()
+        site_tables, site_holders, site_names, site_parts, *of_classes = self.of_sites.lists()
+        owners, attributes, values = of_classes
         used, *_ = thread_state()
         observing, _ = thread_observers()
         gradients_enabled, exporting = torch.is_grad_enabled, torch.compiler.is_exporting
@@ -117,22 +133,31 @@ class Chooser:
                 or (used and not explicit_rules_act())
                 or any(site_tables)
                 or (site_parts and [*map(dict.get, site_holders, site_names)] != site_parts)
+                or (values and [*map(getattr, owners, attributes)] != values)
             ):
                 return DIRECT
             return FUSED
 
         return choose
 
-    def watch(self, root: nn.Module, path: str) -> None:
-        """Let sites be one call only while a module is the same, and has no hooks."""
-        parent, _, name = path.rpartition(".")
-        holder = children_of(root.get_submodule(parent))
-        module: Any = holder[name]
-        for of_itself in ("forward", COMPILED_CALL):
-            self.of_sites.add(vars(module), of_itself, None)
-        if not any(part is module for part in self.of_model.parts):
-            self.of_sites.add(holder, name, module)
-            self.of_sites.tables.extend(hooks_of(module))
+    def module(self, root: nn.Module, path: str) -> nn.Module:
+        """A module that the version calls while it is in its place."""
+        found = root
+        for name in path.split("."):
+            holder = children_of(found)
+            self.of_sites.add(holder, name, holder[name])
+            found = holder[name]  # type: ignore[assignment]
+        return found
+
+    def forward(self, module: nn.Module) -> Callable[..., Any]:
+        """The forward of a module of PyTorch, which the version calls while its call does nothing else."""
+        kept = self.of_sites
+        for name in ("forward", COMPILED_CALL):
+            kept.add(vars(module), name, None)
+        kept.tables.extend(hooks_of(module))
+        kept.add_attribute(type(module), "forward")
+        kept.add_attribute(type(module), "__call__")
+        return types.MethodType(type(module).forward, module)
 
 
 _CALLS = 1
@@ -170,22 +195,32 @@ def _made(module: Any, direct: Sequence[Forward], chooser: Chooser) -> list[Forw
         found = {n: _site(n, module, chooser) for n in variant.graph.nodes}
         sites = {node: site for node, site in found.items() if site is not None}
         if sites:
-            forward = module.forward_of(index, _with_sites(variant.graph, sites))
+            graph = _with_sites(variant.graph, sites, partial(chooser.module, module))
+            forward = module.forward_of(index, graph)
             forwards.append(called_directly(forward))
         else:
             forwards.append(direct[index])
     return forwards
 
 
-def _with_sites(graph: fx.Graph, sites: Mapping[fx.Node, Site]) -> fx.Graph:
-    """A copy of a graph in which each site is one call."""
+def _with_sites(
+    graph: fx.Graph, sites: Mapping[fx.Node, Site], module_at: Callable[[str], nn.Module]
+) -> fx.Graph:
+    """A copy of a graph in which each site is one call, and modules are not looked up."""
     within = {node for site in sites.values() for node in site.within}
     new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
     for node in graph.nodes:
         if node in sites:
             site = sites[node]
             copies[node] = new.call_function(site.function, (copies[site.x],))
-        elif node not in within:
+        elif node in within:
+            continue
+        elif node.op == "call_module":
+            called: Any = partial(module_at(str(node.target)))
+            called.__name__, called.__module__ = "called", __name__
+            given = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
+            copies[node] = new.call_function(called, *given)
+        else:
             copies[node] = new.node_copy(node, copies.__getitem__)
     new.set_codegen(code_generator(graph))
     return new
@@ -220,11 +255,13 @@ def _site(last: fx.Node, root: nn.Module, chooser: Chooser) -> Site | None:
     operation: Operation | None = Operation()
     if before is not stop:
         operation = _operation(before, stop, root)
-    function = None if operation is None else site_function(operation, last.kwargs)
+    if operation is None:
+        return None
+    if isinstance(operation.function, nn.Module):
+        operation.function = chooser.forward(chooser.module(root, str(before.target)))
+    function = site_function(operation, last.kwargs)
     if function is None:
         return None
-    if before.op == "call_module":
-        chooser.watch(root, str(before.target))
     return Site(function, x, within)  # type: ignore[arg-type]
 
 

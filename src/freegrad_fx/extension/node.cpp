@@ -601,6 +601,7 @@ pybind11::object make_direct(const pybind11::object& usual, const pybind11::obje
 struct Fused {
   PyObject_HEAD
   vectorcallfunc call;
+  bool is_step;         // whether the operation is the step of `vocabulary.heaviside`
   PyObject* operation;  // null for the identity
   PyObject* values;     // the arguments of the operation, a tuple, with None in the place of x
   PyObject* names;      // those of the last arguments, which are keywords; or null
@@ -644,6 +645,31 @@ PyObject* run_below_autograd(Fused* self, PyObject* x) {
   return PyObject_Vectorcall(self->operation, given, positional, self->names);
 }
 
+// The step as a program, because compilers make branches of a loop that tells NaN apart.
+template <typename T>
+Tensor step_of(const Tensor& x) {
+  static const auto program = [] {
+    auto made = std::make_unique<Program<T>>();
+    made->constants.emplace_back().fill(T(0));
+    made->steps = {{GT, 4, 1, 3, 3}, {EQ, 5, 1, 1, 1}, {WHERE, 6, 5, 4, 1}};  // 1 is x, 3 is 0
+    made->results = 3;
+    made->result = 6;
+    return made;
+  }();
+  Tensor out = at::empty_like(x);
+  const T* from = x.const_data_ptr<T>();
+  program->run(out.mutable_data_ptr<T>(), from, from, nullptr, x.numel());
+  return out;
+}
+
+// 1 where x is positive, else 0, in one pass; undefined if PyTorch's kernels have to compute it.
+Tensor step(const Tensor& x) {
+  if (!x.is_cpu() || !x.is_non_overlapping_and_dense() || (x.numel() > SERIAL && at::get_num_threads() > 1))
+    return {};
+  if (x.scalar_type() == at::kFloat) return step_of<float>(x);
+  return x.scalar_type() == at::kDouble ? step_of<double>(x) : Tensor();
+}
+
 // Whether nobody else holds a result or its memory, so that it can get a history.
 bool is_fresh(PyObject* object, const Tensor& tensor) {
   return Py_REFCNT(object) == 1 && tensor.use_count() == 1 && tensor.storage().use_count() == 1 &&
@@ -665,6 +691,13 @@ PyObject* call_fused(PyObject* object, PyObject* const* args, size_t flags, PyOb
     Tensor output = x.detach();
     track(output, x, std::move(edges), site);
     return THPVariable_Wrap(std::move(output));
+  }
+  if (self->is_step) {
+    Tensor output = step(x);
+    if (output.defined()) {
+      track(output, x, std::move(edges), site);
+      return THPVariable_Wrap(std::move(output));
+    }
   }
   THPObjectPtr y(run_below_autograd(self, args[0]));
   if (!y) return nullptr;
@@ -729,11 +762,12 @@ PyObject* given(const pybind11::object& object) {
 pybind11::object make_fused(
     const pybind11::object& operation, const pybind11::tuple& values, Py_ssize_t place, const pybind11::object& names,
     const pybind11::object& name, const pybind11::object& usual, const pybind11::object& around,
-    const pybind11::object& resolve) {
+    const pybind11::object& resolve, bool is_step) {
   if (PyTuple_GET_SIZE(values.ptr()) > MOST_ARGUMENTS) return pybind11::none();
   auto self = PyObject_GC_New(Fused, &fused_type);
   if (!self) throw pybind11::error_already_set();
   self->call = call_fused;
+  self->is_step = is_step;
   self->operation = given(operation);
   self->values = given(values);
   self->names = given(names);
@@ -750,22 +784,28 @@ pybind11::object make_fused(
 
 // --- how a call of a model runs: asked once for all of its sites ---
 
-// What has to be as it was when code was generated: tables without entries, and entries of dicts.
+// What has to be as it was when code was generated: tables without entries, entries of dicts, and attributes.
 struct Kept {
-  PyObject *tables, *holders, *names, *parts;  // lists
+  PyObject *tables, *holders, *names, *parts, *owners, *attributes, *values;  // lists
 
   bool is_kept() const {
+    if (PyList_GET_SIZE(holders) != PyList_GET_SIZE(parts) || PyList_GET_SIZE(names) != PyList_GET_SIZE(parts) ||
+        PyList_GET_SIZE(owners) != PyList_GET_SIZE(values) || PyList_GET_SIZE(attributes) != PyList_GET_SIZE(values))
+      return false;  // another thread adds to them
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(tables); ++i) {
       int any = PyObject_IsTrue(PyList_GET_ITEM(tables, i));
       if (any < 0) raise_python_error();
       if (any) return false;
     }
-    if (PyList_GET_SIZE(holders) != PyList_GET_SIZE(parts) || PyList_GET_SIZE(names) != PyList_GET_SIZE(parts))
-      return false;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(parts); ++i) {
       PyObject* now = PyDict_GetItemWithError(PyList_GET_ITEM(holders, i), PyList_GET_ITEM(names, i));
       if (!now && PyErr_Occurred()) raise_python_error();
       if ((now ? now : Py_None) != PyList_GET_ITEM(parts, i)) return false;
+    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(values); ++i) {
+      THPObjectPtr now(PyObject_GetAttr(PyList_GET_ITEM(owners, i), PyList_GET_ITEM(attributes, i)));
+      if (!now) raise_python_error();
+      if (now.get() != PyList_GET_ITEM(values, i)) return false;
     }
     return true;
   }
@@ -805,7 +845,9 @@ PyObject* call_chooser(PyObject* object, PyObject* const*, size_t, PyObject*) {
 int traverse_chooser(PyObject* object, visitproc visit, void* arg) {
   auto self = (Chooser*)object;
   for (auto& kept : {self->of_model, self->of_sites})
-    for (PyObject* held : {kept.tables, kept.holders, kept.names, kept.parts}) Py_VISIT(held);
+    for (PyObject* held :
+         {kept.tables, kept.holders, kept.names, kept.parts, kept.owners, kept.attributes, kept.values})
+      Py_VISIT(held);
   for (PyObject* held : {self->never, self->intercepted, self->fused, self->direct}) Py_VISIT(held);
   return 0;
 }
@@ -813,7 +855,9 @@ int traverse_chooser(PyObject* object, visitproc visit, void* arg) {
 int clear_chooser(PyObject* object) {
   auto self = (Chooser*)object;
   for (Kept* kept : {&self->of_model, &self->of_sites})
-    for (PyObject** held : {&kept->tables, &kept->holders, &kept->names, &kept->parts}) Py_CLEAR(*held);
+    for (PyObject** held : {&kept->tables, &kept->holders, &kept->names, &kept->parts, &kept->owners,
+                            &kept->attributes, &kept->values})
+      Py_CLEAR(*held);
   for (PyObject** held : {&self->never, &self->intercepted, &self->fused, &self->direct}) Py_CLEAR(*held);
   return 0;
 }
@@ -826,11 +870,12 @@ void free_chooser(PyObject* object) {
 
 PyTypeObject chooser_type = {PyVarObject_HEAD_INIT(nullptr, 0)};
 
-using Lists = std::tuple<pybind11::list, pybind11::list, pybind11::list, pybind11::list>;
+using Lists = std::array<pybind11::list, 7>;
 
 Kept kept(const Lists& lists) {
-  auto& [tables, holders, names, parts] = lists;
-  return {Py_NewRef(tables.ptr()), Py_NewRef(holders.ptr()), Py_NewRef(names.ptr()), Py_NewRef(parts.ptr())};
+  std::array<PyObject*, 7> held;
+  for (size_t i = 0; i < held.size(); ++i) held[i] = Py_NewRef(lists[i].ptr());
+  return {held[0], held[1], held[2], held[3], held[4], held[5], held[6]};
 }
 
 pybind11::object make_chooser(
