@@ -386,6 +386,23 @@ def _forward_of_an_instance(gm: Any) -> Any:
         del gm.act.forward
 
 
+def _forward_of_a_class(gm: Any) -> Any:
+    weight, kind = torch.full((), 0.3, requires_grad=True), nn.LeakyReLU
+    before = kind.forward
+    kind.forward = lambda self, x: x * weight  # type: ignore[method-assign, assignment]
+    try:
+        return torch.autograd.grad(gm(X).sum(), [weight, gm.fc.weight])
+    finally:
+        kind.forward = before  # type: ignore[method-assign]
+
+
+def _exchanged_layer(gm: Any) -> Any:
+    before, gm.fc = gm.fc, nn.Linear(4, 4)
+    found = gradients(gm, X)
+    gm.fc = before
+    return [*found, *gradients(gm, X)]
+
+
 def _in_place(gm: Any) -> Any:
     gm.act.inplace = True
     found = gradients(gm, X)
@@ -424,7 +441,7 @@ def _copied(gm: Any) -> Any:
 
 CHANGES = (
     *(_hooked_leaf, _hooks_of_all, _exchanged_leaf, _forward_of_an_instance, _in_place),
-    *(_compiled_leaf, _written_output, _copied),
+    *(_forward_of_a_class, _exchanged_layer, _compiled_leaf, _written_output, _copied),
 )
 
 

@@ -58,18 +58,22 @@ class Kept:
         self.owners: list[Any] = []
         self.attributes: list[str] = []
         self.values: list[Any] = []
+        self.known: set[tuple[int, str]] = set()
 
     def add(self, holder: dict[str, Any], name: str, part: Any) -> None:
         """Keep the entry of a dict; None if there has to be none."""
-        known = zip(self.holders, self.names, strict=True)
-        if not any(h is holder and n == name for h, n in known):
+        key = id(holder), name
+        if key not in self.known:
+            self.known.add(key)
             self.holders.append(holder)
             self.names.append(name)
             self.parts.append(part)
 
     def add_attribute(self, owner: Any, name: str) -> None:
         """Keep an attribute of a class."""
-        if (owner, name) not in zip(self.owners, self.attributes, strict=True):
+        key = id(owner), name
+        if key not in self.known:
+            self.known.add(key)
             self.owners.append(owner)
             self.attributes.append(name)
             self.values.append(getattr(owner, name))
