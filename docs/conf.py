@@ -25,8 +25,8 @@ exclude_patterns = ["_build", "_ext", "_tables"]
 myst_enable_extensions = ["colon_fence"]
 myst_heading_anchors = 3
 
-# Quotes are those that code needs: a straight one in prose can be a part of a name or of a value.
-smartquotes = False
+# Dashes alone. Quotes stay those that code needs: one in prose can be a part of a name or of a value.
+smartquotes_action = "D"
 
 # A name in single backticks is code, whether or not it names an object that has a page here.
 default_role = "code"

@@ -149,9 +149,10 @@ class RulesReference(SphinxDirective):
         values = [
             p
             for p in inspect.signature(rule.function).parameters.values()
-            if p.kind is p.KEYWORD_ONLY
+            if p.name in rule.declaration.parameters
         ]
-        signature = inspect.Signature(values)
+        # Annotations are strings there, which a signature shows in quotes
+        signature = re.sub(r": '([^']*)'", r": \1", str(inspect.Signature(values)))
         formula, _, rest = (inspect.getdoc(rule.function) or "").partition("\n")
         details = GoogleDocstring(rest, self.config, what="function").lines()
         details = [magnitudes_escaped(line) for line in details]

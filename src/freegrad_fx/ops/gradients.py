@@ -65,7 +65,7 @@ def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "", native: bool 
 def kept(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
     """Return a copy of `x` if a rule acts, else `x` itself. Used where the memory of `x` is overwritten.
 
-    For the copy see `copied`.
+    That of a detached tensor has the same strides, because kernels round differently on others.
 
     Args:
         x: Any tensor.
