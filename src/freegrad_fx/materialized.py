@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ._torch.modules import compiled_model
 from .batches import called, restored
 from .blocks import native
+from .capture.beside import release
 from .capture.captured import CapturedModule
 from .capture.plain import plain_model
 from .eager import use
@@ -97,6 +98,7 @@ def materialize(
             assert decision.forward is not None
             value = replaced_forward(decision.forward, parameter.detach())
             memo[id(parameter)].copy_(value)
+    release(result)
     if example_inputs is not None:
         _compare(model, table, result, example_inputs)
     return result

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -79,3 +80,13 @@ def test_a_table_for_all_parameters_leaves_out_those_of_its_rules() -> None:
     rules.attach(model)
     rules.require_trained([torch.optim.SGD(model.parameters(), lr=0.1)])
     assert len(rules.learnt) == 2
+
+
+def test_the_plain_model_of_a_training_has_nothing_of_its_rules() -> None:
+    model, rules, optimizer = training()
+    trained(2, model, rules, optimizer)
+    plain = fg.materialize(model, rules.table, example_inputs=torch.ones(3, 4))
+    assert [*dict(plain.named_parameters())] == [*plain.state_dict()]
+    buffer = io.BytesIO()
+    torch.save(plain, buffer)
+    assert b"freegrad_fx" not in buffer.getvalue()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from types import CodeType
 from typing import Any, ClassVar, Self
@@ -47,6 +47,7 @@ __all__ = [
     "make_replica",
     "parameters_of",
     "parameters_of_rules",
+    "remove_state_dict_hooks",
     "run_hooks_on_errors",
     "uncompiled_call",
     "watch_backward",
@@ -142,6 +143,13 @@ def hooks_of(module: nn.Module) -> tuple[dict[int, Any], ...]:
         module._backward_pre_hooks,
         module._backward_hooks,
     )
+
+
+def remove_state_dict_hooks(module: nn.Module, functions: Collection[Any]) -> None:
+    """Remove hooks that run after a state_dict is made or loaded, by their functions."""
+    for hooks in (module._state_dict_hooks, module._load_state_dict_post_hooks):
+        for number in [number for number, hook in hooks.items() if hook in functions]:
+            del hooks[number]
 
 
 def has_hooks_between(left: Iterable[nn.Module], entered: Iterable[nn.Module]) -> bool:

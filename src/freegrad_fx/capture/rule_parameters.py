@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import operator
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
 from functools import reduce
 from typing import Any, Self
@@ -12,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, fx, nn
 
-from .._torch.modules import HoldsForRules, buffers_of, parameters_of
+from .._torch.modules import HoldsForRules, buffers_of
 from .._torch.tensors import mark_as_parameter
 from ..core.contract import LOSS_SCALE, RULE_PARAMETER
 from ..core.copies import forget, remember
@@ -29,7 +28,6 @@ __all__ = [
     "RuleParameters",
     "calls_by_site",
     "hold",
-    "hold_beside",
     "in_force",
 ]
 
@@ -83,37 +81,6 @@ def hold(root: nn.Module, value: Tensor | torch.Generator, *, learnt: bool = Fal
     else:
         root.register_buffer(name, tensor, persistent=False)
     return name
-
-
-def hold_beside(wrapper: nn.Module, tensors: Iterable[Tensor]) -> None:
-    """Let the wrapper of a compiled model have tensors among its parameters, but not in its state_dict."""
-    names: dict[str, Tensor] = {}
-    free = (
-        name
-        for number in itertools.count()
-        if not hasattr(wrapper, name := f"{RULE_PARAMETER}{number}")
-    )
-    for tensor in (t for t in tensors if t.is_leaf):
-        if all(tensor is not own for own in wrapper.parameters()):
-            mark_as_parameter(tensor)
-            names[next(free)] = tensor
-    parameters_of(wrapper).update(names)  # type: ignore[arg-type]
-    if names:
-        wrapper.register_state_dict_post_hook(_leave_out)  # type: ignore[no-untyped-call]
-        wrapper.register_load_state_dict_post_hook(_leave_in_place)  # type: ignore[no-untyped-call]
-
-
-def _leave_out(module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in parameters_of(module):
-        if name.startswith(RULE_PARAMETER):
-            state.pop(prefix + name, None)
-
-
-def _leave_in_place(module: nn.Module, incompatible: Any) -> None:
-    """Let nothing be missed in a state_dict; in it, `assign=True` would exchange what the rules learn."""
-    missing: list[str] = incompatible.missing_keys
-    own = {name for name in parameters_of(module) if name.startswith(RULE_PARAMETER)}
-    missing[:] = [key for key in missing if key.rpartition(".")[2] not in own]
 
 
 def calls_by_site(model: RuleParameters) -> dict[str, list[list[fx.Node]]]:

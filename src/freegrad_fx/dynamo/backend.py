@@ -17,7 +17,7 @@ from torch import fx, nn
 from .._torch import dynamo as torch_dynamo
 from .._torch.releases import warn_if_untested
 from ..backward.functions import explained
-from ..capture.rule_parameters import hold_beside
+from ..capture.beside import hold_beside
 from ..context import explicit_rules_act
 from ..core.contract import OVER
 from ..core.rule import get, learnt_by

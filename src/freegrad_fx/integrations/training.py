@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..capture.rule_parameters import hold_beside
+from ..capture.beside import hold_beside
 from ..core.copies import forget
 from ..core.rule import Rule, learnt_by
 from ..eager import use
