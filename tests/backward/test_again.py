@@ -139,6 +139,14 @@ def test_hooks_that_change_an_output() -> None:
     same(model, gm)
 
 
+def test_batch_norms_without_running_statistics() -> None:
+    norm = nn.BatchNorm2d(4, track_running_stats=False)
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), norm, nn.ReLU(), nn.Conv2d(4, 4, 3, bias=False))
+    net[0].bias = None
+    before, after = same(net, fg.transform(net, table(2)))
+    assert before - after == 2 * 4 * 8 * 8 * 4 * 31 // 32
+
+
 @pytest.mark.parametrize("op", ["relu", "gelu"])
 def test_an_output_of_another_operation_is_kept(op: str) -> None:
     """The rule is not at its operation, or the operation has another forward."""

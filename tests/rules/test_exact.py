@@ -106,12 +106,20 @@ def test_a_batch_norm_in_training_mode_is_native() -> None:
         assert torch.equal(found, y)
         assert all(map(torch.equal, grads, expected))
         assert after == before
-    untracked = Between(nn.BatchNorm2d(3, track_running_stats=False)).eval()
-    (decision,) = fg.explain(untracked, BATCH_NORM).decisions
-    assert (decision.action, decision.reason) == (
-        "native",
-        "rule 'exact_batch_norm' leaves calls with training=True native",
-    )
+    before, after = check(nn.BatchNorm2d(3, track_running_stats=False).eval(), BATCH_NORM, x)
+    assert after == before
+
+
+def test_a_rule_at_calls_that_are_always_native_is_reported_as_native() -> None:
+    @fg.register("of_frozen", kinds="operation", native_if="training", overwrite=True)
+    def of_frozen(grad: Tensor, x: Tensor, *, f: Any) -> Tensor:
+        """2·native"""
+        return 2 * f.gradient("x", grad)
+
+    untracked = nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)).eval()
+    (decision,) = fg.explain(untracked, {"batch_norm": "of_frozen"}).decisions
+    reason = "rule 'of_frozen' leaves calls with training=True native"
+    assert (decision.action, decision.reason) == ("native", reason)
 
 
 def test_running_statistics_that_change_before_the_backward_are_an_error() -> None:

@@ -10,7 +10,7 @@ from ..capture.captured import sets_grad_mode
 from ..context import explicit_rules_act
 from ..core.rule import get
 from ..ops.checks import warn_if_native
-from ..ops.gradients import decoupled, operands_by_name, stop_gradient
+from ..ops.gradients import decoupled, stop_gradient
 
 __all__ = ["lower"]
 
@@ -36,7 +36,11 @@ def lower(graph: fx.Graph) -> None:
             graph.erase_node(node)
         if node.target not in (stop_gradient, decoupled) or node.kwargs.get("ambient"):
             continue
-        if node.kwargs.get("operation"):
+        if node.kwargs.get("native"):
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+            continue
+        if node.kwargs.get("operation") and get(node.kwargs["rule"]).declaration.needs_operation:
             continue  # its operands are arguments of the function
         source = node.args[0]
         while source.target in _OF_RULES:
@@ -49,9 +53,12 @@ def lower(graph: fx.Graph) -> None:
             kwargs = dict(node.kwargs)
             rule, site = get(kwargs.pop("rule")), kwargs.pop("site")
             save, _ = kwargs.pop("save", rule.save), kwargs.pop("compile", None)
-            named, given = kwargs.pop("operation", ""), kwargs.pop("operands", {})
-            used = operands_by_name(named, node.args[1], given) if named else None
-            tensors, numbers, call = operands(rule, site, kwargs, save, used)
+            for name in (
+                "operation",
+                "operands",
+            ):  # a compiler chooses itself what it computes again
+                kwargs.pop(name, None)
+            tensors, numbers, call = operands(rule, site, kwargs, save)
             if call and all(isinstance(value, fx.Node) for value in tensors):
                 node.target = torch.ops.freegrad_fx.decoupled.default
                 y, x, *read = node.args

@@ -60,14 +60,16 @@ def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None
 
 
 def native_at(place: Located, rule: Rule) -> str:
-    """The reason why every call at a site keeps its native backward with a rule; ``""`` if none does, or only some.
+    """The reason why a rule does nothing at any call of a site; ``""`` if it does.
+
+    A rule with `again` is at work in calls that keep their native backward, too.
 
     Args:
         place: The site.
         rule: The rule.
     """
     argument = rule.declaration.native_if
-    if not argument or not isinstance(place, LocatedOperation):
+    if not argument or rule.declaration.again or not isinstance(place, LocatedOperation):
         return ""
     always = (place.constants() or {}).get(argument) is True
     return f"rule {rule.name!r} leaves calls with {argument}=True native" if always else ""
