@@ -280,14 +280,20 @@ def own_backward(function: Function) -> Callable[..., Any]:
 @uses_private_names("giving the calls of an autograd.Function rules")
 def with_backward(ctx: Any, backward: Callable[..., Any]) -> None:
     """Give the call of `apply` that a context belongs to another backward."""
-
-    class _Other:
-        vjp = torch.autograd.Function.vjp
-
-    _Other.backward = staticmethod(backward)  # type: ignore[attr-defined]
     if not hasattr(type(ctx), "_forward_cls"):
         raise AttributeError("_forward_cls")
-    ctx._forward_cls = _Other
+    ctx.freegrad_fx_backward = backward
+    ctx._forward_cls = _OfContext
+
+
+class _OfContext:
+    """What PyTorch takes for the Function of a context that has a backward of its own."""
+
+    vjp = torch.autograd.Function.vjp
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return ctx.freegrad_fx_backward(ctx, *grads)
 
 
 def _subclasses(function: Function) -> dict[Function, None]:
