@@ -190,6 +190,24 @@ def test_a_class_that_calls_the_forward_of_another_is_found_after_a_block_withou
     assert [d.site.op for d in fg.report(block).with_action("rewrite")] == ["rms_norm"]
 
 
+class Masked(nn.Module):
+    def forward(self, x: Tensor, slope: float = 1.702, mask: Tensor | None = None) -> Tensor:
+        x = x if mask is None else x * mask
+        return x * torch.sigmoid(slope * x)
+
+
+def test_a_gelu_is_named_that_is_called_with_another_argument_than_the_default() -> None:
+    model, x = Masked(), torch.randn(2, 4, requires_grad=True)
+    with fg.use({"gelu": "half"}, model=model) as block:
+        model(x, 1.702).sum().backward()
+        model(x, mask=torch.ones(4))
+    assert x.grad is not None
+    assert torch.equal(x.grad, torch.full_like(x, 0.5))
+    (note,) = fg.report(block).opaque
+    assert "gelu in separate operations" in str(note)
+    assert "called with mask" in str(note)
+
+
 @pytest.mark.parametrize("batched", [False, True])
 def test_a_weight_from_outside_belongs_to_the_norm(batched: bool) -> None:
     """The gradient of a sample as `torch.func` computes it, beside a norm that gives its input half the gradient."""

@@ -62,7 +62,7 @@ class Decides(Protocol):
     def note_parts(self, decisions: Decisions, whole: str) -> None:
         """Note that a call is a part of an operation whose rule has replaced the backward."""
 
-    def not_traced(self, module: nn.Module, reason: str) -> None:
+    def not_traced(self, module: nn.Module, ops: Collection[str], reason: str) -> None:
         """Note a module that may compute an operation by several calls, and could not be traced alone."""
 
     def run(self, call: Callable[[], Any]) -> Any:
@@ -123,7 +123,9 @@ def _may_compute(kind: type[nn.Module]) -> frozenset[str]:
         if isinstance(forward, FunctionType) and is_users(forward.__code__):
             codes = [code for function in functions for code in _codes_in(function)]
             names = {name for code in codes for name in code.co_names}
-            numbers = {n for code in codes for n in code.co_consts if isinstance(n, float)}
+            defaults = [n for function in functions for n in function.__defaults__ or ()]
+            constants = [*defaults, *(n for code in codes for n in code.co_consts)]
+            numbers = {n for n in constants if isinstance(n, float)}
             if not any(map(names.isdisjoint, _OF_NORMS)):
                 found |= NORMS
             if any(not names.isdisjoint(some) and n in numbers for some, n in _OF_GELUS):
@@ -139,10 +141,6 @@ def _codes_in(function: FunctionType) -> Iterator[CodeType]:
         called = function.__globals__.get(name)
         if isinstance(called, FunctionType) and is_users(called.__code__):
             yield called.__code__
-
-
-def _is_norm(module: nn.Module, decides: Decides) -> bool:
-    return not NORMS.isdisjoint(_may_compute(type(module)) & decides.on_demand)
 
 
 @leave_to_python
@@ -164,8 +162,11 @@ def _called(
     )
     if traced is None or not traced.places:
         stops_parts = not decides.on_demand.isdisjoint(_PARTS)
-        if traced is not None and not stops_parts and _is_norm(module, decides):
-            decides.not_traced(module, traced.problem)
+        ops = set() if traced is None else traced.computes
+        if traced is not None and not stops_parts:
+            ops = ops | (NORMS & _may_compute(type(module)) & decides.on_demand)
+        if traced is not None and ops:
+            decides.not_traced(module, ops, traced.problem)
         return forward(module, *args, **kwargs)
     compounds = [place for place in traced.places if place.compound is not None]
     decided = decides.calls(module, compounds)
@@ -227,12 +228,14 @@ class _Traced:
         graph: The graph.
         places: Its sites; none if it could not be traced.
         problem: Why it could not be traced.
+        computes: The ops that a call of the module computes that could have been traced.
         known: The rewritten forwards, by what was decided for its sites.
     """
 
     graph: fx.Graph
     places: list[LocatedOperation]
     problem: str = ""
+    computes: set[str] = field(default_factory=set)
     known: dict[tuple[Decision, ...], Callable[..., Any]] = field(default_factory=dict)
 
     def rewritten(self, decided: Decided) -> Callable[..., Any]:
@@ -296,9 +299,6 @@ def _traced(
     """The graph of a call of the forward of a module; None if it computes no operation by several calls."""
     if "forward" in vars(module):
         return _problem("its forward is not that of its class")
-    others = _others_than_default(forward, args, kwargs)
-    if others:
-        return _problem(f"it is called with {', '.join(others)}, not the default")
     if any(True for _ in module.children()):
         return _problem("it has submodules; write the norm as a module of its own")
     state = {k: v for k, v in vars(module).items() if k not in _OF_MODULES}
@@ -316,7 +316,14 @@ def _traced(
         if sum(other[:2] == key[:2] for other in _graphs) >= _MOST:
             return _problem("its attributes change from call to call")
         _graphs[key] = _trace(forward, module, wanted)
-    return _graphs[key]
+    found = _graphs[key]
+    others = _others_than_default(forward, args, kwargs)
+    if not others:
+        return found
+    problem = _problem(f"it is called with {', '.join(others)}, not the default")
+    places = [] if found is None else found.places
+    problem.computes |= {place.site.op for place in places if place.compound is not None}
+    return problem
 
 
 def _trace(

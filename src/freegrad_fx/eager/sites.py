@@ -7,7 +7,7 @@ Where a call is, and how often the same one has run before, is told by `Observed
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -22,7 +22,6 @@ from ..graph.provenance import caller
 from ..modules import Activation
 from ..plan import Decided, Decision
 from ..sites.alone import Alone, call_alone, other_constants
-from ..sites.compounds import NORMS
 from ..sites.merged import MERGED
 from ..sites.operations import dim_of, spelled_function
 from ..sites.owners import qualified, short_name
@@ -252,12 +251,12 @@ class EagerSites(ABC):
             found += [(replace(one, site=decision.site), decision) for decision in made.values()]
         return found
 
-    def not_traced(self, module: nn.Module, reason: str) -> None:
-        """Note a module that may compute an operation by several calls, and could not be traced alone."""
+    def not_traced(self, module: nn.Module, ops: Collection[str], reason: str) -> None:
+        """Note a module that may compute operations by several calls, and could not be traced alone."""
         place = self.place()
         if place is not None and place.modules[:1] == (module,):
-            ops = ", ".join(sorted(NORMS & self.on_demand))
-            what = f"{type(module).__name__}, whose {ops} in separate operations cannot be found in a block"
+            names = ", ".join(sorted(ops))
+            what = f"{type(module).__name__}, whose {names} in separate operations cannot be found in a block"
             self.note_opaque(place, Opaque(place.path, what, reason, caller()))
 
     def function_call(self, function: type[Any]) -> Decisions | None:
