@@ -133,3 +133,12 @@ def test_a_long_title_is_broken_into_lines() -> None:
     title = fg.plot_rule("lsq").get_title()
     assert title.replace("\n", " ") == repr(fg.rules.lsq)
     assert max(map(len, title.splitlines())) <= 44
+
+
+def test_readers_see_the_registered_name_of_a_rule() -> None:
+    both = fg.compose("d(ReLU)", fg.rules.d_linear(forward="heaviside"))
+    assert str(both) == "compose(d(ReLU), d(Linear)(forward='heaviside'))"
+    plan = fg.explain(torch.nn.Sequential(torch.nn.ReLU()), "d(ReLU)")
+    for shown in (str(plan), fg.draw(plan).svg, fg.plot_rule("d(ReLU)").get_title()):
+        assert "d(ReLU)" in shown
+        assert "get(" not in shown

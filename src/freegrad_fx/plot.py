@@ -104,7 +104,7 @@ def plot_rule(
     what = "effective derivative" if curve.against == "x" else "gradient of x"
     ax.plot(x, curve.gradient.numpy(), label=f"mean {what}" if curve.band else what)
     ax.set_xlabel("x" if curve.against == "x" else "gradient of y")
-    title = textwrap.fill(repr(_resolved(rule)), _TITLE, break_long_words=False)
+    title = textwrap.fill(str(_resolved(rule)), _TITLE, break_long_words=False)
     ax.set_title(title, fontsize="medium")
     ax.axhline(0.0, color="0.85", linewidth=0.8, zorder=0)
     ax.axvline(0.0, color="0.85", linewidth=0.8, zorder=0)

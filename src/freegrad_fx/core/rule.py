@@ -332,6 +332,13 @@ class Rule:
         return hash((self.name, self.function, tuple(sorted(self.bound)), self.forward))
 
     def __repr__(self) -> str:
+        return self._called(self.name if self.name.isidentifier() else f"get({self.name!r})")
+
+    def __str__(self) -> str:
+        """The rule for readers: by its name, also one that is no name in Python."""
+        return self._called(self.name)
+
+    def _called(self, head: str) -> str:
         defaults = self.declaration.defaults
         given = {
             n: v for n, v in self.given.items() if v is not None or defaults.get(n, 0) is not None
@@ -339,11 +346,10 @@ class Rule:
         values = [f"{name}={shown(value)}" for name, value in given.items()]
         if self.forward is not None:
             values.append(f"forward={shown(self.forward)}")
-        head = self.name if self.name.isidentifier() else f"get({self.name!r})"
         return f"{head}({', '.join(values)})" if values else head
 
     def _repr_html_(self) -> str:
-        return described(self.info, repr(self))
+        return described(self.info, str(self))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebind, (self.name, self.given, self.forward)
@@ -391,6 +397,9 @@ class Composition:
 
     def __repr__(self) -> str:
         return f"compose({', '.join(map(repr, self.parts))})"
+
+    def __str__(self) -> str:
+        return f"compose({', '.join(map(str, self.parts))})"
 
 
 def learnt_by(rules: Iterable[Rule]) -> tuple[Tensor, ...]:

@@ -179,7 +179,7 @@ def _label(decision: Decision) -> str:
     at = "" if decision.site.at == REPLACE else f"{decision.site.at}: "
     if decision.action == "ambient":
         return f"{at}ambient"
-    rules = " → ".join(map(repr, decision.rules))
+    rules = " → ".join(map(str, decision.rules))
     if decision.forward is not None:
         forward = getattr(decision.forward, "__name__", str(decision.forward))
         return f"{at}forward {forward}{', ' * bool(rules)}{rules}"

@@ -98,7 +98,7 @@ def backward_of(decision: Decision) -> str:
     """The backward of a site, as text."""
     if decision.action != "rewrite":
         return f"{decision.action}: {decision.reason}"
-    rules = " → ".join(map(repr, decision.rules))
+    rules = " → ".join(map(str, decision.rules))
     forward = f", FORWARD {named(decision.forward)}" if decision.forward is not None else ""
     forward += f" (SNR {decision.snr:.1f} dB)" if decision.snr is not None else ""
     modes = f" (in {decision.modes} only)" if decision.modes else ""

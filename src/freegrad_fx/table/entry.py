@@ -77,7 +77,7 @@ class Entry:
 
     def texts(self) -> tuple[str, str, str, str]:
         """The sites, the backward, the forward, and whether the entry may match nothing, for people."""
-        backward = " → ".join(map(repr, self.rules or ()))
+        backward = " → ".join(map(str, self.rules or ()))
         replaced = self.forward or ""
         forward = replaced if isinstance(replaced, str) else shown(replaced)
         sites = self.selector or "activations"
