@@ -12,6 +12,7 @@ import time
 import types
 import warnings
 import weakref
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -438,3 +439,32 @@ def test_what_the_model_s_own_package_counts_is_refused_and_restored(state: str)
     assert counted(helpers) == before
     model(sample())
     assert counted(helpers) != before
+
+
+# --- mappings that compute their entries ---
+
+
+class Lazy(OrderedDict[str, Any]):
+    """Imports an entry when it is asked for it, as those of Hugging Face's transformers."""
+
+    def __iter__(self) -> Any:
+        raise AssertionError("a capture asks for the names of all entries")
+
+    def values(self) -> Any:
+        raise AssertionError("a capture asks for all entries")
+
+    keys = items = values
+
+
+LAZY = Lazy()
+OrderedDict.__setitem__(LAZY, "slope", 2.0)
+
+
+class Looks(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(self.f(x)) * LAZY.get("slope")
+
+
+@pytest.mark.parametrize("way", [{}, {"example_inputs": (sample(),)}], ids=["symbolic", "export"])
+def test_a_mapping_that_computes_its_entries_is_not_asked_for_them(way: dict[str, Any]) -> None:
+    check_capture(Looks, **way)

@@ -289,11 +289,12 @@ class Outside:
         self._seen.add(id(value))
         if self._in_foreign_code:
             self._foreign.add(id(value))
-        self._containers[id(value)] = (name, value, _copied(value))
-        if isinstance(value, dict) and not self._own.isdisjoint(map(id, value)):
+        copied = _copied(value)
+        self._containers[id(value)] = (name, value, copied)
+        if isinstance(value, dict) and not self._own.isdisjoint(map(id, copied)):
             self.own_modules.append(name)
-        if len(value) <= _MOST_SEARCHED:
-            for item in list(value.values() if isinstance(value, dict) else value):
+        if len(copied) <= _MOST_SEARCHED:
+            for item in copied.values() if isinstance(value, dict) else copied:
                 self._add(item, name, depth - 1)
 
     def _add_function(self, function: FunctionType) -> None:
@@ -394,7 +395,12 @@ def _contents(cell: CellType) -> Any:
 
 
 def _copied(value: Any) -> Any:
-    return dict(value) if isinstance(value, dict) else list(value)
+    """The entries of a container, without those that a subclass of dict computes, or imports, when it is asked."""
+    if not isinstance(value, dict):
+        return list(value)
+    ordered = isinstance(value, collections.OrderedDict)
+    kind = collections.OrderedDict if ordered else dict
+    return dict(kind.items(value))
 
 
 def _differs(old: Any, new: Any) -> bool:
@@ -441,5 +447,9 @@ def _contains(value: Any, is_traced: IsTraced, depth: int = 3) -> bool:
         return True
     if depth <= 0 or not isinstance(value, (*_CONTAINERS, tuple)):
         return False
-    items = (*value, *value.values()) if isinstance(value, dict) else (*value,)
+    if isinstance(value, dict):
+        entries = _copied(value)
+        items = (*entries, *entries.values())
+    else:
+        items = (*value,)
     return any(_contains(item, is_traced, depth - 1) for item in items)
