@@ -1399,3 +1399,58 @@ class KnowsItsBatch(Net):
 def test_what_torch_export_adds_to_a_graph_belongs_to_no_module() -> None:
     """It reads the size of the batch in a node of its own, for which it makes up a module."""
     check_capture(KnowsItsBatch, example_inputs=(sample(),))
+
+
+# --- one export where no code asks for the mode ---
+
+
+class Doubling(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * 2 if self.training else x
+
+
+class Asks(Net):
+    """Relu, after an operation that depends on the mode."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.doubling, self.hidden = how, Doubling(), [Doubling()]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.f(x)
+        if self.how == "by its dict":
+            y = y * 2 if vars(self)["training"] else y
+        elif self.how == "by a copy of a module":
+            y = copy.copy(self.doubling)(y)
+        elif self.how == "by a module that is not registered":
+            y = self.hidden[0](y)
+        elif self.how == "by a module":
+            y = self.doubling(y)
+        return F.relu(y)
+
+
+@pytest.mark.parametrize(
+    ("how", "exports"),
+    [
+        ("not at all", 1),
+        ("by its dict", 2),
+        ("by a copy of a module", 2),
+        ("by a module that is not registered", 2),
+        ("by a module", 2),
+    ],
+)
+def test_a_model_that_asks_for_no_mode_is_exported_once(
+    how: str, exports: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, made = torch.export.export, []
+
+    def export(*args: Any, **kwargs: Any) -> Any:
+        made.append(None)
+        return usual(*args, **kwargs)
+
+    monkeypatch.setattr(torch.export, "export", export)
+    model, x = Asks(how), sample()
+    gm = fg.transform(model, RULE, example_inputs=(x,), verify=False)
+    assert len(made) == exports
+    for mode in (True, False):
+        assert torch.equal(gm.train(mode)(x), model.train(mode)(x))

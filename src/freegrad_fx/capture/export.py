@@ -1,7 +1,8 @@
 """Capture by `torch.export`, from example inputs: for models whose control flow depends on shapes or Python values.
 
-The model is exported in train mode and in eval mode. If the two graphs differ only in constants that came from a
-`training` flag, they are merged into one graph that reads the flag. Otherwise both graphs are kept.
+The model is exported in train mode, and in eval mode if its code asks for a `training` flag. If the two graphs differ
+only in constants that came from a flag, they are merged into one graph that reads the flag. Otherwise both graphs are
+kept.
 """
 
 from __future__ import annotations
@@ -58,7 +59,7 @@ def capture_by_export(
     example_inputs: tuple[Any, ...] | Mapping[str, Any] | Tensor,
     dynamic_shapes: Any = None,
 ) -> Capture:
-    """Export `root`, the copy of `model`, in both modes.
+    """Export `root`, the copy of `model`, for both modes.
 
     Raises:
         CaptureError: The export fails, or the graph would not compute what the model computes.
@@ -118,7 +119,7 @@ def _capture(
             instead="remove these hooks and register hooks on the modules that need them",
         )
     train, evaluation, reads = _export_both_modes(model, root, args, kwargs, dynamic_shapes)
-    differing = merge(train, evaluation, reads)
+    differing = [] if train is evaluation else merge(train, evaluation, reads)
     if not differing:
         variants = [Variant({}, train.graph)]
     else:
@@ -157,6 +158,8 @@ def _export_both_modes(
 ) -> tuple[Exported, Exported, set[FlagRead]]:
     """Export `root` in train and in eval mode, and restore its flags and the random number generators.
 
+    A forward that has read no flag in train mode does the same in eval mode, which is then not exported.
+
     Returns:
         The graph of train mode, the graph of eval mode, and the flags that were read.
 
@@ -168,7 +171,7 @@ def _export_both_modes(
     try:
         with (
             _without_hooks(root),
-            noted_flags(root) as reads,
+            noted_flags(root) as (reads, elsewhere),
             collected_reads(root) as constants,
         ):
             exported = []
@@ -176,6 +179,10 @@ def _export_both_modes(
                 for module in flags:  # not root.train(), which a model can override
                     module.__dict__["training"] = mode
                 exported.append(_exported(root, args, kwargs, dynamic_shapes))
+                # A copy of a module, which has its flag, is made from its dict, or read elsewhere
+                if not (reads or elsewhere or any(name == "__dict__" for _, name in constants)):
+                    exported.append(exported[0])
+                    break
         _refuse_python_effects(model, state, random)
         assigned = [place for one in exported for place in one.assigned]
         parts = [part for one in exported for part in one.parts.values()]

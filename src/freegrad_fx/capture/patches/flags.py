@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..._torch.replacing import replaced
 from ...graph.provenance import is_users
@@ -45,16 +45,23 @@ def recorded_flags(recorder: Recorder) -> contextlib.AbstractContextManager[None
 
 
 @contextlib.contextmanager
-def noted_flags(root: nn.Module) -> Iterator[set[FlagRead]]:
-    """Collect the reads of the `training` flags of a model."""
+def noted_flags(root: nn.Module) -> Iterator[tuple[set[FlagRead], list[nn.Module]]]:
+    """Collect the reads of the `training` flags of a model, and the other modules whose flag the forward reads."""
     paths = {module: path for path, module in root.named_modules()}
     found: set[FlagRead] = set()
+    elsewhere: list[nn.Module] = []
 
     def note(module: nn.Module, frame: FrameType) -> None:
         if module in paths:
             reader = frame.f_locals.get("self")
             path = paths.get(reader) if isinstance(reader, nn.Module) else None
             found.add(FlagRead(path, paths[module], is_users(frame.f_code)))
+        elif frame.f_code is not _COPIES_FLAG:
+            elsewhere.append(module)
 
     with answering_training(note):
-        yield found
+        yield found, elsewhere
+
+
+# An export makes graph modules of its own
+_COPIES_FLAG = fx.GraphModule.__init__.__code__
