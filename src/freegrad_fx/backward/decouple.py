@@ -28,7 +28,7 @@ from .functions import OVERWRITTEN, Call, Composable, follows_another
 from .hazards import refuse_compiled_transform
 from .node import apply
 from .observing import observers_of_now
-from .operator import operands
+from .operator import are_floats, operands
 from .several import answers_for_several, apply_composable, apply_several
 
 __all__ = ["decouple"]
@@ -72,13 +72,16 @@ def decouple(
             f"rule {rule.name!r} at site {site!r} needs more of x than where it is positive, but the graph saves only "
             f"that: the rule has been registered again since. Transform the original model again."
         )
-    several = answers_for_several(rule.declaration, parameters)
     if is_compiling():
+        # Dynamo traces this for every site
         refuse_compiled_transform()
-        _refuse_generator(rule, site, parameters)
-        tensors, numbers, call = operands(rule, site, parameters, save, operation)
-        if call and all(isinstance(value, Tensor) for value in tensors):
+        if rule.declaration.random:
+            _refuse_generator(rule, site, parameters)
+        floats = are_floats(tuple(map(type, parameters.values())))
+        tensors, numbers, call = operands(rule, site, parameters, save, operation, floats)
+        if call and (not tensors or all(isinstance(value, Tensor) for value in tensors)):
             return torch.ops.freegrad_fx.decoupled(y, x, tensors, numbers, call, read)  # type: ignore[no-any-return]
+        _refuse_generator(rule, site, parameters)
     elif not function_transforms_active():
         # a tensor may be left over from a transform that has ended
         y, x = without_dead_transform(y), without_dead_transform(x)
@@ -86,7 +89,7 @@ def decouple(
         if observers and (follows_another(x, site) if last is None else not last):
             observers = ()
         described = Call(rule, site, parameters, save, compile, observers)
-        if several:
+        if answers_for_several(rule.declaration, parameters):
             out = apply_several(y, operation or Operands("", {"x": x}, {}), described, read)
         elif read is None:
             out = apply(y, x, described)
@@ -95,7 +98,7 @@ def decouple(
         if rule.declaration.again:
             note(out, operation, rule.declaration)
         return out
-    if several:
+    if answers_for_several(rule.declaration, parameters):
         described = Call(rule, site, parameters, save, compile)
         return apply_composable(y, operation or Operands("", {"x": x}, {}), described, read)
     values = tuple(_distinct((x, read), parameters.values()))

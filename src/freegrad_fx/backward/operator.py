@@ -18,7 +18,7 @@ from .functions import Call
 from .node import apply
 from .several import answers_for_several, apply_several
 
-__all__ = ["described", "operands"]
+__all__ = ["are_floats", "described", "operands"]
 
 
 def operands(
@@ -27,8 +27,17 @@ def operands(
     parameters: dict[str, Any],
     save: str,
     operation: Operands | None = None,
+    floats: bool = False,
 ) -> tuple[list[Any], list[Any], str]:
     """The arguments of ``freegrad_fx::decoupled`` after `y` and `x`, without `read`.
+
+    Args:
+        rule: As for `decouple`.
+        site: As for `decouple`.
+        parameters: As for `decouple`.
+        save: As for `decouple`.
+        operation: As for `decouple`.
+        floats: The result of `are_floats` for the classes of the parameters; False is always right.
 
     Returns:
         The parameters that are neither numbers nor plain values, which have to be tensors, and the further operands
@@ -39,9 +48,9 @@ def operands(
     if not token:
         return [], [], ""
     if operation is not None:
-        return _with_operands(rule, site, parameters, save, operation)
-    if not parameters:
-        return [], [], _written(token, site, save, (), ())
+        return _with_operands(rule, site, parameters, save, operation, floats)
+    if floats:
+        return [], [*parameters.values()], _written(token, site, save, tuple(parameters), ())
     found: list[dict[str, Any]] = [{}, {}, {}]
     # One loop without helper functions, because Dynamo traces it for every site
     for name, value in parameters.items():
@@ -60,10 +69,15 @@ def operands(
 
 
 def _with_operands(
-    rule: Rule, site: str, parameters: dict[str, Any], save: str, operation: Operands
+    rule: Rule,
+    site: str,
+    parameters: dict[str, Any],
+    save: str,
+    operation: Operands,
+    floats: bool,
 ) -> tuple[list[Any], list[Any], str]:
     """`operands` for an operation with several operands. They precede the parameters that are tensors."""
-    tensors, numbers, call = operands(rule, site, parameters, save)
+    tensors, numbers, call = operands(rule, site, parameters, save, None, floats)
     further = [value for value in [*operation.values.values()][1:] if value is not None]
     held = {n: value for n, value in operation.constants.items() if isinstance(value, Tensor)}
     absent = tuple(name for name, value in operation.values.items() if value is None)
@@ -117,6 +131,12 @@ def _operation_in(
 
 
 _PLAIN = (bool, int, str, tuple, type(None))
+
+
+@takes_for_constant
+def are_floats(kinds: tuple[type[Any], ...]) -> bool:
+    """Whether these are the classes of numbers alone, as those of the parameters of nearly all rules."""
+    return all(kind is float for kind in kinds)
 
 
 # Dynamo calls it during tracing, and treats the result as a constant

@@ -58,8 +58,9 @@ def stop_gradient(x: Tensor, *, ambient: str = "", site: str = "", native: bool 
         return handle_torch_function(stop_gradient, (x,), x, **given)
     if native or not (torch.is_grad_enabled() or records_forward_alone()):
         return x
+    acts = bool(ambient_rules(ambient, site)) if ambient else explicit_rules_act()
     # a traced function such as abs() can be called with a number
-    return x.detach() if _acts(ambient, site) and isinstance(x, Tensor) else x
+    return x.detach() if acts and isinstance(x, Tensor) else x
 
 
 def kept(x: Tensor, *, ambient: str = "", site: str = "") -> Tensor:
