@@ -190,6 +190,18 @@ def test_a_class_that_calls_the_forward_of_another_is_found_after_a_block_withou
     assert [d.site.op for d in fg.report(block).with_action("rewrite")] == ["rms_norm"]
 
 
+def test_a_forward_that_the_program_replaces_in_a_block_stays() -> None:
+    class Patched(Private):
+        forward = Private.forward
+
+    def twice(self: Any, x: Tensor) -> Tensor:
+        return 2 * Private.forward(self, x)
+
+    with fg.use(TABLE):
+        Patched.forward = twice  # type: ignore[method-assign]
+    assert Patched.forward is twice
+
+
 class Masked(nn.Module):
     def forward(self, x: Tensor, slope: float = 1.702, mask: Tensor | None = None) -> Tensor:
         x = x if mask is None else x * mask

@@ -50,10 +50,20 @@ class _Slot:
     name: str
     raw: Any = _ABSENT  # the value in the owner itself, not in its bases
     original: Any = None
+    placed: Any = _ABSENT  # the value in the owner since it is replaced
     dispatches: bool = (
         False  # whether the attribute holds a function that looks up the calling thread
     )
     entries: tuple[Replacement, ...] = ()  # never changed in place, because other threads read it
+
+    def place(self, value: Any) -> None:
+        """Put a value into the owner."""
+        setattr(self.owner, self.name, value)
+        self.placed = value
+
+    def is_placed(self) -> bool:
+        """Whether the owner still has the value; else the program has put another one there, which it keeps."""
+        return vars(self.owner).get(self.name, _ABSENT) is self.placed
 
     def now(self) -> Any:
         """The value for the calling thread."""
@@ -131,9 +141,9 @@ def _begin(owner: Any, name: str, make: Make, asks_for_thread: bool) -> Replacem
     before = slot.now() if dispatches else getattr(owner, name)
     entry = Replacement(owner, name, make(before), threading.get_ident(), asks_for_thread, make)
     if not dispatches:
-        setattr(owner, name, entry.value)
+        slot.place(entry.value)
     elif not slot.dispatches:
-        setattr(owner, name, _dispatcher(slot, entry.value))
+        slot.place(_dispatcher(slot, entry.value))
     slot.dispatches = dispatches
     _slots[key] = slot
     slot.entries = (*slot.entries, entry)
@@ -147,6 +157,8 @@ def _end(entry: Replacement) -> None:
     slot.entries = tuple(other for other in slot.entries if other is not entry)
     if not slot.entries:
         del _slots[id(owner), name]
+        if not slot.is_placed():
+            return
         if slot.raw is _ABSENT:
             delattr(owner, name)
         else:
@@ -158,7 +170,8 @@ def _end(entry: Replacement) -> None:
     if not slot.dispatches:
         if not innermost:
             _remake(slot)
-        setattr(owner, name, last.value)
+        if slot.is_placed():
+            slot.place(last.value)
 
 
 def _remake(slot: _Slot) -> None:
