@@ -137,6 +137,56 @@ def assert_bits_of_the_formula(rule: fg.Rule, grad: Tensor, x: Tensor) -> None:
         assert actual.stride() == expected.stride()
 
 
+MASKED = [
+    name
+    for name in BUILT_IN
+    if fg.get(name).declaration.mask and not fg.get(name).declaration.random
+]
+
+
+def test_the_node_saves_masks_and_reads_them() -> None:
+    nodes = set()
+    for name, (grad, x) in itertools.product(MASKED, inputs()):
+        rule = fg.get(name)(save="mask")
+        if "operation" not in rule.kinds or rule.declaration.several:
+            continue
+        found = []
+        for on in (True, False):
+            library.switch(on=on)
+            leaf = x.clone(memory_format=torch.preserve_format).requires_grad_()
+            out = decoupled(torch.relu(leaf.detach()), leaf, rule=rule)
+            nodes |= {name} if is_ours(out.grad_fn) else set()
+            saved = [*node_of(out).saved_tensors]
+            found.append([*saved, *torch.autograd.grad(out, leaf, grad)])
+        library.switch(on=True)
+        torch.testing.assert_close(*found, rtol=0, atol=0, equal_nan=True, msg=name)
+        assert all(a.signbit().equal(b.signbit()) for a, b in zip(*found, strict=True)), name
+    assert {"d(ReLU)", "rectangular", "clipped_straight_through"} <= nodes
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_masks_of_large_tensors(threads: int) -> None:
+    rule, x, grad = fg.rules.rectangular(save="mask"), torch.randn(70_001), torch.randn(70_001)
+    leaf = x.requires_grad_()
+    torch.set_num_threads(threads)
+    try:
+        found = torch.autograd.grad(decoupled(x.detach(), leaf, rule=rule), leaf, grad)[0]
+    finally:
+        torch.set_num_threads(1)
+    assert torch.equal(found, torch.where((x >= -0.5) & (x <= 0.5), grad, 0))
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")
+def test_compiled_autograd_compiles_masks(x: Tensor) -> None:
+    gm = fg.transform(Net(), {"relu": fg.rules.rectangular(save="mask")})
+    expected = gradients(gm, x)
+    loss = gm(x).square().sum()
+    compiled = torch.compile(backend="aot_eager", fullgraph=True)
+    with torch._dynamo.compiled_autograd._enable(compiled):
+        loss.backward()
+    torch.testing.assert_close([p.grad for p in gm.parameters()], expected)
+
+
 def test_all_rules_give_the_gradients_of_the_function() -> None:
     for name in BUILT_IN:
         if "operation" not in fg.get(name).kinds:

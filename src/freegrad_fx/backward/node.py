@@ -8,6 +8,7 @@ gradient. So both ways give the same gradients.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,19 +16,19 @@ from torch import Tensor
 
 from .._torch.tensors import empty_like_gradient
 from ..context import thread_state
-from ..core.contract import OF_MASK
+from ..core.contract import BITS, OF_MASK
 from ..core.rule import Rule, get
 from ..errors import RuleError
 from ..extension.library import current
 from .functions import Call, apply_function, gradient
 from .observing import thread_observers
-from .program import Program, program_of
+from .program import Part, Program, program_of
 from .several import answers_for_several
 
 __all__ = ["apply", "direct", "extension_in_use", "resolved"]
 
 # What a node saves as `x`, as in the C++ source
-_NOTHING, _INPUT, _OUTPUT = range(3)
+_NOTHING, _INPUT, _OUTPUT, _MASK = range(4)
 
 
 def apply(y: Tensor, x: Tensor, call: Call, read: Tensor | None = None) -> Tensor:
@@ -84,14 +85,15 @@ def extension_in_use() -> Any:
 def _saved(call: Call) -> tuple[int, bool] | None:
     """What a node saves as `x`, and whether it saves `y`; None if it cannot hold what the rule needs."""
     inputs = call.rule.declaration.inputs
-    if call.save in OF_MASK and "x" in inputs:
+    masked = call.save in OF_MASK and "x" in inputs
+    if masked and (call.save == BITS or call.rule.declaration.mask_bits != 1):
         return None
     if inputs not in ((), ("x",), ("y",), ("x", "y")):
         return None
     if any(isinstance(value, Tensor) for value in call.parameters.values()):
         return None
-    of_output = _OUTPUT if call.save == "y" else _INPUT
-    return of_output if "x" in inputs else _NOTHING, "y" in inputs
+    how = _OUTPUT if call.save == "y" else _MASK if masked else _INPUT
+    return how if "x" in inputs else _NOTHING, "y" in inputs
 
 
 def resolved(keywords: Mapping[str, Any]) -> tuple[Call, int, bool, Rule] | None:
@@ -121,10 +123,10 @@ def resolved(keywords: Mapping[str, Any]) -> tuple[Call, int, bool, Rule] | None
     return call, *saved, found
 
 
-def _program(call: Call, dtype: torch.dtype) -> Program | None:
+def _program(call: Call, dtype: torch.dtype, part: Part = "function") -> Program | None:
     if call.compile:
         return None
-    return program_of(call.rule.declaration, call.parameters, dtype, _evaluate)
+    return program_of(call.rule.declaration, call.parameters, dtype, _evaluate, part)
 
 
 def _evaluate(program: Program, grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
@@ -136,6 +138,17 @@ def _stand_in(node: Any) -> Tensor:
     """A tensor whose node is that of the Function, with what a node of the extension holds, for compiled autograd."""
     call, (shape, dtype), (of_y, of_x) = node.call, node.like, node.needs_input_grad
     saved = dict(zip(call.rule.declaration.inputs, node.saved_tensors, strict=True))
+    as_saved = call
+    if call.save in OF_MASK and "x" in saved:
+        mask = saved.pop("x")
+        given = replace(
+            call.rule.declaration,
+            mask=lambda _: mask,
+            mask_parameters=(),
+            parameters={},
+            requires=(),
+        )
+        as_saved = Call(Rule(given), *call[1:])
     if call.save == "y":
         saved["y"] = saved.pop("x")
     y = saved["y"].detach() if "y" in saved else empty_like_gradient(node)
@@ -143,4 +156,6 @@ def _stand_in(node: Any) -> Tensor:
     with torch.enable_grad():
         if x.requires_grad != of_x:
             x = x.detach().requires_grad_(of_x)
-        return apply_function(y.requires_grad_(of_y), x, call)  # type: ignore[no-any-return]
+        output = apply_function(y.requires_grad_(of_y), x, as_saved)
+    output.grad_fn.call = call
+    return output  # type: ignore[no-any-return]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -45,6 +45,9 @@ class Program(NamedTuple):
     result: int
 
 
+Part: TypeAlias = Literal["function", "mask", "gate"]
+"""What is recorded of a rule: its formula; the mask that it reads ``x`` through; or its formula of that mask."""
+
 Evaluate: TypeAlias = Callable[[Program, Tensor, Tensor, Tensor], Tensor]
 """Runs a program on a gradient, ``x`` and ``y``."""
 
@@ -54,6 +57,7 @@ def program_of(
     parameters: Mapping[str, Any],
     dtype: torch.dtype,
     evaluate: Evaluate,
+    part: Part = "function",
 ) -> Program | None:
     """The program of a rule; None if the formula is not pointwise, or does something that no step does.
 
@@ -62,6 +66,7 @@ def program_of(
         parameters: All parameters of the rule.
         dtype: The dtype of the gradient and of the inputs.
         evaluate: Runs a program, in order to compare it with the formula.
+        part: What is recorded. A mask is 0 or 1 in the dtype.
     """
     if not (declaration.pointwise and declaration.token):
         return None
@@ -69,7 +74,7 @@ def program_of(
         return None
     # 0.0 and -0.0 are equal, but not alike
     key = tuple((name, repr(value)) for name, value in parameters.items())
-    return _program_of(_Asked(declaration, parameters, evaluate), key, dtype)
+    return _program_of(_Asked(declaration, parameters, evaluate), key, dtype, part)
 
 
 class _Asked:
@@ -89,28 +94,39 @@ class _Asked:
 
 @functools.lru_cache(maxsize=1024)
 def _program_of(
-    asked: _Asked, key: tuple[tuple[str, str], ...], dtype: torch.dtype
+    asked: _Asked, key: tuple[tuple[str, str], ...], dtype: torch.dtype, part: Part
 ) -> Program | None:
     declaration, parameters = asked.declaration, asked.parameters
     values = [torch.full((2, 3), number, dtype=dtype) for number in (1.5, 0.75, 0.25)]
+    if part == "gate":
+        values[1] = values[1] > 0
     recorder = _Recorder(values)
 
     def formula(grad: Tensor, x: Tensor, y: Tensor) -> Tensor:
         given = {"x": x, "y": y}
+        if part == "mask":
+            return declaration.mask_of(x, parameters)
         inputs = [given[name] for name in declaration.inputs]
-        return declaration.function(grad, *inputs, **parameters)
+        function = declaration.gate if part == "gate" else declaration.function
+        assert function is not None
+        return function(grad, *inputs, **parameters)
 
     try:
         with torch.no_grad(), recorder:
             result = formula(*values)
-        program = recorder.program(result)
+        program = recorder.program(result, torch.bool if part == "mask" else dtype)
     except Exception:  # the formula itself reports its errors
         return None
     if program is None:
         return None
     with torch.no_grad():
         probes = _probes(dtype, [v for v in parameters.values() if isinstance(v, float | int)])
-        same = _same_bits(asked.evaluate(program, *probes), formula(*probes))
+        grad, x, y = probes
+        of_x = x > 0 if part == "gate" else x
+        expected = formula(grad, of_x, y)
+        if part == "mask" and isinstance(expected, Tensor) and expected.dtype is torch.bool:
+            expected = expected.to(dtype)
+        same = _same_bits(asked.evaluate(program, grad, of_x.to(dtype), y), expected)
     return program if same else None
 
 
@@ -164,12 +180,12 @@ class _Recorder(DispatchMode):  # type: ignore[misc]
         self.steps.append((operation, places))
         return "step", len(self.steps) - 1
 
-    def program(self, result: Any) -> Program | None:
-        """The program that computes a result."""
+    def program(self, result: Any, dtype: torch.dtype) -> Program | None:
+        """The program that computes a result of a dtype."""
         first = {"input": 0, "constant": 3, "step": 3 + len(self.constants)}
         if id(result) not in self.places or first["step"] + len(self.steps) > _MOST_PLACES:
             return None
-        if result.dtype != self.like.dtype:
+        if result.dtype != dtype:
             return None
 
         def number(place: Place) -> int:

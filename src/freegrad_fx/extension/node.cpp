@@ -22,6 +22,7 @@
 #include <array>
 #include <atomic>
 #include <cmath>
+#include <cstring>
 #include <unordered_map>
 
 using at::Tensor;
@@ -139,14 +140,14 @@ constexpr int64_t BLOCK = 256;
 constexpr int REGISTERS = 24;
 constexpr int64_t SERIAL = 32768;  // what PyTorch's kernels do not divide among threads
 
-template <typename T, typename F>
-inline void each(T* to, const T* a, const T* b, int64_t n, F f) {
-  for (int64_t i = 0; i < n; ++i) to[i] = f(a[i], b[i]);
+template <typename T, typename To, typename F>
+inline void each(To* to, const T* a, const T* b, int64_t n, F f) {
+  for (int64_t i = 0; i < n; ++i) to[i] = To(f(a[i], b[i]));
 }
 
 // Booleans are 0 and 1. A comparison with NaN is false, and the two bounds return NaN for NaN, as PyTorch's do.
-template <typename T>
-void run_step(int operation, T* to, const T* a, const T* b, const T* c, int64_t n) {
+template <typename T, typename To>
+void run_step(int operation, To* to, const T* a, const T* b, const T* c, int64_t n) {
   switch (operation) {
     case ADD: return each(to, a, b, n, [](T x, T y) { return x + y; });
     case SUB: return each(to, a, b, n, [](T x, T y) { return x - y; });
@@ -166,7 +167,7 @@ void run_step(int operation, T* to, const T* a, const T* b, const T* c, int64_t 
     case LEAST: return each(to, a, b, n, [](T x, T y) { return x < y ? y : x; });
     case MOST: return each(to, a, b, n, [](T x, T y) { return x > y ? y : x; });
     case WHERE:
-      for (int64_t i = 0; i < n; ++i) to[i] = a[i] != T(0) ? b[i] : c[i];
+      for (int64_t i = 0; i < n; ++i) to[i] = To(a[i] != T(0) ? b[i] : c[i]);
   }
 }
 
@@ -179,6 +180,7 @@ struct Program {
   std::vector<std::array<T, BLOCK>> constants;
   int results = 0, result = 0;
   bool reads[3] = {false, false, false};
+  bool only_gates = false;  // grad where x is true, else 0
 
   // Constants, steps and the place of the result: see program.py.
   void set(const pybind11::object& given) {
@@ -193,10 +195,18 @@ struct Program {
     }
     results = int(steps.size());
     result = place;
+    const Step* first = steps.size() == 1 ? &steps[0] : nullptr;
+    if (first && first->operation == WHERE && first->a == 1 && first->b == 0 && first->c == 3) {
+      T otherwise = constants[0][0];
+      only_gates = otherwise == T(0) && !std::signbit(otherwise);
+    }
   }
 
-  void run(T* to, const T* grad, const T* x, const T* y, int64_t count) const {
+  // A mask is given in the place of x, or is the result.
+  template <typename To>
+  void run(To* to, const T* grad, const T* x, const T* y, int64_t count, const bool* mask = nullptr) const {
     alignas(64) T buffers[REGISTERS][BLOCK];
+    alignas(64) T of_mask[BLOCK];
     const T* places[REGISTERS] = {};
     int constants_end = 3 + int(constants.size());
     for (size_t i = 0; i < constants.size(); ++i) places[3 + i] = constants[i].data();
@@ -204,11 +214,16 @@ struct Program {
     for (int64_t start = 0; start < count; start += BLOCK) {
       int64_t n = std::min(BLOCK, count - start);
       places[0] = grad + start;
-      places[1] = x ? x + start : nullptr;
+      places[1] = mask ? of_mask : x ? x + start : nullptr;
+      if (mask)
+        for (int64_t i = 0; i < n; ++i) of_mask[i] = T(mask[start + i]);
       places[2] = y ? y + start : nullptr;
       for (const Step& step : steps) {
-        T* out = step.to == result ? to + start : buffers[step.to];
-        run_step<T>(step.operation, out, places[step.a], places[step.b], places[step.c], n);
+        const T *a = places[step.a], *b = places[step.b], *c = places[step.c];
+        if (step.to == result)
+          run_step(step.operation, to + start, a, b, c, n);
+        else
+          run_step(step.operation, buffers[step.to], a, b, c, n);
       }
       if (result < constants_end) std::copy(places[result], places[result] + n, to + start);
     }
@@ -217,14 +232,16 @@ struct Program {
 
 // --- a rule at a site ---
 
-enum From : int { NOTHING, INPUT, OUTPUT };
+enum From : int { NOTHING, INPUT, OUTPUT, MASK };
+
+constexpr int64_t CHUNK = 16 * BLOCK;  // of a mask, for several threads
 
 struct Site {
   PyObject* call;  // the rule, the site, the parameters and the options
   int x;           // what is saved as x
   bool saves_y;
-  Program<float> of_float;
-  Program<double> of_double;
+  Program<float> of_float, mask_of_float;
+  Program<double> of_double, mask_of_double;
 
   Site(PyObject* call, int x, bool saves_y) : call(call), x(x), saves_y(saves_y) {
     Py_INCREF(call);
@@ -237,32 +254,65 @@ struct Site {
   }
 
   template <typename T>
-  Program<T>& of() {
+  const Program<T>* program() {
     if constexpr (std::is_same_v<T, float>)
-      return of_float;
+      return known(of_float, x == MASK ? "gate" : "function");
     else
-      return of_double;
+      return known(of_double, x == MASK ? "gate" : "function");
   }
 
   template <typename T>
-  const Program<T>* program() {
-    auto& found = of<T>();
+  const Program<T>* mask() {
+    if constexpr (std::is_same_v<T, float>)
+      return known(mask_of_float, "mask");
+    else
+      return known(mask_of_double, "mask");
+  }
+
+  template <typename T>
+  const Program<T>* known(Program<T>& found, const char* part) {
     if (found.known == Program<T>::UNKNOWN) {  // it is written once, by a thread that has the GIL
       pybind11::gil_scoped_acquire gil;
-      if (found.known == Program<T>::UNKNOWN) learn(found);
+      if (found.known == Program<T>::UNKNOWN) learn(found, part);
     }
     return found.known == Program<T>::READY ? &found : nullptr;
   }
 
   template <typename T>
-  void learn(Program<T>& found) {
+  void learn(Program<T>& found, const char* part) {
     auto dtype = torch::getTHPDtype(std::is_same_v<T, float> ? at::kFloat : at::kDouble);
     auto got = pybind11::reinterpret_borrow<pybind11::object>(python.program)(
-        pybind11::handle(call), pybind11::handle((PyObject*)dtype));
+        pybind11::handle(call), pybind11::handle((PyObject*)dtype), part);
     if (!got.is_none()) found.set(got);
     found.known = got.is_none() ? Program<T>::ABSENT : Program<T>::READY;
   }
 };
+
+// The mask of x, in one pass.
+template <typename T>
+Tensor mask_of(const Tensor& x, const Program<T>& program) {
+  Tensor mask = at::empty_like(x, x.options().dtype(at::kBool).requires_grad(false));
+  const T* from = x.const_data_ptr<T>();
+  bool* to = mask.mutable_data_ptr<bool>();
+  int64_t count = x.numel();
+  at::parallel_for(0, (count + CHUNK - 1) / CHUNK, SERIAL / CHUNK, [&](int64_t first, int64_t last) {
+    int64_t start = first * CHUNK, n = std::min(last * CHUNK, count) - start;
+    program.run(to + start, from + start, from + start, from + start, n);
+  });
+  return mask;
+}
+
+// The mask that a site saves; undefined if Python has to compute it.
+Tensor mask_of(const Tensor& x, Site& site) {
+  if (!x.is_cpu() || !x.is_non_overlapping_and_dense()) return {};
+  if (x.scalar_type() == at::kFloat) {
+    auto program = site.program<float>() ? site.mask<float>() : nullptr;
+    return program ? mask_of(x, *program) : Tensor();
+  }
+  if (x.scalar_type() != at::kDouble) return {};
+  auto program = site.program<double>() ? site.mask<double>() : nullptr;
+  return program ? mask_of(x, *program) : Tensor();
+}
 
 // --- the node ---
 
@@ -326,7 +376,8 @@ struct Decoupled : Node {
 
   template <typename T>
   Tensor run(const Tensor& grad) {
-    if (grad.numel() > SERIAL && at::get_num_threads() > 1) return {};
+    bool masked = site->x == MASK;
+    if (!masked && grad.numel() > SERIAL && at::get_num_threads() > 1) return {};
     auto program = site->program<T>();
     if (!program) return {};
     TORCH_CHECK(!released, torch::autograd::ERR_BACKWARD_TWICE);
@@ -337,7 +388,8 @@ struct Decoupled : Node {
     Tensor like;
     for (const Tensor* read : {&read_x, &read_y}) {
       if (!read->defined()) continue;
-      if (read->scalar_type() != dtype || read->sizes() != grad.sizes() || !read->is_cpu() || !is_plain(*read) ||
+      auto expected = masked && read == &read_x ? at::kBool : dtype;
+      if (read->scalar_type() != expected || read->sizes() != grad.sizes() || !read->is_cpu() || !(is_plain(*read) || expected == at::kBool) ||
           (like.defined() && like.strides() != read->strides()))
         return {};
       like = *read;
@@ -350,11 +402,41 @@ struct Decoupled : Node {
       if (!like.defined()) like = from;
     }
     if (like.strides() != from.strides() || !like.is_non_overlapping_and_dense()) return {};
+    if (masked && read_x.defined()) return run_masked<T>(*program, from, read_x, read_y);
     Tensor out = at::empty_like(like);
     program->run(
         out.mutable_data_ptr<T>(), from.const_data_ptr<T>(),
         read_x.defined() ? read_x.const_data_ptr<T>() : nullptr,
         read_y.defined() ? read_y.const_data_ptr<T>() : nullptr, grad.numel());
+    return out;
+  }
+
+  template <typename T>
+  static void gate(T* to, const T* grad, const bool* passes, int64_t count) {
+    using Bits = std::conditional_t<sizeof(T) == 4, uint32_t, uint64_t>;
+    for (int64_t i = 0; i < count; ++i) {
+      Bits bits;
+      std::memcpy(&bits, grad + i, sizeof(T));
+      bits &= -Bits(passes[i]);
+      std::memcpy(to + i, &bits, sizeof(T));
+    }
+  }
+
+  template <typename T>
+  Tensor run_masked(const Program<T>& program, const Tensor& grad, const Tensor& mask, const Tensor& y) {
+    Tensor out = at::empty_like(grad);
+    T* to = out.mutable_data_ptr<T>();
+    const T* from = grad.const_data_ptr<T>();
+    const bool* passes = mask.const_data_ptr<bool>();
+    const T* read_y = y.defined() ? y.const_data_ptr<T>() : nullptr;
+    int64_t count = grad.numel();
+    at::parallel_for(0, (count + CHUNK - 1) / CHUNK, SERIAL / CHUNK, [&](int64_t first, int64_t last) {
+      int64_t start = first * CHUNK, n = std::min(last * CHUNK, count) - start;
+      if (program.only_gates)
+        gate(to + start, from + start, passes + start, n);
+      else
+        program.run(to + start, from + start, from + start, read_y ? read_y + start : nullptr, n, passes + start);
+    });
     return out;
   }
 
@@ -449,23 +531,30 @@ PyTypeObject node_type;
 // --- the forward ---
 
 // Gives an output its node. It has no history yet; that of `y`, if any, goes to the first edge.
-void track(const Tensor& output, const Tensor& x, torch::autograd::edge_list&& edges, const std::shared_ptr<Site>& site) {
+void track(
+    const Tensor& output, const Tensor& x, torch::autograd::edge_list&& edges, const std::shared_ptr<Site>& site,
+    const Tensor& mask) {
   auto node = make_node<Decoupled>();
   node->set_next_edges(std::move(edges));
   node->site = site;
   node->shape = x.sizes();
   node->dtype = x.scalar_type();
   torch::autograd::set_history(output, node);
-  if (site->x) node->x = SavedVariable(site->x == INPUT ? x : output, /*is_output=*/site->x == OUTPUT);
+  if (site->x == MASK)
+    node->x = SavedVariable(mask, /*is_output=*/false);
+  else if (site->x)
+    node->x = SavedVariable(site->x == INPUT ? x : output, /*is_output=*/site->x == OUTPUT);
   if (site->saves_y) node->y = SavedVariable(output, /*is_output=*/true);
 }
 
 // The output of `decoupled`; undefined if the tensors are not usual.
 Tensor decoupled(const Tensor& y, const Tensor& x, const std::shared_ptr<Site>& site) {
   if (!is_plain(y) || !is_plain(x)) return {};
+  Tensor mask;
+  bool tracked = at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad());
+  if (tracked && site->x == MASK && !(mask = mask_of(x, *site)).defined()) return {};
   Tensor output = y.detach();
-  if (at::GradMode::is_enabled() && (x.requires_grad() || y.requires_grad()))
-    track(output, x, torch::autograd::collect_next_edges(y, x), site);
+  if (tracked) track(output, x, torch::autograd::collect_next_edges(y, x), site, mask);
   return output;
 }
 
@@ -687,30 +776,22 @@ PyObject* call_fused(PyObject* object, PyObject* const* args, size_t flags, PyOb
   if (x.requires_grad() && is_plain(x)) site = site_of(self);
   if (!site) return PyObject_Vectorcall(self->usual, args, flags, names);
   torch::autograd::edge_list edges{torch::autograd::Edge(), torch::autograd::impl::gradient_edge(x)};
-  if (!self->operation) {
-    Tensor output = x.detach();
-    track(output, x, std::move(edges), site);
-    return THPVariable_Wrap(std::move(output));
-  }
-  if (self->is_step) {
-    Tensor output = step(x);
-    if (output.defined()) {
-      track(output, x, std::move(edges), site);
-      return THPVariable_Wrap(std::move(output));
-    }
-  }
-  THPObjectPtr y(run_below_autograd(self, args[0]));
+  Tensor made = !self->operation ? x.detach() : self->is_step ? step(x) : Tensor();
+  THPObjectPtr y(made.defined() ? THPVariable_Wrap(std::move(made)) : run_below_autograd(self, args[0]));
   if (!y) return nullptr;
-  if (!THPVariable_CheckExact(y.get()) || !is_plain(THPVariable_Unpack(y.get()))) {
+  // The operation can have been changed to one that writes into x
+  Tensor mask = site->x == MASK ? mask_of(x, *site) : Tensor();
+  bool usual = THPVariable_CheckExact(y.get()) && is_plain(THPVariable_Unpack(y.get()));
+  if (!usual || (site->x == MASK && !mask.defined())) {
     PyObject* both[] = {y.get(), args[0]};
     return PyObject_Vectorcall(self->around, both, 2, nullptr);
   }
   if (is_fresh(y.get(), THPVariable_Unpack(y.get()))) {
-    track(THPVariable_Unpack(y.get()), x, std::move(edges), site);
+    track(THPVariable_Unpack(y.get()), x, std::move(edges), site, mask);
     return y.release();
   }
   Tensor output = THPVariable_Unpack(y.get()).detach();
-  track(output, x, std::move(edges), site);
+  track(output, x, std::move(edges), site, mask);
   return THPVariable_Wrap(std::move(output));
   END_HANDLE_TH_ERRORS
 }
