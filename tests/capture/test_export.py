@@ -1306,14 +1306,13 @@ TIMM: dict[str, tuple[int, dict[str, Any]]] = {
     "tiny_vit_5m_224": (64, {"depths": (1, 1, 1, 1)}),
     "pnasnet5large": (64, {}),
 }
-QUICK_TIMM = {"convit_tiny"}
 # Each takes a minute, and has cells like those of other models here and in test_verified.py
 LONG_TIMM = {"nasnetalarge", "pnasnet5large"}
 # It makes a table of positions in the first call, and keeps it as a buffer.
 CALLED_BEFORE = {"convit_tiny"}
 
 
-@pytest.mark.parametrize("name", marked(TIMM, {*TIMM} - QUICK_TIMM, exhaustive=LONG_TIMM))
+@pytest.mark.parametrize("name", marked(TIMM, {*TIMM}, exhaustive=LONG_TIMM))
 def test_models_that_symbolic_tracing_cannot_take_keep_every_invariant(name: str) -> None:
     import timm
 

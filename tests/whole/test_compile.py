@@ -30,6 +30,10 @@ BACKENDS = [
     pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow]),
 ]
 ON_EVERY_BACKEND = pytest.mark.parametrize("backend", BACKENDS)
+# aot_eager runs the graph of eager, and more
+ON_EAGER_SLOWLY = pytest.mark.parametrize(
+    "backend", [pytest.param("eager", marks=pytest.mark.slow), *BACKENDS[1:]]
+)
 SLOWLY = pytest.param("inductor", marks=[pytest.mark.inductor, pytest.mark.slow])
 ON_INDUCTOR_SLOWLY = pytest.mark.parametrize("backend", ["eager", "aot_eager", SLOWLY])
 ON_EVERY_DEVICE = pytest.mark.parametrize("device", DEVICES)
@@ -131,7 +135,7 @@ def on_activations(rules: list[Any]) -> fg.RuleTable:
 
 
 @ON_EVERY_DEVICE
-@ON_EVERY_BACKEND
+@ON_EAGER_SLOWLY
 def test_every_rule_on_activations_gives_the_gradients_of_plain_autograd(
     backend: str, device: str
 ) -> None:
