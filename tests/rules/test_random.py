@@ -94,6 +94,8 @@ def test_compiled_rules_draw_from_the_same_generator_on_a_cpu() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+# PyTorch 2.12 warns of each function that it leaves to Python
+@pytest.mark.filterwarnings("ignore:Dynamo does not know how to trace the builtin:UserWarning")
 def test_compiled_code_has_no_generator_of_its_own() -> None:
     generator = seeded()
     rules = {"relu": fg.rules.noise(sigma=0.5, generator=generator)}
