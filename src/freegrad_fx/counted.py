@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 from . import ops
 from ._torch.modules import compiled_model, is_compiled_wrapper, uncompiled_call
 from ._torch.tree import leaves
+from .backward.saved import packing_counted
 from .batches import restored
 from .blocks import native
 from .context import intercepting_blocks
@@ -217,10 +218,11 @@ def _by_operation(sizes: dict[str, int]) -> dict[str, int]:
 class _Kept:
     """What autograd holds in the place of a saved tensor, so that it is known how long it is held."""
 
-    __slots__ = ("__weakref__", "tensor")
+    __slots__ = ("__weakref__", "instead", "tensor")
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
+        self.instead: list[Tensor] | None = None  # what a rule would keep in its place
 
 
 class _Counter(TorchFunctionMode):
@@ -238,6 +240,7 @@ class _Counter(TorchFunctionMode):
         self._paths: dict[nn.Module, str] = {module: name for name, module in model.named_modules()}
         self._saved: list[tuple[weakref.ref[_Kept], list[str]]] = []
         self._now = [""]
+        self._unpacked: _Kept | None = None
         self._made: dict[int, tuple[weakref.ref[Tensor], list[str]]] = {}
 
     def __torch_function__(
@@ -281,6 +284,15 @@ class _Counter(TorchFunctionMode):
         self._saved.append((weakref.ref(kept), label))
         return kept
 
+    def unpack(self, kept: _Kept) -> Tensor:
+        self._unpacked = kept
+        return kept.tensor
+
+    def packed(self, value: Any) -> None:
+        """Count a value instead of the tensor that was unpacked last."""
+        assert self._unpacked is not None
+        self._unpacked.instead = [leaf for leaf in leaves(value) if isinstance(leaf, Tensor)]
+
     def count(self, tensors: list[Tensor]) -> None:
         """Count what is still held, without the storages of some tensors."""
         # by identity: without memory, as on the device "meta", all addresses are 0
@@ -289,10 +301,11 @@ class _Counter(TorchFunctionMode):
             kept = held()
             if kept is None:
                 continue
-            storage = kept.tensor.untyped_storage()
-            if id(storage) not in known:
-                known[id(storage)] = storage
-                self.sizes[label[0]] = self.sizes.get(label[0], 0) + storage.nbytes()
+            for tensor in [kept.tensor] if kept.instead is None else kept.instead:
+                storage = tensor.untyped_storage()
+                if id(storage) not in known:
+                    known[id(storage)] = storage
+                    self.sizes[label[0]] = self.sizes.get(label[0], 0) + storage.nbytes()
 
 
 def _counted(
@@ -301,8 +314,8 @@ def _counted(
     """Run a forward, and count what it keeps."""
     counter = _Counter(model)
     given = [leaf for leaf in leaves((inputs, keywords)) if isinstance(leaf, Tensor)]
-    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, lambda kept: kept.tensor)
-    with hooks, nullcontext() if compiled else counter:
+    hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack)
+    with hooks, packing_counted(counter.packed), nullcontext() if compiled else counter:
         output = run()
     for block in intercepting_blocks():
         for decision in report(block).decisions:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 import freegrad_fx as fg
 import reference
 from built_in import MASKED
-from freegrad_fx.backward.packing import pack
+from freegrad_fx.core.packing import pack
 from freegrad_fx.ops import decoupled, stop_gradient
 from freegrad_fx.rules import masks
 from freegrad_fx.rules.masks import positive

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 from torch.amp import GradScaler
 
-from .releases import uses_private_names
+from .releases import private, uses_private_names
 
 __all__ = [
     "empty_like_gradient",
     "gradient_is_read",
     "mark_as_parameter",
+    "saves_through_hooks",
+    "saving",
     "scale_of",
     "version",
     "viewed",
@@ -54,3 +57,35 @@ def scale_of(scaler: GradScaler) -> Tensor | None:
         return None
     scaler.scale(torch.zeros((), device=scaler._device))  # makes the tensor if there is none yet
     return scaler._scale
+
+
+_SAVED, _RAW = "_saved_", "_raw_saved_"
+_saved_by: dict[type, tuple[str, ...]] = {}
+
+_default_hooks = private(
+    "torch._C._autograd._top_saved_tensors_default_hooks", "packing what autograd saves"
+)
+
+SetHooks: TypeAlias = Callable[[Callable[[Tensor], Any], Callable[[Any], Tensor]], None]
+"""Sets the functions that pack and unpack one saved tensor. The first one is called at once."""
+
+
+def saves_through_hooks() -> bool:
+    """Whether tensors that are saved now go through hooks, such as those of a checkpoint."""
+    return _default_hooks(True) is not None
+
+
+def saving(node: Any) -> Iterator[tuple[Tensor, SetHooks]]:
+    """The tensors that a node of an autograd graph has saved, each with what sets hooks for it.
+
+    Args:
+        node: A node of an operation of PyTorch. Functions in Python have other attributes, and give nothing.
+    """
+    names = _saved_by.get(type(node))
+    if names is None:
+        found = (n.removeprefix(_RAW) for n in dir(node) if n.startswith(_RAW))
+        names = _saved_by[type(node)] = tuple(found)
+    for name in names:
+        tensor = getattr(node, _SAVED + name)
+        if isinstance(tensor, Tensor):
+            yield tensor, getattr(node, _RAW + name).register_hooks

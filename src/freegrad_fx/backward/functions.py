@@ -14,12 +14,12 @@ from .._torch.functions import direct_apply
 from .._torch.tensors import version
 from ..core.contract import BITS, LOSS_SCALE, OF_MASK
 from ..core.copies import changed_since_copied
+from ..core.packing import pack, unpack
 from ..core.rule import Rule
 from ..core.unscaled import follows_scale
 from ..errors import RuleError
 from .kernels import run_compiled
 from .observing import Observer
-from .packing import pack, unpack
 
 __all__ = [
     "OVERWRITTEN",

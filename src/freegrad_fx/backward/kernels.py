@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from .._torch.dynamo import gives_up_recompiling, is_compile_error
+from ..core.packing import memory_order
 from ..core.rule import Rule
 from ..errors import RuleError
-from .packing import memory_order
 
 __all__ = ["run_compiled"]
 

@@ -11,7 +11,7 @@ import inspect
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor
 
@@ -35,10 +35,14 @@ __all__ = [
     "RULE_PARAMETER",
     "SAVES",
     "Formula",
+    "Packs",
     "adapted",
     "arguments_of",
     "read_formula",
 ]
+
+Packs: TypeAlias = tuple[Callable[[Tensor], Any], Callable[[Any], Tensor]]
+"""What is kept in the place of a tensor that a native call has saved, or NotImplemented; and the tensor again."""
 
 INPUTS = ("x", "y")
 """The arguments of a formula besides the gradient."""

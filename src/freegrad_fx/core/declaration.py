@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RuleError
 from .answers import Learns
 from .constraint import Constraint
-from .contract import INPUTS, KINDS, SAVES
+from .contract import INPUTS, KINDS, SAVES, Packs
 from .lean import Lean
 from .parameter import Parameter
 
@@ -82,6 +82,8 @@ class Declaration:
             lean form.
         native_if: The argument of the operation where the call keeps its native backward if it is true; ``""`` if there
             is none.
+        packs: The functions that pack and unpack what a call with its native backward has saved; see `register`. None
+            if the rule replaces the backward.
         again: The canonical name of the operation whose output the rule lets others compute again; ``""`` for none.
         needs_operation: What the rule needs of an operation besides ``x`` and ``y``, for errors; ``""`` if nothing.
     """
@@ -120,6 +122,7 @@ class Declaration:
     learns: Learns = field(default_factory=dict)
     operation: bool = False
     native_if: str = ""
+    packs: Packs | None = None
     again: str = ""
     several: bool = field(init=False)
     needs_operation: str = field(init=False)

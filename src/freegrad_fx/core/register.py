@@ -12,7 +12,7 @@ from torch import Tensor
 from ..errors import RuleError, unknown
 from .answers import read_answers, read_learns, several
 from .constraint import read_constraints
-from .contract import KINDS, NATIVE, SAVES, Formula, adapted, arguments_of, read_formula
+from .contract import KINDS, NATIVE, SAVES, Formula, Packs, adapted, arguments_of, read_formula
 from .declaration import Declaration
 from .fingerprint import fingerprint
 from .lean import read_lean
@@ -47,6 +47,7 @@ def register(
     relevance: bool = False,
     joint: bool = False,
     native_if: str = "",
+    packs: Packs | None = None,
     again: str = "",
     answers: str | tuple[str, ...] = (),
     learns: str | tuple[str, ...] | Mapping[str, Callable[..., Tensor]] = (),
@@ -115,6 +116,10 @@ def register(
             with a norm over the whole tensor. The option ``over`` can then join the gradients of several parameters.
         native_if: The name of an argument of the operation, for a rule that uses ``f``: a call for which it is true
             keeps its native backward, such as ``"training"`` for a rule of a batch norm in eval mode.
+        packs: Two functions, ``(pack, unpack)``, for a rule that leaves every call its native backward, and packs what
+            that saves. In eager mode ``pack(tensor)`` is called with each tensor that the call has saved; it returns
+            what is kept instead, or ``NotImplemented`` to leave the tensor. ``unpack`` returns a tensor with the same
+            bits. The formula is the native gradient, ``f.gradient("x", grad)``.
         again: The canonical name of an operation, for a rule with its native gradient: other rules may compute the
             output of the operation again in the backward, so that it is not kept; ``f.recipe("x", longest)`` in their
             lean form tells how.
@@ -130,8 +135,9 @@ def register(
 
     Raises:
         RuleError: The name is taken; the signature, `requires`, `kinds`, `answers` or `learns` cannot be read;
-            `native_if` is given for a formula without ``f``; `mask`, `fast` or `lean` has the wrong signature, or is
-            given for a formula that returns a dict; or the defaults or `examples` do not satisfy `requires`.
+            `native_if` or `packs` is given for a formula without ``f``; `packs` is no pair of functions; `mask`,
+            `fast` or `lean` has the wrong signature, or is given for a formula that returns a dict; or the defaults or
+            `examples` do not satisfy `requires`.
 
     Example:
         >>> import freegrad_fx as fg
@@ -195,6 +201,7 @@ def register(
             learns=learnt,
             operation=formula.operation,
             native_if=_read_native_if(name, native_if, formula),
+            packs=_read_packs(name, packs, formula),
             again=again,
         )
         _check_forms(declaration)
@@ -255,6 +262,21 @@ def _read_native_if(name: str, native_if: str, formula: Formula) -> str:
             f"does not take `f`, the operation. Add `*, f` to its signature, or leave out native_if=."
         )
     return native_if
+
+
+def _read_packs(name: str, packs: Packs | None, formula: Formula) -> Packs | None:
+    if packs is None:
+        return None
+    if not (isinstance(packs, tuple) and len(packs) == 2 and all(map(callable, packs))):
+        raise RuleError(
+            f"packs= of rule {name!r} must be two functions, (pack, unpack), got {packs!r}."
+        )
+    if not formula.operation:
+        raise RuleError(
+            f"rule {name!r} is registered with packs=, for calls with their native backward, but its formula does not "
+            f"take `f`, the operation. Add `*, f` to its signature, and return f.gradient('x', grad)."
+        )
+    return packs
 
 
 def _check_joint(name: str, joint: bool, formula: Formula) -> None:

@@ -56,15 +56,15 @@ def used_call(
     uses = declaration.uses(names)
     if uses is None:
         return None
-    constants = (
-        constants_of(op, spelling.operands, function, args, kwargs) if declaration.operation else {}
-    )
+    constants: dict[str, Any] | None = {}
+    if declaration.operation and declaration.packs is None:
+        constants = constants_of(op, spelling.operands, function, args, kwargs)
     if constants is None:
         raise RuleError(
             f"rule {declaration.name!r} computes the operation at other operands, which is not possible for this call "
             f"of {op.name} at site {decision.site.name!r}. Give the site None, or a rule without `f`."
         )
-    native = bool(constants.get(declaration.native_if))
+    native = declaration.packs is not None or bool(constants.get(declaration.native_if))
     given: dict[int | str, Any] = dict([*enumerate(args), *kwargs.items()])
     operands: dict[str, Any] = {n: None for n in op.operands if n != first.name}
     for operand in others:

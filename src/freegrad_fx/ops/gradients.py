@@ -21,6 +21,7 @@ from .._torch.dynamo import is_compiling
 from ..backward.again import Operands, carry, note
 from ..backward.decouple import decouple
 from ..backward.hazards import records_forward_alone, warn_if_recorded
+from ..backward.saved import pack_saved
 from ..context import ambient_rules, explicit_rules_act
 from ..core.rule import Rule, get
 from ..vocabulary.operands import operation_of
@@ -226,16 +227,22 @@ def decoupled(
 
 
 def noted(y: Tensor, x: Tensor, rule: Rule, operation: str, operands: Mapping[str, Any]) -> Tensor:
-    """Return `y`, the output of a call that keeps its native backward, and note how it can be computed again.
+    """Return `y`, the output of a call that keeps its native backward.
+
+    It is noted how `y` can be computed again, or what the call has saved is packed, as the rule declares it.
 
     Args:
         y: The output.
-        x: The first operand, which the native backward keeps.
+        x: The first operand.
         rule: The rule of the site.
         operation: As for `decoupled`.
         operands: As for `decoupled`.
     """
-    if rule.declaration.again and not is_compiling():
+    if is_compiling():
+        return y
+    if rule.declaration.packs is not None:
+        pack_saved(y, x, rule.declaration.packs)
+    elif rule.declaration.again:
         used = operands_by_name(operation, x, operands)
         note(y, used, rule.declaration, next(iter(used.values)))
     return y

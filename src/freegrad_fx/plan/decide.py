@@ -193,7 +193,8 @@ def _decide_operations(
     edges = table.placements
     for place in (p for found in places for p in (found, *(edges and found.edges(edges)))):
         decision = decide(place, table)
-        if decision.action == "rewrite" and (place.op is None or place.op.may_return_x):
+        may_return_x = place.op is None or place.op.may_return_x
+        if decision.action == "rewrite" and may_return_x and not decision.packs:
             # It can return the input tensor itself. Autograd would not notice that a write into the result changes it
             memory = aliasing()
             if memory.written_after(place.node, place.node, certainly=True) and memory.read_after(

@@ -85,6 +85,11 @@ class Decision:
         return bool(declaration.needs_operation or (declaration.again and self.forward is None))
 
     @property
+    def packs(self) -> bool:
+        """Whether the operation keeps its native backward, and what it saves is packed."""
+        return bool(self.rules) and self.rules[0].declaration.packs is not None
+
+    @property
     def acts(self) -> bool:
         """Whether rules or a new forward are inserted at the site."""
         return self.action in ("rewrite", "ambient")

@@ -48,6 +48,13 @@ def check_operands(place: Located, entry: Entry, rule: Rule, where: str) -> None
             f"rule {rule.name!r} uses the operands of an operation, so {what} cannot contain it, at {where}. Give the "
             f"other rules to the edges of the operation, in entries with at='output' or at={op.operands[0]!r}."
         )
+    if declaration.packs is not None:
+        if isinstance(place, LocatedOperation) and place.compound is not None:
+            raise PlanError(
+                f"rule {rule.name!r} packs what one call has saved, and {op.name} is computed by several calls, at "
+                f"{where}. Give it None in an entry before {entry.selector!r}."
+            )
+        return
     if not declaration.operation:
         return
     known = operation_of(op.name) is not None

@@ -58,6 +58,9 @@ def memory_at(
         decisions: The decisions that act at it, by placement.
         aliasing: The memory that the nodes of the graph share.
     """
+    decisions = {at: d for at, d in decisions.items() if not d.packs}
+    if not decisions:  # the operation stays as it is
+        return Memory(False, False, False, "", False, frozenset(), False)
     x, node = place.input, place.node
     replaces, output = decisions.get(REPLACE), decisions.get(OUTPUT)
     at_x = [d for at, d in decisions.items() if at == place.first.name]

@@ -52,9 +52,11 @@ def operate(
     later use of its result, and every later use of `x` if the operation works in place. The rules at an operand and at
     the output are around identities on these edges. If the memory of `x` is read later through another node, such as a
     view, the operation runs on a copy instead, and the result is written back into `x`, so that autograd tracks the
-    views.
+    views. A rule that packs what the operation has saved only gets its result: `decoupled` follows the operation.
     """
     replaces = decisions.get(REPLACE)
+    packs = replaces.rules[0] if replaces is not None and replaces.packs else None
+    replaces = None if packs is not None else replaces
     forward = None if replaces is None else replaces.forward
     node, x = place.node, place.input
 
@@ -123,6 +125,8 @@ def operate(
             surgery.node("call_function", require_unwritten, (given, writes, name))
         if replaces is not None:
             result = surgery.decoupled(operation, source, start, first, memory.save, call)
+        if packs is not None:
+            result = surgery.decoupled(operation, given, given, packs, call={"native": True})
         if OUTPUT in decisions:
             at_output = surgery_at(OUTPUT)
             if place.op is None and "example_value" not in node.meta:  # a class can return anything

@@ -323,6 +323,18 @@ class _ExactConv(Rule):
 
 exact_conv: _ExactConv
 
+class _ExactDropout(Rule):
+    def __call__(  # type: ignore[override]
+        self,
+        *,
+        forward: Forward | None = None,
+        save: Literal["x"] | None = None,
+        compile: bool | None = None,
+    ) -> _ExactDropout:
+        """the native gradient of a dropout; its mask is kept as bits"""
+
+exact_dropout: _ExactDropout
+
 class _ExactLayerNorm(Rule):
     def __call__(  # type: ignore[override]
         self,
