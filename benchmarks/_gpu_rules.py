@@ -57,6 +57,7 @@ SITES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "scaled_dot_product_attention": (_Attention, (4, 12, 16)),
     "mul": (_Product, (64, 16)),
     "add": (lambda: _Sum(16, 16), (64, 16)),
+    "dropout": (lambda: nn.Dropout(0.1), (64, 16)),
 }
 
 
@@ -96,8 +97,8 @@ def gradients(
 def differences(rule: fg.Rule, device: torch.device, dtype: torch.dtype) -> Iterator[str]:
     """What differs between the gradients on a device and on the CPU, one sentence for each fault; none if all is well.
 
-    A rule that draws random numbers has other ones on another device: it is run twice with one seed, and the shares of
-    its entries that are not finite are compared.
+    A rule or an operation that draws random numbers has other ones on another device: it is run twice with one seed,
+    and the shares of its entries that are not finite are compared.
     """
     for place in places(rule):
         model, x = transformed(rule, place)
@@ -111,7 +112,7 @@ def differences(rule: fg.Rule, device: torch.device, dtype: torch.dtype) -> Iter
             if wrong := [g for g in here if g.device.type != device.type or g.dtype != dtype]:
                 yield f"{where}: a gradient of {wrong[0].dtype} on {wrong[0].device}"
                 continue
-            if rule.declaration.random:
+            if rule.declaration.random or place == "dropout":
                 again = gradients(model, given, device, dtype)
                 same = max(map(_share_apart, here, again)) <= SHARE
                 if not (same and all(g.isfinite().all() for g in here)):

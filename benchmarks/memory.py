@@ -86,17 +86,20 @@ class Llama(nn.Module):
 class ViT(nn.Module):
     """A vision transformer, whose attention has one layer for query, key and value, as in timm."""
 
-    def __init__(self, size: int, layers: int, width: int, heads: int) -> None:
+    def __init__(
+        self, size: int, layers: int, width: int, heads: int, dropout: float | None = None
+    ) -> None:
         super().__init__()
+        drops = [] if dropout is None else [nn.Dropout(dropout)]
         self.patches = nn.Conv2d(3, width, 16, stride=16)
         self.position = nn.Parameter(torch.zeros(1, (size // 16) ** 2, width))
         self.blocks = nn.Sequential(
             *(
                 _Block(
                     (nn.LayerNorm(width, eps=1e-6) for _ in range(2)),
-                    _Attention(width, heads, causal=False),
+                    nn.Sequential(_Attention(width, heads, causal=False), *drops),
                     nn.Sequential(
-                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+                        nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width), *drops
                     ),
                 )
                 for _ in range(layers)
@@ -117,6 +120,11 @@ def vit_small(quick: bool) -> nn.Module:
         if isinstance(module, nn.LayerNorm):
             module.requires_grad_(False)
     return model
+
+
+def _with_dropouts(quick: bool) -> nn.Module:
+    """A ViT-S with a dropout after each attention and each MLP, as in BERT."""
+    return ViT(32, 1, 48, 6, 0.1) if quick else ViT(224, 12, 384, 6, 0.1)
 
 
 def _resnet50(quick: bool) -> nn.Module:
@@ -200,6 +208,7 @@ CASES = (
         "ViT-S, frozen norms", "few_bit(bits=3), save_memory()", vit_small, _images,
         _few_bit_and_exact, 0.7,
     ),
+    Case("ViT-S, dropout 0.1", "save_memory()", _with_dropouts, _images, fg.tables.save_memory),
     Case("Llama, 8 layers of 512", "save_memory()", _llama, _ids, fg.tables.save_memory),
 )  # fmt: skip
 

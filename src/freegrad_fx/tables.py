@@ -305,7 +305,7 @@ def save_memory(
         >>> print(fg.tables.save_memory(gates=[])[0])
         on('max_pool', optional=True).backward('exact_max_pool')
     """
-    ops = ["max_pool", "avg_pool", "layer_norm", "rms_norm", "leaky_relu"]
+    ops = ["max_pool", "avg_pool", "layer_norm", "rms_norm", "leaky_relu", "dropout"]
     again = bool(recompute)
     ops += ["relu"] * (relu or again) + ["batch_norm"] * (frozen or again) + ["add"] * again
     entries = [on(op, optional=True).backward(f"exact_{op}") for op in ops]

@@ -270,13 +270,13 @@ class Net(nn.Module):
         self.frozen.requires_grad_(False)
         self.batch_norm.requires_grad_(False)
         self.norm, self.rms = affine(nn.LayerNorm(6), "random"), affine(nn.RMSNorm(6), "random")
-        self.mlp, self.out = Gate(), nn.Linear(8, 4)
+        self.mlp, self.drop, self.out = Gate(), nn.Dropout(0.0), nn.Linear(8, 4)
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.max_pool2d(F.relu(self.conv(x), inplace=True), 3, 2, 1)
         x = F.avg_pool2d(F.leaky_relu(self.batch_norm(self.frozen(x)), 0.2), 2)
         x = x.flatten(2).transpose(1, 2)
-        return self.out(self.mlp(x + self.rms(self.norm(1.0 * x))))
+        return self.out(self.drop(self.mlp(x + self.rms(self.norm(1.0 * x)))))
 
 
 TABLE = fg.tables.save_memory(relu=True, frozen=True)

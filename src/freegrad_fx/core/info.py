@@ -42,7 +42,7 @@ class RuleInfo:
         formula: The formula.
         parameters: Its parameters, by name.
         saves: What it saves for the backward: operands, ``"mask"``, ``"bits"``, ``"y"``; or ``"kept"``, what the lean
-            form of the rule keeps, whose size depends on the operation.
+            form of the rule keeps, or what it packs, whose size depends on the operation.
         mask_bits: The bits of an entry of the mask, if the rule has one.
         properties: What the declaration says of it: ``"elementwise"`` or ``"reducing"``, ``"linear"`` in the gradient,
             ``"random"``, ``"relevance"`` if it returns relevance, ``"sparse"`` if it takes sparse gradients,
@@ -140,6 +140,8 @@ def info_of(declaration: Declaration, values: Mapping[str, Any], save: str) -> R
     saves = tuple(save if name == "x" else name for name in declaration.inputs)
     if declaration.lean is not None:
         saves = (KEPT, *declaration.lean.saves)
+    elif declaration.packs is not None:
+        saves = (KEPT,)
     held = {
         "reducing" if declaration.reducing else "elementwise": True,
         "linear": declaration.linear,

@@ -1,6 +1,7 @@
-"""Rules with the native gradient that keep less for it than PyTorch does: ReLU, pools, convolutions, sums and gates.
+"""Rules with the native gradient that keep less for it than PyTorch does, except for those of norms.
 
-Each formula is the native gradient. The lean form computes the same from what it keeps.
+Each formula is the native gradient. The lean form computes the same from what it keeps. A dropout keeps its native
+backward, and what that has saved is packed.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..core.packing import pack, unpack
 from ..core.register import register
 from . import masks
 from .forms import blank, form_of
@@ -19,6 +21,7 @@ __all__ = [
     "exact_add",
     "exact_avg_pool",
     "exact_conv",
+    "exact_dropout",
     "exact_leaky_relu",
     "exact_max_pool",
     "exact_mul",
@@ -342,3 +345,55 @@ def exact_mul(grad: Tensor, a: Tensor, b: Tensor, *, f: Any) -> Any:
     Of ``silu(gate)·up``, ``gate`` and ``up`` are kept; PyTorch keeps ``silu(gate)`` besides.
     """
     return {name: lambda n=name: f.gradient(n, grad) for name in ("a", "b")}
+
+
+# --- dropouts ---
+
+_INTEGERS = {torch.float16: torch.int16, torch.bfloat16: torch.int16}
+_INTEGERS |= {torch.float32: torch.int32, torch.float64: torch.int64}
+
+
+def _pack_mask(saved: Tensor) -> Any:
+    """The bits of a tensor of booleans, or of one that is +0 or one number everywhere; NotImplemented for others."""
+    if type(saved) is not Tensor or saved.numel() < 8:
+        return NotImplemented
+    if saved.untyped_storage().nbytes() != saved.numel() * saved.itemsize:
+        return NotImplemented  # the rest of the memory is kept elsewhere
+    mask, number = saved, 1.0
+    if saved.dtype is not torch.bool:
+        # Elsewhere the mask is of booleans, and the checks would wait for the device
+        if saved.device.type not in ("cpu", "meta") or saved.dtype not in _INTEGERS:
+            return NotImplemented
+        entries = saved.view(_INTEGERS[saved.dtype])
+        mask = entries.bool()
+        if not saved.is_meta:
+            largest = entries.max()
+            number = largest.view(saved.dtype).item()
+            if not (0 <= number < math.inf and torch.equal((entries == largest) & mask, mask)):
+                return NotImplemented
+    packed, order = pack(mask, 1)
+    return packed, order, saved.shape, saved.dtype, number
+
+
+def _unpack_mask(kept: Any) -> Tensor:
+    packed, order, shape, dtype, number = kept
+    mask = unpack(packed, shape, order, 1)
+    if dtype is torch.bool:
+        return mask
+    return mask.to(dtype).mul_(number)
+
+
+@register(
+    "exact_dropout",
+    reference="the native gradient of a dropout",
+    kinds="operation",
+    meant_for="dropout",
+    packs=(_pack_mask, _unpack_mask),
+)
+def exact_dropout(grad: Tensor, *, f: Any) -> Tensor:
+    """the native gradient of a dropout; its mask is kept as bits
+
+    The backward is PyTorch's own, which keeps the mask as numbers, or as booleans on a GPU. The mask stays as it is in
+    a dropout in place, in compiled code, and in a checkpoint.
+    """
+    return f.gradient("x", grad)  # type: ignore[no-any-return]
