@@ -315,7 +315,11 @@ def _counted(
     counter = _Counter(model)
     given = [leaf for leaf in leaves((inputs, keywords)) if isinstance(leaf, Tensor)]
     hooks = torch.autograd.graph.saved_tensors_hooks(counter.pack, counter.unpack)
-    with hooks, packing_counted(counter.packed), nullcontext() if compiled else counter:
+    with (
+        hooks,
+        packing_counted(counter.unpack, counter.packed),
+        nullcontext() if compiled else counter,
+    ):
         output = run()
     for block in intercepting_blocks():
         for decision in report(block).decisions:

@@ -15,8 +15,8 @@ __all__ = [
     "empty_like_gradient",
     "gradient_is_read",
     "mark_as_parameter",
-    "saves_through_hooks",
     "saving",
+    "saving_hooks",
     "scale_of",
     "version",
     "viewed",
@@ -70,21 +70,24 @@ SetHooks: TypeAlias = Callable[[Callable[[Tensor], Any], Callable[[Any], Tensor]
 """Sets the functions that pack and unpack one saved tensor. The first one is called at once."""
 
 
-def saves_through_hooks() -> bool:
-    """Whether tensors that are saved now go through hooks, such as those of a checkpoint."""
-    return _default_hooks(True) is not None
+def saving_hooks() -> tuple[Callable[..., Any], Callable[..., Any]] | None:
+    """The hooks that pack and unpack what is saved now, such as those of a checkpoint; None if there are none."""
+    hooks: tuple[Callable[..., Any], Callable[..., Any]] | None = _default_hooks(True)
+    return hooks
 
 
 def saving(node: Any) -> Iterator[tuple[Tensor, SetHooks]]:
     """The tensors that a node of an autograd graph has saved, each with what sets hooks for it.
 
     Args:
-        node: A node of an operation of PyTorch. Functions in Python have other attributes, and give nothing.
+        node: A node of an autograd graph. That of a Function in Python gives nothing.
     """
     names = _saved_by.get(type(node))
     if names is None:
-        found = (n.removeprefix(_RAW) for n in dir(node) if n.startswith(_RAW))
-        names = _saved_by[type(node)] = tuple(found)
+        attributes = {*dir(node)}
+        found = (n.removeprefix(_SAVED) for n in attributes if n.startswith(_SAVED))
+        names = tuple(name for name in found if _RAW + name in attributes)
+        _saved_by[type(node)] = names
     for name in names:
         tensor = getattr(node, _SAVED + name)
         if isinstance(tensor, Tensor):

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from .._torch.dispatch import dispatch_modes, function_transforms_active
-from .._torch.tensors import saves_through_hooks, saving
+from .._torch.tensors import saving, saving_hooks
 from ..core.contract import Packs
 
 __all__ = ["pack_saved", "packing_counted"]
@@ -18,20 +18,25 @@ __all__ = ["pack_saved", "packing_counted"]
 
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.counter: Callable[[Any], None] | None = None
+        self.counter: tuple[Callable[[Any], Tensor], Callable[[Any], None]] | None = None
 
 
 _thread = _Thread()
 
 
 @contextmanager
-def packing_counted(counter: Callable[[Any], None]) -> Iterator[None]:
+def packing_counted(
+    unpack: Callable[[Any], Tensor], counter: Callable[[Any], None]
+) -> Iterator[None]:
     """A context in which nothing is packed: what would be kept is passed to a counter.
 
-    The counter has set hooks for saved tensors, which exclude others. It is called after its hook has unpacked the
-    tensor.
+    The counter has set hooks for saved tensors, which exclude others.
+
+    Args:
+        unpack: Its hook. It has unpacked the tensor in question before the counter is called.
+        counter: The counter.
     """
-    before, _thread.counter = _thread.counter, counter
+    before, _thread.counter = _thread.counter, (unpack, counter)
     try:
         yield
     finally:
@@ -52,9 +57,11 @@ def pack_saved(y: Tensor, x: Tensor, packs: Packs) -> None:
     node = y.grad_fn
     if node is None or node is x.grad_fn or dispatch_modes() or function_transforms_active():
         return
-    counter = _thread.counter
-    if counter is None and saves_through_hooks():
-        return
+    counter, hooks = None, saving_hooks()
+    if hooks is not None:
+        counting, counter = _thread.counter or (None, None)
+        if counting != hooks[1]:
+            return  # to look at a tensor could run a checkpoint again
     pack, unpack = packs
     for tensor, register_hooks in saving(node):
         packed = pack(tensor)
