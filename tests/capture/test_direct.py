@@ -396,6 +396,52 @@ def _forward_of_a_class(gm: Any) -> Any:
         kind.forward = before  # type: ignore[method-assign]
 
 
+def _functions(gm: Any) -> Any:
+    weight, found = torch.full((), 0.3, requires_grad=True), list[Any]()
+    for owner, name in ((nn.functional, "leaky_relu"), (torch, "tanh"), (Tensor, "sigmoid")):
+        before = getattr(owner, name)
+        setattr(owner, name, lambda x, *args: x * weight)
+        try:
+            found.append(torch.autograd.grad(gm(X).sum(), [weight, gm.fc.weight]))
+        finally:
+            setattr(owner, name, before)
+    return found
+
+
+def _class_of_a_leaf(gm: Any) -> Any:
+    class Doubled(nn.LeakyReLU):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * 2
+
+    gm.act.__class__ = Doubled
+    found = gradients(gm, X)
+    gm.act.__class__ = nn.LeakyReLU
+    return found
+
+
+def _hook_that_hooks(gm: Any) -> Any:
+    hooks: list[Any] = []
+
+    def hook(*_: Any) -> None:
+        hooks.append(gm.act.register_forward_hook(lambda module, args, out: out * 2))
+
+    hooks.append(gm.fc.register_forward_hook(hook))
+    found = gradients(gm, X)
+    for one in hooks:
+        one.remove()
+    return found
+
+
+def _block_between_hooks(gm: Any) -> Any:
+    block = fg.native()
+    first = gm.fc.register_forward_hook(lambda *_: block.__enter__() and None)
+    last = gm.out.register_forward_pre_hook(lambda *_: block.__exit__(None, None, None))
+    found = gradients(gm, X)
+    first.remove()
+    last.remove()
+    return found
+
+
 def _exchanged_layer(gm: Any) -> Any:
     before, gm.fc = gm.fc, nn.Linear(4, 4)
     found = gradients(gm, X)
@@ -442,6 +488,7 @@ def _copied(gm: Any) -> Any:
 CHANGES = (
     *(_hooked_leaf, _hooks_of_all, _exchanged_leaf, _forward_of_an_instance, _in_place),
     *(_forward_of_a_class, _exchanged_layer, _compiled_leaf, _written_output, _copied),
+    *(_functions, _class_of_a_leaf, _hook_that_hooks, _block_between_hooks),
 )
 
 
@@ -491,6 +538,37 @@ def test_a_module_that_disables_gradients_is_noticed() -> None:
     for _ in range(3):
         with torch.enable_grad():
             assert not gm(X.clone().requires_grad_()).requires_grad
+
+
+def test_sites_after_code_of_the_user_are_three_calls() -> None:
+    class Enters(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            block.__enter__()
+            return x * 1
+
+    block = fg.native()
+    model = nn.Sequential(nn.Sigmoid(), Enters(), nn.Tanh())
+    gm = fg.transform(model, {"tanh": "stop", "sigmoid": "scale"}, leaf_modules=[Enters])
+    for _ in range(3):
+        leaf = X.clone().requires_grad_()
+        try:
+            out = gm(leaf)
+        finally:
+            block.__exit__(None, None, None)
+        assert torch.autograd.grad(out.sum(), leaf)[0].any()
+    assert len(sites(gm)) == 1
+
+
+def test_an_edited_graph_runs_once_it_is_recompiled() -> None:
+    gm = fg.transform(_Calls(torch.tanh), {"tanh": "scale"})
+    for _ in range(2):
+        before = gm(X.clone().requires_grad_())
+        (node,) = (n for n in gm.graph.nodes if n.target in (torch.tanh, torch.sigmoid))
+        node.target = torch.sigmoid
+        assert torch.equal(before, X.tanh() * 2)
+    gm.recompile()
+    for _ in range(3):
+        assert torch.equal(gm(X.clone().requires_grad_()), X.sigmoid() * 2)
 
 
 def test_what_readers_see_stays() -> None:

@@ -251,6 +251,11 @@ class CapturedModule(RuleParameters, fx.GraphModule):
         made = self._function(code.src, code.globals, index)
         return made or graphs.forward_from_source(code.src, code.globals, {})
 
+    def has_code_of(self, index: int) -> bool:
+        """Whether the code of a variant is that of its graph now, which can have been edited."""
+        with keywords_as_names():
+            return bool(self._variants[index].graph.python_code("self").src == self._codes[index])
+
     def add_version(self, number: int, forwards: Sequence[Callable[..., Any]]) -> None:
         """Add a version of the forward: a function for each variant."""
         type(self)._forwards = {**type(self)._forwards, number: tuple(forwards)}

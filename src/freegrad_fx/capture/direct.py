@@ -2,7 +2,8 @@
 
 In the graph, and in the code that readers see, a site is three calls: the operation, and a function before it and
 after it. Here the three are one call, `backward.fused`. `Chooser` asks before each call of a model whether that is the
-same.
+same. It does not ask again within the call: after a part that can run code of the user, which can change anything, the
+sites stay three calls.
 """
 
 from __future__ import annotations
@@ -24,13 +25,13 @@ from .._torch.dispatch import (
     tracing_state,
 )
 from .._torch.dynamo import is_compiling, takes_for_constant
-from .._torch.graphs import code_generator, is_fx_tracing
+from .._torch.graphs import code_generator, is_fx_tracing, qualified_name
 from .._torch.modules import COMPILED_CALL, buffers_of, children_of, hooks_of, parameters_of
 from ..backward.fused import Operation
 from ..backward.node import extension_in_use
 from ..backward.observing import observers_of_now, thread_observers
 from ..context import explicit_rules_act, intercepted, thread_state
-from ..graph.nodes import argument
+from ..graph.nodes import argument, called_path, takes_parameters
 from ..ops.direct import called_directly, site_function
 from ..ops.gradients import decoupled, stop_gradient
 from ..vocabulary.activations import OPS
@@ -153,15 +154,58 @@ class Chooser:
             found = holder[name]  # type: ignore[assignment]
         return found
 
+    def runs_alone(self, module: nn.Module) -> bool:
+        """Whether a module runs no code of the user; if so, the version is for calls in which it runs none."""
+        if not all(map(_is_own_module, module.modules())):
+            return False
+        for part in module.modules():
+            self.of_sites.add(vars(part), "forward", None)
+            self.of_sites.tables.extend(hooks_of(part)[:2])  # those that run in the forward
+        return True
+
     def forward(self, module: nn.Module) -> Callable[..., Any]:
         """The forward of a module of PyTorch, which the version calls while its call does nothing else."""
         kept = self.of_sites
         for name in ("forward", COMPILED_CALL):
             kept.add(vars(module), name, None)
         kept.tables.extend(hooks_of(module))
+        kept.add_attribute(module, "__class__")
         kept.add_attribute(type(module), "forward")
         kept.add_attribute(type(module), "__call__")
         return types.MethodType(type(module).forward, module)
+
+    def finds(self, function: Callable[..., Any]) -> bool:
+        """Whether code finds only functions of PyTorch or of this package by the names that a function reads.
+
+        If so, the version is for calls in which it finds the same: a program can put others in their place.
+        """
+        if not _is_own(function):
+            return False
+        code, names = getattr(function, "__code__", None), getattr(function, "__globals__", {})
+        if code is None or names["__name__"] not in _LOOKED_INTO:
+            return True
+        read = [names.get(name) for name in code.co_names]
+        owners = [names, *(vars(v) for v in read if v is torch or v is nn.functional)]
+        for holder in owners:
+            for name in code.co_names:
+                found = holder.get(name)
+                if isinstance(found, _FUNCTIONS) and (id(holder), name) not in self.of_sites.known:
+                    self.of_sites.add(holder, name, found)
+                    if not self.finds(found):
+                        return False
+        return True
+
+    def finds_target(self, function: Callable[..., Any]) -> bool:
+        """`finds` for a function that generated code finds by its qualified name, if it is one of PyTorch."""
+        first, *path, name = qualified_name(function).split(".")
+        owner: Any = torch if first == "torch" else None
+        for step in path:
+            owner = getattr(owner, step, None)
+        if isinstance(owner, types.ModuleType):
+            if vars(owner).get(name) is not function:
+                return False
+            self.of_sites.add(vars(owner), name, function)
+        return self.finds(function)
 
 
 _CALLS = 1
@@ -196,8 +240,13 @@ def made_later(direct: Sequence[Forward], chooser: Chooser) -> tuple[Forward, ..
 def _made(module: Any, direct: Sequence[Forward], chooser: Chooser) -> list[Forward]:
     forwards = []
     for index, variant in enumerate(module.variants):
-        found = {n: _site(n, module, chooser) for n in variant.graph.nodes}
-        sites = {node: site for node, site in found.items() if site is not None}
+        sites: dict[fx.Node, Site] = {}
+        # A graph that was edited runs as before until `recompile()`
+        for node in variant.graph.nodes if module.has_code_of(index) else ():
+            if not _runs_alone(node, module, chooser):
+                break
+            if (site := _site(node, module, chooser)) is not None:
+                sites[node] = site
         if sites:
             graph = _with_sites(variant.graph, sites, partial(chooser.module, module))
             forward = module.forward_of(index, graph)
@@ -210,16 +259,17 @@ def _made(module: Any, direct: Sequence[Forward], chooser: Chooser) -> list[Forw
 def _with_sites(
     graph: fx.Graph, sites: Mapping[fx.Node, Site], module_at: Callable[[str], nn.Module]
 ) -> fx.Graph:
-    """A copy of a graph in which each site is one call, and modules are not looked up."""
+    """A copy of a graph in which each site is one call, and modules are not looked up as far as the last site."""
     within = {node for site in sites.values() for node in site.within}
     new, copies = fx.Graph(), dict[fx.Node, fx.Node]()
+    left = len(sites)
     for node in graph.nodes:
         if node in sites:
-            site = sites[node]
+            site, left = sites[node], left - 1
             copies[node] = new.call_function(site.function, (copies[site.x],))
         elif node in within:
             continue
-        elif node.op == "call_module":
+        elif node.op == "call_module" and left:
             called: Any = partial(module_at(str(node.target)))
             called.__name__, called.__module__ = "called", __name__
             given = fx.node.map_arg((node.args, node.kwargs), copies.__getitem__)
@@ -228,6 +278,34 @@ def _with_sites(
             copies[node] = new.node_copy(node, copies.__getitem__)
     new.set_codegen(code_generator(graph))
     return new
+
+
+def _runs_alone(node: fx.Node, root: nn.Module, chooser: Chooser) -> bool:
+    """Whether a node runs only code of PyTorch and of this package."""
+    if node.op == "call_module" or takes_parameters(node):
+        return chooser.runs_alone(root.get_submodule(called_path(node)))
+    return node.op != "call_function" or _is_own(node.target)
+
+
+_LOOKED_INTO = nn.functional.__name__, nn.modules.activation.__name__
+_FUNCTIONS = types.FunctionType, types.BuiltinFunctionType
+
+
+def _is_own(function: Any) -> bool:
+    """Whether a function is one of PyTorch, of this package, or of C. Its name can be that of one that it wraps."""
+    names = getattr(function, "__globals__", None)
+    if names is None:
+        return isinstance(function, _OF_C) or type(function).__module__.startswith("torch.")
+    return str(names.get("__name__")).partition(".")[0] in ("torch", "freegrad_fx")
+
+
+_OF_C = types.BuiltinFunctionType, types.MethodDescriptorType, types.WrapperDescriptorType, type
+
+
+def _is_own_module(module: nn.Module) -> bool:
+    kind = type(module)
+    own = kind.__module__.startswith(("torch.nn.", "freegrad_fx."))
+    return own and not issubclass(kind, fx.GraphModule) and _is_own(kind.forward)
 
 
 class Site(NamedTuple):
@@ -261,8 +339,18 @@ def _site(last: fx.Node, root: nn.Module, chooser: Chooser) -> Site | None:
         operation = _operation(before, stop, root)
     if operation is None:
         return None
-    if isinstance(operation.function, nn.Module):
-        operation.function = chooser.forward(chooser.module(root, str(before.target)))
+    called = operation.function
+    if isinstance(called, nn.Module):
+        chooser.module(root, str(before.target))
+        operation.function = chooser.forward(called)
+        found = chooser.finds(type(called).forward)
+    elif before.op == "call_method":
+        chooser.of_sites.add_attribute(Tensor, str(before.target))
+        found = _is_own(called)
+    else:
+        found = called is None or chooser.finds_target(called)
+    if not found:
+        return None
     function = site_function(operation, last.kwargs)
     if function is None:
         return None
