@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import gc
 from collections.abc import Callable
 from typing import Any
 
@@ -204,6 +205,44 @@ def test_a_write_into_a_parameter_before_the_backward_is_an_error() -> None:
         model.blocks[0].bn1.bias.add_(1)  # type: ignore[union-attr]
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+def test_running_statistics_that_a_later_forward_writes() -> None:
+    def run(model: nn.Module) -> list[Tensor]:
+        out = model.eval()(X)
+        model.train()(X)
+        return [*torch.autograd.grad(out.square().sum(), [*model.parameters()])]
+
+    model = made()
+    gm = fg.transform(copy.deepcopy(model), table(8))
+    for found, expected in zip(run(gm), run(model), strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("way", ["python", pytest.param("extension", marks=pytest.mark.slow)])
+def test_nothing_is_held_after_the_backward(way: str, request: pytest.FixtureRequest) -> None:
+    if way == "extension":
+        request.getfixturevalue("extension")
+
+    def held(run: Run) -> int:
+        for _ in range(3):
+            out = run(X)
+            out.sum().backward()
+        return sum(type(o) is Tensor and o.shape[:2] == (2, 6) for o in gc.get_objects())
+
+    model = made()
+    model.blocks = model.blocks[:1]
+    gms = [fg.transform(model, table(recompute)) for recompute in (0, 8)]
+    for gm in gms:
+        gm(X).sum().backward()
+    gc.collect()
+    gc.freeze()  # what is there already is not listed
+    gc.disable()
+    try:
+        assert [held(run) for run in (model, *gms)] == [1, 1, 1]
+    finally:
+        gc.enable()
+        gc.unfreeze()
 
 
 def test_a_parameter_without_memory_is_an_error() -> None:

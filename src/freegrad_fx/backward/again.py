@@ -2,7 +2,8 @@
 
 A rule that is registered with `again` notes for the output of its operation a *recipe*: the operation, and where its
 operands come from. These are parameters, tensors that some backward keeps anyway, or outputs that have a recipe. A rule
-that would keep an operand can keep the recipe instead. Recipes are noted in eager mode only.
+that would keep an operand can keep the recipe instead. Recipes are noted in eager mode only. A note keeps no operand
+alive: an output that outlives its backward would hold what the backward has released.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .._torch.dispatch import function_transforms_active
 from .._torch.dynamo import is_compiling
@@ -67,6 +68,23 @@ class Recipe:
             elif isinstance(value, Tensor):
                 yield value
 
+    @property
+    def operand_tensors(self) -> Iterator[Tensor]:
+        """The operands that are tensors."""
+        for value in self.operands.values():
+            if isinstance(value, Recipe):
+                yield from value.operand_tensors
+            elif isinstance(value, Tensor):
+                yield value
+
+    def of_operands(self, change: Callable[[Any], Any]) -> Recipe:
+        """The recipe with other values in the places of its operands."""
+        operands = {
+            name: value.of_operands(change) if isinstance(value, Recipe) else change(value)
+            for name, value in self.operands.items()
+        }
+        return Recipe(self.operation, operands, self.constants)
+
     def mapped(self, change: Callable[[Any], Any]) -> Recipe:
         """The recipe with other values in the places of its tensors, in the order of `tensors`."""
 
@@ -92,13 +110,34 @@ class Recipe:
 
 
 class _Noted(NamedTuple):
+    """What is noted for an output.
+
+    Attributes:
+        recipe: Its recipe, with weak references to the operands.
+        version: The version of the output.
+        read: The versions of the operands.
+    """
+
     recipe: Recipe
     version: int
-    read: tuple[tuple[Tensor, int], ...]
+    read: tuple[int, ...]
+
+    def now(self) -> Recipe | None:
+        """The recipe; None if an operand is gone, or has been written into."""
+        found = self.recipe.of_operands(lambda v: v() if isinstance(v, TensorWeakRef) else v)
+        operands = [*found.operand_tensors]
+        if len(operands) < len(self.read) or [*map(version, operands)] != [*self.read]:
+            return None
+        return found
+
+
+def _noted_of(recipe: Recipe, y: Tensor) -> _Noted:
+    loose = recipe.of_operands(lambda v: TensorWeakRef(v) if isinstance(v, Tensor) else v)
+    return _Noted(loose, version(y), tuple(map(version, recipe.operand_tensors)))
 
 
 _noted: Any = WeakTensorKeyDictionary()
-"""For outputs their recipes, and the versions of all tensors when they were noted."""
+"""For outputs what is noted of them."""
 
 _held: Any = WeakTensorKeyDictionary()
 """The tensors that a backward keeps, with their versions."""
@@ -125,11 +164,12 @@ def note(y: Tensor, operands: Operands | None, declaration: Declaration, held: s
     found = {name: _source(value, y) for name, value in operands.values.items()}
     if any(value is _MISSING for value in found.values()):
         return
-    recipe = Recipe(
-        operands.operation, found, constants_read(operands.operation, operands.constants)
-    )
+    read = constants_read(operands.operation, operands.constants)
+    # batch norms write running statistics without counting a version, so that a later write would not be noticed
+    constants = {n: v.detach().clone() if isinstance(v, Tensor) else v for n, v in read.items()}
+    recipe = Recipe(operands.operation, found, constants)
     if recipe.length <= _MOST:
-        _noted[y] = _Noted(recipe, version(y), tuple((t, version(t)) for t in recipe.tensors))
+        _noted[y] = _noted_of(recipe, y)
 
 
 _MISSING = object()
@@ -145,7 +185,7 @@ def _source(value: Tensor | None, y: Tensor) -> Any:
     if not written and (_is_parameter(value) or _held.get(value) == version(value)):
         return value
     found = _valid(value, written)
-    return _MISSING if found is None else found.recipe
+    return _MISSING if found is None else found
 
 
 def _is_plain(tensor: Tensor) -> bool:
@@ -156,11 +196,11 @@ def _is_parameter(tensor: Tensor) -> bool:
     return (tensor.is_leaf and tensor.requires_grad) or isinstance(tensor, nn.Parameter)
 
 
-def _valid(tensor: Tensor, written: bool = False) -> _Noted | None:
+def _valid(tensor: Tensor, written: bool = False) -> Recipe | None:
     noted: _Noted | None = _noted.get(tensor)
     if noted is None or version(tensor) != noted.version + written:
         return None
-    return noted if all(version(t) == before for t, before in noted.read) else None
+    return noted.now()
 
 
 def recipe_of(tensor: Tensor | None, longest: int) -> Recipe | None:
@@ -172,8 +212,8 @@ def recipe_of(tensor: Tensor | None, longest: int) -> Recipe | None:
     """
     if tensor is None or longest < 1 or is_compiling() or not _is_plain(tensor):
         return None
-    noted = _valid(tensor)
-    return None if noted is None or noted.recipe.length > longest else noted.recipe
+    recipe = _valid(tensor)
+    return None if recipe is None or recipe.length > longest else recipe
 
 
 def hold(tensor: Tensor) -> None:
@@ -185,6 +225,6 @@ def hold(tensor: Tensor) -> None:
 def carry(tensor: Tensor, copy: Tensor) -> None:
     """Note that a copy has the recipe of a tensor, whose values it has."""
     if not is_compiling() and _noted and _is_plain(tensor) and _is_plain(copy):
-        noted = _valid(tensor)
-        if noted is not None:
-            _noted[copy] = _Noted(noted.recipe, version(copy), noted.read)
+        recipe = _valid(tensor)
+        if recipe is not None:
+            _noted[copy] = _noted_of(recipe, copy)

@@ -63,10 +63,11 @@ def kept_again(marked: tuple[Any, ...], tensors: Iterator[Tensor]) -> tuple[Any,
         marked: The values, as `saved_of` returns them.
         tensors: The tensors, in order.
     """
+    return tuple(_filled(value, tensors) for value in marked)
 
-    def filled(value: Any) -> Any:
-        if isinstance(value, Recipe):
-            return value.mapped(filled)
-        return next(tensors) if value is _SAVED else value
 
-    return tuple(map(filled, marked))
+# A function in `kept_again` that calls itself would be a cycle, which holds the tensors until garbage is collected
+def _filled(value: Any, tensors: Iterator[Tensor]) -> Any:
+    if isinstance(value, Recipe):
+        return value.mapped(lambda inner: _filled(inner, tensors))
+    return next(tensors) if value is _SAVED else value

@@ -583,7 +583,9 @@ std::shared_ptr<Site> resolved(Direct* self, size_t key, PyObject* const* values
   Direct::Entry entry;
   pybind11::dict given;
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(names); ++i) {
-    if (THPVariable_Check(values[i])) return nullptr;
+    // An entry would keep the tensors of a container alive, which is a new one at every call
+    bool holds = PyDict_Check(values[i]) || PyList_Check(values[i]) || PyTuple_CheckExact(values[i]);
+    if (holds || THPVariable_Check(values[i])) return nullptr;
     auto value = pybind11::reinterpret_borrow<pybind11::object>(values[i]);
     PyObject* name = PyTuple_GET_ITEM(names, i);
     given[pybind11::handle(name)] = value;
