@@ -252,3 +252,12 @@ def test_a_parameter_without_memory_is_an_error() -> None:
     model.blocks[2].bn1.weight.untyped_storage().resize_(0)  # type: ignore[union-attr]
     with pytest.raises(RuleError, match=r"of batch_norm has no memory.*leave out recompute="):
         loss.backward()
+
+
+def test_the_count_of_what_is_kept_leaves_out_what_is_computed_again() -> None:
+    """The count saves aliases, so that no backward keeps the operands themselves."""
+    parts = (nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 8, 3))
+    gm = fg.transform(nn.Sequential(*parts), fg.tables.save_memory(recompute=4))
+    found = fg.memory(gm, torch.randn(2, 3, 9, 9))
+    assert [site.site for site in found.rows if "conv" in site.site] == []
+    assert found.kept < 0.6 * found.native

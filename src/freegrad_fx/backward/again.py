@@ -20,6 +20,7 @@ from .._torch.tensors import version
 from ..core.declaration import Declaration
 from ..errors import RuleError
 from ..vocabulary.operands import constants_read, operation_of
+from .saved import is_counted
 
 __all__ = ["Operands", "Recipe", "carry", "hold", "note", "recipe_of"]
 
@@ -113,7 +114,7 @@ class _Noted(NamedTuple):
     """What is noted for an output.
 
     Attributes:
-        recipe: Its recipe, with weak references to the operands.
+        recipe: Its recipe, usually with weak references to the operands.
         version: The version of the output.
         read: The versions of the operands.
     """
@@ -132,8 +133,12 @@ class _Noted(NamedTuple):
 
 
 def _noted_of(recipe: Recipe, y: Tensor) -> _Noted:
-    loose = recipe.of_operands(lambda v: TensorWeakRef(v) if isinstance(v, Tensor) else v)
-    return _Noted(loose, version(y), tuple(map(version, recipe.operand_tensors)))
+    noted = recipe
+    if (
+        not is_counted()
+    ):  # else nothing but the note keeps an operand, of which the backward has an alias
+        noted = recipe.of_operands(lambda v: TensorWeakRef(v) if isinstance(v, Tensor) else v)
+    return _Noted(noted, version(y), tuple(map(version, recipe.operand_tensors)))
 
 
 _noted: Any = WeakTensorKeyDictionary()

@@ -13,7 +13,7 @@ from .._torch.dispatch import dispatch_modes, function_transforms_active
 from .._torch.tensors import saving, saving_hooks
 from ..core.contract import Packs
 
-__all__ = ["pack_saved", "packing_counted"]
+__all__ = ["is_counted", "pack_saved", "packing_counted"]
 
 
 class _Thread(threading.local):
@@ -43,6 +43,12 @@ def packing_counted(
         _thread.counter = before
 
 
+def is_counted() -> bool:
+    """Whether what is saved now is counted, by hooks that save an alias of each tensor in its place."""
+    hooks = saving_hooks()
+    return hooks is not None and _thread.counter is not None and _thread.counter[0] == hooks[1]
+
+
 def pack_saved(y: Tensor, x: Tensor, packs: Packs) -> None:
     """Pack the tensors that the node of `y` has saved.
 
@@ -57,11 +63,9 @@ def pack_saved(y: Tensor, x: Tensor, packs: Packs) -> None:
     node = y.grad_fn
     if node is None or node is x.grad_fn or dispatch_modes() or function_transforms_active():
         return
-    counter, hooks = None, saving_hooks()
-    if hooks is not None:
-        counting, counter = _thread.counter or (None, None)
-        if counting != hooks[1]:
-            return  # to look at a tensor could run a checkpoint again
+    counter = _thread.counter[1] if is_counted() and _thread.counter is not None else None
+    if counter is None and saving_hooks() is not None:
+        return  # to look at a tensor could run a checkpoint again
     pack, unpack = packs
     for tensor, register_hooks in saving(node):
         packed = pack(tensor)
