@@ -68,7 +68,7 @@ def fused(
 ) -> Callable[[Tensor], Any] | None:
     """A function of ``x`` that gives what `decoupled` does for an operation on ``stop_gradient(x)``.
 
-    Whoever calls it has to ask before whether anything watches or changes what the call does: see `node.asks`.
+    Whoever calls it has to ask before whether anything watches or changes what the call does, as `capture.direct` does.
 
     Args:
         operation: The operation. It is one of PyTorch's or of this package, has no other tensor, and computes each

@@ -45,8 +45,16 @@ def packing_counted(
 
 def is_counted() -> bool:
     """Whether what is saved now is counted, by hooks that save an alias of each tensor in its place."""
+    return _counter_of_now() is not None
+
+
+def _counter_of_now() -> Callable[[Any], None] | None:
+    """The counter whose hooks are the innermost ones; None if there is none."""
     hooks = saving_hooks()
-    return hooks is not None and _thread.counter is not None and _thread.counter[0] == hooks[1]
+    if hooks is None or _thread.counter is None:
+        return None
+    unpack, counter = _thread.counter
+    return counter if unpack == hooks[1] else None
 
 
 def pack_saved(y: Tensor, x: Tensor, packs: Packs) -> None:
@@ -63,7 +71,7 @@ def pack_saved(y: Tensor, x: Tensor, packs: Packs) -> None:
     node = y.grad_fn
     if node is None or node is x.grad_fn or dispatch_modes() or function_transforms_active():
         return
-    counter = _thread.counter[1] if is_counted() and _thread.counter is not None else None
+    counter = _counter_of_now()
     if counter is None and saving_hooks() is not None:
         return  # to look at a tensor could run a checkpoint again
     pack, unpack = packs

@@ -371,9 +371,10 @@ def _operation(node: fx.Node, x: fx.Node, root: nn.Module) -> Operation | None:
     if not op.elementwise or op.may_return_x or op.operands != ("x",):
         return None
     values = [*node.args, *node.kwargs.values()]
-    if argument(node, spelling.key) is not x or not all(
-        v is x or type(v) in _PLAIN for v in values
-    ):
+    others = [v for v in values if v is not x]
+    if argument(node, spelling.key) is not x or len(others) != len(values) - 1:
+        return None
+    if not all(type(v) in _PLAIN for v in others):
         return None
     function: Any = node.target
     if module is not None:
@@ -383,8 +384,6 @@ def _operation(node: fx.Node, x: fx.Node, root: nn.Module) -> Operation | None:
     elif node.op == "call_method":
         function = getattr(Tensor, function)
     place = values.index(x)
-    if values.count(x) > 1:
-        return None
     return Operation(
         function, (*values[:place], None, *values[place + 1 :]), place, (*node.kwargs,)
     )
