@@ -60,41 +60,29 @@ class Recipe:
         inner = (v.length for v in operands.values() if isinstance(v, Recipe))
         self.length: int = 1 + sum(inner)
 
-    @property
-    def tensors(self) -> Iterator[Tensor]:
-        """The tensors that it reads."""
-        for value in (*self.operands.values(), *self.constants.values()):
+    def tensors(self, *, constants: bool = True) -> Iterator[Tensor]:
+        """The tensors that it reads, with or without those among the further arguments."""
+        for value in (*self.operands.values(), *(self.constants.values() if constants else ())):
             if isinstance(value, Recipe):
-                yield from value.tensors
+                yield from value.tensors(constants=constants)
             elif isinstance(value, Tensor):
                 yield value
 
-    @property
-    def operand_tensors(self) -> Iterator[Tensor]:
-        """The operands that are tensors."""
-        for value in self.operands.values():
-            if isinstance(value, Recipe):
-                yield from value.operand_tensors
-            elif isinstance(value, Tensor):
-                yield value
+    def mapped(self, change: Callable[[Any], Any], *, constants: bool = True) -> Recipe:
+        """The recipe with other values in the places of those that it reads, in the order of `tensors`."""
 
-    def of_operands(self, change: Callable[[Any], Any]) -> Recipe:
-        """The recipe with other values in the places of its operands."""
-        operands = {
-            name: value.of_operands(change) if isinstance(value, Recipe) else change(value)
-            for name, value in self.operands.items()
-        }
-        return Recipe(self.operation, operands, self.constants)
+        def changed(values: Mapping[str, Any]) -> Mapping[str, Any]:
+            return {
+                name: value.mapped(change, constants=constants)
+                if isinstance(value, Recipe)
+                else change(value)
+                for name, value in values.items()
+            }
 
-    def mapped(self, change: Callable[[Any], Any]) -> Recipe:
-        """The recipe with other values in the places of its tensors, in the order of `tensors`."""
-
-        def changed(value: Any) -> Any:
-            return value.mapped(change) if isinstance(value, Recipe) else change(value)
-
-        operands = {name: changed(value) for name, value in self.operands.items()}
-        constants = {name: changed(value) for name, value in self.constants.items()}
-        return Recipe(self.operation, operands, constants)
+        operands = changed(self.operands)
+        return Recipe(
+            self.operation, operands, changed(self.constants) if constants else self.constants
+        )
 
     def compute(self) -> Tensor:
         """Compute the output again."""
@@ -125,8 +113,10 @@ class _Noted(NamedTuple):
 
     def now(self) -> Recipe | None:
         """The recipe; None if an operand is gone, or has been written into."""
-        found = self.recipe.of_operands(lambda v: v() if isinstance(v, TensorWeakRef) else v)
-        operands = [*found.operand_tensors]
+        found = self.recipe.mapped(
+            lambda v: v() if isinstance(v, TensorWeakRef) else v, constants=False
+        )
+        operands = [*found.tensors(constants=False)]
         if len(operands) < len(self.read) or [*map(version, operands)] != [*self.read]:
             return None
         return found
@@ -134,11 +124,12 @@ class _Noted(NamedTuple):
 
 def _noted_of(recipe: Recipe, y: Tensor) -> _Noted:
     noted = recipe
-    if (
-        not is_counted()
-    ):  # else nothing but the note keeps an operand, of which the backward has an alias
-        noted = recipe.of_operands(lambda v: TensorWeakRef(v) if isinstance(v, Tensor) else v)
-    return _Noted(noted, version(y), tuple(map(version, recipe.operand_tensors)))
+    # Where it is counted, the backward has aliases of the operands, and nothing but the note keeps the operands
+    if not is_counted():
+        noted = recipe.mapped(
+            lambda v: TensorWeakRef(v) if isinstance(v, Tensor) else v, constants=False
+        )
+    return _Noted(noted, version(y), tuple(map(version, recipe.tensors(constants=False))))
 
 
 _noted: Any = WeakTensorKeyDictionary()

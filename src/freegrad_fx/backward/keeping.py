@@ -45,7 +45,7 @@ def saved_of(
             once = once or (computed and id(value) not in given)
             marked.append(_SAVED)
         elif isinstance(value, Recipe):
-            saved.update((f"{KEPT}{place}.{i}", t) for i, t in enumerate(value.tensors))
+            saved.update((f"{KEPT}{place}.{i}", t) for i, t in enumerate(value.tensors()))
             marked.append(value.mapped(lambda v: _SAVED if isinstance(v, Tensor) else v))
         else:
             marked.append(value)
